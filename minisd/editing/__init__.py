@@ -1,0 +1,1 @@
+"""Editing methods: each a small file on the public seams of minisd."""

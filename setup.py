@@ -1,0 +1,34 @@
+"""Packaging. kernels/ installs as `minisd_kernels` and weights/ as `minisd_weights`: the plain names belong to others."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+root = Path(__file__).parent
+version = re.search(r'^__version__ = "(.+)"', (root / "minisd/__init__.py").read_text(), re.M).group(1)
+
+setup(
+    name="minisd",
+    version=version,
+    description="Stable Diffusion v1.x written out so that every tensor can be followed",
+    long_description=(root / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    # Explicit, because kernels/ has no __init__.py and would not be found.
+    packages=["minisd", "minisd.editing", "minisd_kernels", "minisd_weights"],
+    package_dir={"minisd": "minisd", "minisd_kernels": "kernels", "minisd_weights": "weights"},
+    package_data={"minisd": ["py.typed"], "minisd_kernels": ["*.md"], "minisd_weights": ["*.md", "shapes/*", "shapes/*/*"]},
+    install_requires=[
+        "torch>=2.10",
+        "triton; platform_system == 'Linux'",
+        "safetensors",
+        "huggingface_hub",
+        "tokenizers",
+        "numpy",
+        "pillow",
+        "tqdm",
+    ],
+    extras_require={"test": ["pytest", "hypothesis", "diffusers", "transformers"]},
+    entry_points={"console_scripts": ["minisd = minisd.cli:main"]},
+)

@@ -1,0 +1,1 @@
+"""Data, not code: the bundled checkpoint in `shapes/` (see README.md)."""
