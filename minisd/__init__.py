@@ -19,7 +19,6 @@ _HOME = {  # public name -> module that defines it
     "CLIPTextConfig": "clip",
     "CLIPTokenizer": "tokenizer",
     "AttentionEdit": "attention",
-    "attention": "attention",
     "Attention": "attention",
     "NoiseSchedule": "schedule",
     "Level": "schedule",
