@@ -1,0 +1,67 @@
+"""The three convolution blocks that the UNet and the VAE share.
+
+Module names are diffusers' (`ResnetBlock2D`, `Downsample2D`, `Upsample2D`); the architecture is that of latent diffusion,
+Rombach et al. 2022, https://arxiv.org/abs/2112.10752.
+"""
+
+import torch.nn.functional as F
+from torch import nn
+
+
+def repeat_rows(x, rows):
+    """Repeat the whole batch of `x` group after group until it has `rows` rows; `x` itself if it has them already."""
+    return x if x.shape[0] == rows else x.repeat(rows // x.shape[0], *[1] * (x.ndim - 1))
+
+
+class ResnetBlock(nn.Module):
+    """h = conv2(silu(norm2(conv1(silu(norm1(x))) + time))), out = h + shortcut(x).
+
+    x: (B, in, h, w) -> (B, out, h, w). `time = time_emb_proj(silu(emb))` is added per channel if the block was built with
+    `time_channels`; emb: (1, time_channels) or one row for each of the first rows of x, repeated group after group.
+    """
+
+    def __init__(self, in_channels, out_channels, groups, eps, time_channels=None):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        if time_channels is not None:
+            self.time_emb_proj = nn.Linear(time_channels, out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x, emb=None):
+        h = self.conv1(F.silu(self.norm1(x)))
+        if emb is not None:
+            time = self.time_emb_proj(F.silu(emb))  # (1 or B, out)
+            h = h + repeat_rows(time, h.shape[0])[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Downsample(nn.Module):
+    """3x3 convolution of stride 2. (B, C, h, w) -> (B, C, ceil(h/2), ceil(w/2)).
+
+    The UNet pads symmetrically by 1; the VAE encoder (`one_sided`) pads only the right and the bottom, and gives
+    floor(h/2), floor(w/2).
+    """
+
+    def __init__(self, channels, one_sided=False):
+        super().__init__()
+        self.one_sided = one_sided
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if one_sided else 1)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.one_sided else x)
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour to `size` (default: twice), then a 3x3 convolution. (B, C, h, w) -> (B, C, *size)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x, size=None):
+        size = size or (2 * x.shape[-2], 2 * x.shape[-1])
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
