@@ -151,15 +151,19 @@ def build_vocabulary(texts: Iterable[str], size: int = 49408) -> tuple[dict[str,
     smallest = 2 * 256 + 2
     if size < smallest:
         raise ValueError(f"size is {size}, expected at least {smallest}: 256 bytes, the same with </w>, two special tokens")
-    bpe = byte_pair_encoder({}, [])
-    # The trainer counts only the bytes it meets, so it may learn more merges than fit: the rarest are cut.
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, show_progress=False, end_of_word_suffix=WORD_END))
-    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]][: size - smallest]
     # The bytes as printable characters, in CLIP's order: those that are printable themselves, then the other 68.
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     characters = [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
-    pieces = [*characters, *(c + WORD_END for c in characters), *(a + b for a, b in merges), BOS, EOS]
-    return {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}, merges
+    base = [*characters, *(c + WORD_END for c in characters)]
+    bpe = byte_pair_encoder({}, [])
+    # Among equally frequent pairs the trainer takes the smaller ids; naming the base pieces fixes the ids, hence the result.
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=[*base, BOS, EOS], end_of_word_suffix=WORD_END, show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    pieces = dict.fromkeys([*base, *(a + b for a, b in merges), BOS, EOS])
+    return {piece: i for i, piece in enumerate(pieces)}, merges
 
 
 def _read_json(path: Path) -> dict:
