@@ -1,0 +1,202 @@
+"""Samplers: each is the list of its steps, and the denoising loop is three lines.
+
+    for step in sampler:
+        x = step.update(x, predict(x, step))
+        if after is not None: x = after(x, step)
+
+Sources: DDIM, Song et al. 2020 (arXiv 2010.02502) eq. 12 and 16; DPM-Solver++ 2M, Lu et al. 2022 (arXiv 2211.01095) algorithm 2;
+Karras et al. 2022 (arXiv 2206.00364) eq. 5. Timesteps and levels are those of diffusers' DDIMScheduler, DDIMInverseScheduler
+and DPMSolverMultistepScheduler built from the same scheduler_config.json.
+"""
+
+import math
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minisd.schedule import Level, NoiseSchedule
+
+
+class Step(NamedTuple):
+    """One step of a sampler, from level `now` to level `next`, with the UNet evaluated at timestep `t`.
+
+    index counts in the full schedule: skip does not shift it.  update(x, eps) -> x at level `next`, of x's shape and dtype;
+    call it once per step, because it may advance the sampler's history or draw noise.
+    """
+
+    index: int
+    t: int
+    now: Level
+    next: Level
+    update: Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """What the samplers share. steps: length of the full schedule, 1..N.  skip: steps left out at its noisy end, 0..steps."""
+
+    schedule: NoiseSchedule
+    steps: int
+    skip: int = 0
+
+    def __post_init__(self):
+        _check_int("steps", self.steps, 1, len(self.schedule))
+        _check_int("skip", self.skip, 0, self.steps)
+        self.plan()
+
+    def plan(self) -> list[tuple[int, Level, Level]]:
+        """(t, now, next) of every step of the full schedule, from noise to image."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return self.steps - self.skip
+
+    def start(self, x0: Tensor, noise: Tensor) -> Tensor:
+        """Noise a clean latent to the level of the first step: alpha x0 + sigma noise (x0 itself if every step is skipped)."""
+        level = self.plan()[self.skip][1] if self.skip < self.steps else Level(1.0, 0.0)
+        return (level.alpha * _wide(x0) + level.sigma * _wide(noise)).to(x0.dtype)
+
+
+@dataclass(frozen=True)
+class DDIM(Sampler):
+    """DDIM, deterministic (eta 0) to DDPM-like (eta 1); `inverse=True` runs the same steps backwards, from image to noise.
+
+        x0     = (x - sigma eps) / alpha
+        x_next = alpha' x0 + sqrt(sigma'^2 - s^2) eps + s noise,    s = eta (sigma' / sigma) sqrt(1 - alpha^2 / alpha'^2)
+
+    The noise of eta > 0 is drawn on the CPU from `seed`, anew for each iteration over the sampler, so it is the same on every
+    device. Give another seed than that of the initial latents: with the same one the first noise would equal them.
+    Inverse: the steps of DDIM(schedule, steps, skip) in reverse order with now and next exchanged, t and index kept (the UNet
+    is evaluated at the noisier end, as in diffusers' DDIMInverseScheduler). It starts from a clean latent, so has no start().
+    """
+
+    eta: float = 0.0
+    inverse: bool = False
+    seed: int = 201002502
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta is {self.eta!r}, expected 0 (deterministic) to 1")
+        if self.inverse and self.eta:
+            raise ValueError(f"eta is {self.eta!r} with inverse=True, expected 0: only the deterministic steps can be inverted")
+
+    def plan(self):
+        stride = len(self.schedule) // self.steps
+        timesteps = self.schedule.timesteps(self.steps, self.schedule.timestep_spacing or "leading")
+        level = self.schedule.level
+        return [(t, level(t), level(t - stride) if t >= stride else self.schedule.clean) for t in timesteps]
+
+    def start(self, x0, noise):
+        if self.inverse:
+            raise ValueError("DDIM inversion starts from the clean latent itself: pass it to the loop")
+        return super().start(x0, noise)
+
+    def __iter__(self) -> Iterator[Step]:
+        generator = torch.Generator().manual_seed(self.seed)
+        steps = list(enumerate(self.plan()))[self.skip :]
+        for index, (t, now, next) in reversed(steps) if self.inverse else steps:
+            now, next = (next, now) if self.inverse else (now, next)
+            s = self.eta * (next.sigma / now.sigma) * math.sqrt(1 - (now.alpha / next.alpha) ** 2) if self.eta else 0.0
+            yield Step(index, t, now, next, partial(_ddim_update, now=now, next=next, s=s, generator=generator))
+
+
+def _ddim_update(x, eps, now, next, s, generator):
+    wide, eps = _wide(x), _wide(eps)
+    x0 = (wide - now.sigma * eps) / now.alpha
+    x_next = next.alpha * x0 + math.sqrt(next.sigma**2 - s**2) * eps
+    if s:
+        x_next = x_next + s * torch.randn(x.shape, generator=generator).to(x_next)
+    return x_next.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class DPMpp2M(Sampler):
+    """DPM-Solver++ 2M, with Karras sigmas or with the schedule's own; ends at alpha = 1, sigma = 0.
+
+        x0     = (x - sigma eps) / alpha,      h = ln(ratio / ratio'),   ratio = sigma / alpha
+        D      = x0 + c (x0 - x0_previous),    c = h / (2 h_previous)
+        x_next = (sigma' / sigma) x + alpha' (1 - ratio' / ratio) D
+
+    The first step that runs and the last step are first order: the same formula with c = 0.
+    Karras: ratios evenly spaced in ratio^(1/7) between those of the last and the first training timestep; t is the nearest
+    timestep to each, so neighbouring steps may share one (from 50 steps on), while their levels always differ.
+    """
+
+    karras: bool = True
+
+    def plan(self):
+        n, ratios = self.steps, self.schedule.ratios()
+        if self.karras:
+            ends = ratios[-1].item() ** (1 / 7), ratios[0].item() ** (1 / 7)
+            run = np.linspace(*ends, n) ** 7
+            timesteps = np.interp(np.log(run), np.log(ratios), np.arange(len(ratios))).round().astype(int).tolist()
+        else:
+            # n + 1 timesteps without the lowest, so that the last step, to sigma = 0, is not much longer than the others.
+            spacing = self.schedule.timestep_spacing or "linspace"
+            timesteps = self.schedule.timesteps(n + (spacing != "trailing"), spacing)[:n]
+            run = ratios[timesteps]
+        levels = [Level.from_ratio(float(r)) for r in run.astype(np.float32)] + [Level(1.0, 0.0)]
+        return list(zip(timesteps, levels, levels[1:]))
+
+    def __iter__(self) -> Iterator[Step]:
+        x0_previous = h_previous = None
+        for index, (t, now, next) in list(enumerate(self.plan()))[self.skip :]:
+            h = math.log(now.ratio / next.ratio) if next.sigma else math.inf
+            c = h / (2 * h_previous) if h_previous and next.sigma else 0.0
+            h_previous = h
+
+            def update(x, eps, now=now, next=next, c=c):
+                nonlocal x0_previous
+                wide = _wide(x)
+                x0 = (wide - now.sigma * _wide(eps)) / now.alpha
+                D = x0 + c * (x0 - (x0 if x0_previous is None else x0_previous))
+                x0_previous = x0
+                return (next.sigma / now.sigma * wide + next.alpha * (1 - next.ratio / now.ratio) * D).to(x.dtype)
+
+            yield Step(index, t, now, next, update)
+
+
+@torch.no_grad()
+def denoise(
+    x: Tensor,
+    sampler: Iterable[Step],
+    predict: Callable[[Tensor, Step], Tensor],
+    after: Callable[[Tensor, Step], Tensor] | None = None,
+) -> Tensor:
+    """Run the sampler's steps on x (B, C, h, w); predict(x, step) -> eps, after(x, step) -> x edits the latent of each step.
+
+    Any iterable of steps will do (`tqdm(sampler)` shows progress). No gradients are kept; write the loop out to have them.
+    """
+    for step in sampler:
+        x = step.update(x, predict(x, step))
+        if after is not None:
+            x = after(x, step)
+    return x
+
+
+def strength_to_skip(steps: int, strength: float) -> int:
+    """The `skip` of an image-to-image run: of the steps, the last int(steps * strength) are run (diffusers' rule)."""
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength is {strength!r}, expected 0 (the input is returned) to 1 (only its noise level is used)")
+    return steps - min(int(steps * strength), steps)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in at least fp32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _check_int(name: str, value, low: int, high: int) -> None:
+    try:
+        ok = low <= operator.index(value) <= high and not isinstance(value, bool)
+    except TypeError:
+        ok = False
+    if not ok:
+        raise ValueError(f"{name} is {value!r}, expected a whole number from {low} to {high}")
