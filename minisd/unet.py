@@ -44,8 +44,8 @@ HARMLESS = ("addition_embed_type_num_heads",)  # read by diffusers only where ad
 class UNetConfig:
     """The numbers of a UNet; the defaults are Stable Diffusion v1's.
 
-    `attention_head_dim` is the number of heads, one for all blocks or one for each: the published name is a misnomer
-    (diffusers: num_attention_heads = num_attention_heads or attention_head_dim).
+    `attention_head_dim` is the number of heads, one for all blocks or one for each: the published name is a misnomer that
+    every checkpoint carries.
     """
 
     sample_size: int | tuple[int, int] = 64
@@ -56,7 +56,6 @@ class UNetConfig:
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int = 2
     attention_head_dim: int | tuple[int, ...] = 8
-    num_attention_heads: int | tuple[int, ...] | None = None
     cross_attention_dim: int = 768
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
@@ -69,8 +68,8 @@ class UNetConfig:
             got = getattr(self, name)
             if len(got) != depth or not set(got) <= set(known):
                 raise ValueError(f"{name}: expected {depth} (one for each of block_out_channels) of {known}, got {got}")
-        if isinstance(self.heads_setting, tuple) and len(self.heads_setting) != depth:
-            raise ValueError(f"attention_head_dim: expected a number or {depth} of them, got {self.heads_setting}")
+        if len(self.heads) != depth:
+            raise ValueError(f"attention_head_dim: expected a number or {depth} of them, got {self.attention_head_dim}")
 
     @classmethod
     def from_dict(cls, values):
@@ -78,13 +77,9 @@ class UNetConfig:
         return read_config(cls, values, NEUTRAL, HARMLESS)
 
     @property
-    def heads_setting(self):
-        return self.num_attention_heads or self.attention_head_dim
-
-    @property
     def heads(self):
         """The number of attention heads in each block."""
-        heads = self.heads_setting
+        heads = self.attention_head_dim
         return heads if isinstance(heads, tuple) else (heads,) * len(self.block_out_channels)
 
 

@@ -1,0 +1,371 @@
+"""Train a small latent diffusion model from scratch on the pictures of `minisd.scenes`; it made the bundled `shapes`.
+
+Three stages share one run folder; each resumes where it was stopped:
+
+    python -m minisd.training autoencoder --run RUN     L = |x - decode(z)| + kl_weight KL(q(z|x) || N(0, 1)),  z ~ q(z|x)
+    python -m minisd.training diffusion --run RUN       L = |eps - eps_theta(alpha_t z + sigma_t eps, t, text)|^2
+    python -m minisd.training export --run RUN --to weights/shapes        the folder in diffusers layout, float16
+
+The objective is that of Rombach et al. 2022, https://arxiv.org/abs/2112.10752 (eq. 2, with the text encoder trained along as
+in its section 4.3), Ho et al. 2020; the caption is dropped from a tenth of the samples so that guidance can be used (Ho and
+Salimans 2022). The learning rate is constant after a warm-up and falls to zero over the last fifth, so a run that was given
+more steps goes on from its checkpoint as if it had been planned so.
+"""
+
+import argparse
+import copy
+import json
+import os
+import random
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
+
+from . import scenes
+from .clip import CLIPTextConfig, CLIPTextModel
+from .schedule import NoiseSchedule
+from .tokenizer import CLIPTokenizer, build_vocabulary
+from .unet import CROSS_DOWN, CROSS_UP, UNet, UNetConfig
+from .vae import AutoencoderKL, VAEConfig
+
+SCHEDULE = {  # Stable Diffusion v1's
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "steps_offset": 1,
+    "set_alpha_to_one": False,
+    "clip_sample": False,
+}
+CAPTION_DROPOUT = 0.1
+WARMUP, COOLDOWN = 200, 0.2  # steps; share of all steps
+MAX_GRADIENT = 1.0
+SAVE_EVERY = 250
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How one stage is trained: `steps` of `batch` samples from a pool of `pool` scenes with AdamW at `lr`."""
+
+    steps: int
+    batch: int
+    lr: float
+    pool: int
+    ema: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model's numbers and how its two stages are trained. `text` lacks only the size of the vocabulary."""
+
+    image_size: int
+    vae: VAEConfig
+    text: dict
+    unet: UNetConfig
+    autoencoder: Stage
+    diffusion: Stage
+    kl_weight: float
+
+
+RECIPES = {
+    "small": Recipe(  # two CPU cores, about two hours
+        image_size=64,
+        vae=VAEConfig(block_out_channels=(32, 64, 64), layers_per_block=1, norm_num_groups=8, sample_size=64),
+        text=dict(hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4),
+        unet=UNetConfig(
+            sample_size=16,
+            down_block_types=(CROSS_DOWN, CROSS_DOWN),
+            up_block_types=(CROSS_UP, CROSS_UP),
+            block_out_channels=(80, 160),
+            layers_per_block=1,
+            attention_head_dim=(2, 4),
+            cross_attention_dim=128,
+            norm_num_groups=16,
+        ),
+        autoencoder=Stage(steps=1200, batch=24, lr=1e-3, pool=20_000, ema=0.99),
+        diffusion=Stage(steps=7000, batch=32, lr=1e-3, pool=60_000, ema=0.999),
+        kl_weight=3e-4,
+    ),
+    "large": Recipe(  # one GPU
+        image_size=128,
+        vae=VAEConfig(block_out_channels=(32, 64, 96, 96), layers_per_block=1, norm_num_groups=8, sample_size=128),
+        text=dict(hidden_size=160, intermediate_size=640, num_hidden_layers=3, num_attention_heads=4),
+        unet=UNetConfig(
+            sample_size=16,
+            down_block_types=(CROSS_DOWN, CROSS_DOWN),
+            up_block_types=(CROSS_UP, CROSS_UP),
+            block_out_channels=(80, 160),
+            layers_per_block=1,
+            attention_head_dim=(2, 4),
+            cross_attention_dim=160,
+            norm_num_groups=16,
+        ),
+        autoencoder=Stage(steps=10_000, batch=64, lr=1e-3, pool=60_000, ema=0.999),
+        diffusion=Stage(steps=60_000, batch=256, lr=1e-3, pool=200_000, ema=0.9995),
+        kl_weight=3e-4,
+    ),
+}
+
+
+# ---- objectives ----------------------------------------------------------------------------------------------------
+
+
+def autoencoder_loss(vae, x, noise, kl_weight):
+    """mean |x - decode(mean + std * noise)| + kl_weight * mean KL(N(mean, std^2) || N(0, 1)).
+
+    x: (B, 3, H, W) in [-1, 1]; noise: normal, of the latent's shape (B, latent_channels, h, w).
+    """
+    mean, logvar = vae.encode(x)
+    z = mean + torch.exp(0.5 * logvar) * noise
+    kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar)
+    return F.l1_loss(vae.decode(z).float(), x) + kl_weight * kl.float().mean()
+
+
+def diffusion_loss(unet, schedule, z, noise, t, context):
+    """mean |noise - unet(alpha_t z + sigma_t noise, t, context)|^2, the simplified objective of Ho et al. 2020, eq. 14.
+
+    z, noise: (B, C, h, w); t: (B,) integers from 0; context: (B, L, D).
+    """
+    alphas_cumprod = schedule.alphas_cumprod.to(z.device)[t][:, None, None, None]
+    x = alphas_cumprod.sqrt() * z + (1 - alphas_cumprod).sqrt() * noise
+    return F.mse_loss(unet(x, t, context).float(), noise)
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------
+
+
+def draw_scenes(count, image_size, seed):
+    """`count` training scenes -> pictures (count, image_size, image_size, 3) uint8 and their captions."""
+    rng = random.Random(seed)
+    pictures = np.empty((count, image_size, image_size, 3), np.uint8)
+    captions = []
+    for i in tqdm(range(count), desc="drawing", file=sys.stderr):
+        scene = scenes.sample(rng, "train")
+        pictures[i] = scenes.render(scene, image_size)
+        captions.append(scenes.caption(scene))
+    return torch.from_numpy(pictures), captions
+
+
+def to_model(pictures, device):
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float in [-1, 1]."""
+    return pictures.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def make_tokenizer():
+    """The tokenizer of this world: CLIP's layout, one token for each word of the grammar."""
+    return CLIPTokenizer(*build_vocabulary(scenes.words()))
+
+
+@torch.no_grad()
+def encode_pool(vae, recipe, tokenizer, seed, device):
+    """Draw the diffusion stage's pool and encode it once: mean and std of every latent, (n, C, h, w) float16, the token
+    ids of every caption, (n, L), and the factor that makes the latents' standard deviation 1."""
+    pictures, captions = draw_scenes(recipe.diffusion.pool, recipe.image_size, seed)
+    means, stds = [], []
+    for chunk in tqdm(pictures.split(250), desc="encoding", file=sys.stderr):
+        mean, logvar = vae.encode(to_model(chunk, device))
+        means.append(mean.half().cpu())
+        stds.append(torch.exp(0.5 * logvar).half().cpu())
+    mean, std = torch.cat(means), torch.cat(stds)
+    factor = 1 / (mean.float().var() + std.float().square().mean()).sqrt().item()
+    return {"mean": mean, "std": std, "ids": tokenizer(captions), "scaling_factor": factor}
+
+
+# ---- the loop ------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(step, steps, peak):
+    """Linear warm-up over WARMUP steps, constant, linear to zero over the last COOLDOWN of all steps."""
+    return peak * min(1.0, (step + 1) / WARMUP, (steps - step) / (COOLDOWN * steps))
+
+
+def save_atomically(state, path):
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+def fit(model, loss, stage, path, seed, device):
+    """Minimise loss(generator) over the parameters of `model`; returns their exponential moving average.
+
+    `loss` draws what is random from the generator, which is seeded by (seed, step), so that a resumed run sees what an
+    unbroken one would have seen. The state is saved to `path` every SAVE_EVERY steps and at the end.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), stage.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    average, first = copy.deepcopy(model).requires_grad_(False), 0
+    if path.exists():
+        state = torch.load(path, map_location=device)
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    bar = tqdm(range(first, stage.steps), initial=first, total=stage.steps, desc=path.stem, file=sys.stderr, mininterval=5)
+    smooth = None
+    for step in bar:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, stage.steps, stage.lr)
+        with torch.autocast(device.type, torch.bfloat16):
+            value = loss(generator)
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT)
+        optimizer.step()
+        decay = min(stage.ema, (1 + step) / (10 + step))  # the average forgets the start quickly
+        torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+        smooth = value.item() if smooth is None else 0.98 * smooth + 0.02 * value.item()
+        bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == stage.steps:
+            parts = {"model": model, "average": average, "optimizer": optimizer}
+            save_atomically({name: part.state_dict() for name, part in parts.items()} | {"step": step + 1}, path)
+    return average
+
+
+def fit_autoencoder(recipe, run, seed, device):
+    vae = AutoencoderKL(recipe.vae).to(device, memory_format=torch.channels_last)
+    pictures, _ = draw_scenes(recipe.autoencoder.pool, recipe.image_size, seed)
+    size = recipe.image_size // vae.factor
+
+    def loss(generator):
+        chosen = torch.randint(len(pictures), (recipe.autoencoder.batch,), generator=generator)
+        noise = torch.randn(len(chosen), recipe.vae.latent_channels, size, size, generator=generator).to(device)
+        return autoencoder_loss(vae, to_model(pictures[chosen], device), noise, recipe.kl_weight)
+
+    average = fit(vae, loss, recipe.autoencoder, run / "autoencoder.pt", seed, device)
+    save_atomically(average.state_dict(), run / "vae.pt")
+
+
+def fit_diffusion(recipe, run, seed, device):
+    tokenizer = make_tokenizer()
+    pool_file = run / "pool.pt"
+    if not pool_file.exists():
+        vae = AutoencoderKL(recipe.vae).to(device, memory_format=torch.channels_last)
+        vae.load_state_dict(torch.load(run / "vae.pt", map_location=device))
+        save_atomically(encode_pool(vae, recipe, tokenizer, seed + 1, device), pool_file)
+    pool = torch.load(pool_file)
+    schedule = NoiseSchedule.from_dict(SCHEDULE)
+    model = build_diffusion(recipe, tokenizer, seed).to(device, memory_format=torch.channels_last)
+    empty = tokenizer([""])
+
+    def loss(generator):
+        batch = recipe.diffusion.batch
+        chosen = torch.randint(len(pool["ids"]), (batch,), generator=generator)
+        mean, std = pool["mean"][chosen].float(), pool["std"][chosen].float()
+        z = pool["scaling_factor"] * (mean + std * torch.randn(mean.shape, generator=generator))
+        noise = torch.randn(z.shape, generator=generator)
+        # One uniform offset for the whole batch, so that every batch covers all times evenly (Kingma et al. 2021, VDM).
+        u = (torch.arange(batch) + torch.rand(1, generator=generator)) / batch
+        t = (u * len(schedule.alphas_cumprod)).long()
+        drop = torch.rand(batch, 1, generator=generator) < CAPTION_DROPOUT
+        context = model["text_encoder"](torch.where(drop, empty, pool["ids"][chosen]).to(device))
+        return diffusion_loss(model["unet"], schedule, z.to(device), noise.to(device), t.to(device), context)
+
+    average = fit(model, loss, recipe.diffusion, run / "diffusion.pt", seed, device)
+    save_atomically(average.state_dict(), run / "unet_and_text.pt")
+
+
+def build_diffusion(recipe, tokenizer, seed):
+    """UNet and text encoder at their starting point: torch's default layers, small embeddings as in CLIP, and zeros where a
+    block or the network ends, so that each starts as the identity or as zero (as the published code does)."""
+    torch.manual_seed(seed)
+    text = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer.vocab), **recipe.text))
+    nn.init.normal_(text.embeddings.token_embedding.weight, std=0.02)
+    nn.init.normal_(text.embeddings.position_embedding.weight, std=0.01)
+    unet = UNet(recipe.unet)
+    for name, module in unet.named_modules():
+        if name.endswith(("conv2", "proj_out", "conv_out")):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    return nn.ModuleDict({"unet": unet, "text_encoder": text})
+
+
+# ---- export --------------------------------------------------------------------------------------------------------
+
+
+def export(recipe, run, folder):
+    """Write what the run has learned so far (the averages) as a checkpoint folder in diffusers layout, float16."""
+    tokenizer = make_tokenizer()
+    factor = torch.load(run / "pool.pt", mmap=True)["scaling_factor"]
+    averages = torch.load(run / "diffusion.pt", map_location="cpu", mmap=True)["average"]
+    text = CLIPTextConfig(vocab_size=len(tokenizer.vocab), **recipe.text)
+    vae = asdict(recipe.vae) | {
+        "_class_name": "AutoencoderKL",
+        "scaling_factor": factor,
+        "down_block_types": ["DownEncoderBlock2D"] * len(recipe.vae.block_out_channels),
+        "up_block_types": ["UpDecoderBlock2D"] * len(recipe.vae.block_out_channels),
+    }
+    text_config = asdict(text) | {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
+    model_index = {
+        "_class_name": "StableDiffusionPipeline",
+        "scheduler": ["diffusers", SCHEDULE["_class_name"]],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+    }
+
+    def part(prefix):
+        return {key.removeprefix(prefix): value for key, value in averages.items() if key.startswith(prefix)}
+
+    write_part(folder / "vae", "diffusion_pytorch_model", vae, torch.load(run / "vae.pt", map_location="cpu"))
+    unet = asdict(recipe.unet) | {"_class_name": "UNet2DConditionModel"}
+    write_part(folder / "unet", "diffusion_pytorch_model", unet, part("unet."))
+    write_part(folder / "text_encoder", "model", text_config, part("text_encoder."))
+    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULE)
+    write_json(folder / "model_index.json", model_index)
+    tokenizer.save(folder / "tokenizer")
+
+
+def write_part(folder, name, config, weights):
+    write_json(folder / "config.json", config)
+    halves = {key: value.half().contiguous() for key, value in weights.items()}
+    save_file(halves, folder / f"{name}.safetensors", metadata={"format": "pt"})
+
+
+def write_json(path, values):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m minisd.training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stage", choices=("autoencoder", "diffusion", "export"))
+    parser.add_argument("--run", type=Path, required=True, help="folder of the run: checkpoints, encoded pool")
+    parser.add_argument("--recipe", choices=RECIPES, default="small", help="small: 64x64, for a CPU; large: 128x128, for a GPU")
+    parser.add_argument("--steps", type=int, help="train to this many steps instead of the recipe's")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--to", type=Path, help="export: the folder to write")
+    args = parser.parse_args(arguments)
+    recipe, device = RECIPES[args.recipe], torch.device(args.device)
+    if (args.stage == "export") != (args.to is not None):
+        parser.error("--to goes with export, and export needs it")
+    args.run.mkdir(parents=True, exist_ok=True)
+    if args.stage == "export":
+        return export(recipe, args.run, args.to)
+    if args.steps is not None:
+        recipe = replace(recipe, **{args.stage: replace(getattr(recipe, args.stage), steps=args.steps)})
+    {"autoencoder": fit_autoencoder, "diffusion": fit_diffusion}[args.stage](recipe, args.run, args.seed, device)
+
+
+if __name__ == "__main__":
+    main()

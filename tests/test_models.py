@@ -1,0 +1,365 @@
+"""UNet, VAE and CLIP text encoder equal diffusers' and transformers' on tiny random models.
+
+The bar is max |difference| <= 1e-5 max |reference| in fp32. Every parameter is random, norms and biases too. Mistakes that a
+looser test would not see (epsilon of a GroupNorm, tanh GELU, swapped norms ...) are made on purpose below, and have to fail.
+"""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import CROSS_DOWN, CROSS_UP, difference, text_pair, unet_pair, vae_pair
+
+import minisd.clip
+import minisd.unet
+import minisd.vae
+from minisd import AttentionEdit, CLIPTextConfig, UNet, UNetConfig, VAEConfig
+from minisd.unet import timestep_embedding
+
+BAR = 1e-5
+
+UNETS = {  # name: config, latent size
+    "one head of 8": (dict(block_out_channels=(8, 16), layers_per_block=1, attention_head_dim=1), (8, 8)),
+    "head dim 40 and 80": (dict(block_out_channels=(80, 160), layers_per_block=1, attention_head_dim=2), (6, 10)),
+    "head dim 160": (dict(block_out_channels=(160, 160), layers_per_block=1, attention_head_dim=1), (5, 4)),
+    "three levels, ragged latent": (dict(block_out_channels=(16, 24, 32), layers_per_block=2, attention_head_dim=2), (9, 13)),
+    "four levels, heads per block": (
+        dict(block_out_channels=(16, 24, 32, 48), layers_per_block=1, attention_head_dim=[2, 3, 4, 6]),
+        (16, 8),
+    ),
+    "four levels, latent of 3x5": (dict(block_out_channels=(8, 8, 16, 16), layers_per_block=2, attention_head_dim=1), (3, 5)),
+    "cross attention in every block": (
+        dict(
+            block_out_channels=(16, 32),
+            layers_per_block=3,
+            attention_head_dim=2,
+            down_block_types=(CROSS_DOWN,) * 2,
+            up_block_types=(CROSS_UP,) * 2,
+        ),
+        (7, 7),
+    ),
+    "no flip, shift 1, eps": (
+        dict(
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            attention_head_dim=4,
+            flip_sin_to_cos=False,
+            freq_shift=1,
+            norm_eps=1e-3,
+            norm_num_groups=4,
+        ),
+        (8, 8),
+    ),
+    "other numbers of channels in and out": (
+        dict(block_out_channels=(16, 16), layers_per_block=1, attention_head_dim=2, in_channels=9, out_channels=8),
+        (4, 8),
+    ),
+    "one level": (
+        dict(
+            block_out_channels=(16,),
+            layers_per_block=1,
+            attention_head_dim=2,
+            down_block_types=(CROSS_DOWN,),
+            up_block_types=(CROSS_UP,),
+        ),
+        (4, 3),
+    ),
+}
+VAES = {
+    "depth 1": dict(block_out_channels=(16,), layers_per_block=1, norm_num_groups=4),
+    "depth 3": dict(block_out_channels=(8, 16, 24), layers_per_block=2, norm_num_groups=8),
+    "depth 4, other channels": dict(
+        block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=8, latent_channels=3, in_channels=1, out_channels=1
+    ),
+}
+TEXTS = {
+    "quick_gelu": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4),
+    "gelu, eps, 20 positions": dict(
+        hidden_size=48,
+        intermediate_size=40,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        hidden_act="gelu",
+        layer_norm_eps=1e-3,
+        max_position_embeddings=20,
+    ),
+}
+
+
+def unet_difference(config, size, scale=1.0):
+    """A UNet against the reference, 3 latents at 3 times; `scale` shrinks what enters and the first layer's bias."""
+    reference, ours = unet_pair(**config)
+    shrink(scale, reference.conv_in, reference.time_embedding.linear_2)
+    ours.load_state_dict(reference.state_dict())
+    torch.manual_seed(1)
+    x, context = scale * torch.randn(3, ours.config.in_channels, *size), torch.randn(3, 11, 24)
+    t = torch.tensor([0, 499, 999])
+    with torch.no_grad():
+        return difference(ours(x, t, context), reference(x, t, context).sample)
+
+
+def vae_difference(config, size=(24, 40), scale=1.0):
+    reference, ours = vae_pair(**config)
+    shrink(scale, reference.encoder.conv_in, reference.decoder.conv_in, reference.post_quant_conv)
+    ours.load_state_dict(reference.state_dict())
+    torch.manual_seed(1)
+    x = scale * torch.randn(2, ours.config.in_channels, *size)
+    z = scale * torch.randn(2, ours.config.latent_channels, 5, 3)
+    with torch.no_grad():
+        posterior = reference.encode(x).latent_dist
+        mean, logvar = ours.encode(x)
+        pairs = ((mean, posterior.mean), (logvar, posterior.logvar), (ours.decode(z), reference.decode(z).sample))
+        return max(difference(*pair) for pair in pairs)
+
+
+def text_difference(config, scale=1.0):
+    reference, ours = text_pair(**config)
+    shrink(scale, reference.embeddings.token_embedding, reference.embeddings.position_embedding)
+    ours.load_state_dict(reference.state_dict())
+    ids = torch.randint(0, 99, (4, config.get("max_position_embeddings", 77)), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return max(
+            difference(ours(ids[:, :n]), reference(ids[:, :n]).last_hidden_state) for n in (1, 7, ids.shape[1])
+        )
+
+
+def shrink(scale, *layers):
+    with torch.no_grad():
+        for layer in layers:
+            for parameter in layer.parameters():
+                parameter.mul_(scale)
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_unet(name):
+    assert unet_difference(*UNETS[name]) <= BAR
+
+
+@pytest.mark.parametrize("name", VAES)
+def test_vae(name):
+    assert vae_difference(VAES[name]) <= BAR
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_text(name):
+    assert text_difference(TEXTS[name]) <= BAR
+
+
+SMALL = 1e-3  # activations of this size make the epsilon of a norm visible
+
+
+# ---- mistakes that have to be seen ---------------------------------------------------------------------------------
+
+
+def functional(**changed):
+    """torch.nn.functional with some functions exchanged, for one module of ours: the reference keeps the real one."""
+    return SimpleNamespace(**(vars(F) | changed))
+
+
+def swapped_norms(self, x, context, edits, forward=minisd.unet.TransformerBlock.forward):
+    self.norm1, self.norm2 = self.norm2, self.norm1
+    out = forward(self, x, context, edits)
+    self.norm1, self.norm2 = self.norm2, self.norm1
+    return out
+
+
+def sinusoids(**change):
+    return lambda t, dim, flip, shift: timestep_embedding(t, dim, **({"flip_sin_to_cos": flip, "freq_shift": shift} | change))
+
+
+def reads(cls, **change):
+    return lambda values, read=cls.from_dict: read(values | change)
+
+
+MISTAKES = {  # name: comparison, what is broken, how
+    "swapped norms": ("unet", minisd.unet.TransformerBlock, "forward", swapped_norms),
+    "tanh GELU": ("unet", minisd.unet, "F", functional(gelu=lambda x: F.gelu(x, approximate="tanh"))),
+    "eps of the transformer's norm": ("unet", minisd.unet, "TRANSFORMER_NORM_EPS", 1e-5),
+    "eps of the UNet's resnets": ("unet", UNetConfig, "from_dict", reads(UNetConfig, norm_eps=1e-6)),
+    "sin before cos": ("unet", minisd.unet, "timestep_embedding", sinusoids(flip_sin_to_cos=False)),
+    "shifted frequencies": ("unet", minisd.unet, "timestep_embedding", sinusoids(freq_shift=1)),
+    "upsampling that always doubles": (
+        "unet",
+        minisd.unet.Upsample,
+        "forward",
+        lambda self, x, size=None: F.interpolate(self.conv(F.interpolate(x, scale_factor=2.0)), size=size),
+    ),
+    "eps of the VAE's norms": ("vae", minisd.vae, "NORM_EPS", 1e-5),
+    "symmetric padding in the encoder": (
+        "vae",
+        minisd.vae.Downsample,
+        "forward",
+        lambda self, x: F.conv2d(x, self.conv.weight, self.conv.bias, stride=2, padding=1),
+    ),
+    "the true GELU in CLIP": ("text", minisd.clip, "ACTIVATIONS", {"quick_gelu": F.gelu}),
+    "no causal mask": (
+        "text",
+        minisd.clip,
+        "F",
+        functional(scaled_dot_product_attention=lambda q, k, v, is_causal: F.scaled_dot_product_attention(q, k, v)),
+    ),
+    "eps of CLIP's norms": ("text", CLIPTextConfig, "from_dict", reads(CLIPTextConfig, layer_norm_eps=1e-6)),
+}
+
+
+def small_difference(kind):
+    if kind == "unet":
+        return unet_difference(*UNETS["three levels, ragged latent"], scale=SMALL)
+    if kind == "vae":
+        return vae_difference(VAES["depth 3"], scale=SMALL)
+    return text_difference(TEXTS["quick_gelu"], scale=SMALL)
+
+
+@pytest.mark.parametrize("kind", ("unet", "vae", "text"))
+def test_small_activations(kind):
+    assert small_difference(kind) <= BAR
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_seen(name, monkeypatch):
+    kind, *broken = MISTAKES[name]
+    monkeypatch.setattr(*broken)
+    assert small_difference(kind) > 2 * BAR
+
+
+# ---- reduced precision ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_reduced_precision(dtype):
+    """Ours in bf16 or fp16 errs at most twice as much against the fp32 reference as the reference itself does."""
+    ids, t = torch.arange(20).reshape(2, 10), torch.tensor([0, 900])
+    torch.manual_seed(0)
+    x, context, picture, z = torch.randn(2, 4, 8, 8), torch.randn(2, 11, 24), torch.randn(2, 3, 24, 16), torch.randn(2, 4, 6, 4)
+
+    def cast(*tensors):
+        return [tensor.to(dtype) for tensor in tensors]
+
+    config = dict(block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=2)
+    with torch.no_grad():
+        reference, ours = unet_pair(**config)
+        exact = reference(x, t, context).sample
+        (x16, context16), _ = cast(x, context), (reference.to(dtype), ours.to(dtype))
+        check(ours(x16, t, context16), reference(x16, t, context16).sample, exact)
+
+        reference, ours = vae_pair(**VAES["depth 3"])
+        exact_mean, exact_picture = reference.encode(picture).latent_dist.mean, reference.decode(z).sample
+        (picture16, z16), _ = cast(picture, z), (reference.to(dtype), ours.to(dtype))
+        check(ours.encode(picture16)[0], reference.encode(picture16).latent_dist.mean, exact_mean)
+        check(ours.decode(z16), reference.decode(z16).sample, exact_picture)
+
+        reference, ours = text_pair(**TEXTS["quick_gelu"])
+        exact = reference(ids).last_hidden_state
+        check(ours.to(dtype)(ids), reference.to(dtype)(ids).last_hidden_state, exact)
+
+
+def check(ours, theirs, exact):
+    assert ours.dtype == theirs.dtype and ours.isfinite().all()
+    assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
+
+
+# ---- what is ours alone --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return unet_pair(block_out_channels=(16, 24, 32), layers_per_block=1, attention_head_dim=2)
+
+
+def test_guidance_groups_share_their_prefix(pair):
+    """3 groups of 2 latents are what the reference gives for the 6 rows; a prepared context gives the same bits."""
+    reference, ours = pair
+    torch.manual_seed(0)
+    x, context, t = torch.randn(2, 4, 9, 6), torch.randn(6, 5, 24), torch.tensor([3, 700])
+    with torch.no_grad():
+        expected = reference(x.repeat(3, 1, 1, 1), t.repeat(3), context).sample
+        got = ours(x, t, context)
+        assert difference(got, expected) <= BAR
+        assert torch.equal(got, ours(x, t, ours.prepare(context)))
+        assert torch.equal(ours(x, torch.tensor(5), context), ours(x, torch.tensor([5]), context))
+        rows = []
+        ours.down_blocks[0].attentions[0].transformer_blocks[0].norm1.register_forward_hook(
+            lambda module, args, out: rows.append(len(out))
+        )
+        first_self = ours.sites("self")[0]
+        ours(x, t, context)
+        ours(x, t, context, {first_self: AttentionEdit(source_row=torch.arange(6))})
+        assert rows == [2, 6]  # an edit at the first site separates the groups before it
+
+
+def test_sites(pair):
+    _, ours = pair
+    modules = dict(ours.named_modules())
+    assert ours.sites() == [name for name in modules if name.endswith(("attn1", "attn2"))]
+    assert len(ours.sites()) == 2 * len(ours.sites("self")) == 2 * len(ours.sites("cross"))
+    seen = {}
+    for name in ours.sites("self"):
+        modules[name].to_q.register_forward_hook(lambda module, args, out, name=name: seen.update({name: out.shape[1]}))
+    with torch.no_grad():
+        ours(torch.randn(1, 4, 9, 6), torch.tensor(1), torch.randn(1, 5, 24))
+    assert list(seen) == ours.sites("self")  # forward order
+    assert {name: math.prod(ours.grid(name, (9, 6))) for name in seen} == seen
+    assert ours.sites("self", max_tokens=15, size=(9, 6)) == [name for name in seen if seen[name] <= 15]
+    assert ours.sites(max_tokens=15, size=(9, 6)) != ours.sites(max_tokens=15)
+    assert all(modules[name].name == name for name in ours.sites())
+
+
+def test_attention_is_set_everywhere(pair):
+    _, ours = pair
+    assert ours.attention == "sdpa"
+    ours.attention = "reference"
+    assert {module.impl for name, module in ours.named_modules() if name in ours.sites()} == {"reference"}
+    ours.attention = "sdpa"
+    with pytest.raises(ValueError, match="triton, sdpa, reference, got 'flash'"):
+        ours.attention = "flash"
+
+
+def test_unet_errors(pair):
+    _, ours = pair
+    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor(1), torch.randn(2, 5, 24)
+    with pytest.raises(ValueError, match="no attention site is called attn7"):
+        ours(x, t, context, {"attn7": AttentionEdit()})
+    with pytest.raises(ValueError, match="multiple of the latents' rows"):
+        ours(x, t, context[:1])
+    with pytest.raises(ValueError, match="one for each latent"):
+        ours(x, torch.tensor([1, 2, 3]), context)
+    with pytest.raises(ValueError, match='"self", "cross" or None, got \'both\''):
+        ours.sites("both")
+    with pytest.raises(ValueError, match="at most 77"):
+        minisd.clip.CLIPTextModel(CLIPTextConfig(hidden_size=8, num_attention_heads=1, vocab_size=9))(torch.zeros(1, 78).long())
+
+
+def test_the_time_embedding_is_the_formula():
+    """cos, sin of t 10000^(-i / half) in float64, at an odd t and a large one."""
+    t = torch.tensor([1, 999])
+    angles = t.double()[:, None] * 10000.0 ** (-torch.arange(16).double() / 16)
+    expected = torch.cat([angles.cos(), angles.sin()], dim=1)
+    assert (timestep_embedding(t, 32) - expected).abs().max() < 1e-4  # fp32 holds t * freq to 6e-5 at t = 999
+
+
+@pytest.mark.parametrize(
+    "config, change, words",
+    (
+        (UNetConfig, {"use_linear_projection": True}, "use_linear_projection: got True, but this key is unknown"),
+        (UNetConfig, {"act_fn": "gelu"}, "act_fn: got 'gelu', supported is 'silu'"),
+        (UNetConfig, {"class_embed_type": "timestep"}, "class_embed_type"),
+        (UNetConfig, {"down_block_types": ["AttnDownBlock2D"] * 4}, "down_block_types: expected 4"),
+        (UNetConfig, {"attention_head_dim": [8, 8]}, "expected a number or 4 of them"),
+        (VAEConfig, {"latents_mean": [0.0]}, "latents_mean"),
+        (VAEConfig, {"mid_block_add_attention": False}, "mid_block_add_attention: got False, supported is True"),
+        (CLIPTextConfig, {"hidden_act": "relu"}, "hidden_act: got 'relu', supported are quick_gelu, gelu"),
+    ),
+)
+def test_configs_refuse_other_maths(config, change, words):
+    config.from_dict({"_class_name": "x", "class_embed_type": None, "use_linear_projection": False})
+    with pytest.raises(ValueError, match=words):
+        config.from_dict(change)
+
+
+def test_models_build_without_memory():
+    with torch.device("meta"):
+        model = UNet()
+    assert sum(parameter.numel() for parameter in model.parameters()) == 859_520_964
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
