@@ -9,7 +9,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOME = {  # public name -> module that defines it
-    "load": "checkpoint",
+    "load": "pipeline",
     "StableDiffusion": "pipeline",
     "UNet": "unet",
     "UNetConfig": "unet",

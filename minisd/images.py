@@ -1,0 +1,37 @@
+"""Pictures: PIL images <-> tensors (B, 3, H, W) in [-1, 1], by the rules of diffusers' VaeImageProcessor."""
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+
+def to_tensor(images: list[Image.Image], height: int, width: int) -> Tensor:
+    """x = 2 (value / 255) - 1 of RGB pictures, resized (Lanczos) to height x width -> (B, 3, height, width), fp32."""
+    images = [image.resize((width, height), Image.Resampling.LANCZOS) for image in images]
+    x = torch.from_numpy(np.stack([np.asarray(image, dtype=np.float32) for image in images]))
+    return 2 * (x / 255).permute(0, 3, 1, 2) - 1
+
+
+def to_pil(image: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [-1, 1] -> 8-bit pictures, round(255 (x / 2 + 1/2)). ArithmeticError where it is not finite."""
+    if not image.isfinite().all():
+        raise ArithmeticError(f"the picture has NaN or infinite values in {image.dtype}; try another dtype")
+    image = image.float()
+    image = 255 * (image / 2 + 0.5).clamp(0, 1)
+    return [Image.fromarray(each) for each in image.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture as a viewer shows it: turned upright (EXIF), 16-bit grey scaled to 8, transparency laid on white."""
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"got a {type(image).__name__}, expected a PIL image or a tensor (B, 3, H, W) in [-1, 1]")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"a picture of mode {image.mode} has no known white; convert it to 8 bits or I;16")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")

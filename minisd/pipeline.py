@@ -1,0 +1,313 @@
+"""Stable Diffusion end to end: text and pictures in, pictures out.
+
+    txt2img:  x = noise;                          x_T -> ... -> x_0 under guidance;  picture = decode(x_0)
+    img2img:  x = alpha z + sigma noise, z = encode(picture), from part of the way;  the same
+
+Rombach et al. 2022, https://arxiv.org/abs/2112.10752; classifier-free guidance, Ho and Salimans 2022,
+https://arxiv.org/abs/2207.12598; img2img, Meng et al. 2022 (SDEdit), https://arxiv.org/abs/2108.01073.
+"""
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from . import checkpoint
+from .attention import IMPLEMENTATIONS
+from .clip import CLIPTextModel
+from .guidance import cfg
+from .images import to_pil, to_rgb, to_tensor
+from .samplers import DDIM, DPMpp2M, Sampler, Step, denoise, strength_to_skip
+from .schedule import NoiseSchedule
+from .tokenizer import CLIPTokenizer
+from .unet import UNet
+from .vae import AutoencoderKL
+
+SAMPLERS = {
+    "dpm++": DPMpp2M,  # DPM-Solver++ 2M on Karras' noise levels
+    "dpm++ linspace": lambda schedule, steps, skip=0: DPMpp2M(schedule, steps, skip, karras=False),
+    "ddim": DDIM,
+}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass
+class StableDiffusion:
+    """The five parts, and the few functions that join them.
+
+    A picture is a PIL image, or a tensor (B, 3, H, W) in [-1, 1]; a latent z or x is (B, C, H / factor, W / factor),
+    C = unet.config.in_channels (4) and factor = vae.factor (8 in SD v1), scaled by vae.config.scaling_factor.
+    """
+
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    unet: UNet
+    vae: AutoencoderKL
+    schedule: NoiseSchedule
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.conv_in.weight.dtype
+
+    def to(self, device=None, dtype=None) -> "StableDiffusion":
+        """Move the three models in place. `unet.attention` stays as it is: "triton" needs a CUDA device."""
+        device, dtype = pick_device(device or self.device), pick_dtype(dtype or self.dtype, None)
+        for model in (self.text_encoder, self.unet, self.vae):
+            model.to(device, dtype)
+        return self
+
+    @torch.no_grad()
+    def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
+        """Text encoder's last hidden states, (B, 77, D). Prompts longer than 77 tokens are cut, with a warning."""
+        return self.text_encoder(self.tokenizer(as_list(prompts)).to(self.device))
+
+    @torch.no_grad()
+    def encode_image(self, image, generator: torch.Generator | None = None, height=None, width=None) -> Tensor:
+        """z = scaling_factor * (mean + std * noise), noise drawn from `generator`; None: the mode, that is the mean.
+
+        image, height, width: what `pixels` takes. Returns (B, C, H / factor, W / factor).
+        """
+        mean, logvar = self.vae.encode(self.pixels(image, height, width))
+        if generator is not None:
+            noise = torch.randn(mean.shape, generator=generator, device=generator.device)
+            mean = mean + (0.5 * logvar).exp() * noise.to(mean)
+        return self.vae.config.scaling_factor * mean
+
+    @torch.no_grad()
+    def decode(self, z: Tensor, as_tensor: bool = False) -> list[Image.Image] | Tensor:
+        """The pictures of latents z: PIL images, or one tensor (B, 3, H, W) in [-1, 1]."""
+        z = z.to(self.device, self.dtype) / self.vae.config.scaling_factor
+        # One by one: at 512 x 512 the decoder's activations are the largest of all.
+        image = torch.cat([self.vae.decode(row) for row in z.split(1)]).clamp(-1, 1)
+        return image if as_tensor else to_pil(image)
+
+    def noise(self, seed: int | Sequence[int], batch: int = 1, height=None, width=None) -> Tensor:
+        """x_T ~ N(0, 1), (B, C, height / factor, width / factor); the size is in pixels, default the model's own.
+
+        Row i is drawn with seed + i, whatever the batch; a list gives each row its seed. Drawn on the CPU in float32,
+        so that it is the same on every device.
+        """
+        seeds = seed if isinstance(seed, (list, tuple)) else range(seed, seed + batch)
+        if not seeds or not all(-(2**63) <= s < 2**64 for s in seeds):
+            raise ValueError(f"got seeds {list(seeds)}, expected at least one, from -2**63 to 2**64 - 1")
+        shape = (1, self.unet.config.in_channels, *self._latent_size(height, width))
+        rows = [torch.randn(shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds]
+        return torch.cat(rows).to(self.device, self.dtype)
+
+    def pixels(self, image, height: int | None = None, width: int | None = None) -> Tensor:
+        """Picture(s) as the VAE takes them, (B, 3, height, width) in [-1, 1].
+
+        A PIL image (or a list of them) is turned upright, made RGB and resized (Lanczos); without a size its own is
+        taken, each side rounded down to a multiple of vae.factor, as diffusers does. A tensor must have the right size.
+        """
+        if isinstance(image, Tensor):
+            return self._check_pixels(image, height, width)
+        images = [to_rgb(each) for each in (image if isinstance(image, (list, tuple)) else [image])]
+        factor = self.vae.factor
+        height = images[0].height // factor * factor if height is None else height
+        width = images[0].width // factor * factor if width is None else width
+        self._latent_size(height, width)
+        return to_tensor(images, height, width).to(self.device, self.dtype)
+
+    def txt2img(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] = "",
+        steps: int = 25,
+        guidance: float = 7.5,
+        sampler: str = "dpm++",
+        seed: int | Sequence[int] = 0,
+        height: int | None = None,
+        width: int | None = None,
+        latents: Tensor | None = None,
+        on_step: Callable[[Tensor, Step], Tensor | None] | None = None,
+        progress: bool = True,
+        num_images: int = 1,
+    ) -> list[Image.Image]:
+        """Draw prompt(s): `num_images` pictures of each, those of the first prompt first.
+
+        negative_prompt: what guidance leads away from, one for all or one for each prompt; it has no effect at guidance
+        1, where no unconditional half is computed. steps: 1 to 1000. sampler: one of SAMPLERS. seed: picture i of the
+        list is drawn with seed + i; a list gives each picture its seed. height, width: pixels, multiples of vae.factor,
+        by default the model's own. latents: x_T (B, C, h, w) in place of the seed's noise. on_step(x, step) is called
+        after each step and may return new latents. progress: a bar on stderr. ValueError for what does not fit.
+        """
+        prompts = as_list(prompt)
+        plan = make_sampler(sampler, self.schedule, steps)
+        predict = self._guided(prompts, negative_prompt, guidance, num_images)
+        x = self._noise_for(len(prompts) * num_images, seed, latents, height, width)
+        return self.decode(_denoise(x, plan, predict, on_step, progress))
+
+    def img2img(
+        self,
+        image,
+        prompt: str | Sequence[str],
+        strength: float = 0.75,
+        negative_prompt: str | Sequence[str] = "",
+        steps: int = 25,
+        guidance: float = 7.5,
+        sampler: str = "dpm++",
+        seed: int | Sequence[int] = 0,
+        height: int | None = None,
+        width: int | None = None,
+        latents: Tensor | None = None,
+        on_step: Callable[[Tensor, Step], Tensor | None] | None = None,
+        progress: bool = True,
+        num_images: int = 1,
+    ) -> list[Image.Image]:
+        """Redraw picture(s) after prompt(s): noise them to the level `strength` of the way up, then denoise.
+
+        image: what `pixels` takes, one picture for all prompts or one for each; height, width: resize it to that.
+        strength: 0 to 1; the last int(steps * strength) steps are run, and if there are none the picture itself is
+        returned. latents: noise (B, C, h, w) in place of the seed's. The rest is as in `txt2img`.
+        """
+        prompts = as_list(prompt)
+        plan = make_sampler(sampler, self.schedule, steps, strength_to_skip(steps, strength))
+        predict = self._guided(prompts, negative_prompt, guidance, num_images)
+        pictures = self.pixels(image, height, width)
+        if len(pictures) not in (1, len(prompts)):
+            raise ValueError(f"got {len(pictures)} pictures for {len(prompts)} prompts, expected one or one for each")
+        height, width = pictures.shape[2:]
+        noise = self._noise_for(len(prompts) * num_images, seed, latents, height, width)
+        if len(plan) == 0:
+            return to_pil(_per_image(pictures, len(prompts), num_images))
+        z = _per_image(self.encode_image(pictures), len(prompts), num_images)
+        return self.decode(_denoise(plan.start(z, noise), plan, predict, on_step, progress))
+
+    def _guided(self, prompts: list[str], negative_prompt, guidance: float, num_images: int):
+        """The noise predictor of all pictures, those of one prompt standing together."""
+        negatives = as_list(negative_prompt)
+        if not prompts or len(negatives) not in (1, len(prompts)):
+            raise ValueError(
+                f"got {len(prompts)} prompts and {len(negatives)} negative prompts, expected at least one prompt, and "
+                "one negative prompt or one for each"
+            )
+        if not math.isfinite(guidance):
+            raise ValueError(f"guidance is {guidance}, expected a finite number (1: no guidance)")
+        if operator.index(num_images) < 1:
+            raise ValueError(f"num_images is {num_images}, expected at least 1")
+        uncond, cond = (
+            _per_image(self.encode_prompt(texts), len(prompts), num_images) for texts in (negatives, prompts)
+        )
+        return cfg(self.unet, uncond, cond, guidance)
+
+    def _noise_for(self, batch: int, seed, latents, height, width) -> Tensor:
+        """The given latents, or else the seed's noise, (batch, C, h, w)."""
+        if latents is None:
+            latents = self.noise(seed, batch, height, width)
+        elif height is None and width is None:
+            height, width = (side * self.vae.factor for side in latents.shape[-2:])
+        expected = (batch, self.unet.config.in_channels, *self._latent_size(height, width))
+        if tuple(latents.shape) != expected:
+            raise ValueError(f"the latents have shape {tuple(latents.shape)}, expected {expected}")
+        return latents.to(self.device, self.dtype)
+
+    def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """(h, w) of the latents of a picture of that many pixels; None: the model's own size."""
+        factor, own = self.vae.factor, self.unet.config.sample_size
+        h, w = own if isinstance(own, (tuple, list)) else (own, own)
+        height, width = h * factor if height is None else height, w * factor if width is None else width
+        if not all(operator.index(side) > 0 and side % factor == 0 for side in (height, width)):
+            raise ValueError(f"the picture is {width} x {height} pixels, expected positive multiples of {factor}")
+        return height // factor, width // factor
+
+    def _check_pixels(self, image: Tensor, height: int | None, width: int | None) -> Tensor:
+        """A tensor (B, 3, H, W) in [-1, 1] of the right size, on the model's device."""
+        if image.ndim != 4 or image.shape[1] != 3 or not image.is_floating_point():
+            raise ValueError(f"got a {image.dtype} tensor of shape {tuple(image.shape)}, expected floats (B, 3, H, W)")
+        own = tuple(image.shape[2:])
+        if own != (own[0] if height is None else height, own[1] if width is None else width):
+            raise ValueError(
+                f"got a tensor of {own[1]} x {own[0]} pixels for {width} x {height}; only PIL images are resized"
+            )
+        self._latent_size(*own)
+        low, high = image.aminmax()
+        if not (low >= -1 and high <= 1):
+            raise ValueError(f"got a tensor with values from {low:g} to {high:g}, expected -1 (black) to 1 (white)")
+        return image.to(self.device, self.dtype)
+
+
+def load(
+    source,
+    *,
+    device=None,
+    dtype=None,
+    attention: str = "auto",
+    variant: str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> StableDiffusion:
+    """Load a model: "shapes" (bundled), a Hub repo id, a folder in diffusers layout, or one CompVis .safetensors file.
+
+    device: None is "cuda" if there is one, else "cpu". dtype: a torch dtype or its name; None is float16 on CUDA, else
+    float32. attention: "triton", "sdpa" or "reference"; "auto" is triton on CUDA, else sdpa; `sd.unet.attention` shows
+    it. variant: "fp16" takes the files *.fp16.safetensors. revision: branch, tag or commit of a Hub repo.
+    local_files_only: do not ask the Hub, use its local cache. Raises CheckpointError, a ValueError, if the model cannot
+    be found or read, or if tensors are missing, unexpected or misshapen (one error that lists them all).
+    """
+    device = pick_device(device)
+    dtype = pick_dtype(dtype, device)
+    if attention not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(f"attention is {attention!r}, expected auto, {', '.join(IMPLEMENTATIONS)}")
+    found = checkpoint.locate(source, variant=variant, revision=revision, local_files_only=local_files_only)
+    sd = StableDiffusion(*checkpoint.load_parts(found, device, dtype))
+    sd.unet.attention = ("triton" if device.type == "cuda" else "sdpa") if attention == "auto" else attention
+    return sd
+
+
+def pick_device(device) -> torch.device:
+    """torch.device(device), None being CUDA if there is one; ValueError if there is no such device here."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def pick_dtype(dtype, device: torch.device) -> torch.dtype:
+    """A torch dtype from itself or its name, None being float16 on CUDA and float32 elsewhere."""
+    if dtype is None:
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if dtype in DTYPES.values():
+        return dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def make_sampler(name: str, schedule: NoiseSchedule, steps: int, skip: int = 0) -> Sampler:
+    """The sampler of that name; ValueError names the choices."""
+    if name not in SAMPLERS:
+        raise ValueError(f"sampler is {name!r}, expected one of {', '.join(map(repr, SAMPLERS))}")
+    return SAMPLERS[name](schedule, steps, skip)
+
+
+def _denoise(x: Tensor, sampler: Sampler, predict, on_step, progress: bool) -> Tensor:
+    """`denoise` with a progress bar and an on_step that may return None."""
+
+    def after(x, step):
+        new = on_step(x, step)
+        return x if new is None else new
+
+    return denoise(x, tqdm(sampler, disable=not progress), predict, after if on_step else None)
+
+
+def _per_image(rows: Tensor, prompts: int, num_images: int) -> Tensor:
+    """One row for all prompts or one for each -> one for each picture, those of one prompt standing together."""
+    return rows.expand(prompts, *rows.shape[1:]).repeat_interleave(num_images, dim=0)
+
+
+def as_list(texts: str | Sequence[str]) -> list[str]:
+    return [texts] if isinstance(texts, str) else list(texts)
