@@ -8,8 +8,8 @@
     a big striped red circle at the top on a gray background
     a big red circle left of a small blue square on a white background
 
-A `Description` is what is said, a `Scene` is what is drawn: `draw` chooses the places, the exact diameters and whatever the
-caption leaves out, so one caption has many pictures. Lengths are in units of 1/64 of the picture's side, y points down.
+A `Description` is what is said, a `Scene` is what is drawn: `draw` chooses the places, the exact sides and whatever
+the caption leaves out, so one caption has many pictures. Lengths are in 1/64 of the picture's side, y points down.
 """
 
 import hashlib
@@ -38,8 +38,8 @@ POSITIONS = {  # name -> direction of the object's centre from the picture's cen
     "at the bottom": (0, 1),
     "in the center": (0, 0),
 }
-RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # direction of the first from the second
-HELD_OUT_PAIRS = (("purple", "triangle"), ("orange", "circle"), ("green", "cross"))  # (colour, shape), never in training
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # of the first from the second
+HELD_OUT_PAIRS = (("purple", "triangle"), ("orange", "circle"), ("green", "cross"))  # never in training
 SPLITS = ("train", "heldout", "composition")
 
 DARK = 0.45
@@ -52,7 +52,7 @@ SUPERSAMPLE = 4
 
 @dataclass(frozen=True)
 class Thing:
-    """One object as said: `size` is None where the caption does not say it, `texture` "plain" where there is no word."""
+    """One object as said: `size` is None where the caption does not say it, `texture` is "plain" without a word."""
 
     shape: str
     colour: str
@@ -66,7 +66,10 @@ class Thing:
 
 @dataclass(frozen=True)
 class Description:
-    """What a caption says: one thing and perhaps a position, or two things and a relation; perhaps a background. `str` is the caption."""
+    """What a caption says: one thing and perhaps a position, or two and their relation; perhaps a background.
+
+    `str` of it is the caption.
+    """
 
     things: tuple[Thing, ...]
     place: str | None = None
@@ -115,7 +118,7 @@ def words() -> list[str]:
 
 
 def parse(text: str) -> Description:
-    """What a caption says, the inverse of `caption`; ValueError names what was expected at the first word that does not fit."""
+    """What a caption says, the inverse of `caption`; ValueError names what was expected where a word does not fit."""
     rest = text.split()
 
     def take(what, options, optional=False):
@@ -168,7 +171,7 @@ def count_captions() -> int:
 
 
 def split(text: str | Description) -> str:
-    """The part a caption belongs to: "composition" (names a held-out pair), else "heldout" (2 %, by SHA-256), else "train"."""
+    """The part of a caption: "composition" (names a held-out pair), else "heldout" (2 %, by SHA-256), else "train"."""
     said = parse(text) if isinstance(text, str) else text
     if any((thing.colour, thing.shape) in HELD_OUT_PAIRS for thing in said.things):
         return "composition"
@@ -195,7 +198,7 @@ def describe(rng: random.Random) -> Description:
 
 
 def draw(said: Description, rng: random.Random) -> Scene:
-    """A random scene that the description fits: boxes inside the picture, GAP apart, the stated axis clearly dominant."""
+    """A random scene that the description fits: boxes inside the picture, GAP apart, the said axis dominant."""
     sides = [SIZES[t.size or rng.choice(list(SIZES))] + rng.uniform(-JITTER, JITTER) for t in said.things]
     centres = [_alone(sides[0], said.place, rng)] if len(sides) == 1 else _pair(*sides, RELATIONS[said.place], rng)
     boxes = tuple(Box(x, y, side) for (x, y), side in zip(centres, sides))
@@ -243,7 +246,7 @@ _split = split  # `sample` has an argument of this name
 
 
 def render(scene: Scene, size: int = 64) -> Image.Image:
-    """Draw a scene as an RGB image of size x size pixels, anti-aliased by averaging SUPERSAMPLE x SUPERSAMPLE points a pixel."""
+    """Draw a scene as an RGB image of size x size pixels, each the mean of SUPERSAMPLE x SUPERSAMPLE points."""
     unit = size * SUPERSAMPLE / SIDE  # points per 1/64 of the picture
     canvas = Image.new("RGB", (size * SUPERSAMPLE,) * 2, BACKGROUNDS[scene.background])
     for thing, box in zip(scene.said.things, scene.boxes):

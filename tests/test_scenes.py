@@ -25,7 +25,8 @@ def test_parse_is_the_inverse_of_caption():
     for _ in range(3000):
         said = scenes.describe(rng)
         assert parse(str(said)) == said
-    assert parse(ISSUE) == Description((Thing("circle", "red", "big"), Thing("square", "blue", "small")), "left of", "white")
+    things = Thing("circle", "red", "big"), Thing("square", "blue", "small")
+    assert parse(ISSUE) == Description(things, "left of", "white")
     assert str(Thing("circle", "orange")) == "an orange circle"
 
 
