@@ -1,12 +1,14 @@
 """Guidance: functions that turn the UNet and text embeddings into a noise predictor, predict(x, step) -> eps.
 
     conditional  eps = e(cond)
-    cfg          eps = e(uncond) + scale (e(cond) - e(uncond))                    Ho & Salimans 2022 (arXiv 2207.12598)
-    erase        eps = cfg - sum_i erase_scale_i (e(concept_i) - e(uncond))        Schramowski et al. 2022 (SLD, arXiv 2211.05105),
-                                                                                   Gandikota et al. 2023 (ESD, arXiv 2303.07345)
+    cfg          eps = e(uncond) + scale (e(cond) - e(uncond))
+    erase        eps = cfg - sum_i erase_scale_i (e(concept_i) - e(uncond))
 
-All groups of rows go through the UNet in one call, group-major with the conditional group LAST, because an AttentionEdit
-addresses the last rows of the batch. The UNet is any callable unet(x (B, 4, h, w), t, context (G*B, L, D), edits) -> (G*B, 4, h, w).
+Sources: Ho & Salimans 2022 (arXiv 2207.12598); erase is the negation of Liu et al. 2022 (arXiv 2206.01714). All groups
+of rows go through the UNet in one call, group-major with the conditional group LAST, because an AttentionEdit addresses
+the last rows of the batch. The UNet is any callable
+
+    unet(x (B, 4, h, w), t (0-d tensor), context (G*B, L, D), edits) -> eps (G*B, 4, h, w)
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from minisd.samplers import Step
+from .samplers import Step
 
 Edits = Callable[[Step], Mapping]  # step -> {site name: AttentionEdit}
 Predict = Callable[[Tensor, Step], Tensor]
@@ -26,7 +28,9 @@ def conditional(unet, cond: Tensor, edits: Edits | None = None) -> Predict:
     return lambda x, step: call(x, step)[0]
 
 
-def cfg(unet, uncond: Tensor | Sequence[Tensor], cond: Tensor, scale: float = 7.5, edits: Edits | None = None) -> Predict:
+def cfg(
+    unet, uncond: Tensor | Sequence[Tensor], cond: Tensor, scale: float = 7.5, edits: Edits | None = None
+) -> Predict:
     """Classifier-free guidance, eps = u + scale (c - u). With scale 1 no unconditional half is computed.
 
     cond: (B, L, D) or (1, L, D).  uncond: the same, or a list with one such tensor per step of the full schedule
@@ -60,7 +64,7 @@ def erase(
         raise ValueError(f"concepts has shape {tuple(concepts.shape)}, expected (n, L, D): one row per concept")
     weights = torch.as_tensor(erase_scale, dtype=torch.float64)
     if weights.shape not in ((), (len(concepts),)):
-        raise ValueError(f"erase_scale is {erase_scale!r}, expected one weight or a list of {len(concepts)}, one per concept")
+        raise ValueError(f"erase_scale is {erase_scale!r}, expected one weight or one per concept ({len(concepts)})")
     weights = weights.expand(len(concepts)).tolist()
     groups = [("uncond", uncond), *(("concepts", row[None]) for row in concepts), ("cond", cond)]
     call = _grouped(unet, groups, edits)
@@ -108,5 +112,5 @@ def _rows(name: str, rows: Tensor | Sequence[Tensor], batch: int, step: Step) ->
             raise ValueError(f"{name} is a list of {len(rows)} entries, but step {step.index} needs one entry per step")
         rows = rows[step.index]
     if rows.ndim != 3 or rows.shape[0] not in (1, batch):
-        raise ValueError(f"{name} has shape {tuple(rows.shape)}, expected (1, L, D) or ({batch}, L, D): one row or one per latent")
+        raise ValueError(f"{name} has shape {tuple(rows.shape)}, expected (1, L, D) or one per latent, ({batch}, L, D)")
     return rows.expand(batch, -1, -1)

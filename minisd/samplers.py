@@ -4,9 +4,9 @@
         x = step.update(x, predict(x, step))
         if after is not None: x = after(x, step)
 
-Sources: DDIM, Song et al. 2020 (arXiv 2010.02502) eq. 12 and 16; DPM-Solver++ 2M, Lu et al. 2022 (arXiv 2211.01095) algorithm 2;
-Karras et al. 2022 (arXiv 2206.00364) eq. 5. Timesteps and levels are those of diffusers' DDIMScheduler, DDIMInverseScheduler
-and DPMSolverMultistepScheduler built from the same scheduler_config.json.
+Sources: DDIM, Song et al. 2020 (arXiv 2010.02502) eq. 12 and 16; DPM-Solver++ 2M, Lu et al. 2022 (arXiv 2211.01095)
+algorithm 2; Karras et al. 2022 (arXiv 2206.00364) eq. 5. Timesteps and levels are those of diffusers' DDIMScheduler,
+DDIMInverseScheduler and DPMSolverMultistepScheduler built from the same scheduler_config.json.
 """
 
 import math
@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minisd.schedule import Level, NoiseSchedule
+from .schedule import Level, NoiseSchedule
 
 
 class Step(NamedTuple):
     """One step of a sampler, from level `now` to level `next`, with the UNet evaluated at timestep `t`.
 
-    index counts in the full schedule: skip does not shift it.  update(x, eps) -> x at level `next`, of x's shape and dtype;
-    call it once per step, because it may advance the sampler's history or draw noise.
+    index counts in the full schedule: skip does not shift it.  update(x, eps) -> x at level `next`, in x's dtype but
+    computed in fp32 or wider; call it once per step, because it may advance the sampler's history or draw noise.
     """
 
     index: int
@@ -39,7 +39,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampler:
-    """What the samplers share. steps: length of the full schedule, 1..N.  skip: steps left out at its noisy end, 0..steps."""
+    """What the samplers share. steps: length of the full schedule, 1..N. skip: steps left out at its noisy end."""
 
     schedule: NoiseSchedule
     steps: int
@@ -58,22 +58,22 @@ class Sampler:
         return self.steps - self.skip
 
     def start(self, x0: Tensor, noise: Tensor) -> Tensor:
-        """Noise a clean latent to the level of the first step: alpha x0 + sigma noise (x0 itself if every step is skipped)."""
+        """A clean latent at the level of the first step, alpha x0 + sigma noise; x0 itself if all steps are skipped."""
         level = self.plan()[self.skip][1] if self.skip < self.steps else Level(1.0, 0.0)
         return (level.alpha * _wide(x0) + level.sigma * _wide(noise)).to(x0.dtype)
 
 
 @dataclass(frozen=True)
 class DDIM(Sampler):
-    """DDIM, deterministic (eta 0) to DDPM-like (eta 1); `inverse=True` runs the same steps backwards, from image to noise.
+    """DDIM, deterministic (eta 0) to DDPM-like (eta 1); `inverse=True` runs the same steps backwards, image to noise.
 
         x0     = (x - sigma eps) / alpha
-        x_next = alpha' x0 + sqrt(sigma'^2 - s^2) eps + s noise,    s = eta (sigma' / sigma) sqrt(1 - alpha^2 / alpha'^2)
+        x_next = alpha' x0 + sqrt(sigma'^2 - s^2) eps + s noise,   s = eta (sigma' / sigma) sqrt(1 - alpha^2 / alpha'^2)
 
-    The noise of eta > 0 is drawn on the CPU from `seed`, anew for each iteration over the sampler, so it is the same on every
-    device. Give another seed than that of the initial latents: with the same one the first noise would equal them.
-    Inverse: the steps of DDIM(schedule, steps, skip) in reverse order with now and next exchanged, t and index kept (the UNet
-    is evaluated at the noisier end, as in diffusers' DDIMInverseScheduler). It starts from a clean latent, so has no start().
+    The noise of eta > 0 is drawn on the CPU from `seed`, anew for each iteration over the sampler, so it is the same on
+    every device. Give another seed than that of the initial latents: with the same one the first noise equals them.
+    Inverse: the steps of DDIM(schedule, steps, skip) in reverse order with now and next exchanged, t and index kept, so
+    the UNet is evaluated at the noisier end, as in diffusers' DDIMInverseScheduler. It starts from the clean latent.
     """
 
     eta: float = 0.0
@@ -85,7 +85,7 @@ class DDIM(Sampler):
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta is {self.eta!r}, expected 0 (deterministic) to 1")
         if self.inverse and self.eta:
-            raise ValueError(f"eta is {self.eta!r} with inverse=True, expected 0: only the deterministic steps can be inverted")
+            raise ValueError(f"eta is {self.eta!r} with inverse=True, expected 0: only eta 0 can be run backwards")
 
     def plan(self):
         stride = len(self.schedule) // self.steps
@@ -125,8 +125,8 @@ class DPMpp2M(Sampler):
         x_next = (sigma' / sigma) x + alpha' (1 - ratio' / ratio) D
 
     The first step that runs and the last step are first order: the same formula with c = 0.
-    Karras: ratios evenly spaced in ratio^(1/7) between those of the last and the first training timestep; t is the nearest
-    timestep to each, so neighbouring steps may share one (from 50 steps on), while their levels always differ.
+    Karras: ratios evenly spaced in ratio^(1/7) between those of the last and the first training timestep; t is the
+    timestep nearest to each, so neighbouring steps may share one (from 45 steps on), while their levels always differ.
     """
 
     karras: bool = True
@@ -138,7 +138,7 @@ class DPMpp2M(Sampler):
             run = np.linspace(*ends, n) ** 7
             timesteps = np.interp(np.log(run), np.log(ratios), np.arange(len(ratios))).round().astype(int).tolist()
         else:
-            # n + 1 timesteps without the lowest, so that the last step, to sigma = 0, is not much longer than the others.
+            # n + 1 timesteps, and the lowest is left out: the last step goes from the one above it to sigma = 0.
             spacing = self.schedule.timestep_spacing or "linspace"
             timesteps = self.schedule.timesteps(n + (spacing != "trailing"), spacing)[:n]
             run = ratios[timesteps]
@@ -170,22 +170,15 @@ def denoise(
     predict: Callable[[Tensor, Step], Tensor],
     after: Callable[[Tensor, Step], Tensor] | None = None,
 ) -> Tensor:
-    """Run the sampler's steps on x (B, C, h, w); predict(x, step) -> eps, after(x, step) -> x edits the latent of each step.
+    """Run the steps on x (B, C, h, w); predict(x, step) -> eps, after(x, step) -> x edits the latent after each step.
 
-    Any iterable of steps will do (`tqdm(sampler)` shows progress). No gradients are kept; write the loop out to have them.
+    Any iterable of steps will do (`tqdm(sampler)` shows progress). Without gradients: write the loop out to have them.
     """
     for step in sampler:
         x = step.update(x, predict(x, step))
         if after is not None:
             x = after(x, step)
     return x
-
-
-def strength_to_skip(steps: int, strength: float) -> int:
-    """The `skip` of an image-to-image run: of the steps, the last int(steps * strength) are run (diffusers' rule)."""
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength is {strength!r}, expected 0 (the input is returned) to 1 (only its noise level is used)")
-    return steps - min(int(steps * strength), steps)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """The noise schedule: how much of the latent is signal and how much is noise at each training timestep.
 
-    x_t = alpha_t x0 + sigma_t eps,   alpha_t^2 = alphas_cumprod[t] = prod_{s <= t} (1 - beta_s),   alpha^2 + sigma^2 = 1
+    x_t = alpha_t x0 + sigma_t eps,   alpha_t^2 = alphas_cumprod[t] = prod_{s <= t} (1 - beta_s) = 1 - sigma_t^2
 
-Source: Ho et al. 2020 (arXiv 2006.11239); the scaled_linear betas are latent diffusion's (arXiv 2112.10752). The keys are those
-of diffusers' scheduler_config.json.
+Source: Ho et al. 2020 (arXiv 2006.11239); the scaled_linear betas are latent diffusion's (arXiv 2112.10752). The keys
+are those of diffusers' scheduler_config.json.
 """
 
 import math
@@ -48,7 +48,7 @@ ONLY = {
 class NoiseSchedule:
     """The schedule a model was trained with: alphas_cumprod (N,) fp32, one entry per training timestep 0..N-1.
 
-    steps_offset is added to "leading" timesteps. set_alpha_to_one: DDIM's last step goes to alpha = 1 and not to timestep 0.
+    steps_offset is added to "leading" timesteps. set_alpha_to_one: DDIM ends at alpha = 1, not at timestep 0's level.
     timestep_spacing: "leading" | "linspace" | "trailing"; None lets each sampler take its own (see samplers.py).
     """
 
@@ -69,7 +69,7 @@ class NoiseSchedule:
                 raise ValueError(f"scheduler config: {key} is {config[key]!r}, only {only!r} is supported")
         spacing = config.get("timestep_spacing")
         if spacing not in (None, *SPACINGS):
-            raise ValueError(f"scheduler config: timestep_spacing is {spacing!r}, expected one of {', '.join(SPACINGS)}")
+            raise ValueError(f"scheduler config: timestep_spacing is {spacing!r}, expected {', '.join(SPACINGS)}")
         return cls(
             torch.cumprod(1 - betas(config), dim=0),
             config.get("steps_offset", 0),
@@ -102,7 +102,7 @@ class NoiseSchedule:
 
             leading   i * (N // n) + steps_offset           linspace  round(linspace(0, N - 1, n))
             trailing  round(N, N - N/n, N - 2N/n, ...) - 1
-        Raises ValueError where the spacing leaves the schedule: leading has no room for n > N, or for n = N with an offset.
+        Raises ValueError where they do not fit: leading has no room for n > N, nor for n = N with an offset.
         """
         if spacing == "leading":
             t = np.arange(n)[::-1] * (len(self) // n) + self.steps_offset

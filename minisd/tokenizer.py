@@ -3,8 +3,8 @@
     text -> NFC, whitespace runs to one space, lower case -> words (regex) -> bytes as printable characters
          -> merges inside each word, the last piece carrying "</w>" -> ids -> <bos> ids <eos> pad pad ...
 
-Source: Radford et al. 2021 (CLIP), byte-level BPE of Radford et al. 2019 (GPT-2); the word pattern and the normalisation are
-those of transformers' CLIPTokenizer 5.x. Like it (and unlike OpenAI's original) there is no ftfy repair of broken text.
+Source: Radford et al. 2021 (CLIP, arXiv 2103.00020), byte-level BPE of Radford et al. 2019 (GPT-2); word pattern and
+normalisation are those of transformers' CLIPTokenizer 5.x (as there, ftfy is not run over the text).
 """
 
 import json
@@ -22,7 +22,7 @@ WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p
 
 
 def byte_pair_encoder(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
-    """The text -> pieces part: normaliser, word pattern, bytes and merges, without <bos>, <eos>, padding or truncation."""
+    """The text -> pieces part: normaliser, word pattern, bytes and merges, without special tokens and padding."""
     unk = EOS if EOS in vocab else None
     bpe = Tokenizer(models.BPE(vocab, merges, end_of_word_suffix=WORD_END, continuing_subword_prefix="", unk_token=unk))
     bpe.normalizer = normalizers.Sequence(
@@ -41,25 +41,25 @@ def byte_pair_encoder(vocab: dict[str, int], merges: list[tuple[str, str]]) -> T
 class CLIPTokenizer:
     """Prompts to padded token ids: `CLIPTokenizer.from_folder(path)(["a red circle"])` is a LongTensor (1, 77).
 
-    vocab: piece -> id.  merges: pairs of pieces, most frequent first.  max_length: ids per prompt, <bos> and <eos> included.
+    vocab: piece -> id.  merges: pairs of pieces, in the order of merging.  max_length: ids per row, all included.
     pad_token fills up to max_length: <|endoftext|> in SD 1.x, "!" in SD 2.x. Special tokens written out in a prompt
     (in lower case, as they stand in the vocabulary) become their single id, as in transformers.
     """
 
-    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], max_length: int = 77, pad_token: str = EOS):
+    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], max_length=77, pad_token=EOS):
         for token in (BOS, EOS, pad_token):
             if token not in vocab:
                 raise ValueError(f"the vocabulary ({len(vocab)} pieces) has no {token!r}, which a CLIP tokenizer needs")
         if not 2 <= max_length <= 100_000:  # transformers writes 1e30 where no limit is known
-            raise ValueError(f"max_length is {max_length}, expected 2 to 100000: the text encoder's number of positions")
+            raise ValueError(f"max_length is {max_length}, expected the text encoder's positions, 2 to 100000")
         self.vocab, self.merges, self.max_length, self.pad_token = vocab, merges, max_length, pad_token
         self.bos_id, self.eos_id, self.pad_id = vocab[BOS], vocab[EOS], vocab[pad_token]
         self._bpe = byte_pair_encoder(vocab, merges)
         self._bpe.add_special_tokens([AddedToken(t, normalized=False) for t in dict.fromkeys((BOS, EOS, pad_token))])
 
     @classmethod
-    def from_files(cls, vocab_json, merges_txt, max_length: int = 77, pad_token: str = EOS) -> "CLIPTokenizer":
-        """From the two files of a checkpoint's tokenizer folder: vocab.json and merges.txt (whose first line is a version)."""
+    def from_files(cls, vocab_json, merges_txt, max_length=77, pad_token=EOS) -> "CLIPTokenizer":
+        """From the two files of a checkpoint's tokenizer folder, vocab.json and merges.txt."""
         vocab = json.loads(Path(vocab_json).read_text(encoding="utf-8"))
         # split("\n"), not splitlines(): pieces may hold characters that splitlines() takes for line ends.
         lines = Path(merges_txt).read_text(encoding="utf-8").split("\n")
@@ -70,10 +70,10 @@ class CLIPTokenizer:
 
     @classmethod
     def from_folder(cls, folder, max_length: int | None = None) -> "CLIPTokenizer":
-        """From a tokenizer/ folder: vocab.json and merges.txt, or the tokenizer.json that transformers 5 writes instead.
+        """From a tokenizer/ folder: vocab.json and merges.txt, or the tokenizer.json that transformers 5 writes.
 
-        pad_token is what special_tokens_map.json says, else tokenizer_config.json, else <|endoftext|> (transformers' order;
-        SD 2.x depends on it). max_length is tokenizer_config.json's model_max_length (77 if absent) unless it is given.
+        pad_token: what special_tokens_map.json says, else tokenizer_config.json, else <|endoftext|> (the order is
+        that of transformers; SD 2.x needs it). max_length: model_max_length of tokenizer_config.json, else 77.
         """
         folder = Path(folder)
         config = _read_json(folder / "tokenizer_config.json")
@@ -102,7 +102,8 @@ class CLIPTokenizer:
             "do_lower_case": True,
         }
         merges = ["#version: 0.2", *(f"{a} {b}" for a, b in self.merges)]
-        (folder / "vocab.json").write_text(json.dumps(self.vocab, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        vocab = json.dumps(self.vocab, ensure_ascii=False, indent=2)
+        (folder / "vocab.json").write_text(vocab + "\n", encoding="utf-8")
         (folder / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -127,10 +128,12 @@ class CLIPTokenizer:
     def _encode(self, text: str):
         if not isinstance(text, str):
             raise TypeError(f"expected a prompt (str), got {type(text).__name__}: {text!r}")
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise ValueError(f"expected a prompt of valid Unicode, got lone surrogates in {text!r}")
         return self._bpe.encode(text, add_special_tokens=False)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of one text, uncut, without <bos>, <eos> and padding: entry i stands at position i + 1 of a padded row."""
+        """Ids of one text, uncut, without <bos>, <eos>, padding: entry i stands at position i + 1 of a padded row."""
         return self._encode(text).ids
 
     def tokenize(self, text: str) -> list[str]:
@@ -143,20 +146,20 @@ class CLIPTokenizer:
 
 
 def build_vocabulary(texts: Iterable[str], size: int = 49408) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Learn a small vocabulary in CLIP's layout from texts: (vocab, merges), which `CLIPTokenizer(vocab, merges)` takes.
+    """Learn a small vocabulary in CLIP's layout from texts: the (vocab, merges) that CLIPTokenizer takes.
 
-    Ids: the 256 bytes, the 256 bytes + "</w>", one id per merge, <|startoftext|>, <|endoftext|>. `size` caps the number of
-    ids (at least 514, CLIP's own 49408 by default); below the cap merging goes on until each word of the texts is one piece.
+    Ids: the 256 bytes, the 256 bytes + "</w>", one per merge, <|startoftext|>, <|endoftext|>. `size` caps their number,
+    at least 514, by default 49408 as CLIP; below the cap merging goes on until each word of the texts is one piece.
     """
     smallest = 2 * 256 + 2
     if size < smallest:
-        raise ValueError(f"size is {size}, expected at least {smallest}: 256 bytes, the same with </w>, two special tokens")
+        raise ValueError(f"size is {size}, expected at least {smallest}: 256 bytes, 256 with </w>, two special tokens")
     # The bytes as printable characters, in CLIP's order: those that are printable themselves, then the other 68.
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     characters = [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
     base = [*characters, *(c + WORD_END for c in characters)]
     bpe = byte_pair_encoder({}, [])
-    # Among equally frequent pairs the trainer takes the smaller ids; naming the base pieces fixes the ids, hence the result.
+    # Among equally frequent pairs the trainer takes the smaller ids: naming the base pieces here makes it reproducible.
     trainer = trainers.BpeTrainer(
         vocab_size=size, special_tokens=[*base, BOS, EOS], end_of_word_suffix=WORD_END, show_progress=False
     )

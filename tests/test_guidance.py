@@ -1,0 +1,195 @@
+"""Guidance against its formulas, with a stand-in UNet that sees every argument, and once with minisd's own UNet."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from minisd.guidance import cfg, conditional, erase
+from minisd.samplers import DDIM, denoise
+from minisd.schedule import NoiseSchedule
+from minisd.unet import UNet, UNetConfig
+
+SCHEDULE = NoiseSchedule.from_dict({"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"})
+STEPS = list(DDIM(SCHEDULE, 4))
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+X = randn(2, 4, 3, 5)
+COND, UNCOND, CONCEPTS = randn(2, 7, 6, seed=1), randn(1, 7, 6, seed=2), randn(3, 7, 6, seed=3)
+
+
+def eps(x, t, context):
+    """One row: a latent (4, h, w), a timestep, a text (L, D)."""
+    return torch.tanh(x * context.mean() + context[0, 0] + t / 1000)
+
+
+class Recorder:
+    """A UNet that computes `eps` row by row and notes how it was called."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, x, t, context, edits):
+        self.calls.append((x, t, context, edits))
+        groups = len(context) // len(x)
+        return torch.stack([eps(row, t, text) for row, text in zip(x.repeat(groups, 1, 1, 1), context)])
+
+
+class Preparing(Recorder):
+    """The same with a `prepare`, which wraps the context so that only this UNet can read it."""
+
+    prepared = 0
+
+    def prepare(self, context):
+        self.prepared += 1
+        return {"context": context}
+
+    def __call__(self, x, t, context, edits):
+        return super().__call__(x, t, context["context"] if isinstance(context, dict) else context, edits)
+
+
+def rowwise(x, step, rows):
+    return torch.stack([eps(latent, step.t, text) for latent, text in zip(x, rows.expand(len(x), -1, -1))])
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_conditional(step):
+    unet = Recorder()
+    torch.testing.assert_close(conditional(unet, COND)(X, step), rowwise(X, step, COND), rtol=0, atol=0)
+    ((x, t, context, edits),) = unet.calls
+    assert x is X and torch.equal(context, COND) and edits == {}
+    assert t.shape == () and t.dtype == torch.int64 and t.item() == step.t
+
+
+@pytest.mark.parametrize("scale", [7.5, 0.0, -1.0, 1.5])
+@pytest.mark.parametrize("uncond", [UNCOND, randn(2, 7, 6, seed=4)])
+@pytest.mark.parametrize("cond", [COND, COND[:1]])
+def test_cfg(scale, uncond, cond):
+    unet, step = Recorder(), STEPS[1]
+    u, c = rowwise(X, step, uncond), rowwise(X, step, cond)
+    torch.testing.assert_close(cfg(unet, uncond, cond, scale)(X, step), u + scale * (c - u), rtol=0, atol=1e-14)
+    ((_, _, context, _),) = unet.calls
+    assert torch.equal(context[:2], uncond.expand(2, -1, -1)) and torch.equal(context[2:], cond.expand(2, -1, -1))
+
+
+def test_cfg_of_scale_1_runs_no_unconditional_half():
+    unet = Recorder()
+    got = cfg(unet, UNCOND, COND, scale=1)(X, STEPS[0])
+    assert torch.equal(got, conditional(Recorder(), COND)(X, STEPS[0]))
+    assert [len(context) for _, _, context, _ in unet.calls] == [2]
+
+
+@pytest.mark.parametrize("n", [0, 1, 3])
+@pytest.mark.parametrize("several", [False, True])
+def test_erase(n, several):
+    unet, step, weights = Recorder(), STEPS[2], [4.0, -1.0, 0.5][:n] if several else [10.0] * n
+    predict = erase(unet, UNCOND, COND, CONCEPTS[:n], 3.0, weights if several else 10.0)
+    u, c = rowwise(X, step, UNCOND), rowwise(X, step, COND)
+    expected = u + 3.0 * (c - u)
+    for w, concept in zip(weights, CONCEPTS):
+        expected = expected - w * (rowwise(X, step, concept[None]) - u)
+    torch.testing.assert_close(predict(X, step), expected, rtol=0, atol=1e-13)
+    ((_, _, context, _),) = unet.calls  # one call, the conditional rows last
+    rows = [UNCOND[0], UNCOND[0], *(row for row in CONCEPTS[:n] for _ in range(2)), *COND]
+    assert torch.equal(context, torch.stack(rows))
+
+
+def test_defaults_are_the_published_scales():
+    step = STEPS[0]
+    u, c, e = (rowwise(X, step, rows) for rows in (UNCOND, COND, CONCEPTS[:1]))
+    torch.testing.assert_close(cfg(Recorder(), UNCOND, COND)(X, step), u + 7.5 * (c - u))
+    got = erase(Recorder(), UNCOND, COND, CONCEPTS[:1])(X, step)
+    torch.testing.assert_close(got, u + 7.5 * (c - u) - 10.0 * (e - u))
+
+
+@pytest.mark.parametrize("make", [cfg, lambda *args: erase(*args, CONCEPTS)])
+def test_uncond_of_every_step(make):
+    """A list has one entry per step of the full schedule, so a skipped start does not shift it."""
+    unconds = [randn(1 + i % 2, 7, 6, seed=10 + i) for i in range(4)]
+    for unet in (Recorder(), Preparing()):
+        with torch.no_grad():
+            predict = make(unet, unconds, COND)
+            for step in list(DDIM(SCHEDULE, 4, skip=1)):
+                assert torch.equal(predict(X, step), make(Recorder(), unconds[step.index], COND)(X, step))
+
+
+@pytest.mark.parametrize("make", [conditional, lambda *a, **k: cfg(a[0], UNCOND, *a[1:], **k)])
+def test_edits_are_a_function_of_the_step(make):
+    unet = Recorder()
+    predict = make(unet, COND, edits=lambda step: {"site": step.index})
+    for step in STEPS:
+        predict(X, step)
+    assert [edits for _, _, _, edits in unet.calls] == [{"site": i} for i in range(4)]
+
+
+def test_keys_and_values_are_prepared_once_per_prompt():
+    unet = Preparing()
+    predict = cfg(unet, UNCOND, COND[:1])
+    x = denoise(X, DDIM(SCHEDULE, 4), predict)
+    assert unet.prepared == 1
+    assert torch.equal(x, denoise(X, DDIM(SCHEDULE, 4), cfg(Recorder(), UNCOND, COND[:1])))
+    denoise(X[:1], DDIM(SCHEDULE, 4), predict)  # another batch has other rows
+    assert unet.prepared == 2
+
+
+def test_gradients_reach_the_embedding_after_a_run_without_them():
+    """Null-text inversion optimises uncond: nothing that was prepared without gradients may be used then."""
+    uncond = UNCOND.clone().requires_grad_()
+    predict = cfg(Preparing(), uncond, COND)
+    with torch.no_grad():
+        predict(X, STEPS[0])
+    for _ in range(2):
+        (grad,) = torch.autograd.grad(predict(X, STEPS[0]).sum(), uncond)
+        assert grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("predict", "words"),
+    [
+        (lambda: conditional(Recorder(), randn(3, 7, 6)), r"cond has shape \(3, 7, 6\), expected .*\(2, L, D\)"),
+        (lambda: conditional(Recorder(), COND[0]), r"cond has shape \(7, 6\), expected \(1, L, D\)"),
+        (lambda: cfg(Recorder(), randn(4, 7, 6), COND), r"uncond has shape \(4, 7, 6\)"),
+        (lambda: cfg(Recorder(), [UNCOND] * 3, COND), "uncond is a list of 3 entries, but step 3 needs one entry"),
+        (lambda: erase(Recorder(), UNCOND, COND, CONCEPTS[0]), r"concepts has shape \(7, 6\), expected \(n, L, D\)"),
+        (lambda: erase(Recorder(), UNCOND, COND, CONCEPTS, 7.5, [1.0, 2.0]), "one weight or one per concept"),
+        (lambda: erase(Recorder(), UNCOND, COND, CONCEPTS, 7.5, [1.0]), "one weight or one per concept"),
+    ],
+)
+def test_bad_arguments(predict, words):
+    with pytest.raises(ValueError, match=words):
+        predict()(X, STEPS[3])
+
+
+def test_with_the_unet():
+    """The group order, the prepared keys and the shared prefix of minisd's UNet give what separate calls give."""
+    config = UNetConfig(
+        sample_size=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        attention_head_dim=2,
+        cross_attention_dim=6,
+    )
+    torch.manual_seed(0)
+    unet, step = UNet(config).double(), STEPS[1]
+    for parameter in unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    x, t = randn(2, 4, 8, 8), torch.tensor(step.t)
+    with torch.no_grad():
+        u, c, e = (unet(x, t, rows.expand(2, -1, -1)) for rows in (UNCOND, COND, CONCEPTS[:1]))
+        got = erase(unet, UNCOND, COND, CONCEPTS[:1])(x, step)
+        torch.testing.assert_close(got, u + 7.5 * (c - u) - 10.0 * (e - u), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(cfg(unet, UNCOND, COND)(x, step), u + 7.5 * (c - u), rtol=1e-9, atol=1e-9)
+    assert (c - u).abs().max() > 1e-3
+
+
+def test_guidance_loads_no_model():
+    code = "import sys, minisd.guidance; print(*(m for m in sys.modules if m.startswith('minisd')))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert set(loaded) == {"minisd", "minisd.guidance", "minisd.samplers", "minisd.schedule"}

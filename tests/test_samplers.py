@@ -1,0 +1,413 @@
+"""Samplers against diffusers' schedulers, against the formulas in float64, and against an ODE with a known solution."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMInverseScheduler, DDIMScheduler, DPMSolverMultistepScheduler
+
+from minisd.samplers import DDIM, DPMpp2M, denoise
+from minisd.schedule import Level, NoiseSchedule
+from test_schedule import SD14
+
+COUNTS = [1, 2, 3, 4, 5, 7, 10, 20, 25, 30, 50, 100, 500, 999]
+SCHEDULE = NoiseSchedule.from_dict(SD14)
+TOLERANCE = 1e-5  # relative to the largest value, for every latent of a trajectory in fp32
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+X = randn(2, 4, 3, 5)
+MIX = randn(4, 4, seed=1) / 2
+
+
+def model(x, t):
+    """A stand-in for the UNet: cheap, not linear, and different at every t."""
+    return torch.tanh(torch.einsum("oc,bchw->bohw", MIX.to(x), x) + math.sin(t / 97)) + 0.3 * x
+
+
+def trajectory(sampler, x):
+    latents = []
+    for step in sampler:
+        x = step.update(x, model(x, step.t))
+        latents.append(x)
+    return latents
+
+
+def reference(scheduler, steps, x, **kwargs):
+    """The latents and timesteps of a diffusers scheduler, run as its pipelines run it; steps: a slice of the schedule."""
+    timesteps, latents = scheduler.timesteps[steps], []
+    if isinstance(scheduler, DPMSolverMultistepScheduler):
+        scheduler.set_begin_index(steps.start)
+    for t in timesteps:
+        x = scheduler.step(model(x, int(t)), t, x, **kwargs).prev_sample
+        latents.append(x)
+    return timesteps.tolist(), latents
+
+
+def assert_equal(ours, theirs, tolerance=TOLERANCE):
+    assert len(ours) == len(theirs)
+    for i, (a, b) in enumerate(zip(ours, theirs)):
+        error = (a.double() - b.double()).abs().max() / b.double().abs().max()
+        assert error <= tolerance, f"latent {i} of {len(ours)}: relative difference {error:.2e}"  # false for NaN, too
+
+
+def skips(n):
+    return sorted({0, 1, n // 4, n // 2, n - 1, n}) if n < 500 else [0, n // 2]
+
+
+def dpm(n, karras):
+    scheduler = DPMSolverMultistepScheduler.from_config(SD14, use_karras_sigmas=karras)
+    scheduler.set_timesteps(n)
+    return scheduler
+
+
+# ---- equal to diffusers
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("n", COUNTS)
+def test_ddim_equals_diffusers(n, eta):
+    for skip in skips(n):
+        scheduler = DDIMScheduler.from_config(SD14)
+        scheduler.set_timesteps(n)
+        sampler = DDIM(SCHEDULE, n, skip, eta=eta, seed=5)
+        noise = torch.Generator().manual_seed(5)
+        timesteps, theirs = reference(scheduler, slice(skip, n), X, eta=eta, generator=noise)
+        assert [step.t for step in sampler] == timesteps
+        assert_equal(trajectory(sampler, X), theirs)
+
+
+@pytest.mark.parametrize("n", COUNTS)
+def test_ddim_inverse_equals_diffusers(n):
+    for skip in skips(n):
+        scheduler = DDIMInverseScheduler.from_config(SD14)
+        scheduler.set_timesteps(n)
+        sampler = DDIM(SCHEDULE, n, skip, inverse=True)
+        timesteps, theirs = reference(scheduler, slice(0, n - skip), X)
+        assert [step.t for step in sampler] == timesteps
+        assert_equal(trajectory(sampler, X), theirs)
+
+
+@pytest.mark.parametrize("karras", [True, False])
+@pytest.mark.parametrize("n", COUNTS)
+def test_dpmpp_equals_diffusers(n, karras):
+    for skip in skips(n):
+        sampler = DPMpp2M(SCHEDULE, n, skip, karras)
+        timesteps, theirs = reference(dpm(n, karras), slice(skip, n), X)
+        assert [step.t for step in sampler] == timesteps
+        assert_equal(trajectory(sampler, X), theirs)
+
+
+def test_dpmpp_karras_1000_steps_equals_diffusers():
+    timesteps, theirs = reference(dpm(1000, True), slice(0, 1000), X)
+    sampler = DPMpp2M(SCHEDULE, 1000)
+    assert [step.t for step in sampler] == timesteps
+    assert_equal(trajectory(sampler, X), theirs)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_ddim_1000_steps_is_refused_with_words(inverse):
+    with pytest.raises(ValueError, match="1000 timesteps, leading with steps_offset 1, do not fit .* fewer steps"):
+        DDIM(SCHEDULE, 1000, inverse=inverse)
+    assert len(DDIM(NoiseSchedule.from_dict(SD14 | {"steps_offset": 0}), 1000)) == 1000
+
+
+def test_dpmpp_linspace_1000_steps_stays_finite():
+    """Two of the 1000 timesteps are equal, where diffusers divides 0 by 0; that step must change nothing and pass."""
+    levels = [step.now for step in DPMpp2M(SCHEDULE, 1000, karras=False)]
+    assert sum(a == b for a, b in zip(levels, levels[1:])) == 1
+    ours = trajectory(DPMpp2M(SCHEDULE, 1000, karras=False), X)
+    assert torch.isfinite(torch.stack(ours)).all()
+    close = trajectory(DPMpp2M(SCHEDULE, 999, karras=False), X)[-1]
+    assert (ours[-1] - close).abs().max() <= 1e-3 * close.abs().max()
+    _, theirs = reference(dpm(1000, False), slice(0, 1000), X)
+    assert theirs[-1].isnan().any(), "diffusers has mended this: compare with it"
+
+
+@pytest.mark.parametrize("n", COUNTS)
+def test_start_equals_add_noise(n):
+    """Image to image: a clean latent is noised to the level at which the remaining steps begin."""
+    x0, noise = randn(2, 4, 3, 5, seed=2), randn(2, 4, 3, 5, seed=3)
+    for skip in skips(n)[:-1]:
+        ddim = DDIMScheduler.from_config(SD14)
+        ddim.set_timesteps(n)
+        expected = ddim.add_noise(x0, noise, ddim.timesteps[skip : skip + 1])
+        assert_equal([DDIM(SCHEDULE, n, skip).start(x0, noise)], [expected], 1e-6)
+        for karras in (True, False):
+            scheduler = dpm(n, karras)
+            scheduler.set_begin_index(skip)
+            expected = scheduler.add_noise(x0, noise, scheduler.timesteps[skip : skip + 1])
+            assert_equal([DPMpp2M(SCHEDULE, n, skip, karras).start(x0, noise)], [expected], 1e-6)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("n", [1, 3, 20, 70])
+def test_timestep_spacing_of_the_checkpoint_is_honoured(spacing, n):
+    """A checkpoint that diffusers has saved again names a spacing, which then holds for every sampler."""
+    config = SD14 | {"timestep_spacing": spacing}
+    schedule = NoiseSchedule.from_dict(config)
+    for ours, scheduler in [
+        (DDIM(schedule, n), DDIMScheduler.from_config(config)),
+        (DPMpp2M(schedule, n, karras=False), DPMSolverMultistepScheduler.from_config(config)),
+        (DPMpp2M(schedule, n), DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=True)),
+    ]:
+        scheduler.set_timesteps(n)
+        timesteps, theirs = reference(scheduler, slice(0, n), X)
+        assert [step.t for step in ours] == timesteps
+        assert_equal(trajectory(ours, X), theirs)
+
+
+@pytest.mark.parametrize("change", [{"set_alpha_to_one": True}, {"steps_offset": 0}, {"num_train_timesteps": 200}])
+def test_other_schedules_equal_diffusers(change):
+    config = SD14 | change
+    schedule = NoiseSchedule.from_dict(config)
+    for ours, scheduler in [
+        (DDIM(schedule, 12, eta=1.0, seed=5), DDIMScheduler.from_config(config)),
+        (DDIM(schedule, 12, inverse=True), DDIMInverseScheduler.from_config(config)),
+        (DPMpp2M(schedule, 12), DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=True)),
+    ]:
+        scheduler.set_timesteps(12)
+        noise = {"eta": 1.0, "generator": torch.Generator().manual_seed(5)}
+        noise = noise if isinstance(scheduler, DDIMScheduler) else {}
+        assert_equal(trajectory(ours, X), reference(scheduler, slice(0, 12), X, **noise)[1])
+
+
+# ---- equal to the formulas, in float64
+
+
+def alphas_cumprod():
+    """The fp32 table, because that is what the model was trained with; all that follows is float64."""
+    return torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0).double().numpy()
+
+
+def test_ddim_formula_in_float64():
+    """Song et al. 2020, eq. 12 with the sigma of eq. 16, whose alpha is our alphas_cumprod."""
+    n, eta, a = 10, 0.5, alphas_cumprod()
+    noise = torch.Generator().manual_seed(7)
+    x, expected = X.double(), []
+    for i in reversed(range(n)):
+        t = 100 * i + 1
+        a_t, a_next = a[t], a[t - 100] if t >= 100 else a[0]
+        s = eta * math.sqrt((1 - a_next) / (1 - a_t)) * math.sqrt(1 - a_t / a_next)
+        e = model(x, t)
+        x = math.sqrt(a_next) * (x - math.sqrt(1 - a_t) * e) / math.sqrt(a_t) + math.sqrt(1 - a_next - s * s) * e
+        x = x + s * torch.randn(X.shape, generator=noise).double()
+        expected.append(x)
+    sampler = DDIM(SCHEDULE, n, eta=eta, seed=7)
+    assert_equal(trajectory(sampler, X.double()), expected, 1e-12)
+    assert_equal(trajectory(sampler, X), expected, 1e-6)
+
+
+def test_dpmpp_formula_in_float64():
+    """Lu et al. 2022, algorithm 2, in lambda = ln(alpha / sigma), on the sigmas of Karras et al. 2022, eq. 5."""
+    n, a = 20, alphas_cumprod()
+    table = np.sqrt((1 - a) / a)
+    sigmas = (table[-1] ** (1 / 7) + np.arange(n) / (n - 1) * (table[0] ** (1 / 7) - table[-1] ** (1 / 7))) ** 7
+    lam, alpha = -np.log(sigmas), 1 / np.sqrt(1 + sigmas**2)
+    sigma = sigmas * alpha
+    nearest = [999, 962, 921, 876, 827, 772, 710, 640, 561, 474, 380, 285, 197, 123, 69, 35, 15, 6, 2, 0]
+    x, before, expected = X.double(), None, []
+    for i, t in enumerate(nearest):
+        x0 = (x - sigma[i] * model(x, t)) / alpha[i]
+        if i == n - 1:
+            x = x0  # sigma 0: the exponential of -h vanishes
+        else:
+            h = lam[i + 1] - lam[i]
+            r = (lam[i] - lam[i - 1]) / h if i else None
+            D = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * before if i else x0
+            x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * math.expm1(-h) * D
+        before = x0
+        expected.append(x)
+    assert [step.t for step in DPMpp2M(SCHEDULE, n)] == nearest
+    assert_equal(trajectory(DPMpp2M(SCHEDULE, n), X.double()), expected, 1e-6)  # the levels are rounded to fp32
+
+
+def gaussian_error(sampler):
+    """Error against the exact solution for data that is N(0, 0.5^2), whose eps and trajectory are known in closed form.
+
+    The last step is left out: DPM-Solver++ jumps there to sigma = 0, by the same distance however many steps there are.
+    """
+    spread = lambda level: math.sqrt(0.25 * level.alpha**2 + level.sigma**2)
+    x, steps = X.double(), list(sampler)
+    for step in steps[:-1]:
+        x = step.update(x, step.now.sigma / spread(step.now) ** 2 * x)
+    exact = X.double() * spread(steps[-1].now) / spread(steps[0].now)
+    return ((x - exact).abs().max() / exact.abs().max()).item()
+
+
+def test_order_of_convergence():
+    """Twice the steps: about half the error for DDIM, about a quarter for DPM-Solver++ 2M."""
+    for make, order in [(lambda n: DDIM(SCHEDULE, n), 1), (lambda n: DPMpp2M(SCHEDULE, n), 2)]:
+        coarse, fine = gaussian_error(make(20)), gaussian_error(make(40))
+        assert 0.7 * 2**order < coarse / fine < 1.5 * 2**order
+    assert gaussian_error(DPMpp2M(SCHEDULE, 20)) < gaussian_error(DDIM(SCHEDULE, 20)) / 4
+
+
+SAMPLERS = [
+    lambda n, skip=0: DDIM(SCHEDULE, n, skip),
+    lambda n, skip=0: DPMpp2M(SCHEDULE, n, skip),
+    lambda n, skip=0: DPMpp2M(SCHEDULE, n, skip, karras=False),
+]
+
+
+@pytest.mark.parametrize("make", SAMPLERS)
+@pytest.mark.parametrize(("n", "skip"), [(1, 0), (2, 1), (9, 0), (9, 4), (50, 20)])
+def test_a_perfect_prediction_recovers_the_image(make, n, skip):
+    x0, noise = randn(1, 4, 3, 3, seed=2).double(), randn(1, 4, 3, 3, seed=3).double()
+    sampler = make(n, skip)
+    end = list(sampler)[-1].next
+    x = denoise(sampler.start(x0, noise), sampler, lambda x, step: noise)
+    torch.testing.assert_close(x, end.alpha * x0 + end.sigma * noise, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("n", [1, 2, 20, 999])
+def test_inverse_then_ddim_returns_the_start(n):
+    x, eps = X.double(), randn(*X.shape, seed=4).double()
+    noised = denoise(x, DDIM(SCHEDULE, n, inverse=True), lambda x, step: eps)
+    back = denoise(noised, DDIM(SCHEDULE, n), lambda x, step: eps)
+    torch.testing.assert_close(back, x, rtol=0, atol=1e-10)
+    assert (noised - x).abs().max() > 1e-3
+
+
+# ---- the steps themselves
+
+
+@pytest.mark.parametrize("skip", [0, 3])
+def test_inverse_is_the_same_steps_reversed(skip):
+    forward = [(s.index, s.t, s.now, s.next) for s in DDIM(SCHEDULE, 10, skip)]
+    inverse = [(s.index, s.t, s.next, s.now) for s in DDIM(SCHEDULE, 10, skip, inverse=True)]
+    assert inverse == forward[::-1]
+
+
+@pytest.mark.parametrize("make", SAMPLERS)
+def test_skip_leaves_steps_out_and_moves_none(make):
+    full, rest = make(10), make(10, 4)
+    assert (len(full), len(rest)) == (10, 6) == (len(list(full)), len(list(rest)))
+    assert [s[:4] for s in full][4:] == [s[:4] for s in rest]
+    assert [s.index for s in rest] == [4, 5, 6, 7, 8, 9]
+    assert all(type(s.t) is int for s in full)
+    chain = list(full)
+    assert all(a.next == b.now for a, b in zip(chain, chain[1:]))
+
+
+def test_one_step():
+    assert [s[:4] for s in DDIM(SCHEDULE, 1)] == [(0, 1, SCHEDULE.level(1), SCHEDULE.level(0))]
+    ((index, t, now, end),) = [s[:4] for s in DPMpp2M(SCHEDULE, 1)]
+    assert (index, t, end) == (0, 999, Level(1.0, 0.0)) and now.ratio == pytest.approx(14.6146469, rel=1e-6)
+
+
+@pytest.mark.parametrize(("n", "duplicates"), [(44, 0), (45, 1), (100, 5)])
+def test_karras_timesteps_may_repeat_but_levels_do_not(n, duplicates):
+    steps = list(DPMpp2M(SCHEDULE, n))
+    assert sum(a.t == b.t for a, b in zip(steps, steps[1:])) == duplicates
+    assert all(s.now.ratio > s.next.ratio for s in steps)
+
+
+@pytest.mark.parametrize("make", [*SAMPLERS, lambda n, skip: DDIM(SCHEDULE, n, skip, eta=1.0)])
+def test_skip_all_is_empty_and_returns_the_input(make):
+    sampler = make(5, 5)
+    assert len(sampler) == 0 and list(sampler) == []
+    x0 = randn(2, 4, 3, 3, seed=2)
+    assert torch.equal(sampler.start(x0, randn(2, 4, 3, 3)), x0)
+    assert denoise(x0, sampler, None) is x0
+
+
+@pytest.mark.parametrize("sampler", [DDIM(SCHEDULE, 6, eta=1.0), DPMpp2M(SCHEDULE, 6)])
+def test_iterations_share_no_state(sampler):
+    """History and noise belong to one iteration: running again, or two at once, gives the same latents."""
+    alone = trajectory(sampler, X)
+    assert all(map(torch.equal, alone, trajectory(sampler, X)))
+    a = b = X
+    for step_a, step_b, expected in zip(sampler, sampler, alone):
+        a, b = step_a.update(a, model(a, step_a.t)), step_b.update(b, model(b, step_b.t))
+        assert torch.equal(a, expected) and torch.equal(b, expected)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        sampler.steps = 7
+
+
+def test_eta_noise_is_the_samplers_own():
+    run = lambda **kw: trajectory(DDIM(SCHEDULE, 4, **kw), X)[-1]
+    assert torch.equal(run(eta=1.0, seed=1), run(eta=1.0, seed=1))
+    assert not torch.equal(run(eta=1.0, seed=1), run(eta=1.0, seed=2))
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    run(eta=1.0)
+    assert torch.equal(torch.get_rng_state(), before), "the global generator must not be used"
+    default = torch.randn(X.shape, generator=torch.Generator().manual_seed(DDIM(SCHEDULE, 4).seed))
+    assert not torch.equal(default, randn(*X.shape, seed=0)), "must not repeat the latents of seed 0"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("sampler", [DDIM(SCHEDULE, 5, eta=0.7), DDIM(SCHEDULE, 5, inverse=True), DPMpp2M(SCHEDULE, 5)])
+def test_dtype_is_kept_and_arithmetic_is_wide(sampler, dtype):
+    """One step from rounded input is the fp32 step rounded once."""
+    x, eps = X.to(dtype), model(X, 1).to(dtype)
+    for low, wide in zip(sampler, sampler):
+        got = low.update(x, eps)
+        expected = wide.update(*(v if dtype is torch.float64 else v.float() for v in (x, eps)))
+        assert got.dtype == dtype and torch.equal(got, expected.to(dtype))
+    assert DPMpp2M(SCHEDULE, 5).start(x, eps).dtype == dtype
+
+
+def test_denoise_calls_after_each_step_and_keeps_no_graph():
+    seen = []
+
+    def after(x, step):
+        seen.append((step.index, x.clone()))
+        return x + 1
+
+    weight = torch.ones((), requires_grad=True)
+    x = denoise(X, DDIM(SCHEDULE, 3), lambda x, step: weight * model(x, step.t), after)
+    assert [i for i, _ in seen] == [0, 1, 2] and torch.equal(x, seen[-1][1] + 1) and not x.requires_grad
+    expected = X
+    for (_, latent), step in zip(seen, DDIM(SCHEDULE, 3)):
+        expected = step.update(expected, model(expected, step.t))
+        assert torch.equal(latent, expected)
+        expected = expected + 1
+
+
+def test_gradients_flow_through_a_step():
+    x = X.clone().requires_grad_()
+    for sampler in (DDIM(SCHEDULE, 3), DPMpp2M(SCHEDULE, 3)):
+        step = next(iter(sampler))
+        (grad,) = torch.autograd.grad(step.update(x, torch.zeros_like(x)).sum(), x)
+        assert grad.abs().min() > 0
+
+
+# ---- bad arguments
+
+
+@pytest.mark.parametrize("make", [DDIM, DPMpp2M])
+@pytest.mark.parametrize("steps", [0, -1, 1001, 2.0, 2.5, True, None, "20"])
+def test_bad_steps(make, steps):
+    with pytest.raises(ValueError, match=r"steps is .*, expected a whole number from 1 to 1000"):
+        make(SCHEDULE, steps)
+
+
+@pytest.mark.parametrize("make", [DDIM, DPMpp2M])
+@pytest.mark.parametrize("skip", [-1, 6, 0.5, None])
+def test_bad_skip(make, skip):
+    with pytest.raises(ValueError, match=r"skip is .*, expected a whole number from 0 to 5"):
+        make(SCHEDULE, 5, skip)
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.1, math.nan, math.inf])
+def test_bad_eta(eta):
+    with pytest.raises(ValueError, match=r"eta is .*, expected 0 .* to 1"):
+        DDIM(SCHEDULE, 5, eta=eta)
+
+
+def test_inverse_has_no_noise_and_no_start():
+    with pytest.raises(ValueError, match="eta is 0.5 with inverse=True, expected 0"):
+        DDIM(SCHEDULE, 5, eta=0.5, inverse=True)
+    with pytest.raises(ValueError, match="starts from the clean latent itself"):
+        DDIM(SCHEDULE, 5, inverse=True).start(X, X)
+
+
+def test_numpy_integers_are_steps():
+    assert [s[:4] for s in DDIM(SCHEDULE, np.int64(7), np.int32(2))] == [s[:4] for s in DDIM(SCHEDULE, 7, 2)]

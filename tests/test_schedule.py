@@ -1,0 +1,110 @@
+"""NoiseSchedule against diffusers' tables, and the config keys it honours, ignores and refuses."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+from minisd.schedule import Level, NoiseSchedule
+
+# scheduler_config.json of Stable Diffusion v1.4.
+SD14 = {
+    "_class_name": "PNDMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+    "clip_sample": False,
+}
+
+
+def test_sd14_numbers():
+    schedule = NoiseSchedule.from_dict(SD14)
+    assert len(schedule) == 1000 and schedule.alphas_cumprod.dtype == torch.float32
+    assert schedule.alphas_cumprod[0].item() == pytest.approx(0.9991499781608582, rel=1e-7)
+    assert schedule.alphas_cumprod[999].item() == pytest.approx(0.00466009508818388, rel=1e-6)
+    assert schedule.ratios()[[0, -1]] == pytest.approx([0.0291675, 14.614646911621094], rel=1e-5)
+    assert schedule.steps_offset == 1 and schedule.timestep_spacing is None
+    assert schedule.clean == schedule.level(0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
+        {"num_train_timesteps": 37},
+        {"trained_betas": [0.1, 0.2, 0.05, 0.3]},
+    ],
+)
+def test_tables_equal_diffusers(change):
+    config = SD14 | change
+    ours, theirs = NoiseSchedule.from_dict(config), DDIMScheduler.from_config(config)
+    assert torch.equal(ours.alphas_cumprod, theirs.alphas_cumprod)
+    sigmas = DPMSolverMultistepScheduler.from_config(config).sigmas.numpy()
+    np.testing.assert_allclose(ours.ratios(), sigmas, rtol=1e-6)
+
+
+def test_absent_keys_take_the_defaults_of_ddim():
+    ours, theirs = NoiseSchedule.from_dict({}), DDIMScheduler()
+    assert torch.equal(ours.alphas_cumprod, theirs.alphas_cumprod)
+    assert (ours.steps_offset, ours.set_alpha_to_one) == (theirs.config.steps_offset, theirs.config.set_alpha_to_one)
+    assert ours.clean == Level(1.0, 0.0)
+
+
+def test_levels_preserve_variance_and_fall():
+    schedule = NoiseSchedule.from_dict(SD14)
+    levels = [schedule.level(t) for t in range(1000)]
+    assert all(abs(a * a + s * s - 1) < 1e-12 for a, s in levels)
+    assert [a for a, _ in levels] == pytest.approx(schedule.alphas_cumprod.double().sqrt().tolist(), rel=1e-12)
+    assert all(noisier.sigma > level.sigma for level, noisier in zip(levels, levels[1:]))
+    for ratio in (0.0, 1e-3, 0.5, 14.6):
+        assert Level.from_ratio(ratio).ratio == pytest.approx(ratio, rel=1e-12)
+
+
+@pytest.mark.parametrize("t", [-1, 1000])
+def test_timestep_outside_is_refused(t):
+    with pytest.raises(ValueError, match=rf"timestep {t} .* 0 to 999"):
+        NoiseSchedule.from_dict(SD14).level(t)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 20, 50, 333, 999])
+def test_spacings_equal_diffusers(spacing, n):
+    config = SD14 | {"timestep_spacing": spacing}
+    theirs = DDIMScheduler.from_config(config)
+    theirs.set_timesteps(n)
+    assert NoiseSchedule.from_dict(config).timesteps(n, spacing) == theirs.timesteps.tolist()
+
+
+@pytest.mark.parametrize(("offset", "n"), [(1, 1000), (0, 1001), (1000, 1)])
+def test_timesteps_that_do_not_fit(offset, n):
+    with pytest.raises(ValueError, match=f"{n} timesteps, leading with steps_offset {offset}, do not fit .* 0 to 999"):
+        NoiseSchedule.from_dict(SD14 | {"steps_offset": offset}).timesteps(n, "leading")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prediction_type": "v_prediction"},
+        {"clip_sample": True},
+        {"thresholding": True},
+        {"rescale_betas_zero_snr": True},
+        {"use_flow_sigmas": True},
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"timestep_spacing": "even"},
+    ],
+)
+def test_other_maths_is_refused(change):
+    ((key, value),) = change.items()
+    with pytest.raises(ValueError, match=f"{key} is {value!r}, (only|expected) "):
+        NoiseSchedule.from_dict(SD14 | change)
+
+
+def test_solver_options_of_the_file_are_ignored():
+    config = SD14 | {"_class_name": "EulerDiscreteScheduler", "solver_order": 3, "interpolation_type": "linear"}
+    assert torch.equal(NoiseSchedule.from_dict(config).alphas_cumprod, NoiseSchedule.from_dict(SD14).alphas_cumprod)
