@@ -22,7 +22,7 @@ from .attention import IMPLEMENTATIONS
 from .clip import CLIPTextModel
 from .guidance import cfg
 from .images import to_pil, to_rgb, to_tensor
-from .samplers import DDIM, DPMpp2M, Sampler, Step, denoise, strength_to_skip
+from .samplers import DDIM, DPMpp2M, Sampler, Step, denoise
 from .schedule import NoiseSchedule
 from .tokenizer import CLIPTokenizer
 from .unet import UNet
@@ -292,6 +292,13 @@ def make_sampler(name: str, schedule: NoiseSchedule, steps: int, skip: int = 0) 
     if name not in SAMPLERS:
         raise ValueError(f"sampler is {name!r}, expected one of {', '.join(map(repr, SAMPLERS))}")
     return SAMPLERS[name](schedule, steps, skip)
+
+
+def strength_to_skip(steps: int, strength: float) -> int:
+    """The `skip` of an image-to-image run: of the steps, the last int(steps * strength) are run (diffusers' rule)."""
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength is {strength!r}, expected 0 (the input is returned) to 1 (only its noise level)")
+    return steps - min(int(steps * strength), steps)
 
 
 def _denoise(x: Tensor, sampler: Sampler, predict, on_step, progress: bool) -> Tensor:
