@@ -43,6 +43,7 @@ SD_V1_SCHEDULE = {
     "steps_offset": 1,
     "set_alpha_to_one": False,
 }
+VOCABULARY_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 SD_V1_VOCABULARY = "openai/clip-vit-large-patch14"  # a Hub repo with the same vocabulary
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -141,7 +142,7 @@ def from_single_file(path: Path, local_files_only: bool = False) -> Checkpoint:
     folder = path.parent / "tokenizer"
     if not folder.is_dir():
         try:
-            folder = _fetch(SD_V1_VOCABULARY, ["vocab.json", "merges.txt"], None, local_files_only)
+            folder = _fetch(SD_V1_VOCABULARY, VOCABULARY_FILES[:2], None, local_files_only)
         except CheckpointError as error:
             raise CheckpointError(
                 f"{path} has no vocabulary: put a folder tokenizer/ with vocab.json and merges.txt beside it ({error})"
@@ -156,13 +157,16 @@ def from_single_file(path: Path, local_files_only: bool = False) -> Checkpoint:
 
 
 def download(repo: str, variant=None, revision=None, local_files_only=False) -> Path:
-    """Fetch the files that minisd needs, and no other, of a Hub repo in diffusers layout -> the folder of the cache."""
-    needed = ["scheduler/scheduler_config.json"]
-    for part in MODELS:
-        needed += [f"{part}/config.json", weights_file(part, variant)]
-    vocabulary = ["tokenizer/vocab.json", "tokenizer/merges.txt"]
-    optional = ["tokenizer/tokenizer_config.json", "tokenizer/special_tokens_map.json"]
-    return _fetch(repo, vocabulary + needed, revision, local_files_only, optional)
+    """Fetch the files that minisd needs, and no other, of a Hub repo in diffusers layout -> their folder in the cache.
+
+    Small files first, the weights last; all of one commit.
+    """
+    configs = ["scheduler/scheduler_config.json", *(f"{part}/config.json" for part in MODELS)]
+    vocabulary = [f"tokenizer/{name}" for name in VOCABULARY_FILES]
+    folder = _fetch(repo, configs, revision, local_files_only, optional=vocabulary)
+    if not (folder / vocabulary[0]).exists():  # saved by transformers 5
+        _fetch(repo, ["tokenizer/tokenizer.json"], folder.name, local_files_only)
+    return _fetch(repo, [weights_file(part, variant) for part in MODELS], folder.name, local_files_only)
 
 
 def _fetch(repo, needed, revision, local_files_only, optional=()) -> Path:
@@ -181,10 +185,10 @@ def _fetch(repo, needed, revision, local_files_only, optional=()) -> Path:
             if isinstance(error, LocalEntryNotFoundError):
                 why = "is not in the local Hub cache" + ("" if local_files_only else ", and the Hub was not reached")
             else:
-                why = f"does not exist at revision {revision or 'main'} (minisd reads .safetensors, never .bin pickles)"
+                why = f"does not exist at revision {revision or 'main'} (minisd reads .safetensors, not .bin pickles)"
             raise CheckpointError(f"Hub repo {repo}: {name} {why}") from error
-        except (OSError, ValueError) as error:  # no such repo or revision, gated, no disk space, a bad repo id
-            raise CheckpointError(f"Hub repo {repo}: {name} could not be fetched: {error}") from error
+        except (OSError, ValueError) as error:  # no such repo, folder or revision, gated, no disk space
+            raise CheckpointError(f"{repo} is no folder, and from the Hub repo {name} did not come: {error}") from error
         folder = path.parents[name.count("/")]
         revision = folder.name  # the snapshot's commit: the other files come from the same one
     return folder
@@ -193,14 +197,14 @@ def _fetch(repo, needed, revision, local_files_only, optional=()) -> Path:
 def _config(from_dict, path: Path):
     try:
         return from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
 def _tokenizer(folder: Path) -> CLIPTokenizer:
     try:
         return CLIPTokenizer.from_folder(folder)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
 
 
@@ -230,9 +234,8 @@ def match(checkpoint: Checkpoint, part: str, expected: dict[str, tuple[int, ...]
 
     found: module name -> Entry. faults: one line for each tensor that is missing, unexpected or misshapen.
     """
-    path = checkpoint.files[part]
     found, faults = {}, []
-    for name, entry in read_header(path).items():
+    for name, entry in read_header(checkpoint.files[part]).items():
         new = checkpoint.rename(part, name)
         if new is None:
             continue
@@ -251,7 +254,7 @@ def match(checkpoint: Checkpoint, part: str, expected: dict[str, tuple[int, ...]
             faults.append(f"corrupt {called}, {entry.stop - entry.start} bytes for {entry.dtype} {entry.shape}")
         found[new] = entry
     faults += [f"missing {name}, expected shape {shape}" for name, shape in expected.items() if name not in found]
-    return found, [f"{part} ({path}): {fault}" for fault in faults]
+    return found, faults
 
 
 def read_tensors(path: Path, entries: dict[str, Entry], device, dtype) -> Iterator[tuple[str, Tensor]]:
@@ -272,15 +275,16 @@ def read_tensors(path: Path, entries: dict[str, Entry], device, dtype) -> Iterat
 def load_parts(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Parts:
     """Build the modules without memory, then give them the file's tensors, in evaluation mode and without gradients."""
     modules: dict[str, nn.Module] = {}
-    found, faults = {}, []
+    found, faults, total = {}, [], 0
     for part, (model, _) in MODELS.items():
         with torch.device("meta"):
             modules[part] = model(checkpoint.configs[part])
         expected = {name: tuple(tensor.shape) for name, tensor in modules[part].state_dict().items()}
-        found[part], part_faults = match(checkpoint, part, expected)
-        faults += part_faults
+        found[part], lines = match(checkpoint, part, expected)
+        total += len(lines)
+        faults += ["\n    ".join([f"\n  {part}, {checkpoint.files[part]}:", *lines])] if lines else []
     if faults:
-        raise CheckpointError(f"{len(faults)} tensors do not fit the models:\n  " + "\n  ".join(faults))
+        raise CheckpointError(f"{total} tensors do not fit the models:{''.join(faults)}")
     tokenizer, text = checkpoint.tokenizer, checkpoint.configs["text_encoder"]
     if tokenizer.max_length > text.max_position_embeddings or max(tokenizer.vocab.values()) >= text.vocab_size:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""A tiny Stable Diffusion with random weights, written to disk by diffusers and transformers: the oracle's own files."""
+"""A tiny Stable Diffusion with random weights, written to disk by diffusers and transformers."""
 
 import json
 import warnings
@@ -91,7 +91,7 @@ def pipeline(folder, seed=0):
 
 
 def save(folder, variant=None):
-    """Write the tiny model in diffusers' folder layout, with vocab.json and merges.txt as published -> diffusers' pipeline."""
+    """Write the tiny model in diffusers' folder layout, with vocab.json and merges.txt -> diffusers' pipeline."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipe = pipeline(folder / "tokenizer")
