@@ -167,7 +167,7 @@ def make_tokenizer():
 @torch.no_grad()
 def encode_pool(vae, recipe, tokenizer, seed, device):
     """Draw the diffusion stage's pool and encode it once: mean and std of every latent, (n, C, h, w) float16, the token
-    ids of every caption, (n, L), and the factor that makes the latents' standard deviation 1."""
+    ids of every caption, (n, L), the factor that makes the latents' standard deviation 1, and the VAE that encoded."""
     pictures, captions = draw_scenes(recipe.diffusion.pool, recipe.image_size, seed)
     means, stds = [], []
     for chunk in tqdm(pictures.split(250), desc="encoding", file=sys.stderr):
@@ -176,7 +176,7 @@ def encode_pool(vae, recipe, tokenizer, seed, device):
         stds.append(torch.exp(0.5 * logvar).half().cpu())
     mean, std = torch.cat(means), torch.cat(stds)
     factor = 1 / (mean.float().var() + std.float().square().mean()).sqrt().item()
-    return {"mean": mean, "std": std, "ids": tokenizer(captions), "scaling_factor": factor}
+    return {"mean": mean, "std": std, "ids": tokenizer(captions), "scaling_factor": factor, "vae": vae.state_dict()}
 
 
 # ---- the loop ------------------------------------------------------------------------------------------------------
@@ -194,10 +194,11 @@ def save_atomically(state, path):
 
 
 def fit(model, loss, stage, path, seed, device):
-    """Minimise loss(generator) over the parameters of `model`; returns their exponential moving average.
+    """Minimise loss(generator) over the parameters of `model`, and keep their exponential moving average.
 
     `loss` draws what is random from the generator, which is seeded by (seed, step), so that a resumed run sees what an
-    unbroken one would have seen. The state is saved to `path` every SAVE_EVERY steps and at the end.
+    unbroken one would have seen. Every SAVE_EVERY steps and at the end, `path` gets the state dicts "model", "average" and
+    "optimizer" and the number of steps done.
     """
     optimizer = torch.optim.AdamW(model.parameters(), stage.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     average, first = copy.deepcopy(model).requires_grad_(False), 0
@@ -226,10 +227,10 @@ def fit(model, loss, stage, path, seed, device):
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == stage.steps:
             parts = {"model": model, "average": average, "optimizer": optimizer}
             save_atomically({name: part.state_dict() for name, part in parts.items()} | {"step": step + 1}, path)
-    return average
 
 
 def fit_autoencoder(recipe, run, seed, device):
+    torch.manual_seed(seed)
     vae = AutoencoderKL(recipe.vae).to(device, memory_format=torch.channels_last)
     pictures, _ = draw_scenes(recipe.autoencoder.pool, recipe.image_size, seed)
     size = recipe.image_size // vae.factor
@@ -239,18 +240,17 @@ def fit_autoencoder(recipe, run, seed, device):
         noise = torch.randn(len(chosen), recipe.vae.latent_channels, size, size, generator=generator).to(device)
         return autoencoder_loss(vae, to_model(pictures[chosen], device), noise, recipe.kl_weight)
 
-    average = fit(vae, loss, recipe.autoencoder, run / "autoencoder.pt", seed, device)
-    save_atomically(average.state_dict(), run / "vae.pt")
+    fit(vae, loss, recipe.autoencoder, run / "autoencoder.pt", seed, device)
 
 
 def fit_diffusion(recipe, run, seed, device):
     tokenizer = make_tokenizer()
     pool_file = run / "pool.pt"
-    if not pool_file.exists():
+    if not pool_file.exists():  # what the autoencoder learns after this is not used
         vae = AutoencoderKL(recipe.vae).to(device, memory_format=torch.channels_last)
-        vae.load_state_dict(torch.load(run / "vae.pt", map_location=device))
+        vae.load_state_dict(torch.load(run / "autoencoder.pt", map_location=device)["average"])
         save_atomically(encode_pool(vae, recipe, tokenizer, seed + 1, device), pool_file)
-    pool = torch.load(pool_file)
+    pool = torch.load(pool_file, map_location="cpu")
     schedule = NoiseSchedule.from_dict(SCHEDULE)
     model = build_diffusion(recipe, tokenizer, seed).to(device, memory_format=torch.channels_last)
     empty = tokenizer([""])
@@ -268,8 +268,7 @@ def fit_diffusion(recipe, run, seed, device):
         context = model["text_encoder"](torch.where(drop, empty, pool["ids"][chosen]).to(device))
         return diffusion_loss(model["unet"], schedule, z.to(device), noise.to(device), t.to(device), context)
 
-    average = fit(model, loss, recipe.diffusion, run / "diffusion.pt", seed, device)
-    save_atomically(average.state_dict(), run / "unet_and_text.pt")
+    fit(model, loss, recipe.diffusion, run / "diffusion.pt", seed, device)
 
 
 def build_diffusion(recipe, tokenizer, seed):
@@ -294,12 +293,12 @@ def build_diffusion(recipe, tokenizer, seed):
 def export(recipe, run, folder):
     """Write what the run has learned so far (the averages) as a checkpoint folder in diffusers layout, float16."""
     tokenizer = make_tokenizer()
-    factor = torch.load(run / "pool.pt", mmap=True)["scaling_factor"]
+    pool = torch.load(run / "pool.pt", map_location="cpu", mmap=True)
     averages = torch.load(run / "diffusion.pt", map_location="cpu", mmap=True)["average"]
     text = CLIPTextConfig(vocab_size=len(tokenizer.vocab), **recipe.text)
     vae = asdict(recipe.vae) | {
         "_class_name": "AutoencoderKL",
-        "scaling_factor": factor,
+        "scaling_factor": pool["scaling_factor"],
         "down_block_types": ["DownEncoderBlock2D"] * len(recipe.vae.block_out_channels),
         "up_block_types": ["UpDecoderBlock2D"] * len(recipe.vae.block_out_channels),
     }
@@ -325,7 +324,7 @@ def export(recipe, run, folder):
     def part(prefix):
         return {key.removeprefix(prefix): value for key, value in averages.items() if key.startswith(prefix)}
 
-    write_part(folder / "vae", "diffusion_pytorch_model", vae, torch.load(run / "vae.pt", map_location="cpu"))
+    write_part(folder / "vae", "diffusion_pytorch_model", vae, pool["vae"])
     unet = asdict(recipe.unet) | {"_class_name": "UNet2DConditionModel"}
     write_part(folder / "unet", "diffusion_pytorch_model", unet, part("unet."))
     write_part(folder / "text_encoder", "model", text_config, part("text_encoder."))

@@ -1,8 +1,8 @@
-"""Random diffusers / transformers models and how far ours is from them. Only the tests import those libraries."""
+"""Pairs of a random diffusers / transformers model and ours with the same weights, and how far apart their outputs are."""
 
-import torch
 from diffusers import AutoencoderKL as ReferenceVAE
 from diffusers import UNet2DConditionModel
+from tiny import randomise
 from transformers import CLIPTextConfig as ReferenceTextConfig
 from transformers import CLIPTextModel as ReferenceText
 
@@ -14,19 +14,6 @@ CROSS_DOWN, PLAIN_DOWN, CROSS_UP, PLAIN_UP = (
     "CrossAttnUpBlock2D",
     "UpBlock2D",
 )
-
-
-def randomise(model, seed=0):
-    """Random norms and biases too: fresh norms are 1 and 0 and hide norms that were swapped or left out."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim == 1:
-                parameter.copy_(0.2 * noise + parameter.round())  # norm weights about 1, biases about 0
-            else:
-                parameter.copy_(noise / parameter[0].numel() ** 0.5)
-    return model.eval()
 
 
 def unet_pair(seed=0, **config):

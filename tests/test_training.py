@@ -1,0 +1,155 @@
+"""The training objectives against their formulas, resuming, and a tiny run from first step to a checkpoint that loads."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+import minisd
+from minisd import VAEConfig, scenes, training
+from minisd.schedule import NoiseSchedule
+from minisd.training import RECIPES, Recipe, Stage, autoencoder_loss, diffusion_loss, learning_rate
+
+TINY = Recipe(
+    image_size=16,
+    vae=VAEConfig(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, sample_size=16),
+    text=dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2),
+    unet=replace(
+        RECIPES["small"].unet,
+        sample_size=8,
+        block_out_channels=(8, 8),
+        attention_head_dim=1,
+        cross_attention_dim=16,
+        norm_num_groups=4,
+    ),
+    autoencoder=Stage(steps=6, batch=4, lr=1e-3, pool=16, ema=0.9),
+    diffusion=Stage(steps=6, batch=4, lr=1e-3, pool=16, ema=0.9),
+    kl_weight=1e-3,
+)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(RECIPES, "tiny", TINY)
+
+
+def test_diffusion_loss_is_the_formula():
+    schedule = NoiseSchedule.from_dict(training.SCHEDULE)
+    torch.manual_seed(0)
+    z, noise, context, t = torch.randn(3, 4, 5, 6), torch.randn(3, 4, 5, 6), torch.randn(3, 7, 8), torch.tensor([0, 500, 999])
+
+    def unet(x, t, context):
+        return torch.sin(3 * x) + t[:, None, None, None] / 1000 + context.mean()
+
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    a = torch.cumprod(1 - betas, 0)[t][:, None, None, None]
+    x = a.sqrt() * z + (1 - a).sqrt() * noise
+    expected = (unet(x, t, context.double()) - noise).square().mean()
+    assert diffusion_loss(unet, schedule, z, noise, t, context).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_autoencoder_loss_is_the_formula():
+    torch.manual_seed(0)
+    x, mean, logvar, noise = (torch.randn(2, 3, 4, 4) for _ in range(4))
+
+    class Vae:
+        def encode(self, x):
+            return mean, logvar
+
+        def decode(self, z):
+            return torch.tanh(z)
+
+    posterior = torch.distributions.Normal(mean, (logvar / 2).exp())
+    kl = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).mean()
+    expected = (torch.tanh(mean + (logvar / 2).exp() * noise) - x).abs().mean() + 0.3 * kl
+    assert autoencoder_loss(Vae(), x, noise, 0.3).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_learning_rate():
+    rates = [learning_rate(step, 1000, 2.0) for step in range(1000)]
+    assert rates[0] == 2.0 / training.WARMUP and rates[training.WARMUP] == rates[799] == 2.0
+    assert rates[900] == pytest.approx(1.0) and rates[999] == pytest.approx(0.01)
+
+
+def test_no_caption_of_the_pool_is_held_out():
+    _, captions = training.draw_scenes(300, 8, seed=5)
+    assert {scenes.split(caption) for caption in captions} == {"train"}
+
+
+def test_the_vocabulary_has_one_token_for_each_word():
+    tokenizer = training.make_tokenizer()
+    assert all(len(tokenizer.encode(word)) == 1 for word in scenes.words())
+
+
+def test_a_stopped_run_resumes_as_if_unbroken(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "SAVE_EVERY", 3)
+    training.main(["autoencoder", "--run", str(tmp_path / "whole"), "--recipe", "tiny"])
+
+    class Stopped(Exception):
+        pass
+
+    losses = []
+
+    def stop_at_the_fifth(*args):
+        losses.append(autoencoder_loss(*args))
+        if len(losses) == 5:
+            raise Stopped
+        return losses[-1]
+
+    monkeypatch.setattr(training, "autoencoder_loss", stop_at_the_fifth)
+    with pytest.raises(Stopped):
+        training.main(["autoencoder", "--run", str(tmp_path / "broken"), "--recipe", "tiny"])
+    monkeypatch.setattr(training, "autoencoder_loss", autoencoder_loss)
+    training.main(["autoencoder", "--run", str(tmp_path / "broken"), "--recipe", "tiny"])
+    whole, broken = (torch.load(tmp_path / name / "autoencoder.pt") for name in ("whole", "broken"))
+    assert whole["step"] == broken["step"] == 6
+    for part in ("model", "average"):
+        assert all(torch.equal(whole[part][key], broken[part][key]) for key in whole[part])
+
+
+def test_training_makes_a_checkpoint_that_minisd_and_diffusers_load(tiny, tmp_path):
+    run, folder = tmp_path / "run", tmp_path / "model"
+    for stage in ("autoencoder", "diffusion"):
+        training.main([stage, "--run", str(run), "--recipe", "tiny"])
+    training.main(["export", "--run", str(run), "--recipe", "tiny", "--to", str(folder)])
+
+    sd = minisd.load(folder, device="cpu")
+    pool = torch.load(run / "pool.pt")
+    assert sd.vae.config.scaling_factor == pytest.approx(pool["scaling_factor"])
+    latents = pool["scaling_factor"] * (pool["mean"].float() + pool["std"].float() * torch.randn(pool["mean"].shape))
+    assert latents.std().item() == pytest.approx(1, rel=0.1)
+    average = torch.load(run / "diffusion.pt")["average"]
+    for key, value in sd.unet.state_dict().items():
+        assert torch.equal(value, average[f"unet.{key}"].half().float())
+
+    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    x = sd.noise(0)
+    ours = sd.txt2img("a red circle", steps=3, sampler="ddim", latents=x, progress=False)[0]
+    theirs = pipe("a red circle", num_inference_steps=3, latents=x, height=16, width=16).images[0]
+    differences = [abs(a - b) for a, b in zip(ours.tobytes(), theirs.tobytes(), strict=True)]
+    assert max(differences) <= 1
+
+
+def test_training_learns(tiny, tmp_path, monkeypatch):
+    """60 steps on two pictures: the reconstruction error falls to less than half."""
+    monkeypatch.setitem(RECIPES, "tiny", replace(TINY, autoencoder=replace(TINY.autoencoder, pool=2, lr=1e-2), kl_weight=0.0))
+    monkeypatch.setattr(training, "WARMUP", 5)
+    losses = []
+
+    def record(*args):
+        losses.append(autoencoder_loss(*args))
+        return losses[-1]
+
+    monkeypatch.setattr(training, "autoencoder_loss", record)
+    training.main(["autoencoder", "--run", str(tmp_path), "--recipe", "tiny", "--steps", "60"])
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+def test_command_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        training.main(["--help"])
+    assert stop.value.code == 0 and "eps_theta" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        training.main(["export", "--run", str(tmp_path)])
+    assert "--to goes with export" in capsys.readouterr().err
