@@ -29,22 +29,14 @@ from torch import nn
 from tqdm import tqdm
 
 from . import scenes
+from .checkpoint import SD_V1_SCHEDULE, weights_file
 from .clip import CLIPTextConfig, CLIPTextModel
 from .schedule import NoiseSchedule
 from .tokenizer import CLIPTokenizer, build_vocabulary
 from .unet import CROSS_DOWN, CROSS_UP, UNet, UNetConfig
 from .vae import AutoencoderKL, VAEConfig
 
-SCHEDULE = {  # Stable Diffusion v1's
-    "_class_name": "DDIMScheduler",
-    "num_train_timesteps": 1000,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "steps_offset": 1,
-    "set_alpha_to_one": False,
-    "clip_sample": False,
-}
+SCHEDULE = {"_class_name": "DDIMScheduler", "clip_sample": False, **SD_V1_SCHEDULE}
 CAPTION_DROPOUT = 0.1
 WARMUP, COOLDOWN = 200, 0.2  # steps; share of all steps
 MAX_GRADIENT = 1.0
@@ -324,19 +316,19 @@ def export(recipe, run, folder):
     def part(prefix):
         return {key.removeprefix(prefix): value for key, value in averages.items() if key.startswith(prefix)}
 
-    write_part(folder / "vae", "diffusion_pytorch_model", vae, pool["vae"])
+    write_part(folder, "vae", vae, pool["vae"])
     unet = asdict(recipe.unet) | {"_class_name": "UNet2DConditionModel"}
-    write_part(folder / "unet", "diffusion_pytorch_model", unet, part("unet."))
-    write_part(folder / "text_encoder", "model", text_config, part("text_encoder."))
+    write_part(folder, "unet", unet, part("unet."))
+    write_part(folder, "text_encoder", text_config, part("text_encoder."))
     write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULE)
     write_json(folder / "model_index.json", model_index)
     tokenizer.save(folder / "tokenizer")
 
 
-def write_part(folder, name, config, weights):
-    write_json(folder / "config.json", config)
+def write_part(folder, part, config, weights):
+    write_json(folder / part / "config.json", config)
     halves = {key: value.half().contiguous() for key, value in weights.items()}
-    save_file(halves, folder / f"{name}.safetensors", metadata={"format": "pt"})
+    save_file(halves, folder / weights_file(part, None), metadata={"format": "pt"})
 
 
 def write_json(path, values):
