@@ -1,0 +1,313 @@
+"""The `minisd` command: txt2img, img2img, models, info.
+
+torch is imported inside the commands, so that `minisd --help` and `minisd info picture.png` answer at once.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+import warnings
+from pathlib import Path
+
+from . import __version__
+
+SAMPLERS = ("dpm++", "dpm++ linspace", "ddim")  # the keys of pipeline.SAMPLERS
+DTYPES = ("float16", "bfloat16", "float32")
+# The text chunks of a PNG that are options of the command, under the option's name.
+OPTIONS = ("negative", "strength", "model", "variant", "revision", "seed", "size", "steps", "guidance", "sampler")
+OPTIONS += ("dtype", "device")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; the exit code is 0, 2 after an error (one line on stderr), 130 after Ctrl-C."""
+    args = build_parser().parse_args(argv)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda warning, *_: print(f"minisd: warning: {one_line(warning)}", file=sys.stderr)
+            args.run(args)
+    except KeyboardInterrupt:
+        print("\nminisd: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if args.debug:
+            raise
+        print(f"minisd: error: {one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def one_line(error: Exception) -> str:
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0] if len(lines) == 1 else f"{lines[0]} ({len(lines) - 1} more lines with --debug)"
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that there are: not those of flags, nor of options whose help tells what happens without."""
+
+    def _get_help_string(self, action):
+        has_none = action.default is None or action.default is False
+        return action.help if has_none else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="minisd", description="Stable Diffusion v1.x, written out so that every tensor can be followed")
+    parser.add_argument("--version", action="version", version=f"minisd {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command", parser_class=Parser)
+
+    def command(name, run, help):
+        sub = commands.add_parser(name, help=help, description=help, formatter_class=Help)
+        sub.set_defaults(run=run)
+        return sub
+
+    text = command("txt2img", txt2img, "draw a picture of a text")
+    text.add_argument("prompt", help="what to draw")
+    add_drawing_options(text, size_help="size in pixels; without it the model's own")
+
+    image = command("img2img", img2img, "redraw a picture after a text")
+    image.add_argument("image", help="the picture to start from")
+    image.add_argument("prompt", help="what to draw")
+    image.add_argument(
+        "--strength", type=float, default=0.75, help="how far from the picture, from 0 (itself) to 1 (not bound to it)"
+    )
+    add_drawing_options(image, size_help="resize the picture to that; without it, its own size, rounded down")
+
+    models = command("models", list_models, "list the bundled models and those in the local Hub cache")
+    about = command("info", info, "how a picture was drawn, or what is in a model")
+    about.add_argument("target", help="a PNG that minisd drew, or a model (as for --model; nothing is downloaded)")
+    about.add_argument("--variant", help="weight files of that variant, e.g. fp16")
+    for sub in (text, image, models, about):
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def add_drawing_options(parser, size_help):
+    add = parser.add_argument
+    add("--negative", metavar="TEXT", help="what guidance leads away from; without it, the empty text")
+    add("--model", default="shapes", help="bundled name, Hub repo id, folder or .safetensors file")
+    add("-n", type=positive, default=1, metavar="N", help="number of pictures; picture i is drawn with seed + i")
+    add("--seed", type=int, default=0, help="seed of the first picture")
+    add("--size", type=size, metavar="WxH", help=size_help)
+    add("--steps", type=positive, default=25, help="steps of the sampler, up to 1000")
+    add("--guidance", type=float, default=7.5, help="guidance scale; 1 is none, and twice as fast")
+    add("--sampler", choices=SAMPLERS, default="dpm++", help="dpm++ is DPM-Solver++ 2M on Karras' noise levels")
+    add("--device", help="cpu, cuda, cuda:1, ...; without it, cuda if there is one")
+    add("--dtype", choices=DTYPES, help="without it, float16 on CUDA and float32 elsewhere")
+    add("--variant", help="weight files of that variant, e.g. fp16")
+    add("--revision", help="branch, tag or commit of a Hub repo")
+    add("--local-files-only", action="store_true", help="do not ask the Hub, use its local cache")
+    add("-o", "--output", default=".", metavar="PATH", help="a .png file (-n 2: name-0.png, name-1.png), or a folder")
+
+
+def positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, expected at least 1")
+    return value
+
+
+def size(text: str) -> tuple[int, int]:
+    """ "640x448" -> (640, 448), width first."""
+    width, x, height = text.lower().partition("x")
+    if not (x and width.isdecimal() and height.isdecimal()):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected WIDTHxHEIGHT, e.g. 640x448")
+    return int(width), int(height)
+
+
+# txt2img and img2img
+
+
+def txt2img(args) -> None:
+    draw(args, {}, lambda sd, **common: sd.txt2img(args.prompt, **common))
+
+
+def img2img(args) -> None:
+    from hashlib import sha256
+
+    image = read_picture(args.image)  # before the model, which may take minutes
+    settings = {"image": args.image, "image_sha256": sha256(Path(args.image).read_bytes()).hexdigest()}
+    settings["strength"] = args.strength
+    draw(args, settings, lambda sd, **common: sd.img2img(image, args.prompt, args.strength, **common))
+
+
+def read_picture(path: str):
+    from PIL import Image
+
+    from .images import to_rgb
+
+    try:
+        with Image.open(path) as image:
+            return to_rgb(image)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many kinds
+        raise ValueError(f"{path} cannot be read as a picture: {one_line(error)}") from error
+
+
+def draw(args, settings: dict, run) -> None:
+    """Draw args.n pictures and write each when it is done.
+
+    One by one, not as a batch: each can be drawn again alone, bit for bit, by the command that `minisd info` prints.
+    """
+    paths = output_paths(args.output, args.n)
+    from .pipeline import load
+
+    sd = load(
+        args.model,
+        device=args.device,
+        dtype=args.dtype,
+        variant=args.variant,
+        revision=args.revision,
+        local_files_only=args.local_files_only,
+    )
+    width, height = args.size or (None, None)
+    for seed, path in enumerate(paths, args.seed):
+        [picture] = run(
+            sd,
+            negative_prompt=args.negative or "",
+            steps=args.steps,
+            guidance=args.guidance,
+            sampler=args.sampler,
+            seed=seed,
+            height=height,
+            width=width,
+        )
+        chunks = {
+            "version": f"minisd {__version__}",
+            "command": args.run.__name__,
+            "prompt": args.prompt,
+            "negative": args.negative,
+            **settings,
+            "model": args.model,
+            "variant": args.variant,
+            "revision": args.revision,
+            "seed": seed,
+            "size": f"{picture.width}x{picture.height}",
+            "steps": args.steps,
+            "guidance": args.guidance,
+            "sampler": args.sampler,
+            "dtype": str(sd.dtype).removeprefix("torch."),
+            "device": sd.device,
+        }
+        write_png(path, picture, chunks)
+        print(path)
+
+
+def output_paths(output: str, n: int) -> list[Path]:
+    """Where n pictures go: NAME.png, or NAME-0.png ...; in a folder, the next free minisd-00000.png ..."""
+    path = Path(output)
+    if output.endswith(("/", os.sep)) or path.is_dir() or not path.suffix:
+        taken = [int(p.stem[7:]) for p in path.glob("minisd-*.png") if p.stem[7:].isdecimal()]
+        first = max(taken, default=-1) + 1
+        paths = [path / f"minisd-{first + i:05}.png" for i in range(n)]
+    elif path.suffix.lower() == ".png":
+        paths = [path] if n == 1 else [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(n)]
+    else:
+        raise ValueError(f"-o {output}: expected a name that ends in .png, or a folder")
+    existing = next(parent for parent in paths[0].absolute().parents if parent.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise PermissionError(f"-o {output}: {existing} is not a folder that can be written to")
+    return paths
+
+
+def write_png(path: Path, picture, chunks: dict) -> None:
+    """Write a picture with its text chunks: all of it or nothing, under its name only when it is whole."""
+    from PIL.PngImagePlugin import PngInfo
+
+    text = PngInfo()
+    for key, value in chunks.items():
+        if value is not None:
+            text.add_text(key, str(value))
+    path = Path(os.path.realpath(path))  # through a link: replace what it points to
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        picture.save(part, format="PNG", pnginfo=text)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# models and info
+
+
+def list_models(args) -> None:
+    from huggingface_hub import constants, scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    from .checkpoint import bundled
+
+    for name, folder in bundled().items():
+        print(f"{name}\tbundled\t{folder}")
+    try:
+        repos = scan_cache_dir(constants.HF_HUB_CACHE).repos
+    except CacheNotFound:
+        repos = ()
+    needed = {"unet", "vae", "text_encoder"}
+    for repo in sorted(repos, key=lambda repo: repo.repo_id):
+        for revision in repo.revisions:
+            parts = {file.file_path.parent.name for file in revision.files if file.file_name.endswith(".safetensors")}
+            if needed <= parts:
+                print(f"{repo.repo_id}\tHub cache\t{revision.snapshot_path}")
+
+
+def info(args) -> None:
+    path = Path(args.target)
+    if path.suffix.lower() == ".png" or (path.is_file() and path.suffix != ".safetensors"):
+        print_picture(args.target)
+    else:
+        print_model(args.target, args.variant)
+
+
+def print_picture(path: str) -> None:
+    """The settings that a PNG carries, and the command that draws it again."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            chunks = dict(getattr(image, "text", {}))
+    except (UnidentifiedImageError, SyntaxError) as error:
+        raise ValueError(f"{path} is neither a picture nor a .safetensors file") from error
+    if not chunks.get("version", "").startswith("minisd "):
+        raise ValueError(f"{path} carries no settings: minisd did not draw it, or they were stripped")
+    options = []
+    for key in OPTIONS:
+        if value := chunks.get(key):
+            options += [f"--{key}={value}"] if value.startswith("-") else [f"--{key}", value]
+    options += ["-o", "again.png"]
+    texts = [chunks[key] for key in ("image", "prompt") if key in chunks]
+    dashes = any(text.startswith("-") for text in texts)  # argparse would take them for options
+    arguments = [*options, "--", *texts] if dashes else [*texts, *options]
+    for key, value in chunks.items():
+        print(f"{key + ':':16} {value}")
+    print(f"\n{shlex.join(['minisd', chunks.get('command', 'txt2img'), *arguments])}")
+
+
+def print_model(source: str, variant: str | None) -> None:
+    """Configs, files and parameter counts of a model, from its headers; nothing is downloaded."""
+    import dataclasses
+    import math
+
+    from .checkpoint import MODELS, locate, read_header
+
+    found = locate(source, variant=variant, local_files_only=True)
+    total = 0
+    for part in MODELS:
+        entries = [entry for name, entry in read_header(found.files[part]).items() if found.rename(part, name)]
+        parameters = sum(math.prod(entry.shape) for entry in entries)
+        total += parameters
+        dtypes = ", ".join(sorted({entry.dtype for entry in entries}))
+        print(f"{part}: {parameters:,} parameters in {len(entries)} tensors ({dtypes}), {found.files[part]}")
+        for key, value in dataclasses.asdict(found.configs[part]).items():
+            print(f"    {key}: {value}")
+    tokenizer, schedule = found.tokenizer, found.schedule
+    print(f"tokenizer: {len(tokenizer.vocab):,} pieces, {tokenizer.max_length} ids per prompt")
+    first, last = schedule.alphas_cumprod[0], schedule.alphas_cumprod[-1]
+    print(f"schedule: {len(schedule)} timesteps, alphas_cumprod from {first:.6f} to {last:.6f}")
+    print(f"total: {total:,} parameters")

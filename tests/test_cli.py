@@ -1,0 +1,325 @@
+"""The `minisd` command: what it draws and writes, what it prints, and how it fails."""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+
+import huggingface_hub
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+import minisd
+from minisd import checkpoint, cli, pipeline
+
+TINY = ["--model", "tiny", "--steps", "3", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "tiny"
+    tiny.save(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(original, tmp_path, monkeypatch):
+    """An empty working folder with the model tiny/ in it."""
+    (tmp_path / "tiny").symlink_to(original)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def minisd_command(capsys):
+    """Run the command in this process -> exit code, stdout, stderr."""
+
+    def run(*argv):
+        try:
+            code = cli.main([str(each) for each in argv])
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if "tiny" not in path.parts)
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def chunks(path):
+    with Image.open(path) as image:
+        return image.text
+
+
+def picture(path, mode="RGB", width=45, height=26):
+    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(values).convert(mode).save(path)
+    return path
+
+
+# drawing
+
+
+def test_txt2img_draws_what_the_pipeline_draws(minisd_command, here):
+    options = ["--size", "40x24", "--guidance", "3", "--negative", "blurry", "--sampler", "ddim", "--seed", "7"]
+    code, out, err = minisd_command("txt2img", "a red circle", *TINY, *options, "-o", "new/folder/out.png")
+    assert code == 0 and out == "new/folder/out.png\n" and "3/3" in err
+    assert files(here) == ["new", "new/folder", "new/folder/out.png"]
+
+    sd = minisd.load("tiny", device="cpu")
+    [expected] = sd.txt2img(
+        "a red circle", "blurry", steps=3, guidance=3, sampler="ddim", seed=7, height=24, width=40, progress=False
+    )
+    assert (pixels("new/folder/out.png") == np.asarray(expected)).all()
+    assert chunks("new/folder/out.png") == {
+        "version": f"minisd {minisd.__version__}", "command": "txt2img", "prompt": "a red circle", "negative": "blurry",
+        "model": "tiny", "seed": "7", "size": "40x24", "steps": "3", "guidance": "3.0", "sampler": "ddim",
+        "dtype": "float32", "device": "cpu",
+    }  # fmt: skip
+
+
+def test_img2img_draws_what_the_pipeline_draws(minisd_command):
+    picture("in.png")
+    code, out, _ = minisd_command("img2img", "in.png", "a dog", "--strength", "0.7", *TINY, "-o", "out.png")
+    assert (code, out) == (0, "out.png\n")
+    sd = minisd.load("tiny", device="cpu")
+    [expected] = sd.img2img(Image.open("in.png"), "a dog", 0.7, steps=3, progress=False)
+    assert expected.size == (44, 24) and (pixels("out.png") == np.asarray(expected)).all()
+    minisd_command("img2img", "in.png", "a dog", *TINY, "--size", "16x32", "-o", "out.png")
+    assert Image.open("out.png").size == (16, 32)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["txt2img", "a cat", "-n", "3", "--seed", "5", "--dtype", "bfloat16"],
+        ["txt2img", "--negative=-5 'apples' \"and\" $HOME", "--seed", "-9", "--", "--a prompt\nthat looks -- like; one"],
+        ["txt2img", "Zürich, 雪 🎨", "--sampler", "dpm++ linspace", "--size", "24x40", "--guidance", "1"],
+        ["img2img", "in.png", "a dog", "--strength", "0.9", "-n", "2"],
+        ["img2img", "a picture.jpg", "a dog", "--size", "32x32", "--negative", "cats"],
+    ],
+)
+def test_the_command_that_info_prints_draws_the_same_bits(minisd_command, arguments):
+    picture("in.png")
+    picture("a picture.jpg")
+    code, out, _ = minisd_command(arguments[0], *TINY, "-o", "pictures/", *arguments[1:])
+    assert code == 0
+    path = out.splitlines()[-1]  # of several, the last: it is drawn again without the others
+    code, out, _ = minisd_command("info", path)
+    _, line = out.split("\n\nminisd ")
+    code, out, _ = minisd_command(*shlex.split(line))
+    assert (code, out) == (0, "again.png\n")
+    assert (pixels("again.png") == pixels(path)).all() and chunks("again.png") == chunks(path)
+
+
+def test_info_of_a_picture(minisd_command):
+    minisd_command("txt2img", "a cat", *TINY, "-o", "out.png")
+    code, out, err = minisd_command("info", "out.png")
+    assert code == 0 and err == ""
+    assert "prompt:          a cat\n" in out and "seed:            0\n" in out
+    assert out.endswith(
+        "\n\nminisd txt2img 'a cat' --model tiny --seed 0 --size 32x32 --steps 3 --guidance 7.5 --sampler dpm++ "
+        "--dtype float32 --device cpu -o again.png\n"
+    )
+
+
+def test_prompt_that_is_cut_warns_in_one_line(minisd_command):
+    code, _, err = minisd_command("txt2img", "word " * 90, *TINY, "-o", "out.png")
+    warning = [line for line in err.splitlines() if "warning" in line]
+    assert code == 0 and len(warning) == 1
+    assert re.fullmatch(r"minisd: warning: the prompt has \d+ tokens and 75 fit; this part was cut: .*", warning[0])
+
+
+# files
+
+
+def test_several_pictures_and_folders(minisd_command, here):
+    assert minisd_command("txt2img", "a", *TINY, "-n", "2", "-o", "x.png")[1] == "x-0.png\nx-1.png\n"
+    assert [chunks(f"x-{i}.png")["seed"] for i in range(2)] == ["0", "1"]
+    assert (pixels("x-0.png") != pixels("x-1.png")).any()
+
+    assert minisd_command("txt2img", "a", *TINY, "-o", "new")[1] == "new/minisd-00000.png\n"
+    before = (here / "new/minisd-00000.png").read_bytes()
+    out = minisd_command("txt2img", "b", *TINY, "-n", "2", "-o", "new")[1]
+    assert out == "new/minisd-00001.png\nnew/minisd-00002.png\n"
+    assert (here / "new/minisd-00000.png").read_bytes() == before
+    assert minisd_command("txt2img", "a", *TINY)[1] == "minisd-00000.png\n"  # the working folder is the default
+
+
+def test_a_picture_is_whole_or_not_there(minisd_command, here, monkeypatch):
+    (here / "old.png").write_bytes(b"an older picture")
+
+    def save(self, path, **options):
+        path.write_bytes(b"half")
+        raise kind
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    for kind, code in ((KeyboardInterrupt(), 130), (OSError("No space left on device"), 2)):
+        assert minisd_command("txt2img", "a", *TINY, "-o", "old.png")[0] == code
+        assert files(here) == ["old.png"] and (here / "old.png").read_bytes() == b"an older picture"
+
+
+def test_written_files_are_ordinary_files(minisd_command, here):
+    (here / "target").mkdir()
+    (here / "link.png").symlink_to(here / "target" / "real.png")
+    assert minisd_command("txt2img", "a", *TINY, "-o", "link.png")[0] == 0
+    (here / "plain").write_text("")
+    assert (here / "link.png").is_symlink() and not (here / "target" / "real.png").is_symlink()
+    assert (here / "target" / "real.png").stat().st_mode == (here / "plain").stat().st_mode
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX signals")
+def test_ctrl_c_leaves_nothing_behind(here):
+    command = [sys.executable, "-m", "minisd", "txt2img", "a", *TINY, "--steps", "1000", "-o", "new/out.png"]
+    restore = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  a background job ignores it
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=restore)
+    seen = b""
+    while b"/1000" not in seen:
+        seen += process.stderr.read(1) or pytest.fail(f"ended early: {seen.decode()}")
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert rest.decode().endswith("\nminisd: interrupted\n") and b"Traceback" not in rest
+    assert files(here) == []
+
+
+# models
+
+
+def test_info_of_a_model(minisd_command):
+    code, out, err = minisd_command("info", "tiny")
+    assert code == 0 and err == ""
+    sd = minisd.load("tiny", device="cpu")
+    total = 0
+    for part in checkpoint.MODELS:
+        parameters = list(getattr(sd, part).parameters())
+        count = sum(p.numel() for p in parameters)
+        total += count
+        assert f"{part}: {count:,} parameters in {len(parameters)} tensors (F32)" in out
+    assert f"total: {total:,} parameters" in out
+    assert "block_out_channels: (16, 32)" in out and "tokenizer: 514 pieces, 77 ids per prompt" in out
+
+
+def test_models_lists_what_is_there(minisd_command, here, original, monkeypatch):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = here / "cache" / "models--owner--tiny-sd" / "snapshots" / commit
+    (snapshot.parents[1] / "refs").mkdir(parents=True)
+    (snapshot.parents[1] / "refs" / "main").write_text(commit)
+    snapshot.parent.mkdir()
+    shutil.copytree(original, snapshot)
+    monkeypatch.setattr(checkpoint, "files", lambda package: original.parent)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(here / "cache"))
+    code, out, _ = minisd_command("models")
+    assert code == 0
+    assert out.splitlines() == [f"tiny\tbundled\t{original}", f"owner/tiny-sd\tHub cache\t{snapshot}"]
+    code, out, _ = minisd_command("info", "owner/tiny-sd")
+    assert code == 0 and str(snapshot) in out
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(here / "no cache"))
+    assert minisd_command("models")[:2] == (0, f"tiny\tbundled\t{original}\n")
+
+
+# help and errors
+
+
+def test_help_shows_the_defaults(minisd_command):
+    code, out, _ = minisd_command("txt2img", "--help")
+    text = " ".join(out.split())
+    for default in ("shapes", "0", "25", "7.5", "dpm++", "1", "."):
+        assert f"(default: {default})" in text
+    assert code == 0 and "None" not in text and "False" not in text
+    assert minisd_command("--version") == (0, f"minisd {minisd.__version__}\n", "")
+    for command in ("txt2img", "img2img", "models", "info"):
+        assert command in minisd_command("--help")[1]
+
+
+def test_choices_are_those_of_the_pipeline():
+    assert cli.SAMPLERS == tuple(pipeline.SAMPLERS)
+    assert set(cli.DTYPES) <= set(pipeline.DTYPES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: command"),
+        (["draw"], "invalid choice: 'draw'"),
+        (["txt2img"], "the following arguments are required: prompt"),
+        (["txt2img", "a", "--size", "64"], "got '64', expected WIDTHxHEIGHT"),
+        (["txt2img", "a", "--size", "64x-8"], "got '64x-8', expected WIDTHxHEIGHT"),
+        (["txt2img", "a", "--size", "30x32", *TINY], "the picture is 30 x 32 pixels, expected positive multiples of 4"),
+        (["txt2img", "a", "-n", "0"], "got 0, expected at least 1"),
+        (["txt2img", "a", "--steps", "x"], "invalid positive value: 'x'"),
+        (["txt2img", "a", *TINY, "--steps", "1001"], "steps is 1001, expected a whole number from 1 to 1000"),
+        (["txt2img", "a", "--sampler", "euler"], "invalid choice: 'euler' (choose from"),
+        (["txt2img", "a", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["txt2img", "a", "--model", "nope"], "there is no model 'nope'"),
+        (["txt2img", "a", *TINY, "--device", "gpu"], "device 'gpu' cannot be used here"),
+        (["txt2img", "a", *TINY, "--seed", str(2**64)], "expected at least one, from -2**63 to 2**64 - 1"),
+        (["txt2img", "a", *TINY, "--guidance", "nan"], "guidance is nan"),
+        (["txt2img", "a", *TINY, "-o", "out.jpg"], "-o out.jpg: expected a name that ends in .png, or a folder"),
+        (["txt2img", "a", *TINY, "-o", "file/out.png"], "file is not a folder that can be written to"),
+        (["img2img", "none.png", "a", *TINY], "No such file or directory: 'none.png'"),
+        (["img2img", "file", "a", *TINY], "file cannot be read as a picture: cannot identify image file 'file'"),
+        (["img2img", "cut.png", "a", *TINY], "cut.png cannot be read as a picture"),
+        (["img2img", "tiny", "a", *TINY], "tiny cannot be read as a picture"),
+        (["img2img", "float.tif", "a", *TINY], "a picture of mode F has no known white"),
+        (["img2img", "in.png", "a", *TINY, "--strength", "1.1"], "strength is 1.1, expected 0"),
+        (["info", "in.png"], "in.png carries no settings: minisd did not draw it, or they were stripped"),
+        (["info", "none.png"], "No such file or directory: 'none.png'"),
+        (["info", "file"], "file is neither a picture nor a .safetensors file"),
+        (["info", "tiny", "--variant", "fp16"], "diffusion_pytorch_model.fp16.safetensors is missing"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(minisd_command, here, arguments, message):
+    picture("in.png")
+    picture("float.tif", "F")
+    (here / "cut.png").write_bytes((here / "in.png").read_bytes()[:600])
+    (here / "file").write_text("no picture")
+    before = files(here)
+    code, out, err = minisd_command(*arguments)
+    assert code == 2 and out == "" and message in err
+    assert err.count("\n") == 1 and re.match(r"minisd( \w+)?: error: ", err)
+    assert files(here) == before
+
+
+def test_checkpoint_errors_of_many_lines_show_the_first(minisd_command, original, here):
+    shutil.copytree(original, here / "broken")
+    config = here / "broken/unet/config.json"
+    config.write_text(config.read_text().replace('"cross_attention_dim": 24', '"cross_attention_dim": 32'))
+    code, _, err = minisd_command("txt2img", "a", "--model", "broken")
+    assert code == 2 and re.fullmatch(
+        r"minisd: error: \d+ tensors do not fit the models: \(\d+ more lines with --debug\)\n", err
+    )
+
+
+def test_debug_shows_the_traceback(minisd_command):
+    with pytest.raises(checkpoint.CheckpointError):
+        minisd_command("txt2img", "a", "--model", "nope", "--debug")
+    run = [sys.executable, "-m", "minisd", "info", "none.png"]
+    quiet = subprocess.run(run, capture_output=True, text=True)
+    loud = subprocess.run([*run, "--debug"], capture_output=True, text=True)
+    assert quiet.returncode == 2 and quiet.stderr == "minisd: error: [Errno 2] No such file or directory: 'none.png'\n"
+    assert loud.returncode == 1 and "Traceback" in loud.stderr
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P", "LA", "I;16", "1", "CMYK"])
+def test_pictures_of_any_mode(minisd_command, mode):
+    if mode == "I;16":
+        Image.fromarray(np.full((24, 40), 40000, np.uint16)).save("in.tif")
+    else:
+        picture("in.tif", mode)
+    assert minisd_command("img2img", "in.tif", "a", *TINY, "--strength", "0", "-o", "out.png")[0] == 0
+    assert Image.open("out.png").mode == "RGB"
+    if mode == "I;16":
+        assert (pixels("out.png") == round(40000 / 257)).all()
