@@ -1,6 +1,6 @@
 """CLIP's byte-pair tokenizer: text -> the (B, 77) token ids that the text encoder reads.
 
-    text -> NFC, whitespace runs to one space, lower case -> words (regex) -> bytes as printable characters
+    text -> NFC, lower case -> words (regex; whitespace only separates) -> bytes as printable characters
          -> merges inside each word, the last piece carrying "</w>" -> ids -> <bos> ids <eos> pad pad ...
 
 Source: Radford et al. 2021 (CLIP, arXiv 2103.00020), byte-level BPE of Radford et al. 2019 (GPT-2); word pattern and
@@ -25,9 +25,7 @@ def byte_pair_encoder(vocab: dict[str, int], merges: list[tuple[str, str]]) -> T
     """The text -> pieces part: normaliser, word pattern, bytes and merges, without special tokens and padding."""
     unk = EOS if EOS in vocab else None
     bpe = Tokenizer(models.BPE(vocab, merges, end_of_word_suffix=WORD_END, continuing_subword_prefix="", unk_token=unk))
-    bpe.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
+    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),

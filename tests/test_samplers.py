@@ -162,7 +162,10 @@ def test_timestep_spacing_of_the_checkpoint_is_honoured(spacing, n):
         assert_equal(trajectory(ours, X), theirs)
 
 
-@pytest.mark.parametrize("change", [{"set_alpha_to_one": True}, {"steps_offset": 0}, {"num_train_timesteps": 200}])
+@pytest.mark.parametrize(
+    "change",
+    [{"set_alpha_to_one": True}, {"set_alpha_to_one": True, "steps_offset": 0}, {"num_train_timesteps": 200}],
+)
 def test_other_schedules_equal_diffusers(change):
     config = SD14 | change
     schedule = NoiseSchedule.from_dict(config)
