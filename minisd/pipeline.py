@@ -99,7 +99,7 @@ class StableDiffusion:
         seeds = seed if isinstance(seed, (list, tuple)) else range(seed, seed + batch)
         if not seeds or not all(-(2**63) <= s < 2**64 for s in seeds):
             raise ValueError(f"got seeds {list(seeds)}, expected at least one, from -2**63 to 2**64 - 1")
-        shape = (1, self.unet.config.in_channels, *self._latent_size(height, width))
+        shape = (1, self.unet.config.in_channels, *self.latent_size(height, width))
         rows = [torch.randn(shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds]
         return torch.cat(rows).to(self.device, self.dtype)
 
@@ -115,7 +115,7 @@ class StableDiffusion:
         factor = self.vae.factor
         height = images[0].height // factor * factor if height is None else height
         width = images[0].width // factor * factor if width is None else width
-        self._latent_size(height, width)
+        self.latent_size(height, width)
         return to_tensor(images, height, width).to(self.device, self.dtype)
 
     def txt2img(
@@ -206,12 +206,12 @@ class StableDiffusion:
             latents = self.noise(seed, batch, height, width)
         elif height is None and width is None:
             height, width = (side * self.vae.factor for side in latents.shape[-2:])
-        expected = (batch, self.unet.config.in_channels, *self._latent_size(height, width))
+        expected = (batch, self.unet.config.in_channels, *self.latent_size(height, width))
         if tuple(latents.shape) != expected:
             raise ValueError(f"the latents have shape {tuple(latents.shape)}, expected {expected}")
         return latents.to(self.device, self.dtype)
 
-    def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+    def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """(h, w) of the latents of a picture of that many pixels; None: the model's own size."""
         factor, own = self.vae.factor, self.unet.config.sample_size
         h, w = own if isinstance(own, (tuple, list)) else (own, own)
@@ -229,7 +229,7 @@ class StableDiffusion:
             raise ValueError(
                 f"got a tensor of {own[1]} x {own[0]} pixels for {width} x {height}; only PIL images are resized"
             )
-        self._latent_size(*own)
+        self.latent_size(*own)
         low, high = image.aminmax()
         if not (low >= -1 and high <= 1):
             raise ValueError(f"got a tensor with values from {low:g} to {high:g}, expected -1 (black) to 1 (white)")
