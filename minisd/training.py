@@ -3,7 +3,7 @@
 Three stages share one run folder; each resumes where it was stopped:
 
     python -m minisd.training autoencoder --run RUN     L = |x - decode(z)| + kl_weight KL(q(z|x) || N(0, 1)),  z ~ q(z|x)
-    python -m minisd.training diffusion --run RUN       L = |eps - eps_theta(alpha_t z + sigma_t eps, t, text)|^2
+    python -m minisd.training diffusion --run RUN       L = w_t |eps - eps_theta(alpha_t z + sigma_t eps, t, text)|^2
     python -m minisd.training export --run RUN --to weights/shapes        the folder in diffusers layout, float16
 
 The objective is that of Rombach et al. 2022, https://arxiv.org/abs/2112.10752 (eq. 2, with the text encoder trained along as
@@ -65,6 +65,7 @@ class Recipe:
     autoencoder: Stage
     diffusion: Stage
     kl_weight: float
+    max_weight: float
 
 
 RECIPES = {
@@ -85,6 +86,7 @@ RECIPES = {
         autoencoder=Stage(steps=2600, batch=24, lr=1e-3, pool=20_000, ema=0.99),
         diffusion=Stage(steps=7000, batch=32, lr=1e-3, pool=60_000, ema=0.999),
         kl_weight=1e-5,
+        max_weight=20.0,
     ),
     "large": Recipe(  # one GPU
         image_size=128,
@@ -103,6 +105,7 @@ RECIPES = {
         autoencoder=Stage(steps=10_000, batch=64, lr=1e-3, pool=60_000, ema=0.999),
         diffusion=Stage(steps=60_000, batch=256, lr=1e-3, pool=200_000, ema=0.9995),
         kl_weight=1e-5,
+        max_weight=20.0,
     ),
 }
 
@@ -121,14 +124,19 @@ def autoencoder_loss(vae, x, noise, kl_weight):
     return F.l1_loss(vae.decode(z).float(), x) + kl_weight * kl.float().mean()
 
 
-def diffusion_loss(unet, schedule, z, noise, t, context):
-    """mean |noise - unet(alpha_t z + sigma_t noise, t, context)|^2, the simplified objective of Ho et al. 2020, eq. 14.
+def diffusion_loss(unet, schedule, z, noise, t, context, max_weight=1.0):
+    """mean w_t |noise - unet(alpha_t z + sigma_t noise, t, context)|^2,  w_t = min(1 / alpha_t^2, max_weight).
+
+    With max_weight 1 this is the simplified objective of Ho et al. 2020, eq. 14. An error in the noise is an error in the
+    picture times alpha / sigma, so that objective hardly sees the noisiest times, where nothing but the text tells what to
+    draw; 1 / alpha^2 is the weight that predicting v gives them (Salimans and Ho 2022, https://arxiv.org/abs/2202.00512).
 
     z, noise: (B, C, h, w); t: (B,) integers from 0; context: (B, L, D).
     """
     alphas_cumprod = schedule.alphas_cumprod.to(z.device)[t][:, None, None, None]
     x = alphas_cumprod.sqrt() * z + (1 - alphas_cumprod).sqrt() * noise
-    return F.mse_loss(unet(x, t, context).float(), noise)
+    weight = (1 / alphas_cumprod).clamp(max=max_weight)
+    return (weight * (unet(x, t, context).float() - noise) ** 2).mean()
 
 
 # ---- data ----------------------------------------------------------------------------------------------------------
@@ -258,7 +266,8 @@ def fit_diffusion(recipe, run, seed, device):
         t = (u * len(schedule.alphas_cumprod)).long()
         drop = torch.rand(batch, 1, generator=generator) < CAPTION_DROPOUT
         context = model["text_encoder"](torch.where(drop, empty, pool["ids"][chosen]).to(device))
-        return diffusion_loss(model["unet"], schedule, z.to(device), noise.to(device), t.to(device), context)
+        z, noise, t = z.to(device), noise.to(device), t.to(device)
+        return diffusion_loss(model["unet"], schedule, z, noise, t, context, recipe.max_weight)
 
     fit(model, loss, recipe.diffusion, run / "diffusion.pt", seed, device)
 

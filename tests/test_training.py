@@ -26,6 +26,7 @@ TINY = Recipe(
     autoencoder=Stage(steps=6, batch=4, lr=1e-3, pool=16, ema=0.9),
     diffusion=Stage(steps=6, batch=4, lr=1e-3, pool=16, ema=0.9),
     kl_weight=1e-3,
+    max_weight=20.0,
 )
 
 
@@ -45,8 +46,12 @@ def test_diffusion_loss_is_the_formula():
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     a = torch.cumprod(1 - betas, 0)[t][:, None, None, None]
     x = a.sqrt() * z + (1 - a).sqrt() * noise
-    expected = (unet(x, t, context.double()) - noise).square().mean()
-    assert diffusion_loss(unet, schedule, z, noise, t, context).item() == pytest.approx(expected.item(), rel=1e-5)
+    errors = (unet(x, t, context.double()) - noise).square().mean(dim=(1, 2, 3))
+    plain = diffusion_loss(unet, schedule, z, noise, t, context)
+    assert plain.item() == pytest.approx(errors.mean().item(), rel=1e-5)
+    weights = torch.tensor([1 / a.flatten()[0], 1 / a.flatten()[1], 20.0])  # 1 / a at t = 999 is 214
+    weighted = diffusion_loss(unet, schedule, z, noise, t, context, max_weight=20.0)
+    assert weighted.item() == pytest.approx((weights * errors).mean().item(), rel=1e-5)
 
 
 def test_autoencoder_loss_is_the_formula():
