@@ -171,7 +171,7 @@ def download(repo: str, variant=None, revision=None, local_files_only=False) -> 
 
 def _fetch(repo, needed, revision, local_files_only, optional=()) -> Path:
     """The folder of one snapshot of `repo` that holds the `needed` files, and the `optional` ones that the repo has."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     folder = None
@@ -179,10 +179,11 @@ def _fetch(repo, needed, revision, local_files_only, optional=()) -> Path:
         try:
             path = Path(hf_hub_download(repo, name, revision=revision, local_files_only=local_files_only))
         except EntryNotFoundError as error:
-            absent = local_files_only or not isinstance(error, LocalEntryNotFoundError)
-            if name in optional and absent:
+            unknown = isinstance(error, LocalEntryNotFoundError)  # not in the cache, and the Hub was not asked
+            known = not unknown or try_to_load_from_cache(repo, name, revision=revision) is _CACHED_NO_EXIST
+            if name in optional and (known or local_files_only):
                 continue
-            if isinstance(error, LocalEntryNotFoundError):
+            if unknown:
                 why = "is not in the local Hub cache" + ("" if local_files_only else ", and the Hub was not reached")
             else:
                 why = f"does not exist at revision {revision or 'main'} (minisd reads .safetensors, not .bin pickles)"

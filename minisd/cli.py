@@ -58,7 +58,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="minisd", description="Stable Diffusion v1.x, written out so that every tensor can be followed")
+    parser = Parser(prog="minisd", description="Stable Diffusion v1.x, written out so that each tensor can be followed")
     parser.add_argument("--version", action="version", version=f"minisd {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command", parser_class=Parser)
 

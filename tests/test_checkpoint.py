@@ -486,6 +486,19 @@ def test_local_cache_of_the_hub(original, monkeypatch, tmp_path):
     (repo / "refs" / "main").write_text(COMMIT)
     for revision in (None, "main", COMMIT):
         assert_same_weights(load("owner/tiny-sd", local_files_only=True, revision=revision), load(original))
+
+    # Without a network the cache serves, if it also knows which of the optional files the repo does not have.
+    def offline(repo, name, revision=None, local_files_only=False):
+        return hf_hub_download(repo, name, revision=revision, local_files_only=True)
+
+    hf_hub_download = huggingface_hub.hf_hub_download
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    name = "tokenizer/special_tokens_map.json"
+    assert refusal("owner/tiny-sd").endswith(f"{name} is not in the local Hub cache, and the Hub was not reached")
+    (repo / ".no_exist" / COMMIT / "tokenizer").mkdir(parents=True)
+    (repo / ".no_exist" / COMMIT / name).touch()
+    assert_same_weights(load("owner/tiny-sd"), load(original))
+
     message = refusal("owner/other", local_files_only=True)
     assert "Hub repo owner/other: scheduler/scheduler_config.json is not in the local Hub cache" in message
     (repo / "snapshots" / COMMIT / VAE_FILE).unlink()
