@@ -407,7 +407,8 @@ def test_single_file(original, single_file):
 def test_single_file_takes_its_vocabulary_from_the_hub(original, single_file, monkeypatch):
     asked = fake_hub(monkeypatch, original / "tokenizer", single_file.parent / "cache")
     assert load(single_file).tokenizer.vocab == load_vocabulary(original)
-    assert asked == [("openai/clip-vit-large-patch14", "vocab.json"), ("openai/clip-vit-large-patch14", "merges.txt")]
+    repo = "openai/clip-vit-large-patch14"
+    assert asked == [(repo, "vocab.json", None), (repo, "merges.txt", COMMIT)]
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", not_reached)
     message = refusal(single_file)
     assert f"{single_file} has no vocabulary: put a folder tokenizer/" in message
@@ -427,8 +428,8 @@ def fake_hub(monkeypatch, repo_files, cache):
     asked = []
 
     def download(repo, name, revision=None, local_files_only=False):
-        asked.append((repo, name))
-        assert revision in (None, "main", COMMIT) and not local_files_only
+        asked.append((repo, name, revision))
+        assert not local_files_only
         if not (repo_files / name).exists():
             raise EntryNotFoundError(f"404: {name}")
         target = cache / "snapshots" / COMMIT / name
@@ -451,21 +452,24 @@ def test_hub_repo_is_loaded_from_the_needed_files_alone(original, folder, monkey
     (folder / "safety_checker/model.safetensors").write_bytes(b"")
     asked = fake_hub(monkeypatch, folder, tmp_path / "cache")
     assert_same_weights(load("owner/tiny-sd"), load(original))
-    assert {repo for repo, _ in asked} == {"owner/tiny-sd"}
-    names = [name for _, name in asked]
+    # The first file tells which commit the branch is at, the others come from that commit.
+    assert [(repo, revision) for repo, _, revision in asked] == [
+        ("owner/tiny-sd", COMMIT if i else None) for i in range(11)
+    ]
+    names = [name for _, name, _ in asked]
     assert set(names) == {
         "scheduler/scheduler_config.json", "unet/config.json", "vae/config.json", "text_encoder/config.json",
         "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/tokenizer_config.json",
         "tokenizer/special_tokens_map.json", UNET_FILE, VAE_FILE, TEXT_FILE,
     }  # fmt: skip
-    assert len(names) == 11 and set(names[-3:]) == {UNET_FILE, VAE_FILE, TEXT_FILE}  # the large ones last
+    assert set(names[-3:]) == {UNET_FILE, VAE_FILE, TEXT_FILE}  # the large ones last
 
 
 def test_hub_variant_and_missing_files(original, monkeypatch, tmp_path):
     tiny.save(tmp_path / "repo", variant="fp16")
     asked = fake_hub(monkeypatch, tmp_path / "repo", tmp_path / "cache")
     assert_same_weights(load("owner/tiny-sd", variant="fp16", revision="main"), load(original))
-    assert ("owner/tiny-sd", UNET_FILE) not in asked
+    assert asked[0][2] == "main" and UNET_FILE not in [name for _, name, _ in asked]
     message = refusal("owner/tiny-sd")
     assert f"Hub repo owner/tiny-sd: {UNET_FILE} does not exist at revision {COMMIT}" in message
     assert "reads .safetensors, not .bin pickles" in message

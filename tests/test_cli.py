@@ -105,7 +105,8 @@ def test_img2img_draws_what_the_pipeline_draws(minisd_command):
     "arguments",
     [
         ["txt2img", "a cat", "-n", "3", "--seed", "5", "--dtype", "bfloat16"],
-        ["txt2img", "--negative=-5 'apples' \"and\" $HOME", "--seed", "-9", "--", "--a prompt\nthat is -- like; one"],
+        ["txt2img", "--negative=-5 'apples' \"and\" $HOME", "--seed", "-9", "--", "--steps"],
+        ["txt2img", "two\nlines; $HOME -- 'quoted'"],
         ["txt2img", "Zürich, 雪 🎨", "--sampler", "dpm++ linspace", "--size", "24x40", "--guidance", "1"],
         ["img2img", "in.png", "a dog", "--strength", "0.9", "-n", "2"],
         ["img2img", "a picture.jpg", "a dog", "--size", "32x32", "--negative", "cats"],
