@@ -106,8 +106,8 @@ class StableDiffusion:
     def pixels(self, image, height: int | None = None, width: int | None = None) -> Tensor:
         """Picture(s) as the VAE takes them, (B, 3, height, width) in [-1, 1].
 
-        A PIL image (or a list of them) is turned upright, made RGB and resized (Lanczos); without a size its own is
-        taken, each side rounded down to a multiple of vae.factor, as diffusers does. A tensor must have the right size.
+        PIL images, one or a list, are turned upright, made RGB and resized (Lanczos); without a size, to that of the
+        first, its sides rounded down to multiples of vae.factor as in diffusers. A tensor must have the right size.
         """
         if isinstance(image, Tensor):
             return self._check_pixels(image, height, width)
