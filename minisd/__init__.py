@@ -29,6 +29,13 @@ _HOME = {  # public name -> module that defines it
     "conditional": "guidance",
     "cfg": "guidance",
     "erase": "guidance",
+    "edit_prompt": "editing.prompt_to_prompt",
+    "PromptToPrompt": "editing.prompt_to_prompt",
+    "LocalBlend": "editing.local_blend",
+    "Maps": "editing.maps",
+    "record": "editing.recording",
+    "replay": "editing.recording",
+    "Recording": "editing.recording",
 }
 
 __all__ = ["__version__", *_HOME]

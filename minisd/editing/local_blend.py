@@ -1,0 +1,82 @@
+"""Local blend: after each step, take the source's latent wherever the edited objects are not.
+
+Source: google/prompt-to-prompt and Avrahami et al. 2022 (blended diffusion); the published code reads five 16 x 16
+layers of a 512 x 512 picture, this one whatever maps it is given, at any size and for any number of targets.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .alignment import find_word, missing_word
+from .maps import Maps
+
+
+class LocalBlend:
+    """Keeps the change near named objects: outside, a target's latent is the source's. Called after each step.
+
+        near = max_pool_3x3(map of words) > threshold * its maximum
+        far  = map of subtract > subtract_threshold * its maximum
+        x_row <- x_row where (near_row or near_source) and not (far_row or far_source), else x_source
+
+    maps: those of a PromptToPrompt, `p2p.maps`, whose sums over the steps so far are read, on the latent's grid.
+    words, subtract: of all prompts, each row taking those that its prompt has; or a LIST with the words of each row,
+    source first. start: the fraction of the steps before which nothing is done. ValueError: a word that no prompt has.
+    """
+
+    def __init__(
+        self,
+        maps: Maps,
+        words: str | Sequence,
+        subtract: str | Sequence = (),
+        threshold: float = 0.3,
+        subtract_threshold: float = 0.3,
+        start: float = 0.2,
+    ):
+        self.maps, self.threshold, self.subtract_threshold = maps, threshold, subtract_threshold
+        if not 0 <= start <= 1:
+            raise ValueError(f"start is {start!r}, expected a fraction of the steps, 0 to 1")
+        self.first = int(start * maps.steps)
+        self.words = self.pick(words)
+        self.subtract = self.pick(subtract) if len(subtract) else None
+
+    def pick(self, words) -> Tensor:
+        """(S, L): 1 in the columns of each row's words."""
+        prompts = self.maps.prompts
+        L, device = self.maps.tokenizer.max_length, self.maps.source_row.device
+        picked = torch.zeros(len(prompts), L, device=device)
+        if isinstance(words, list):
+            if len(words) != len(prompts):
+                raise ValueError(f"got a list of {len(words)} entries, expected words for {len(prompts)} rows")
+            for row, own in enumerate(words):
+                for word in [own] if isinstance(own, str) else own:
+                    picked[row, self.maps.columns(word, row)] = 1
+            return picked
+        for word in [words] if isinstance(words, str) else words:
+            found = [find_word(self.maps.tokenizer, prompt, word) for prompt in prompts]
+            if not any(found):
+                raise missing_word(word, prompts)
+            for row, positions in enumerate(found):
+                picked[row, positions] = 1
+        return picked
+
+    def __call__(self, x: Tensor, step) -> Tensor:
+        if len(x) != len(self.maps.prompts):
+            raise ValueError(f"got {len(x)} latents, expected one for each prompt, {len(self.maps.prompts)}")
+        if step.index < self.first:
+            return x
+        keep = self.mask(self.words, self.threshold, x.shape[2:], pool=True)
+        if self.subtract is not None:
+            keep &= ~self.mask(self.subtract, self.subtract_threshold, x.shape[2:], pool=False)
+        return torch.where(keep, x, x[self.maps.source_row])
+
+    def mask(self, words: Tensor, threshold: float, size, pool: bool) -> Tensor:
+        """(S, 1, h, w) bool: where the words are, in a row or in its source."""
+        heat = torch.einsum("shwl,sl->shw", self.maps.mean(), words)[:, None]
+        if pool:
+            heat = F.max_pool2d(heat, 3, stride=1, padding=1)
+        heat = F.interpolate(heat, size, mode="nearest")
+        found = heat > threshold * heat.amax((1, 2, 3), keepdim=True)
+        return found | found[self.maps.source_row]
