@@ -65,7 +65,8 @@ class Recipe:
     autoencoder: Stage
     diffusion: Stage
     kl_weight: float
-    max_weight: float
+    max_weight: float  # of the diffusion loss
+    noisy_share: float = 0.0  # of the samples, drawn from the noisiest quarter of the times instead of from all
 
 
 RECIPES = {
@@ -137,6 +138,19 @@ def diffusion_loss(unet, schedule, z, noise, t, context, max_weight=1.0):
     x = alphas_cumprod.sqrt() * z + (1 - alphas_cumprod).sqrt() * noise
     weight = (1 / alphas_cumprod).clamp(max=max_weight)
     return (weight * (unet(x, t, context).float() - noise) ** 2).mean()
+
+
+def draw_times(batch, steps, noisy_share, generator):
+    """t (batch,) from 0 to steps - 1: uniform, or with probability noisy_share uniform over the last quarter.
+
+    By the inverse of the distribution function at evenly spaced points with one random offset, so that every batch covers
+    the times evenly (Kingma et al. 2021, https://arxiv.org/abs/2107.00630, appendix I.1).
+    """
+    u = (torch.arange(batch) + torch.rand(1, generator=generator)) / batch
+    plain = 1 - noisy_share
+    late = 0.75 + (u - 0.75 * plain) / (plain + 4 * noisy_share)
+    t = torch.where(u < 0.75 * plain, u / max(plain, 1e-9), late)
+    return (t * steps).long().clamp(max=steps - 1)
 
 
 # ---- data ----------------------------------------------------------------------------------------------------------
@@ -261,9 +275,7 @@ def fit_diffusion(recipe, run, seed, device):
         mean, std = pool["mean"][chosen].float(), pool["std"][chosen].float()
         z = pool["scaling_factor"] * (mean + std * torch.randn(mean.shape, generator=generator))
         noise = torch.randn(z.shape, generator=generator)
-        # One uniform offset for the whole batch, so that every batch covers all times evenly (Kingma et al. 2021, VDM).
-        u = (torch.arange(batch) + torch.rand(1, generator=generator)) / batch
-        t = (u * len(schedule.alphas_cumprod)).long()
+        t = draw_times(batch, len(schedule), recipe.noisy_share, generator)
         drop = torch.rand(batch, 1, generator=generator) < CAPTION_DROPOUT
         context = model["text_encoder"](torch.where(drop, empty, pool["ids"][chosen]).to(device))
         z, noise, t = z.to(device), noise.to(device), t.to(device)
@@ -353,6 +365,8 @@ def main(arguments=None):
     parser.add_argument("--run", type=Path, required=True, help="folder of the run: checkpoints, encoded pool")
     parser.add_argument("--recipe", choices=RECIPES, default="small", help="small: 64x64, for a CPU; large: 128x128, for a GPU")
     parser.add_argument("--steps", type=int, help="train to this many steps instead of the recipe's")
+    parser.add_argument("--max-weight", type=float, help="diffusion: cap of the loss's weight instead of the recipe's")
+    parser.add_argument("--noisy-share", type=float, help="diffusion: share of the samples that are drawn very noisy")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--to", type=Path, help="export: the folder to write")
@@ -363,8 +377,10 @@ def main(arguments=None):
     args.run.mkdir(parents=True, exist_ok=True)
     if args.stage == "export":
         return export(recipe, args.run, args.to)
+    changes = {name: getattr(args, name) for name in ("max_weight", "noisy_share") if getattr(args, name) is not None}
     if args.steps is not None:
-        recipe = replace(recipe, **{args.stage: replace(getattr(recipe, args.stage), steps=args.steps)})
+        changes[args.stage] = replace(getattr(recipe, args.stage), steps=args.steps)
+    recipe = replace(recipe, **changes)
     {"autoencoder": fit_autoencoder, "diffusion": fit_diffusion}[args.stage](recipe, args.run, args.seed, device)
 
 

@@ -71,6 +71,17 @@ def test_autoencoder_loss_is_the_formula():
     assert autoencoder_loss(Vae(), x, noise, 0.3).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+def test_times_are_drawn_as_said():
+    """In the noisiest quarter lie a quarter of the samples, or noisy_share plus a quarter of the rest; all are reached."""
+    for share in (0.0, 0.6):
+        generator = torch.Generator().manual_seed(0)
+        t = torch.cat([training.draw_times(32, 1000, share, generator) for _ in range(2000)])
+        assert t.min() == 0 and t.max() == 999
+        counts = torch.histc(t.float(), bins=4, min=0, max=1000) / len(t)
+        rest = (1 - share) / 4
+        assert torch.allclose(counts, torch.tensor([rest, rest, rest, rest + share]), atol=0.01)
+
+
 def test_learning_rate():
     rates = [learning_rate(step, 1000, 2.0) for step in range(1000)]
     assert rates[0] == 2.0 / training.WARMUP and rates[training.WARMUP] == rates[799] == 2.0
