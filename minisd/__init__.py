@@ -1,7 +1,7 @@
 """minisd: Stable Diffusion v1.x written out so that every tensor can be followed.
 
-The public names below resolve on first use (PEP 562), so that `import minisd` and `minisd --help` load neither torch nor
-triton.
+The public names below resolve on first use (PEP 562), so that `import minisd` and `minisd --help` load neither torch
+nor triton.
 """
 
 from importlib import import_module

@@ -1,7 +1,7 @@
 """The three convolution blocks that the UNet and the VAE share.
 
-Module names are diffusers' (`ResnetBlock2D`, `Downsample2D`, `Upsample2D`); the architecture is that of latent diffusion,
-Rombach et al. 2022, https://arxiv.org/abs/2112.10752.
+Module names are diffusers' (`ResnetBlock2D`, `Downsample2D`, `Upsample2D`); the architecture is that of latent
+diffusion, Rombach et al. 2022, https://arxiv.org/abs/2112.10752.
 """
 
 import torch.nn.functional as F
@@ -16,8 +16,9 @@ def repeat_rows(x, rows):
 class ResnetBlock(nn.Module):
     """h = conv2(silu(norm2(conv1(silu(norm1(x))) + time))), out = h + shortcut(x).
 
-    x: (B, in, h, w) -> (B, out, h, w). `time = time_emb_proj(silu(emb))` is added per channel if the block was built with
-    `time_channels`; emb: (1, time_channels) or one row for each of the first rows of x, repeated group after group.
+    x: (B, in, h, w) -> (B, out, h, w). `time = time_emb_proj(silu(emb))` is added per channel if the block was built
+    with `time_channels`; emb: (1, time_channels) or one row for each of the first rows of x, repeated group after
+    group.
     """
 
     def __init__(self, in_channels, out_channels, groups, eps, time_channels=None):

@@ -36,14 +36,21 @@ class CLIPTextConfig:
     def __post_init__(self):
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act: got {self.hidden_act!r}, supported are {', '.join(ACTIVATIONS)}")
+        if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads: {self.num_attention_heads} heads do not divide hidden_size {self.hidden_size}"
+            )
 
     @classmethod
     def from_dict(cls, values):
         """Read the checkpoint's text_encoder/config.json (a dict).
 
-        The many other keys that transformers writes there (dropout, token ids, generation settings) do not enter the last
-        hidden state and are ignored; the token ids of SD v1's file are wrong anyway.
+        The many other keys that transformers writes there (dropout, token ids, generation settings) do not enter the
+        last hidden state and are ignored; the token ids of SD v1's file are wrong anyway. ValueError for values that do
+        not fit, and for the config of a whole CLIP, whose text model is in "text_config".
         """
+        if "text_config" in values:
+            raise ValueError("this is the config of a whole CLIP; expected that of its text model, its text_config")
         names = {field.name for field in fields(cls)}
         return read_config(cls, {key: value for key, value in values.items() if key in names}, neutral={})
 

@@ -42,6 +42,7 @@ ONLY = {
     "rescale_betas_zero_snr": False,
     "use_flow_sigmas": False,
 }
+WHOLE_NUMBERS = {"num_train_timesteps": 1, "steps_offset": 0}  # and the least that each may be
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,15 +62,22 @@ class NoiseSchedule:
     def from_dict(cls, config: dict) -> "NoiseSchedule":
         """From the contents of scheduler_config.json; an absent key takes the default of diffusers' DDIMScheduler.
 
-        Raises ValueError for a key that changes the maths in a way that is not implemented. Which solver the file names
-        and that solver's own options are ignored: the sampler is the caller's choice.
+        Except clip_sample: latents are never clipped, and only a file that asks for it is refused.
+        Raises ValueError for a key that changes the maths in a way that is not implemented, for values that do not fit,
+        and for the file of a scheduler that has no betas (flow matching). Which solver the file names and that solver's
+        own options are ignored: the sampler is the caller's choice.
         """
+        if "_class_name" in config and not {"beta_start", "trained_betas"} & config.keys():
+            raise ValueError(f"scheduler config: {config['_class_name']} without beta_start is no schedule of betas")
         for key, only in ONLY.items():
             if config.get(key, only) != only:
                 raise ValueError(f"scheduler config: {key} is {config[key]!r}, only {only!r} is supported")
         spacing = config.get("timestep_spacing")
         if spacing not in (None, *SPACINGS):
             raise ValueError(f"scheduler config: timestep_spacing is {spacing!r}, expected {', '.join(SPACINGS)}")
+        for key, least in WHOLE_NUMBERS.items():
+            if type(config.get(key, least)) is not int or config.get(key, least) < least:
+                raise ValueError(f"scheduler config: {key} is {config[key]!r}, expected a whole number from {least}")
         return cls(
             torch.cumprod(1 - betas(config), dim=0),
             config.get("steps_offset", 0),
@@ -122,11 +130,16 @@ def betas(config: dict) -> Tensor:
     """beta_t, the variance added at each training timestep, (N,) fp32.
 
     linear: linspace(beta_start, beta_end, N);  scaled_linear: linspace(sqrt(beta_start), sqrt(beta_end), N)^2.
+    ValueError unless 0 < beta_t < 1 everywhere.
     """
-    if config.get("trained_betas") is not None:
-        return torch.tensor(config["trained_betas"], dtype=torch.float32)
     start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
     n, kind = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
+    ends = config.get("trained_betas")
+    ends = [start, end] if ends is None else ends
+    if not ends or not all(isinstance(beta, (int, float)) and 0 < beta < 1 for beta in ends):
+        raise ValueError(f"scheduler config: betas are {ends!r}, expected numbers between 0 and 1")
+    if config.get("trained_betas") is not None:
+        return torch.tensor(config["trained_betas"], dtype=torch.float32)
     if kind == "linear":
         return torch.linspace(start, end, n, dtype=torch.float32)
     if kind == "scaled_linear":

@@ -3,8 +3,8 @@
 Architecture: Rombach et al. 2022, https://arxiv.org/abs/2112.10752, section 3.3; module names are those of diffusers'
 UNet2DConditionModel, so its state dict loads strictly.
 
-Attention edits enter as data: `edits` maps a site's name, which is the dotted name of its module, to an AttentionEdit, and
-each transformer block looks its two sites up. The network knows nothing else of editing.
+Attention edits enter as data: `edits` maps a site's name, which is the dotted name of its module, to an AttentionEdit,
+and each transformer block looks its two sites up. The network knows nothing else of editing.
 """
 
 import math
@@ -44,11 +44,11 @@ HARMLESS = ("addition_embed_type_num_heads",)  # read by diffusers only where ad
 class UNetConfig:
     """The numbers of a UNet; the defaults are Stable Diffusion v1's.
 
-    `attention_head_dim` is the number of heads, one for all blocks or one for each: the published name is a misnomer that
-    every checkpoint carries.
+    `attention_head_dim` is the number of heads, one for all blocks or one for each: the published name is a misnomer
+    that every checkpoint carries.
     """
 
-    sample_size: int | tuple[int, int] = 64
+    sample_size: int | tuple[int, int] | None = 64
     in_channels: int = 4
     out_channels: int = 4
     down_block_types: tuple[str, ...] = (CROSS_DOWN, CROSS_DOWN, CROSS_DOWN, PLAIN_DOWN)
@@ -158,6 +158,8 @@ class Transformer(nn.Module):
 
     def __init__(self, channels, heads, context_channels, groups):
         super().__init__()
+        if heads < 1 or channels % heads:
+            raise ValueError(f"attention_head_dim: {heads} heads do not divide {channels} channels")
         self.norm = nn.GroupNorm(groups, channels, TRANSFORMER_NORM_EPS)
         self.proj_in = nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, context_channels)])
@@ -303,19 +305,21 @@ class UNet(nn.Module):
     def grid(self, site, size=None):
         """(h, w) of the queries at `site` for latents of `size` (h, w), by default config.sample_size."""
         size = self.config.sample_size if size is None else size
+        if size is None:
+            raise ValueError("the UNet's config has no sample_size: give the latents' size (h, w)")
         h, w = size if isinstance(size, (tuple, list)) else (size, size)
         last = len(self.config.block_out_channels) - 1
         block, index = site.split(".")[:2]
-        halvings = {"down_blocks": lambda: int(index), "mid_block": lambda: last, "up_blocks": lambda: last - int(index)}
-        for _ in range(halvings[block]()):
+        halvings = last if block == "mid_block" else int(index) if block == "down_blocks" else last - int(index)
+        for _ in range(halvings):
             h, w = (h + 1) // 2, (w + 1) // 2
         return h, w
 
     def prepare(self, context):
         """Project the text to keys and values of every cross site, once per prompt.
 
-        context (R, L, cross_attention_dim) -> {site: (k, v)}, each (R, heads, L, head_dim); `forward` takes it in place of
-        the context.
+        context (R, L, cross_attention_dim) -> {site: (k, v)}, each (R, heads, L, head_dim); `forward` takes it in place
+        of the context.
         """
         return {name: self._sites[name].project(context) for name in self.sites("cross")}
 

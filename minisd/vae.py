@@ -30,7 +30,7 @@ class VAEConfig:
     layers_per_block: int = 2
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215
-    sample_size: int = 512
+    sample_size: int | tuple[int, int] | None = 512
 
     @classmethod
     def from_dict(cls, values):
@@ -138,8 +138,10 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """q(z | x) = N(mean, exp(logvar)) by `encode`, x from z by `decode`. Latents here are unscaled: the diffusion model's
-    latents are `config.scaling_factor * z`, and the pipeline does that multiplication."""
+    """q(z | x) = N(mean, exp(logvar)) by `encode`, x from z by `decode`.
+
+    Latents here are unscaled: the diffusion model's are `config.scaling_factor * z`, and the pipeline multiplies.
+    """
 
     def __init__(self, config=VAEConfig()):
         super().__init__()
@@ -160,5 +162,5 @@ class AutoencoderKL(nn.Module):
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, z):
-        """Unscaled latent (B, latent_channels, h, w) -> picture, nominally in [-1, 1], (B, 3, h * factor, w * factor)."""
+        """Unscaled latent (B, latent_channels, h, w) -> picture (B, 3, h * factor, w * factor), roughly in [-1, 1]."""
         return self.decoder(self.post_quant_conv(z))

@@ -4,13 +4,14 @@ The bar is max |difference| <= 1e-5 max |reference| in fp32. Every parameter is 
 looser test would not see (epsilon of a GroupNorm, tanh GELU, swapped norms ...) are made on purpose below, and have to fail.
 """
 
+import inspect
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import CROSS_DOWN, CROSS_UP, difference, text_pair, unet_pair, vae_pair
+from oracle import CROSS_DOWN, CROSS_UP, ReferenceVAE, UNet2DConditionModel, difference, text_pair, unet_pair, vae_pair
 
 import minisd.clip
 import minisd.unet
@@ -347,6 +348,12 @@ def test_the_time_embedding_is_the_formula():
         (UNetConfig, {"class_embed_type": "timestep"}, "class_embed_type"),
         (UNetConfig, {"down_block_types": ["AttnDownBlock2D"] * 4}, "down_block_types: expected 4"),
         (UNetConfig, {"attention_head_dim": [8, 8]}, "expected a number or 4 of them"),
+        (UNetConfig, {"attention_head_dim": None}, r"attention_head_dim: got None, expected int \| tuple"),
+        (UNetConfig, {"norm_eps": "1e-5"}, "norm_eps: got '1e-5', expected float"),
+        (UNetConfig, {"flip_sin_to_cos": None}, "flip_sin_to_cos: got None, expected bool"),
+        (UNetConfig, {"sample_size": [64]}, r"sample_size: got \(64,\), expected int \| tuple"),
+        (UNetConfig, {"block_out_channels": [320, "640"]}, "block_out_channels: got"),
+        (VAEConfig, {"scaling_factor": None}, "scaling_factor: got None, expected float"),
         (VAEConfig, {"latents_mean": [0.0]}, "latents_mean"),
         (VAEConfig, {"mid_block_add_attention": False}, "mid_block_add_attention: got False, supported is True"),
         (CLIPTextConfig, {"hidden_act": "relu"}, "hidden_act: got 'relu', supported are quick_gelu, gelu"),
@@ -356,6 +363,31 @@ def test_configs_refuse_other_maths(config, change, words):
     config.from_dict({"_class_name": "x", "class_embed_type": None, "use_linear_projection": False})
     with pytest.raises(ValueError, match=words):
         config.from_dict(change)
+
+
+def other_value(value):
+    """A value of the same kind, or 1 for None, that is not `value`."""
+    if isinstance(value, bool) or value is None:
+        return not value if value is not None else 1
+    return value + (type(value)("x") if isinstance(value, str) else value if isinstance(value, tuple) else 1)
+
+
+@pytest.mark.parametrize(
+    ("config", "reference", "harmless"),
+    [
+        (UNetConfig, UNet2DConditionModel, {"addition_embed_type_num_heads"}),
+        (VAEConfig, ReferenceVAE, {"force_upcast"}),
+    ],
+)
+def test_every_option_of_diffusers_is_either_read_or_refused(config, reference, harmless):
+    parameters = inspect.signature(reference.__init__).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    config.from_dict(defaults)
+    unread = defaults.keys() - config.__dataclass_fields__.keys() - harmless
+    assert len(unread) > 5
+    for key in unread:
+        with pytest.raises(ValueError, match=f"{key}: got"):
+            config.from_dict(defaults | {key: other_value(defaults[key])})
 
 
 def test_models_build_without_memory():

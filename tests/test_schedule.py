@@ -1,9 +1,18 @@
 """NoiseSchedule against diffusers' tables, and the config keys it honours, ignores and refuses."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 
 from minisd.schedule import Level, NoiseSchedule
 
@@ -97,12 +106,37 @@ def test_timesteps_that_do_not_fit(offset, n):
         {"use_flow_sigmas": True},
         {"beta_schedule": "squaredcos_cap_v2"},
         {"timestep_spacing": "even"},
+        {"num_train_timesteps": 0},
+        {"num_train_timesteps": 10.5},
+        {"steps_offset": -1},
+        {"steps_offset": None},
     ],
 )
 def test_other_maths_is_refused(change):
     ((key, value),) = change.items()
     with pytest.raises(ValueError, match=f"{key} is {value!r}, (only|expected) "):
         NoiseSchedule.from_dict(SD14 | change)
+
+
+@pytest.mark.parametrize(
+    "change", [{"beta_end": 2.0}, {"beta_start": None}, {"trained_betas": []}, {"trained_betas": [0.1, 0.0]}]
+)
+def test_betas_are_between_0_and_1(change):
+    with pytest.raises(ValueError, match="betas are .*, expected numbers between 0 and 1"):
+        NoiseSchedule.from_dict(SD14 | change)
+
+
+def test_schedulers_without_betas_are_refused():
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler without beta_start"):
+        NoiseSchedule.from_dict(dict(FlowMatchEulerDiscreteScheduler().config) | {"_class_name": "FlowMatchEulerDiscreteScheduler"})
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, PNDMScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler])
+def test_files_that_diffusers_writes_are_read(scheduler):
+    config = json.loads(scheduler.from_config(SD14).to_json_string())
+    schedule = NoiseSchedule.from_dict(config)
+    assert torch.equal(schedule.alphas_cumprod, NoiseSchedule.from_dict(SD14).alphas_cumprod)
+    assert schedule.timestep_spacing == config["timestep_spacing"]
 
 
 def test_solver_options_of_the_file_are_ignored():
