@@ -11,6 +11,8 @@ File format: https://huggingface.co/docs/safetensors. The names are in names.py.
 
 import json
 import math
+import operator
+import os
 import re
 import struct
 from collections.abc import Callable, Iterator
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .clip import CLIPTextConfig, CLIPTextModel
-from .names import rename_diffusers, rename_ldm
+from .names import LDM_PREFIX, rename_diffusers, rename_ldm
 from .schedule import NoiseSchedule
 from .tokenizer import CLIPTokenizer
 from .unet import UNet, UNetConfig
@@ -90,6 +92,8 @@ def bundled() -> dict[str, Path]:
 
 def locate(source, *, variant=None, revision=None, local_files_only=False) -> Checkpoint:
     """Find the files of a source and read its configs and vocabulary. See `minisd.load` for the arguments."""
+    if not isinstance(source, (str, os.PathLike)) or not os.fspath(source):
+        raise ValueError(f"the model is {source!r}, expected a bundled name, a Hub repo id, a folder or a file")
     path = Path(source)
     is_hub_id = isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) and not path.exists()
     if is_hub_id and path.suffix != ".safetensors":
@@ -138,6 +142,12 @@ def from_single_file(path: Path, local_files_only: bool = False) -> Checkpoint:
     folder tokenizer/ beside the file or else from the Hub repo openai/clip-vit-large-patch14, where it is the same.
     Of a file that also holds averaged weights (model_ema.*) the others are taken, as diffusers does.
     """
+    names = read_header(path)
+    if missing := [p for p in LDM_PREFIX.values() if not any(name.startswith(p) for name in names)]:
+        raise CheckpointError(
+            f"{path} is not in the original layout, it has no {'* and no '.join(missing)}*; "
+            "if it belongs to a folder in diffusers layout, give the folder"
+        )
     configs = {part: config() for part, (_, config) in MODELS.items()}
     folder = path.parent / "tokenizer"
     if not folder.is_dir():
@@ -205,12 +215,15 @@ def _config(from_dict, path: Path):
 def _tokenizer(folder: Path) -> CLIPTokenizer:
     try:
         return CLIPTokenizer.from_folder(folder)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """Names, shapes and places of the tensors of a safetensors file: 8 bytes length, JSON of that length, the data."""
+    """Names, shapes and places of the tensors of a safetensors file: 8 bytes length, JSON of that length, the data.
+
+    CheckpointError unless the tensors fill the data one after the other to its last byte, as the format demands.
+    """
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -221,10 +234,17 @@ def read_header(path: Path) -> dict[str, Entry]:
         header.pop("__metadata__", None)
         entries = {}
         for name, value in header.items():
-            start, stop = (8 + length + offset for offset in value["data_offsets"])
-            entries[name] = Entry(value["dtype"], tuple(value["shape"]), start, stop)
-            if stop > size:
+            start, stop = (8 + length + operator.index(offset) for offset in value["data_offsets"])
+            entries[name] = Entry(str(value["dtype"]), tuple(value["shape"]), start, stop)
+        end = 8 + length
+        for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
+            if entry.start != end or entry.stop < end:
+                raise ValueError(f"{name} is at bytes {entry.start} to {entry.stop}, expected to begin at {end}")
+            if entry.stop > size:
                 raise ValueError(f"it ends at byte {size}, inside or before {name}: the file is cut off")
+            end = entry.stop
+        if end != size:
+            raise ValueError(f"its tensors end at byte {end}, the file at {size}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
     return entries
@@ -278,8 +298,11 @@ def load_parts(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype)
     modules: dict[str, nn.Module] = {}
     found, faults, total = {}, [], 0
     for part, (model, _) in MODELS.items():
-        with torch.device("meta"):
-            modules[part] = model(checkpoint.configs[part])
+        try:
+            with torch.device("meta"):
+                modules[part] = model(checkpoint.configs[part])
+        except (ValueError, RuntimeError, ZeroDivisionError) as error:  # numbers that go together with no architecture
+            raise CheckpointError(f"{part}: its config makes no model: {error}") from error
         expected = {name: tuple(tensor.shape) for name, tensor in modules[part].state_dict().items()}
         found[part], lines = match(checkpoint, part, expected)
         total += len(lines)

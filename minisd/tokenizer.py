@@ -24,7 +24,11 @@ WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p
 def byte_pair_encoder(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
     """The text -> pieces part: normaliser, word pattern, bytes and merges, without special tokens and padding."""
     unk = EOS if EOS in vocab else None
-    bpe = Tokenizer(models.BPE(vocab, merges, end_of_word_suffix=WORD_END, continuing_subword_prefix="", unk_token=unk))
+    try:
+        model = models.BPE(vocab, merges, end_of_word_suffix=WORD_END, continuing_subword_prefix="", unk_token=unk)
+    except Exception as error:  # `tokenizers` raises nothing more special
+        raise ValueError(f"vocabulary and merges do not fit: {error}") from error
+    bpe = Tokenizer(model)
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -48,8 +52,9 @@ class CLIPTokenizer:
         for token in (BOS, EOS, pad_token):
             if token not in vocab:
                 raise ValueError(f"the vocabulary ({len(vocab)} pieces) has no {token!r}, which a CLIP tokenizer needs")
-        if not 2 <= max_length <= 100_000:  # transformers writes 1e30 where no limit is known
-            raise ValueError(f"max_length is {max_length}, expected the text encoder's positions, 2 to 100000")
+        # transformers writes 1e30 where no limit is known
+        if type(max_length) is not int or not 2 <= max_length <= 100_000:
+            raise ValueError(f"max_length is {max_length!r}, expected the text encoder's positions, 2 to 100000")
         self.vocab, self.merges, self.max_length, self.pad_token = vocab, merges, max_length, pad_token
         self.bos_id, self.eos_id, self.pad_id = vocab[BOS], vocab[EOS], vocab[pad_token]
         self._bpe = byte_pair_encoder(vocab, merges)
@@ -84,7 +89,8 @@ class CLIPTokenizer:
             raise FileNotFoundError(f"{folder} has neither vocab.json and merges.txt nor tokenizer.json")
         saved = _read_json(folder / "tokenizer.json")
         vocab = saved["model"]["vocab"] | {token["content"]: token["id"] for token in saved["added_tokens"]}
-        return cls(vocab, [tuple(pair) for pair in saved["model"]["merges"]], max_length, pad)
+        merges = saved["model"]["merges"]  # pairs, or "first second" as tokenizers before 0.20 wrote them
+        return cls(vocab, [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges], max_length, pad)
 
     def save(self, folder) -> None:
         """Write vocab.json, merges.txt and tokenizer_config.json, which from_folder and transformers read back."""

@@ -19,8 +19,8 @@ from transformers import CLIPTokenizer
 
 import minisd
 from minisd import checkpoint
-from minisd.checkpoint import CheckpointError
 from minisd.names import rename_diffusers, rename_ldm
+from minisd.tokenizer import CLIPTokenizer as CLIP
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 VAE_FILE = "vae/diffusion_pytorch_model.safetensors"
@@ -113,6 +113,12 @@ def test_a_tokenizer_written_by_transformers_5(original, folder):
     CLIPTokenizer.from_pretrained(str(tiny.tokenizer_files(folder / "files"))).save_pretrained(folder / "tokenizer")
     assert not (folder / "tokenizer" / "vocab.json").exists()
     assert torch.equal(load(folder).tokenizer(["a Cat"]), load(original).tokenizer(["a Cat"]))
+
+    path = folder / "tokenizer" / "tokenizer.json"  # tokenizers before 0.20 wrote a merge as one string
+    saved = json.loads(path.read_text())
+    saved["model"]["merges"], saved["model"]["vocab"]["ca"] = ["c a"], 514
+    path.write_text(json.dumps(saved))
+    assert CLIP.from_folder(path.parent).tokenize("cat") == ["ca", "t</w>"]
 
 
 def test_variant_files(original, tmp_path):
@@ -247,6 +253,68 @@ def test_attention_is_chosen_at_load(original):
     assert load(original).unet.attention == "sdpa"
     for choice in ("triton", "sdpa", "reference"):
         assert load(original, attention=choice).unet.attention == choice
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("unet", {"layers_per_block": [1, 1]}, r"layers_per_block: got \(1, 1\), expected int"),
+        ("unet", {"attention_head_dim": 3}, "unet: its config makes no model: .* 3 heads do not divide 16 channels"),
+        ("unet", {"norm_num_groups": 5}, "unet: its config makes no model: .* divisible by num_groups"),
+        ("unet", {"norm_num_groups": 0}, "unet: its config makes no model"),
+        ("vae", {"block_out_channels": None}, "vae/config.json"),
+        ("text_encoder", {"num_attention_heads": 5}, "5 heads do not divide hidden_size 24"),
+        ("text_encoder", {"text_config": {"hidden_act": "gelu"}}, "config of a whole CLIP"),
+        ("tokenizer", {"model_max_length": 1e30}, r"max_length is 1e\+30, expected .* 2 to 100000"),
+        ("tokenizer", {"model_max_length": 77.0}, r"max_length is 77.0, expected"),
+        ("tokenizer", {"pad_token": "zzz"}, "has no 'zzz'"),
+    ],
+)
+def test_configs_that_make_no_model(folder, part, change, message):
+    path = folder / part / ("tokenizer_config.json" if part == "tokenizer" else "config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(checkpoint.CheckpointError, match=message):
+        load(folder)
+
+
+def test_vocabularies_that_cannot_be_read(folder):
+    for name, text in (("tokenizer_config.json", "[]"), ("merges.txt", "#version: 0.2\nzz qq\n")):
+        before = (folder / "tokenizer" / name).read_text()
+        (folder / "tokenizer" / name).write_text(text)
+        with pytest.raises(checkpoint.CheckpointError, match=re.escape(str(folder / "tokenizer"))):
+            load(folder)
+        (folder / "tokenizer" / name).write_text(before)
+    load(folder)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"data_offsets": [-32, 0]},  # bytes of the header
+        {"data_offsets": [0, 32]},  # bytes of another tensor
+        {"data_offsets": [0.0, 32.0]},
+        {"data_offsets": [0, 1, 2]},
+        {"dtype": ["F32"]},
+        {"shape": None},
+    ],
+)
+def test_headers_that_do_not_describe_the_file(folder, entry):
+    path = folder / VAE_FILE
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    header["quant_conv.bias"] |= entry
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+    message = refusal(folder)
+    assert f"{path} cannot be read as safetensors" in message or "unreadable quant_conv.bias" in message
+    path.write_bytes(raw + b"more")
+    assert "its tensors end at byte" in refusal(folder)
+
+
+@pytest.mark.parametrize("source", [None, 3, "", ["shapes"]])
+def test_sources_that_are_none(source):
+    assert f"the model is {source!r}, expected a bundled name" in refusal(source)
 
 
 # memory
@@ -402,6 +470,12 @@ def test_single_file(original, single_file):
     assert torch.equal(sd.schedule.alphas_cumprod, reference.alphas_cumprod)
     assert (sd.schedule.steps_offset, sd.schedule.set_alpha_to_one) == (1, False)
     assert "variant='fp16' is for folders" in refusal(single_file, variant="fp16")
+
+
+def test_a_file_of_another_layout_is_refused_before_the_hub_is_asked(original, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", not_reached)
+    message = refusal(original / UNET_FILE)
+    assert "not in the original layout, it has no model.diffusion_model.* and no first_stage_model.*" in message
 
 
 def test_single_file_takes_its_vocabulary_from_the_hub(original, single_file, monkeypatch):
