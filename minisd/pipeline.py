@@ -8,9 +8,9 @@ https://arxiv.org/abs/2207.12598; img2img, Meng et al. 2022 (SDEdit), https://ar
 """
 
 import math
-import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
 
 import torch
 from PIL import Image
@@ -87,8 +87,8 @@ class StableDiffusion:
         """The pictures of latents z: PIL images, or one tensor (B, 3, H, W) in [-1, 1]."""
         z = z.to(self.device, self.dtype) / self.vae.config.scaling_factor
         # One by one: at 512 x 512 the decoder's activations are the largest of all.
-        image = torch.cat([self.vae.decode(row) for row in z.split(1)]).clamp(-1, 1)
-        return image if as_tensor else to_pil(image)
+        image = torch.cat([self.vae.decode(row) for row in z.split(1)])
+        return image.clamp(-1, 1) if as_tensor else to_pil(image)
 
     def noise(self, seed: int | Sequence[int], batch: int = 1, height=None, width=None) -> Tensor:
         """x_T ~ N(0, 1), (B, C, height / factor, width / factor); the size is in pixels, default the model's own.
@@ -96,9 +96,11 @@ class StableDiffusion:
         Row i is drawn with seed + i, whatever the batch; a list gives each row its seed. Drawn on the CPU in float32,
         so that it is the same on every device.
         """
-        seeds = seed if isinstance(seed, (list, tuple)) else range(seed, seed + batch)
-        if not seeds or not all(-(2**63) <= s < 2**64 for s in seeds):
-            raise ValueError(f"got seeds {list(seeds)}, expected at least one, from -2**63 to 2**64 - 1")
+        seeds = [seed + i for i in range(batch)] if isinstance(seed, Integral) else seed
+        if not (isinstance(seeds, (list, tuple)) and seeds and all(map(is_seed, seeds))):
+            raise ValueError(
+                f"got seeds {seeds!r}, expected a whole number or a list of them, at least one, from -2**63 to 2**64 - 1"
+            )
         shape = (1, self.unet.config.in_channels, *self.latent_size(height, width))
         rows = [torch.randn(shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds]
         return torch.cat(rows).to(self.device, self.dtype)
@@ -112,6 +114,8 @@ class StableDiffusion:
         if isinstance(image, Tensor):
             return self._check_pixels(image, height, width)
         images = [to_rgb(each) for each in (image if isinstance(image, (list, tuple)) else [image])]
+        if not images:
+            raise ValueError("got an empty list, expected at least one picture")
         factor = self.vae.factor
         height = images[0].height // factor * factor if height is None else height
         width = images[0].width // factor * factor if width is None else width
@@ -171,7 +175,8 @@ class StableDiffusion:
         returned. latents: noise (B, C, h, w) in place of the seed's. The rest is as in `txt2img`.
         """
         prompts = as_list(prompt)
-        plan = make_sampler(sampler, self.schedule, steps, strength_to_skip(steps, strength))
+        plan = make_sampler(sampler, self.schedule, steps)
+        plan = replace(plan, skip=strength_to_skip(steps, strength))
         predict = self._guided(prompts, negative_prompt, guidance, num_images)
         pictures = self.pixels(image, height, width)
         if len(pictures) not in (1, len(prompts)):
@@ -191,10 +196,10 @@ class StableDiffusion:
                 f"got {len(prompts)} prompts and {len(negatives)} negative prompts, expected at least one prompt, and "
                 "one negative prompt or one for each"
             )
-        if not math.isfinite(guidance):
-            raise ValueError(f"guidance is {guidance}, expected a finite number (1: no guidance)")
-        if operator.index(num_images) < 1:
-            raise ValueError(f"num_images is {num_images}, expected at least 1")
+        if not (isinstance(guidance, Real) and math.isfinite(guidance)):
+            raise ValueError(f"guidance is {guidance!r}, expected a finite number (1: no guidance)")
+        if not (isinstance(num_images, Integral) and num_images >= 1):
+            raise ValueError(f"num_images is {num_images!r}, expected a whole number, at least 1")
         uncond, cond = (
             _per_image(self.encode_prompt(texts), len(prompts), num_images) for texts in (negatives, prompts)
         )
@@ -204,6 +209,9 @@ class StableDiffusion:
         """The given latents, or else the seed's noise, (batch, C, h, w)."""
         if latents is None:
             latents = self.noise(seed, batch, height, width)
+        elif not (isinstance(latents, Tensor) and latents.is_floating_point() and latents.ndim == 4):
+            got = f"{latents.dtype} {tuple(latents.shape)}" if isinstance(latents, Tensor) else type(latents).__name__
+            raise ValueError(f"the latents are {got}, expected a tensor of floats (B, C, h, w)")
         elif height is None and width is None:
             height, width = (side * self.vae.factor for side in latents.shape[-2:])
         expected = (batch, self.unet.config.in_channels, *self.latent_size(height, width))
@@ -214,15 +222,17 @@ class StableDiffusion:
     def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """(h, w) of the latents of a picture of that many pixels; None: the model's own size."""
         factor, own = self.vae.factor, self.unet.config.sample_size
+        if own is None and None in (height, width):
+            raise ValueError("the model's config names no size (sample_size): give height and width")
         h, w = own if isinstance(own, (tuple, list)) else (own, own)
         height, width = h * factor if height is None else height, w * factor if width is None else width
-        if not all(operator.index(side) > 0 and side % factor == 0 for side in (height, width)):
-            raise ValueError(f"the picture is {width} x {height} pixels, expected positive multiples of {factor}")
+        if not all(isinstance(side, Integral) and side > 0 and side % factor == 0 for side in (height, width)):
+            raise ValueError(f"the picture is {width!r} x {height!r} pixels, expected positive multiples of {factor}")
         return height // factor, width // factor
 
     def _check_pixels(self, image: Tensor, height: int | None, width: int | None) -> Tensor:
         """A tensor (B, 3, H, W) in [-1, 1] of the right size, on the model's device."""
-        if image.ndim != 4 or image.shape[1] != 3 or not image.is_floating_point():
+        if image.ndim != 4 or image.shape[1] != 3 or not image.is_floating_point() or not len(image):
             raise ValueError(f"got a {image.dtype} tensor of shape {tuple(image.shape)}, expected floats (B, 3, H, W)")
         own = tuple(image.shape[2:])
         if own != (own[0] if height is None else height, own[1] if width is None else width):
@@ -271,7 +281,7 @@ def pick_device(device) -> torch.device:
     try:
         device = torch.device(device)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise ValueError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return device
 
@@ -296,7 +306,7 @@ def make_sampler(name: str, schedule: NoiseSchedule, steps: int, skip: int = 0) 
 
 def strength_to_skip(steps: int, strength: float) -> int:
     """The `skip` of an image-to-image run: of the steps, the last int(steps * strength) are run (diffusers' rule)."""
-    if not 0 <= strength <= 1:
+    if not (isinstance(strength, Real) and 0 <= strength <= 1):
         raise ValueError(f"strength is {strength!r}, expected 0 (the input is returned) to 1 (only its noise level)")
     return steps - min(int(steps * strength), steps)
 
@@ -306,7 +316,12 @@ def _denoise(x: Tensor, sampler: Sampler, predict, on_step, progress: bool) -> T
 
     def after(x, step):
         new = on_step(x, step)
-        return x if new is None else new
+        if new is None:
+            return x
+        if not (isinstance(new, Tensor) and new.shape == x.shape):
+            got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
+            raise ValueError(f"on_step returned {got}, expected None or latents of shape {tuple(x.shape)}")
+        return new.to(x)
 
     return denoise(x, tqdm(sampler, disable=not progress), predict, after if on_step else None)
 
@@ -317,4 +332,11 @@ def _per_image(rows: Tensor, prompts: int, num_images: int) -> Tensor:
 
 
 def as_list(texts: str | Sequence[str]) -> list[str]:
+    if not isinstance(texts, Sequence):
+        raise TypeError(f"got {texts!r}, expected a text or a list of texts")
     return [texts] if isinstance(texts, str) else list(texts)
+
+
+def is_seed(value) -> bool:
+    """Whether torch takes it as a seed: a whole number from -2**63 to 2**64 - 1."""
+    return isinstance(value, Integral) and -(2**63) <= value < 2**64

@@ -266,7 +266,7 @@ def test_choices_are_those_of_the_pipeline():
         (["txt2img", "a", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["txt2img", "a", "--model", "nope"], "there is no model 'nope'"),
         (["txt2img", "a", *TINY, "--device", "gpu"], "device 'gpu' cannot be used here"),
-        (["txt2img", "a", *TINY, "--seed", str(2**64)], "expected at least one, from -2**63 to 2**64 - 1"),
+        (["txt2img", "a", *TINY, "--seed", str(2**64)], "at least one, from -2**63 to 2**64 - 1"),
         (["txt2img", "a", *TINY, "--guidance", "nan"], "guidance is nan"),
         (["txt2img", "a", *TINY, "-o", "out.jpg"], "-o out.jpg: expected a name that ends in .png, or a folder"),
         (["txt2img", "a", *TINY, "-o", "file/out.png"], "file is not a folder that can be written to"),

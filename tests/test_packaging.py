@@ -167,6 +167,11 @@ def test_the_wheel_names_the_command_and_its_requirements(wheel):
     }  # fmt: skip
 
 
+def test_ci_runs_the_test_line_of_the_readme():
+    [line] = re.findall(r"^ +(pip install .* && pytest)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert line in (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
+
+
 def test_nothing_needs_the_folder_beside_the_repository():
     for path in [*SOURCES, *ROOT.glob("tests/*.py"), ROOT / "setup.py", ROOT / "pyproject.toml"]:
         if path != Path(__file__):

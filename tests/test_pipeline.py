@@ -1,5 +1,6 @@
 """The whole pipeline against diffusers' pipelines, both reading the same files; then what minisd adds or refuses."""
 
+import dataclasses
 import warnings
 
 import numpy as np
@@ -190,6 +191,8 @@ def test_on_step_sees_each_step_and_may_replace_the_latents(sd):
     assert seen == [2, 3]
     replaced = sd.txt2img("a", steps=4, progress=False, on_step=lambda x, step: torch.full_like(x, 0.1))
     assert (values(replaced) == values(sd.decode(torch.full((1, 4, 8, 8), 0.1)))).all()
+    wide = sd.txt2img("a", steps=4, progress=False, on_step=lambda x, step: torch.full_like(x, 0.1).double())
+    assert (values(wide) == values(replaced)).all()
 
 
 def test_strength_0_returns_the_picture(sd):
@@ -237,14 +240,16 @@ def test_any_picture_becomes_rgb_as_a_viewer_shows_it():
         to_rgb("out.png")
 
 
-def test_decode_gives_pictures_or_a_tensor_that_encode_takes(sd):
+def test_decode_gives_pictures_or_a_tensor_that_encode_takes(sd, monkeypatch):
     z = sd.encode_image(picture())
     tensor = sd.decode(z, as_tensor=True)
     assert tensor.shape == (1, 3, 24, 40) and tensor.abs().max() <= 1
     assert (values(to_pil(tensor)) == values(sd.decode(z))).all()
     assert sd.encode_image(tensor).shape == z.shape
-    with pytest.raises(ArithmeticError, match="NaN or infinite"):
-        sd.decode(z * float("nan"))
+    for bad in ("nan", "inf", "-inf"):
+        with monkeypatch.context() as patch, pytest.raises(ArithmeticError, match="NaN or infinite"):
+            patch.setattr(sd.vae, "decode", lambda z: torch.full((1, 3, 8, 8), float(bad)))  # noqa: B023
+            sd.decode(z)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -280,6 +285,17 @@ def test_the_models_are_for_inference(sd):
         (dict(guidance=float("nan")), "guidance is nan"),
         (dict(num_images=0), "num_images is 0"),
         (dict(seed=2**64), "from -2..63 to 2..64 - 1"),
+        (dict(seed=None), "got seeds None, expected a whole number or a list"),
+        (dict(seed=1.5), "got seeds 1.5"),
+        (dict(seed=[1.7]), r"got seeds \[1.7\]"),
+        (dict(seed=[]), r"got seeds \[\]"),
+        (dict(height=32.0), "32 x 32.0 pixels"),
+        (dict(num_images=2.0), "num_images is 2.0"),
+        (dict(guidance="7"), "guidance is '7'"),
+        (dict(latents=torch.zeros(1, 4, 8, 8, dtype=torch.int64)), "latents are torch.int64"),
+        (dict(latents=np.zeros((1, 4, 8, 8))), "latents are ndarray, expected a tensor of floats"),
+        (dict(on_step=lambda x, step: x[:, :2]), r"on_step returned \(1, 2, 8, 8\), expected None or .* \(1, 4, 8, 8\)"),
+        (dict(on_step=lambda x, step: 3), "on_step returned int"),
         (dict(seed=[1, 2]), r"shape \(2, 4, 8, 8\), expected \(1, 4, 8, 8\)"),
         (dict(latents=torch.zeros(2, 4, 8, 8)), r"shape \(2, 4, 8, 8\), expected \(1, 4, 8, 8\)"),
         (dict(latents=torch.zeros(1, 4, 8, 8), height=16), r"expected \(1, 4, 4, 8\)"),
@@ -295,6 +311,10 @@ def test_txt2img_refuses(sd, arguments, message):
     [
         (picture(), dict(strength=1.5), "strength is 1.5, expected 0"),
         (picture(), dict(strength=-0.1), "strength is -0.1"),
+        (picture(), dict(strength="0.5"), "strength is '0.5'"),
+        (picture(), dict(steps="4"), "steps is '4', expected a whole number from 1 to 1000"),
+        ([], {}, "empty list, expected at least one picture"),
+        (torch.zeros(0, 3, 8, 8), {}, r"expected floats \(B, 3, H, W\)"),
         ([picture()] * 3, {}, "3 pictures for 1 prompts"),
         (picture(3, 40), {}, "0 x 40 pixels, expected positive multiples of 4"),
         (picture(), dict(width=41), "41 x 24 pixels"),
@@ -308,6 +328,21 @@ def test_txt2img_refuses(sd, arguments, message):
 def test_img2img_refuses(sd, image, arguments, message):
     with pytest.raises(ValueError, match=message):
         sd.img2img(image, "a", **{"steps": 4, "progress": False} | arguments)
+
+
+@pytest.mark.parametrize("texts", [dict(prompt=None), dict(prompt=3), dict(prompt="a", negative_prompt=None)])
+def test_texts_are_strings(sd, texts):
+    with pytest.raises(TypeError, match="got (None|3), expected a text or a list of texts"):
+        sd.txt2img(**texts)
+
+
+def test_a_model_without_a_size_of_its_own_wants_to_be_told(sd, monkeypatch):
+    monkeypatch.setattr(sd.unet, "config", dataclasses.replace(sd.unet.config, sample_size=None))
+    assert sd.txt2img("a", steps=1, height=16, width=24, progress=False)[0].size == (24, 16)
+    with pytest.raises(ValueError, match="names no size .*: give height and width"):
+        sd.txt2img("a", height=16)
+    with pytest.raises(ValueError, match="give the latents' size"):
+        sd.unet.sites(max_tokens=9)
 
 
 def test_samplers_are_called_by_name():
