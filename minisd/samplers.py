@@ -174,6 +174,7 @@ def denoise(
 
     Any iterable of steps will do (`tqdm(sampler)` shows progress). Without gradients: write the loop out to have them.
     """
+    x = x.contiguous()  # as it is after the first step: other strides (`x.expand`) would cost a second compiled graph
     for step in sampler:
         x = step.update(x, predict(x, step))
         if after is not None:
