@@ -67,6 +67,7 @@ class Recipe:
     kl_weight: float
     max_weight: float  # of the diffusion loss
     noisy_share: float = 0.0  # of the samples, drawn from the noisiest quarter of the times instead of from all
+    position_weight: float = 0.0  # of position_loss, beside the diffusion loss
 
 
 RECIPES = {
@@ -138,6 +139,18 @@ def diffusion_loss(unet, schedule, z, noise, t, context, max_weight=1.0):
     x = alphas_cumprod.sqrt() * z + (1 - alphas_cumprod).sqrt() * noise
     weight = (1 / alphas_cumprod).clamp(max=max_weight)
     return (weight * (unet(x, t, context).float() - noise) ** 2).mean()
+
+
+def position_loss(features, head):
+    """mean |head(features) - (x, y)|^2: can a linear map tell each cell where it is, in [-1, 1]?
+
+    A helper at training, not exported. Convolutions see absolute positions only through the zero padding at the border, so a
+    UNet of two levels hardly has them, and without them words like "left" have nothing to act on. features: (B, C, h, w).
+    """
+    h, w = features.shape[2:]
+    y, x = ((2 * torch.arange(n, device=features.device) + 1) / n - 1 for n in (h, w))
+    place = torch.stack([x.expand(h, w), y[:, None].expand(h, w)])  # (2, h, w)
+    return F.mse_loss(head(features).float(), place.expand(len(features), -1, -1, -1))
 
 
 def draw_times(batch, steps, noisy_share, generator):
@@ -268,6 +281,8 @@ def fit_diffusion(recipe, run, seed, device):
     schedule = NoiseSchedule.from_dict(SCHEDULE)
     model = build_diffusion(recipe, tokenizer, seed).to(device, memory_format=torch.channels_last)
     empty = tokenizer([""])
+    seen = {}  # what the last forward left for position_loss
+    model["unet"].mid_block.register_forward_hook(lambda module, args, out: seen.update(mid=out))
 
     def loss(generator):
         batch = recipe.diffusion.batch
@@ -279,13 +294,16 @@ def fit_diffusion(recipe, run, seed, device):
         drop = torch.rand(batch, 1, generator=generator) < CAPTION_DROPOUT
         context = model["text_encoder"](torch.where(drop, empty, pool["ids"][chosen]).to(device))
         z, noise, t = z.to(device), noise.to(device), t.to(device)
-        return diffusion_loss(model["unet"], schedule, z, noise, t, context, recipe.max_weight)
+        value = diffusion_loss(model["unet"], schedule, z, noise, t, context, recipe.max_weight)
+        if recipe.position_weight:
+            value = value + recipe.position_weight * position_loss(seen["mid"], model["position_head"])
+        return value
 
     fit(model, loss, recipe.diffusion, run / "diffusion.pt", seed, device)
 
 
 def build_diffusion(recipe, tokenizer, seed):
-    """UNet and text encoder at their starting point: torch's default layers, small embeddings as in CLIP, and zeros where a
+    """UNet, text encoder and the head of position_loss at their starting point: torch's default layers, small embeddings as in CLIP, and zeros where a
     block or the network ends, so that each starts as the identity or as zero (as the published code does)."""
     torch.manual_seed(seed)
     text = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer.vocab), **recipe.text))
@@ -297,7 +315,8 @@ def build_diffusion(recipe, tokenizer, seed):
         if name.endswith(("conv2", "proj_out", "conv_out")):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
-    return nn.ModuleDict({"unet": unet, "text_encoder": text})
+    head = nn.Conv2d(recipe.unet.block_out_channels[-1], 2, 1)
+    return nn.ModuleDict({"unet": unet, "text_encoder": text, "position_head": head})
 
 
 # ---- export --------------------------------------------------------------------------------------------------------
@@ -367,6 +386,7 @@ def main(arguments=None):
     parser.add_argument("--steps", type=int, help="train to this many steps instead of the recipe's")
     parser.add_argument("--max-weight", type=float, help="diffusion: cap of the loss's weight instead of the recipe's")
     parser.add_argument("--noisy-share", type=float, help="diffusion: share of the samples that are drawn very noisy")
+    parser.add_argument("--position-weight", type=float, help="diffusion: weight of the position loss")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--to", type=Path, help="export: the folder to write")
@@ -374,10 +394,14 @@ def main(arguments=None):
     recipe, device = RECIPES[args.recipe], torch.device(args.device)
     if (args.stage == "export") != (args.to is not None):
         parser.error("--to goes with export, and export needs it")
+    needed = {"autoencoder": (), "diffusion": ("autoencoder.pt",), "export": ("pool.pt", "diffusion.pt")}[args.stage]
+    for name in needed:
+        if not (args.run / name).exists():
+            parser.error(f"{args.run / name} is not there: run the stages in order, autoencoder, diffusion, export")
     args.run.mkdir(parents=True, exist_ok=True)
     if args.stage == "export":
         return export(recipe, args.run, args.to)
-    changes = {name: getattr(args, name) for name in ("max_weight", "noisy_share") if getattr(args, name) is not None}
+    changes = {name: getattr(args, name) for name in ("max_weight", "noisy_share", "position_weight") if getattr(args, name) is not None}
     if args.steps is not None:
         changes[args.stage] = replace(getattr(recipe, args.stage), steps=args.steps)
     recipe = replace(recipe, **changes)

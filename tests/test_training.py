@@ -169,3 +169,6 @@ def test_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         training.main(["export", "--run", str(tmp_path)])
     assert "--to goes with export" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        training.main(["diffusion", "--run", str(tmp_path)])
+    assert "autoencoder.pt is not there: run the stages in order" in capsys.readouterr().err
