@@ -36,6 +36,9 @@ _HOME = {  # public name -> module that defines it
     "record": "editing.recording",
     "replay": "editing.recording",
     "Recording": "editing.recording",
+    "heatmap": "visualize",
+    "word_sheet": "visualize",
+    "contact_sheet": "visualize",
 }
 
 __all__ = ["__version__", *_HOME]
