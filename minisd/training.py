@@ -67,7 +67,7 @@ class Recipe:
     kl_weight: float
     max_weight: float  # of the diffusion loss
     noisy_share: float = 0.0  # of the samples, drawn from the noisiest quarter of the times instead of from all
-    position_weight: float = 0.0  # of position_loss, beside the diffusion loss
+    layout_weight: float = 0.0  # of layout_loss, beside the diffusion loss
 
 
 RECIPES = {
@@ -141,16 +141,19 @@ def diffusion_loss(unet, schedule, z, noise, t, context, max_weight=1.0):
     return (weight * (unet(x, t, context).float() - noise) ** 2).mean()
 
 
-def position_loss(features, head):
-    """mean |head(features) - (x, y)|^2: can a linear map tell each cell where it is, in [-1, 1]?
+def layout_loss(features, head, boxes):
+    """Binary cross-entropy of head(features) with the boxes: which cells does the first thing cover, which the second?
 
-    A helper at training, not exported. Convolutions see absolute positions only through the zero padding at the border, so a
-    UNet of two levels hardly has them, and without them words like "left" have nothing to act on. features: (B, C, h, w).
+    A helper at training, not exported. Where things go is decided at times so noisy that the diffusion loss hardly sees it,
+    and convolutions see absolute positions only through the zero padding at the border, so place words stay unused for
+    long. features: (B, C, h, w); head: C -> 2 channels; boxes: (B, 2, 3) centre x, y and side as shares of the picture,
+    side 0 for no thing.
     """
     h, w = features.shape[2:]
-    y, x = ((2 * torch.arange(n, device=features.device) + 1) / n - 1 for n in (h, w))
-    place = torch.stack([x.expand(h, w), y[:, None].expand(h, w)])  # (2, h, w)
-    return F.mse_loss(head(features).float(), place.expand(len(features), -1, -1, -1))
+    y, x = ((torch.arange(n, device=features.device) + 0.5) / n for n in (h, w))
+    cx, cy, side = boxes[..., None, None].unbind(2)  # each (B, 2, 1, 1)
+    covered = ((x - cx).abs() < side / 2) & ((y[:, None] - cy).abs() < side / 2)  # (B, 2, h, w)
+    return F.binary_cross_entropy_with_logits(head(features).float(), covered.float())
 
 
 def draw_times(batch, steps, noisy_share, generator):
@@ -170,15 +173,17 @@ def draw_times(batch, steps, noisy_share, generator):
 
 
 def draw_scenes(count, image_size, seed):
-    """`count` training scenes -> pictures (count, image_size, image_size, 3) uint8 and their captions."""
+    """`count` training scenes -> pictures (count, image_size, image_size, 3) uint8, captions, boxes (count, 2, 3)."""
     rng = random.Random(seed)
     pictures = np.empty((count, image_size, image_size, 3), np.uint8)
-    captions = []
+    captions, boxes = [], torch.zeros(count, 2, 3)
     for i in tqdm(range(count), desc="drawing", file=sys.stderr):
         scene = scenes.sample(rng, "train")
         pictures[i] = scenes.render(scene, image_size)
         captions.append(scenes.caption(scene))
-    return torch.from_numpy(pictures), captions
+        for j, box in enumerate(scene.boxes):
+            boxes[i, j] = torch.tensor([box.x, box.y, box.side]) / scenes.SIDE
+    return torch.from_numpy(pictures), captions, boxes
 
 
 def to_model(pictures, device):
@@ -194,8 +199,8 @@ def make_tokenizer():
 @torch.no_grad()
 def encode_pool(vae, recipe, tokenizer, seed, device):
     """Draw the diffusion stage's pool and encode it once: mean and std of every latent, (n, C, h, w) float16, the token
-    ids of every caption, (n, L), the factor that makes the latents' standard deviation 1, and the VAE that encoded."""
-    pictures, captions = draw_scenes(recipe.diffusion.pool, recipe.image_size, seed)
+    ids of every caption, (n, L), its boxes, the factor that makes the latents' standard deviation 1, and the VAE used."""
+    pictures, captions, boxes = draw_scenes(recipe.diffusion.pool, recipe.image_size, seed)
     means, stds = [], []
     for chunk in tqdm(pictures.split(250), desc="encoding", file=sys.stderr):
         mean, logvar = vae.encode(to_model(chunk, device))
@@ -203,7 +208,8 @@ def encode_pool(vae, recipe, tokenizer, seed, device):
         stds.append(torch.exp(0.5 * logvar).half().cpu())
     mean, std = torch.cat(means), torch.cat(stds)
     factor = 1 / (mean.float().var() + std.float().square().mean()).sqrt().item()
-    return {"mean": mean, "std": std, "ids": tokenizer(captions), "scaling_factor": factor, "vae": vae.state_dict()}
+    ids, state = tokenizer(captions), vae.state_dict()
+    return {"mean": mean, "std": std, "ids": ids, "boxes": boxes, "scaling_factor": factor, "vae": state}
 
 
 # ---- the loop ------------------------------------------------------------------------------------------------------
@@ -259,7 +265,7 @@ def fit(model, loss, stage, path, seed, device):
 def fit_autoencoder(recipe, run, seed, device):
     torch.manual_seed(seed)
     vae = AutoencoderKL(recipe.vae).to(device, memory_format=torch.channels_last)
-    pictures, _ = draw_scenes(recipe.autoencoder.pool, recipe.image_size, seed)
+    pictures, _, _ = draw_scenes(recipe.autoencoder.pool, recipe.image_size, seed)
     size = recipe.image_size // vae.factor
 
     def loss(generator):
@@ -281,7 +287,7 @@ def fit_diffusion(recipe, run, seed, device):
     schedule = NoiseSchedule.from_dict(SCHEDULE)
     model = build_diffusion(recipe, tokenizer, seed).to(device, memory_format=torch.channels_last)
     empty = tokenizer([""])
-    seen = {}  # what the last forward left for position_loss
+    seen = {}  # what the last forward left for layout_loss
     model["unet"].mid_block.register_forward_hook(lambda module, args, out: seen.update(mid=out))
 
     def loss(generator):
@@ -295,15 +301,16 @@ def fit_diffusion(recipe, run, seed, device):
         context = model["text_encoder"](torch.where(drop, empty, pool["ids"][chosen]).to(device))
         z, noise, t = z.to(device), noise.to(device), t.to(device)
         value = diffusion_loss(model["unet"], schedule, z, noise, t, context, recipe.max_weight)
-        if recipe.position_weight:
-            value = value + recipe.position_weight * position_loss(seen["mid"], model["position_head"])
+        if recipe.layout_weight:
+            boxes = pool["boxes"][chosen].to(device)
+            value = value + recipe.layout_weight * layout_loss(seen["mid"], model["layout_head"], boxes)
         return value
 
     fit(model, loss, recipe.diffusion, run / "diffusion.pt", seed, device)
 
 
 def build_diffusion(recipe, tokenizer, seed):
-    """UNet, text encoder and the head of position_loss at their starting point: torch's default layers, small embeddings as in CLIP, and zeros where a
+    """UNet, text encoder and the head of layout_loss at their starting point: torch's default layers, small embeddings as in CLIP, and zeros where a
     block or the network ends, so that each starts as the identity or as zero (as the published code does)."""
     torch.manual_seed(seed)
     text = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer.vocab), **recipe.text))
@@ -316,7 +323,7 @@ def build_diffusion(recipe, tokenizer, seed):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
     head = nn.Conv2d(recipe.unet.block_out_channels[-1], 2, 1)
-    return nn.ModuleDict({"unet": unet, "text_encoder": text, "position_head": head})
+    return nn.ModuleDict({"unet": unet, "text_encoder": text, "layout_head": head})
 
 
 # ---- export --------------------------------------------------------------------------------------------------------
@@ -386,7 +393,7 @@ def main(arguments=None):
     parser.add_argument("--steps", type=int, help="train to this many steps instead of the recipe's")
     parser.add_argument("--max-weight", type=float, help="diffusion: cap of the loss's weight instead of the recipe's")
     parser.add_argument("--noisy-share", type=float, help="diffusion: share of the samples that are drawn very noisy")
-    parser.add_argument("--position-weight", type=float, help="diffusion: weight of the position loss")
+    parser.add_argument("--layout-weight", type=float, help="diffusion: weight of the layout loss")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--to", type=Path, help="export: the folder to write")
@@ -401,7 +408,7 @@ def main(arguments=None):
     args.run.mkdir(parents=True, exist_ok=True)
     if args.stage == "export":
         return export(recipe, args.run, args.to)
-    changes = {name: getattr(args, name) for name in ("max_weight", "noisy_share", "position_weight") if getattr(args, name) is not None}
+    changes = {name: getattr(args, name) for name in ("max_weight", "noisy_share", "layout_weight") if getattr(args, name) is not None}
     if args.steps is not None:
         changes[args.stage] = replace(getattr(recipe, args.stage), steps=args.steps)
     recipe = replace(recipe, **changes)

@@ -27,6 +27,8 @@ TINY = Recipe(
     diffusion=Stage(steps=6, batch=4, lr=1e-3, pool=16, ema=0.9),
     kl_weight=1e-3,
     max_weight=20.0,
+    noisy_share=0.5,
+    layout_weight=1.0,
 )
 
 
@@ -71,6 +73,19 @@ def test_autoencoder_loss_is_the_formula():
     assert autoencoder_loss(Vae(), x, noise, 0.3).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+def test_layout_loss_is_the_formula():
+    """Cell by cell: a 4 x 2 grid, one thing over the left half, the second absent or over the bottom right quarter."""
+    boxes = torch.tensor([[[0.0, 0.5, 1.0], [0.0, 0.0, 0.0]], [[0.0, 0.5, 1.0], [0.75, 0.75, 0.5]]])
+    covered = torch.zeros(2, 2, 4, 2)
+    covered[:, 0, :, 0] = 1
+    covered[1, 1, 2:, 1] = 1
+    logits = torch.randn(2, 2, 4, 2, generator=torch.Generator().manual_seed(0))
+    p = torch.sigmoid(logits.double())
+    expected = -torch.where(covered > 0, p.log(), (1 - p).log()).mean()
+    loss = training.layout_loss(logits / 2, lambda features: 2 * features, boxes)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_times_are_drawn_as_said():
     """In the noisiest quarter lie a quarter of the samples, or noisy_share plus a quarter of the rest; all are reached."""
     for share in (0.0, 0.6):
@@ -89,8 +104,22 @@ def test_learning_rate():
 
 
 def test_no_caption_of_the_pool_is_held_out():
-    _, captions = training.draw_scenes(300, 8, seed=5)
+    _, captions, _ = training.draw_scenes(300, 8, seed=5)
     assert {scenes.split(caption) for caption in captions} == {"train"}
+
+
+def test_the_boxes_of_the_pool_are_those_of_its_pictures():
+    pictures, captions, boxes = training.draw_scenes(50, 64, seed=5)
+    for picture, caption, (first, second) in zip(pictures, captions, boxes, strict=True):
+        assert (second[2] > 0) == (len(scenes.parse(caption).things) == 2)
+        changed = (picture != picture[0, 0]).any(-1)  # differs from the background
+        for x, y, side in (first, second) if second[2] else (first,):
+            (left, right), (top, bottom) = ((64 * (c - side / 2), 64 * (c + side / 2)) for c in (x, y))
+            inside = torch.zeros(64, 64, dtype=torch.bool)
+            inside[max(int(top) - 1, 0) : int(bottom) + 2, max(int(left) - 1, 0) : int(right) + 2] = True
+            assert (changed & inside).any()
+            changed &= ~inside
+        assert not changed.any()
 
 
 def test_the_vocabulary_has_one_token_for_each_word():
