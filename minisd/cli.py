@@ -1,4 +1,4 @@
-"""The `minisd` command: txt2img, img2img, models, info.
+"""The `minisd` command: txt2img, img2img, models, info; cli_edit.py adds edit and heatmap.
 
 torch is imported inside the commands, so that `minisd --help` and `minisd info picture.png` answer at once.
 """
@@ -21,7 +21,8 @@ OPTIONS += ("dtype", "device")
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; the exit code is 0, 2 after an error (one line on stderr), 130 after Ctrl-C."""
-    args = build_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = build_parser().parse_args(argv, argparse.Namespace(argv=argv))
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda warning, *_: print(f"minisd: warning: {one_line(warning)}", file=sys.stderr)
@@ -65,6 +66,7 @@ def build_parser() -> Parser:
     def command(name, run, help):
         sub = commands.add_parser(name, help=help, description=help, formatter_class=Help)
         sub.set_defaults(run=run)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return sub
 
     text = command("txt2img", txt2img, "draw a picture of a text")
@@ -79,12 +81,14 @@ def build_parser() -> Parser:
     )
     add_drawing_options(image, size_help="resize the picture to that; without it, its own size, rounded down")
 
-    models = command("models", list_models, "list the bundled models and those in the local Hub cache")
+    command("models", list_models, "list the bundled models and those in the local Hub cache")
     about = command("info", info, "how a picture was drawn, or what is in a model")
     about.add_argument("target", help="a PNG that minisd drew, or a model (as for --model; nothing is downloaded)")
     about.add_argument("--variant", help="weight files of that variant, e.g. fp16")
-    for sub in (text, image, models, about):
-        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    from .cli_edit import add_commands
+
+    add_commands(command)
     return parser
 
 
@@ -156,9 +160,17 @@ def draw(args, settings: dict, run) -> None:
     One by one, not as a batch: each can be drawn again alone, bit for bit, by the command that `minisd info` prints.
     """
     paths = output_paths(args.output, args.n)
+    sd = load_model(args)
+    for seed, path in enumerate(paths, args.seed):
+        [picture] = run(sd, **drawing_options(args, seed))
+        write_png(path, picture, text_chunks(args, sd, seed, picture, {"prompt": args.prompt}, settings))
+        print(path)
+
+
+def load_model(args):
     from .pipeline import load
 
-    sd = load(
+    return load(
         args.model,
         device=args.device,
         dtype=args.dtype,
@@ -166,37 +178,41 @@ def draw(args, settings: dict, run) -> None:
         revision=args.revision,
         local_files_only=args.local_files_only,
     )
+
+
+def drawing_options(args, seed: int) -> dict:
+    """What `add_drawing_options` reads, as arguments of the functions that draw."""
     width, height = args.size or (None, None)
-    for seed, path in enumerate(paths, args.seed):
-        [picture] = run(
-            sd,
-            negative_prompt=args.negative or "",
-            steps=args.steps,
-            guidance=args.guidance,
-            sampler=args.sampler,
-            seed=seed,
-            height=height,
-            width=width,
-        )
-        chunks = {
-            "version": f"minisd {__version__}",
-            "command": args.run.__name__,
-            "prompt": args.prompt,
-            "negative": args.negative,
-            **settings,
-            "model": args.model,
-            "variant": args.variant,
-            "revision": args.revision,
-            "seed": seed,
-            "size": f"{picture.width}x{picture.height}",
-            "steps": args.steps,
-            "guidance": args.guidance,
-            "sampler": args.sampler,
-            "dtype": str(sd.dtype).removeprefix("torch."),
-            "device": sd.device,
-        }
-        write_png(path, picture, chunks)
-        print(path)
+    return {
+        "negative_prompt": args.negative or "",
+        "steps": args.steps,
+        "guidance": args.guidance,
+        "sampler": args.sampler,
+        "seed": seed,
+        "height": height,
+        "width": width,
+    }
+
+
+def text_chunks(args, sd, seed: int, picture, prompt: dict, settings: dict) -> dict:
+    """What a PNG tells about how it was drawn."""
+    return {
+        "version": f"minisd {__version__}",
+        "command": args.run.__name__,
+        **prompt,
+        "negative": args.negative,
+        **settings,
+        "model": args.model,
+        "variant": args.variant,
+        "revision": args.revision,
+        "seed": seed,
+        "size": f"{picture.width}x{picture.height}",
+        "steps": args.steps,
+        "guidance": args.guidance,
+        "sampler": args.sampler,
+        "dtype": str(sd.dtype).removeprefix("torch."),
+        "device": sd.device,
+    }
 
 
 def output_paths(output: str, n: int) -> list[Path]:
@@ -286,6 +302,9 @@ def print_picture(path: str) -> None:
     arguments = [*options, "--", *texts] if dashes else [*texts, *options]
     for key, value in chunks.items():
         print(f"{key + ':':16} {value}")
+    if "arguments" in chunks:  # commands of several pictures keep their whole line
+        print(f"\nminisd {chunks['arguments']}")
+        return
     print(f"\n{shlex.join(['minisd', chunks.get('command', 'txt2img'), *arguments])}")
 
 
