@@ -68,6 +68,7 @@ class Recipe:
     max_weight: float  # of the diffusion loss
     noisy_share: float = 0.0  # of the samples, drawn from the noisiest quarter of the times instead of from all
     layout_weight: float = 0.0  # of layout_loss, beside the diffusion loss
+    summary_weight: float = 0.0  # of summary_loss, likewise
 
 
 RECIPES = {
@@ -154,6 +155,19 @@ def layout_loss(features, head, boxes):
     cx, cy, side = boxes[..., None, None].unbind(2)  # each (B, 2, 1, 1)
     covered = ((x - cx).abs() < side / 2) & ((y[:, None] - cy).abs() < side / 2)  # (B, 2, h, w)
     return F.binary_cross_entropy_with_logits(head(features).float(), covered.float())
+
+
+def summary_loss(context, ids, end, head):
+    """Binary cross-entropy, summed over the vocabulary: which tokens are in the caption, told from each end token and pad?
+
+    A helper at training, not exported. It stands in for CLIP's pretraining, which gathers the caption at its end: of the 77
+    tokens the UNet looks at, most are ends and pads, and what they do not hold is found late. context: (B, L, D);
+    ids: (B, L); end: the id of the end token, which also pads; head: D -> size of the vocabulary.
+    """
+    rows, positions = (ids == end).nonzero(as_tuple=True)
+    logits = head(context[rows, positions]).float()  # (ends and pads of all captions, vocabulary)
+    present = torch.zeros(len(ids), logits.shape[1], device=ids.device).scatter_(1, ids, 1.0)
+    return F.binary_cross_entropy_with_logits(logits, present[rows], reduction="sum") / len(rows)
 
 
 def draw_times(batch, steps, noisy_share, generator):
@@ -298,19 +312,22 @@ def fit_diffusion(recipe, run, seed, device):
         noise = torch.randn(z.shape, generator=generator)
         t = draw_times(batch, len(schedule), recipe.noisy_share, generator)
         drop = torch.rand(batch, 1, generator=generator) < CAPTION_DROPOUT
-        context = model["text_encoder"](torch.where(drop, empty, pool["ids"][chosen]).to(device))
+        ids = torch.where(drop, empty, pool["ids"][chosen]).to(device)
+        context = model["text_encoder"](ids)
         z, noise, t = z.to(device), noise.to(device), t.to(device)
         value = diffusion_loss(model["unet"], schedule, z, noise, t, context, recipe.max_weight)
         if recipe.layout_weight:
             boxes = pool["boxes"][chosen].to(device)
             value = value + recipe.layout_weight * layout_loss(seen["mid"], model["layout_head"], boxes)
+        if recipe.summary_weight:
+            value = value + recipe.summary_weight * summary_loss(context, ids, tokenizer.eos_id, model["summary_head"])
         return value
 
     fit(model, loss, recipe.diffusion, run / "diffusion.pt", seed, device)
 
 
 def build_diffusion(recipe, tokenizer, seed):
-    """UNet, text encoder and the head of layout_loss at their starting point: torch's default layers, small embeddings as in CLIP, and zeros where a
+    """UNet, text encoder and the heads of the helper losses at their starting point: torch's default layers, small embeddings as in CLIP, and zeros where a
     block or the network ends, so that each starts as the identity or as zero (as the published code does)."""
     torch.manual_seed(seed)
     text = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer.vocab), **recipe.text))
@@ -322,8 +339,10 @@ def build_diffusion(recipe, tokenizer, seed):
         if name.endswith(("conv2", "proj_out", "conv_out")):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
-    head = nn.Conv2d(recipe.unet.block_out_channels[-1], 2, 1)
-    return nn.ModuleDict({"unet": unet, "text_encoder": text, "layout_head": head})
+    layout_head = nn.Conv2d(recipe.unet.block_out_channels[-1], 2, 1)
+    summary_head = nn.Linear(recipe.unet.cross_attention_dim, len(tokenizer.vocab))
+    parts = {"unet": unet, "text_encoder": text, "layout_head": layout_head, "summary_head": summary_head}
+    return nn.ModuleDict(parts)
 
 
 # ---- export --------------------------------------------------------------------------------------------------------
@@ -394,6 +413,7 @@ def main(arguments=None):
     parser.add_argument("--max-weight", type=float, help="diffusion: cap of the loss's weight instead of the recipe's")
     parser.add_argument("--noisy-share", type=float, help="diffusion: share of the samples that are drawn very noisy")
     parser.add_argument("--layout-weight", type=float, help="diffusion: weight of the layout loss")
+    parser.add_argument("--summary-weight", type=float, help="diffusion: weight of the summary loss")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--to", type=Path, help="export: the folder to write")
@@ -408,7 +428,8 @@ def main(arguments=None):
     args.run.mkdir(parents=True, exist_ok=True)
     if args.stage == "export":
         return export(recipe, args.run, args.to)
-    changes = {name: getattr(args, name) for name in ("max_weight", "noisy_share", "layout_weight") if getattr(args, name) is not None}
+    names = ("max_weight", "noisy_share", "layout_weight", "summary_weight")
+    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.steps is not None:
         changes[args.stage] = replace(getattr(recipe, args.stage), steps=args.steps)
     recipe = replace(recipe, **changes)

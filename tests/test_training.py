@@ -29,6 +29,7 @@ TINY = Recipe(
     max_weight=20.0,
     noisy_share=0.5,
     layout_weight=1.0,
+    summary_weight=0.05,
 )
 
 
@@ -83,6 +84,18 @@ def test_layout_loss_is_the_formula():
     p = torch.sigmoid(logits.double())
     expected = -torch.where(covered > 0, p.log(), (1 - p).log()).mean()
     loss = training.layout_loss(logits / 2, lambda features: 2 * features, boxes)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_summary_loss_is_the_formula():
+    """Caption by caption, end by end: the tokens 0..5 of which each caption has some; 5 ends and pads."""
+    ids, end = torch.tensor([[4, 1, 5, 5], [4, 2, 0, 5]]), 5
+    context = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
+    expected = 0.0
+    for row, position in ((0, 2), (0, 3), (1, 3)):
+        p = torch.sigmoid(2 * context[row, position].double())
+        expected -= sum(p[i].log() if i in ids[row] else (1 - p[i]).log() for i in range(6)) / 3
+    loss = training.summary_loss(context, ids, end, lambda states: 2 * states)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
