@@ -69,12 +69,22 @@ def cross_attention(
         return torch.ops.minisd_kernels.cross_attention_save(
             q, k, v, source_row, inject, token_map, blend, reweight, save, save_mean
         )
-    edits = [x for x in (source_row, inject, reweight) if x is not None]
-    v_own = v_source = None
-    if edits:
-        has_source = source_row is not None or inject is not None
-        v_own, v_source = fold(v[v.shape[0] - edits[0].shape[0] :], has_source, token_map, blend, reweight)
-    return torch.ops.minisd_kernels.cross_attention(q, k, v, v_own, v_source, source_row, inject)
+    v, v_source, keep_own = values(v, source_row, inject, token_map, blend, reweight)
+    return torch.ops.minisd_kernels.cross_attention(q, k, v, v_source, source_row, inject, keep_own)
+
+
+def values(v, source_row, inject, token_map, blend, reweight) -> tuple[Tensor, Tensor | None, bool]:
+    """(v, v_source, keep_own) of the folded form: the edited rows of v are V_own, or V_source if that is the only term."""
+    has_source = source_row is not None or inject is not None
+    if token_map is None and blend is None and reweight is None and inject is None:
+        return v, None, True  # at most a row to take the map from
+    first = v.shape[0] - next(x.shape[0] for x in (source_row, inject, reweight) if x is not None)
+    v_own, v_source = fold(v[first:], has_source, token_map, blend, reweight)
+    if v_own is None and inject is not None:
+        return v, v_source, False
+    if v_own is None:
+        v_own, v_source = v_source, None  # one map, of the own row or the source row
+    return torch.cat([v[:first], v_own]), v_source, True
 
 
 def fold(
@@ -178,7 +188,7 @@ torch.library.define(
 )
 torch.library.define(
     "minisd_kernels::cross_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor? v_own, Tensor? v_source, Tensor? source_row, Tensor? inject) -> Tensor",
+    "(Tensor q, Tensor k, Tensor v, Tensor? v_source, Tensor? source_row, Tensor? inject, bool keep_own) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
