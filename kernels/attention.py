@@ -6,8 +6,9 @@ Source: Dao, FlashAttention-2 (2023), algorithm 1, forward only and non-causal.
 
 `source_row` routes: the program of an edited row reads q and k of another row, and v of its own.
 
-Head dims are split into two power-of-two tiles, 40 = 32 + 8 (padded to 16), 80 = 64 + 16, 160 = 128 + 32, where padding to
-the next power of two would waste a third of the matrix work. Tiles carry the suffix 0 or 1; HEAD1 = 0 means no second one.
+A head dim is cut into power-of-two tiles, 40 = 32 + 8 (padded to 16), 80 = 64 + 16, 160 = 128 + 32, where padding to the
+next power of two would waste a third of the matrix work. So q, k, v and acc are tuples of tiles, and HEAD says where each
+one starts and how wide it is: ((0, 32), (32, 16)).
 """
 
 import triton
@@ -15,9 +16,15 @@ import triton.language as tl
 
 
 @triton.jit
-def load(p, rows, cols, stride_row, stride_col, limit_row, limit_col, MASK_ROW: tl.constexpr, MASK_COL: tl.constexpr):
+def columns(CUT: tl.constexpr, i: tl.constexpr):
+    """The column numbers of tile i."""
+    return CUT[i][0] + tl.arange(0, CUT[i][1])
+
+
+@triton.jit
+def load(p, rows, cols, stride, limit_row, limit_col, MASK_ROW: tl.constexpr, MASK_COL: tl.constexpr):
     """Tile (rows, cols) of the matrix at p, zero outside of the limits; a mask that is not needed costs time."""
-    p_tile = p + rows[:, None] * stride_row + cols[None, :] * stride_col
+    p_tile = p + rows[:, None] * stride[0] + cols[None, :] * stride[1]
     if MASK_ROW and MASK_COL:
         return tl.load(p_tile, mask=(rows[:, None] < limit_row) & (cols[None, :] < limit_col), other=0.0)
     elif MASK_ROW:
@@ -29,11 +36,40 @@ def load(p, rows, cols, stride_row, stride_col, limit_row, limit_col, MASK_ROW: 
 
 
 @triton.jit
-def store(p, tile, rows, cols, stride_row, stride_col, limit_row, limit_col):
-    """Write the part of the tile that lies inside of the limits."""
-    p_tile = p + rows[:, None] * stride_row + cols[None, :] * stride_col
-    mask = (rows[:, None] < limit_row) & (cols[None, :] < limit_col)
-    tl.store(p_tile, tile.to(p.dtype.element_ty), mask=mask)
+def load_cut(p, rows, stride, limit_row, WIDTH: tl.constexpr, CUT: tl.constexpr, MASK_ROW: tl.constexpr):
+    """All columns of some rows, as a tuple of tiles."""
+    tiles = ()
+    for i in tl.static_range(len(CUT)):
+        tiles = tiles + (load(p, rows, columns(CUT, i), stride, limit_row, WIDTH, MASK_ROW, beyond(CUT, i, WIDTH)),)
+    return tiles
+
+
+@triton.jit
+def store_cut(p, tiles, rows, stride, limit_row, WIDTH: tl.constexpr, CUT: tl.constexpr):
+    """Write the tuple of tiles, without what lies outside of the limits."""
+    for i in tl.static_range(len(CUT)):
+        cols = columns(CUT, i)
+        mask = (rows[:, None] < limit_row) & (cols[None, :] < WIDTH)
+        tl.store(p + rows[:, None] * stride[0] + cols[None, :] * stride[1], tiles[i].to(p.dtype.element_ty), mask=mask)
+
+
+@triton.constexpr_function
+def beyond(CUT, i, width):
+    """Whether tile i reaches over the last column."""
+    return CUT[i][0] + CUT[i][1] > width
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, COLS: tl.constexpr):
+    return tl.zeros([ROWS, COLS], tl.float32)
+
+
+@triton.jit
+def zeros_cut(ROWS: tl.constexpr, CUT: tl.constexpr):
+    tiles = ()
+    for i in tl.static_range(len(CUT)):
+        tiles = tiles + (zeros(ROWS, CUT[i][1]),)
+    return tiles
 
 
 @triton.jit
@@ -44,25 +80,43 @@ def dot(a, b, acc):
 
 @triton.jit
 def head(p, stride, row, h, UNIT: tl.constexpr):
-    """Address of one head of one row; 64 bits, because a batch of maps can exceed 2^31 elements."""
-    return p + row.to(tl.int64) * (stride[0] * UNIT) + h.to(tl.int64) * (stride[1] * UNIT)
+    """(address, (token stride, element stride)) of one head of one row; 64 bits, a batch of maps can pass 2^31 elements."""
+    p += row.to(tl.int64) * (stride[0] * UNIT) + h.to(tl.int64) * (stride[1] * UNIT)
+    return p, (stride[2] * UNIT, stride[3])
 
 
 @triton.jit
-def visit(acc0, acc1, m, l, q0, q1, p_k, p_v, offs_l, keys, stride_k, stride_v, scale,
-          D: tl.constexpr, UNIT: tl.constexpr, HEAD0: tl.constexpr, HEAD1: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
-    """One block of keys: scores, new maximum, rescale, add."""
-    d0 = tl.arange(0, HEAD0)
-    # (BLOCK_L, HEAD0)
-    b_k0 = load(p_k, offs_l, d0, stride_k[2] * UNIT, stride_k[3], keys, D, MASK, HEAD0 > D)
-    # (BLOCK_N, BLOCK_L)
-    s = dot(q0, b_k0.T, tl.zeros([q0.shape[0], b_k0.shape[0]], tl.float32))
-    if HEAD1 > 0:
-        d1 = HEAD0 + tl.arange(0, HEAD1)
-        b_k1 = load(p_k, offs_l, d1, stride_k[2] * UNIT, stride_k[3], keys, D, MASK, HEAD0 + HEAD1 > D)
-        s = dot(q1, b_k1.T, s)
-    if MASK:
+def scores(p_q, b_q, offs_n, queries, step_q, p_k, offs_l, keys, step_k, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
+           D: tl.constexpr, HEAD: tl.constexpr, MASK_N: tl.constexpr, MASK_L: tl.constexpr, REREAD: tl.constexpr):  # fmt: skip
+    """q k^T: (BLOCK_N, BLOCK_L), -inf for keys beyond the last.
+
+    b_q are the tiles of q. float32 products run without tensor cores, where a thread needs whole rows of q in registers;
+    REREAD > 0 loads q again, that many columns at a time, in a loop that is not unrolled.
+    """
+    s = zeros(BLOCK_N, BLOCK_L)
+    if REREAD > 0:
+        for start in range(0, D, REREAD):
+            d = start + tl.arange(0, REREAD)
+            piece_q = load(p_q, offs_n, d, step_q, queries, D, MASK_N, D % REREAD != 0)
+            piece_k = load(p_k, offs_l, d, step_k, keys, D, MASK_L, D % REREAD != 0)
+            s = dot(piece_q, piece_k.T, s)
+    else:
+        for i in tl.static_range(len(HEAD)):
+            # (BLOCK_L, width of tile i)
+            b_k = load(p_k, offs_l, columns(HEAD, i), step_k, keys, D, MASK_L, beyond(HEAD, i, D))
+            s = dot(b_q[i], b_k.T, s)
+    if MASK_L:
         s = tl.where(offs_l[None, :] < keys, s, float("-inf"))
+    return s
+
+
+@triton.jit
+def visit(acc, m, l, p_q, b_q, offs_n, queries, step_q, p_k, p_v, offs_l, keys, step_k, step_v, scale,
+          D: tl.constexpr, HEAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
+          MASK_N: tl.constexpr, MASK_L: tl.constexpr, REREAD: tl.constexpr):  # fmt: skip
+    """One block of keys: scores, new maximum, rescale, add."""
+    s = scores(p_q, b_q, offs_n, queries, step_q, p_k, offs_l, keys, step_k, BLOCK_N, BLOCK_L,
+               D, HEAD, MASK_N, MASK_L, REREAD)  # fmt: skip
 
     # exp(x) = 2^(x log2 e), and log2 e is in the scale
     m_new = tl.maximum(m, tl.max(s, 1) * scale)
@@ -70,13 +124,11 @@ def visit(acc0, acc1, m, l, q0, q1, p_k, p_v, offs_l, keys, stride_k, stride_v, 
     shrink = tl.exp2(m - m_new)
     l = l * shrink + tl.sum(p, 1)
 
-    b_v0 = load(p_v, offs_l, d0, stride_v[2] * UNIT, stride_v[3], keys, D, MASK, HEAD0 > D)
-    p = p.to(b_v0.dtype)
-    acc0 = dot(p, b_v0, acc0 * shrink[:, None])
-    if HEAD1 > 0:
-        b_v1 = load(p_v, offs_l, d1, stride_v[2] * UNIT, stride_v[3], keys, D, MASK, HEAD0 + HEAD1 > D)
-        acc1 = dot(p, b_v1, acc1 * shrink[:, None])
-    return acc0, acc1, m_new, l
+    grown = ()
+    for i in tl.static_range(len(HEAD)):
+        b_v = load(p_v, offs_l, columns(HEAD, i), step_v, keys, D, MASK_L, beyond(HEAD, i, D))
+        grown = grown + (dot(p.to(b_v.dtype), b_v, acc[i] * shrink[:, None]),)
+    return grown, m_new, l
 
 
 @triton.heuristics(
@@ -86,14 +138,13 @@ def visit(acc0, acc1, m, l, q0, q1, p_k, p_v, offs_l, keys, stride_k, stride_v, 
         "EVEN_L": lambda args: args["keys"] % args["BLOCK_L"] == 0,
     }
 )
-@triton.jit
+@triton.jit(do_not_specialize=["first"])  # a compile for each value would be waste
 def attention_kernel(
     q, k, v, source_row, out,
     queries, keys, first, scale,
     stride_q, stride_k, stride_v, stride_out,  # (batch, head, token, element), all but the last in units of UNIT
-    D: tl.constexpr, UNIT: tl.constexpr, HEAD0: tl.constexpr, HEAD1: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
-    HAS_SOURCE_ROW: tl.constexpr, EVEN_N: tl.constexpr, EVEN_L: tl.constexpr,
+    D: tl.constexpr, HEAD: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
+    REREAD: tl.constexpr, HAS_SOURCE_ROW: tl.constexpr, EVEN_N: tl.constexpr, EVEN_L: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of head h of row b; rows from `first` on may take q and k of another row."""
     h, b = tl.program_id(1), tl.program_id(2)
@@ -101,34 +152,31 @@ def attention_kernel(
     if HAS_SOURCE_ROW:
         if b >= first:
             b_map = first + tl.load(source_row + b - first).to(tl.int32)
-    p_q, p_k = head(q, stride_q, b_map, h, UNIT), head(k, stride_k, b_map, h, UNIT)
-    p_v, p_out = head(v, stride_v, b, h, UNIT), head(out, stride_out, b, h, UNIT)
+    p_q, step_q = head(q, stride_q, b_map, h, UNIT)
+    p_k, step_k = head(k, stride_k, b_map, h, UNIT)
+    p_v, step_v = head(v, stride_v, b, h, UNIT)
+    p_out, step_out = head(out, stride_out, b, h, UNIT)
 
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_l = tl.arange(0, BLOCK_L)
-    d0 = tl.arange(0, HEAD0)
-    # (BLOCK_N, HEAD0) and (BLOCK_N, HEAD1)
-    q0 = load(p_q, offs_n, d0, stride_q[2] * UNIT, stride_q[3], queries, D, not EVEN_N, HEAD0 > D)
-    acc0 = tl.zeros([BLOCK_N, HEAD0], tl.float32)
-    q1, acc1 = q0, acc0  # stand-ins, unused without a second tile
-    if HEAD1 > 0:
-        d1 = HEAD0 + tl.arange(0, HEAD1)
-        q1 = load(p_q, offs_n, d1, stride_q[2] * UNIT, stride_q[3], queries, D, not EVEN_N, HEAD0 + HEAD1 > D)
-        acc1 = tl.zeros([BLOCK_N, HEAD1], tl.float32)
+    # tuples of (BLOCK_N, width of tile i)
+    b_q = load_cut(p_q, offs_n, step_q, queries, D, HEAD, not EVEN_N)
+    acc = zeros_cut(BLOCK_N, HEAD)
     m = tl.full([BLOCK_N], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_N], tl.float32)
 
     whole = keys if EVEN_L else keys // BLOCK_L * BLOCK_L
     for start in range(0, whole, BLOCK_L):
-        acc0, acc1, m, l = visit(acc0, acc1, m, l, q0, q1, p_k, p_v, start + offs_l, keys, stride_k, stride_v, scale,
-                                 D, UNIT, HEAD0, HEAD1, MASK=False)  # fmt: skip
+        acc, m, l = visit(acc, m, l, p_q, b_q, offs_n, queries, step_q, p_k, p_v, start + offs_l, keys, step_k, step_v,
+                          scale, D, HEAD, BLOCK_N, BLOCK_L, not EVEN_N, False, REREAD)  # fmt: skip
     if not EVEN_L:  # the last block is the only one that needs a mask
-        acc0, acc1, m, l = visit(acc0, acc1, m, l, q0, q1, p_k, p_v, whole + offs_l, keys, stride_k, stride_v, scale,
-                                 D, UNIT, HEAD0, HEAD1, MASK=True)  # fmt: skip
+        acc, m, l = visit(acc, m, l, p_q, b_q, offs_n, queries, step_q, p_k, p_v, whole + offs_l, keys, step_k, step_v,
+                          scale, D, HEAD, BLOCK_N, BLOCK_L, not EVEN_N, True, REREAD)  # fmt: skip
 
-    store(p_out, acc0 / l[:, None], offs_n, d0, stride_out[2] * UNIT, stride_out[3], queries, D)
-    if HEAD1 > 0:
-        store(p_out, acc1 / l[:, None], offs_n, d1, stride_out[2] * UNIT, stride_out[3], queries, D)
+    mean = ()
+    for i in tl.static_range(len(HEAD)):
+        mean = mean + (acc[i] / l[:, None],)
+    store_cut(p_out, mean, offs_n, step_out, queries, D, HEAD)
 
 
 # The launch: plain Python from here on.
@@ -136,15 +184,21 @@ def attention_kernel(
 LOG2_E = 1.4426950408889634
 
 
-def split(n: int) -> tuple[int, int]:
-    """n covered by one or two powers of two from 16 up, as few columns as possible; the second is 0 if one will do.
+def cut(n: int, widest: int = 256) -> tuple[tuple[int, int], ...]:
+    """(start, width) of the power-of-two tiles, 16 to `widest` wide, that cover n columns with little to spare.
 
-    40 -> (32, 16), 48 -> (32, 16), 77 -> (64, 16), 80 -> (64, 16), 100 -> (128, 0), 160 -> (128, 32).
+    40 -> 32 + 16, 48 -> 32 + 16, 77 -> 64 + 16, 80 -> 64 + 16, 100 -> 128, 160 -> 128 + 32. At most two tiles unless
+    `widest` asks for more: a third would save less than it costs.
     """
-    whole = max(16, triton.next_power_of_2(n))
-    if n <= 16 or n > whole * 3 // 4:
-        return whole, 0
-    return whole // 2, max(16, triton.next_power_of_2(n - whole // 2))
+    tiles, start = [], 0
+    while n - start > widest:
+        tiles, start = [*tiles, (start, widest)], start + widest
+    rest = n - start
+    whole = max(16, triton.next_power_of_2(rest))
+    if rest <= 16 or rest > whole * 3 // 4:
+        return (*tiles, (start, whole))
+    whole //= 2
+    return (*tiles, (start, whole), (start + whole, max(16, triton.next_power_of_2(rest - whole))))
 
 
 def unit(*tensors) -> int:
@@ -165,23 +219,25 @@ def strides(x, unit: int) -> tuple[int, ...]:
 def config(B: int, H: int, N: int, L: int, D: int, itemsize: int) -> dict:
     """Tile and warps for a shape, by rule."""
     if itemsize == 4:  # no tensor cores: float32 products are multiply-adds, and their operands live in registers
-        return {"BLOCK_N": 32, "BLOCK_L": 32, "num_warps": 4, "num_stages": 1}
+        block_l, widest = (32, 32) if D <= 160 else (16, 64)
+        tile = {"BLOCK_N": 16, "BLOCK_L": block_l, "WIDEST": widest, "REREAD": 16}
+        return tile | {"num_warps": 4, "num_stages": 1}
     if D > 160:
-        return {"BLOCK_N": 64, "BLOCK_L": 32, "num_warps": 4, "num_stages": 2}
-    if B * H * triton.cdiv(N, 128) >= 132:
-        return {"BLOCK_N": 128, "BLOCK_L": 64, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_N": 64, "BLOCK_L": 64, "num_warps": 4, "num_stages": 2}
+        return {"BLOCK_N": 64, "BLOCK_L": 32, "REREAD": 0, "num_warps": 4, "num_stages": 2}
+    if D > 80 or B * H * triton.cdiv(N, 128) >= 132:
+        return {"BLOCK_N": 128, "BLOCK_L": 64, "REREAD": 0, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_N": 64, "BLOCK_L": 64, "REREAD": 0, "num_warps": 4, "num_stages": 2}
 
 
 def launch(q, k, v, source_row, out) -> None:
     """out = attention(q, k, v, source_row); all checks are done in ops.py."""
     (B, H, N, D), L = q.shape, k.shape[2]
     u = unit(q, k, v, out)
-    head0, head1 = split(D)
     choice = config(B, H, N, L, D, q.element_size())
+    widest = choice.pop("WIDEST", 256)
     attention_kernel[(triton.cdiv(N, choice["BLOCK_N"]), H, B)](
         q, k, v, source_row, out,
         N, L, B - (0 if source_row is None else source_row.shape[0]), D**-0.5 * LOG2_E,
         *(strides(x, u) for x in (q, k, v, out)),
-        D=D, UNIT=u, HEAD0=head0, HEAD1=head1, **choice,
+        D=D, HEAD=cut(D, widest), UNIT=u, **choice,
     )  # fmt: skip
