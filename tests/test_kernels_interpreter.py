@@ -1,0 +1,315 @@
+"""The Triton kernels themselves, run by Triton's interpreter on CPU tensors, against float64.
+
+TRITON_INTERPRET must be set before Triton is imported and must not reach the other tests, so this file runs itself: in the
+ordinary test session `test_in_its_own_process` starts one pytest on this file with the variable set, and shows its report
+if it fails; everything else in the file is only collected there. By hand:
+
+    TRITON_INTERPRET=1 python -m pytest tests/test_kernels_interpreter.py
+
+Not tested here: bfloat16, whose tl.dot returns garbage in the interpreter; TF32, which it does not model (see
+test_kernels_compiled.py for both).
+"""
+
+import itertools
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from minisd_kernels import ops, reference
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+if not INTERPRETED:
+
+    def test_in_its_own_process():
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", __file__]
+        env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-5000:]
+        print(done.stdout)
+
+else:
+
+    @pytest.fixture(autouse=True, scope="session")
+    def quick_interpreter():
+        """Every call of a jit function inside a kernel patches triton.language anew, 1 to 2 ms; once per module will do."""
+        from triton.runtime.interpreter import InterpretedFunction
+
+        call, seen = InterpretedFunction.__call__, set()
+
+        def quick_call(self, *args, **kwargs):
+            if id(self.fn.__globals__) in seen:
+                return self.rewrite()(*args, **kwargs)
+            seen.add(id(self.fn.__globals__))
+            return call(self, *args, **kwargs)
+
+        InterpretedFunction.__call__ = quick_call
+        yield
+        InterpretedFunction.__call__ = call
+
+
+B, S, NAN = 3, 2, float("nan")
+DTYPES = (torch.float32, torch.float16)
+HEAD_DIMS, QUERIES, KEYS = (8, 16, 40, 48, 64, 80, 96, 160, 256), (1, 7, 64, 97, 256), (1, 5, 63, 77, 128)
+SOURCES = ("none", "source_row", "inject")
+MIXES = [m for r in range(4) for m in itertools.combinations(("token_map", "blend", "reweight"), r)]
+SAVES = ((), ("save",), ("save_mean",), ("save", "save_mean"))
+FORMS = [
+    (source, mix, saves)
+    for source, mix, saves in itertools.product(SOURCES, MIXES, SAVES)
+    if source != "none" or set(mix) <= {"reweight"}
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Fill every output with NaN before the launch: a number that the kernel did not write shows."""
+    allocate = ops.empty_out
+    monkeypatch.setattr(ops, "empty_out", lambda *args: allocate(*args).fill_(NAN))
+
+
+def tensors(batch, heads, n, keys, d, dtype, seed, layout="heads inside"):
+    """Random q, k, v: (batch, tokens, heads, d) memory as in the UNet, plain memory, or views with gaps."""
+    g = torch.Generator().manual_seed(seed)
+    out = []
+    for tokens in (n, keys, keys):
+        if layout == "heads inside":
+            x = torch.randn(batch, tokens, heads, d, generator=g).transpose(1, 2)
+        elif layout == "plain":
+            x = torch.randn(batch, heads, tokens, d, generator=g)
+        elif layout == "gaps":  # odd strides everywhere, the last one included
+            x = torch.randn(batch, heads, tokens + 1, 2 * d + 3, generator=g)[:, :, :tokens, 1 : 2 * d + 1 : 2]
+        else:
+            x = torch.randn(batch, heads, d, tokens, generator=g).mT
+        # .to() would drop the layout of a view with gaps
+        y = torch.empty_strided(x.shape, x.stride(), dtype=dtype)
+        out.append(y.copy_(x))
+    return out
+
+
+def edit_tensors(source, mix, heads, n, keys, dtype, seed):
+    g = torch.Generator().manual_seed(seed + 1)
+    edit = {}
+    if source == "source_row":
+        edit["source_row"] = torch.randint(S, (S,), generator=g, dtype=(torch.int64, torch.int32)[seed % 2])
+    if source == "inject":
+        edit["inject"] = torch.softmax(torch.randn(S, heads, n, keys, generator=g), -1).to(dtype)
+    if "token_map" in mix:
+        edit["token_map"] = torch.rand(S, keys, keys, generator=g) / keys
+    if "blend" in mix:
+        edit["blend"] = torch.rand(S, keys, generator=g)
+    if "reweight" in mix:
+        edit["reweight"] = torch.randn(S, keys, generator=g)
+    return edit
+
+
+def check(got, eager, want, dtype, what):
+    """Error against float64 <= max(2 x that of eager in the same dtype, 4 eps x max|reference|)."""
+    assert not got.isnan().any(), f"{what}: not everything was written"
+    error, eager_error = ((x.double() - want).abs().max().item() for x in (got, eager))
+    budget = max(2 * eager_error, 4 * torch.finfo(dtype).eps * want.abs().max().item())
+    assert error <= budget, f"{what}: error {error:.3g}, eager {eager_error:.3g}, budget {budget:.3g}"
+
+
+def run_cross(q, k, v, edit, saves):
+    """Compare output and saves of the op with the reference; return the output."""
+    batch, heads, n, keys = *q.shape[:3], k.shape[2]
+
+    def buffers(dtype):
+        both = {"save": torch.full((S, heads, n, keys), NAN, dtype=dtype), "save_mean": torch.ones(S, n, keys)}
+        return {name: both[name] for name in saves}
+
+    mine, eager, exact = buffers(q.dtype), buffers(q.dtype), buffers(torch.float64)
+    out = ops.cross_attention(q, k, v, **edit, **mine)
+    want_eager = reference.cross_attention(q, k, v, **edit, **eager)
+    want = reference.cross_attention(q.double(), k.double(), v.double(), **edit, **exact)
+    check(out, want_eager, want, q.dtype, "out")
+    for name in saves:
+        check(mine[name], eager[name], exact[name].double(), q.dtype, name)
+    return out
+
+
+def sampled_cross_cases():
+    """Every form in both dtypes; sizes drawn so that each occurs often and no case has more than 12 programs."""
+    draw = random.Random(0)
+    for (source, mix, saves), dtype in itertools.product(FORMS, DTYPES):
+        for _ in range(2):
+            n, heads = draw.choice(QUERIES), draw.choice((1, 2))
+            while B * heads * -(-n // (16 if dtype == torch.float32 else 64)) > 12:
+                n, heads = draw.choice(QUERIES), 1
+            d, keys = draw.choice(HEAD_DIMS), draw.choice(KEYS)
+            layout = draw.choice(("heads inside", "heads inside", "plain", "gaps", "transposed"))
+            name = f"{source}-{'+'.join(mix + saves) or 'bare'}-{str(dtype)[6:]}-H{heads}-N{n}-L{keys}-D{d}-{layout}"
+            yield pytest.param(source, mix, saves, dtype, heads, n, keys, d, layout, draw.randrange(10**6), id=name)
+
+
+if INTERPRETED:
+
+    @pytest.mark.parametrize("source, mix, saves, dtype, heads, n, keys, d, layout, seed", sampled_cross_cases())
+    def test_cross_attention(source, mix, saves, dtype, heads, n, keys, d, layout, seed):
+        q, k, v = tensors(B, heads, n, keys, d, dtype, seed, layout)
+        edit = edit_tensors(source, mix, heads, n, keys, dtype, seed)
+        out = run_cross(q, k, v, edit, saves)
+        plain = ops.cross_attention(q[:1], k[:1], v[:1])
+        assert torch.equal(out[:1], plain), "the row before the last S is not what it is without an edit"
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("keys", KEYS)
+    @pytest.mark.parametrize("d", HEAD_DIMS)
+    def test_cross_attention_of_every_size(d, keys, dtype):
+        n = {8: 97, 40: 7}.get(d, 1)
+        q, k, v = tensors(1, 1, n, keys, d, dtype, seed=d + keys)
+        check(
+            ops.cross_attention(q, k, v),
+            reference.attention(q, k, v),
+            reference.attention(q.double(), k.double(), v.double()),
+            dtype,
+            "out",
+        )
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("routed", [False, True], ids=["plain", "routed"])
+    @pytest.mark.parametrize(
+        "n, keys, d, layout",
+        [
+            (1, 1, 8, "plain"),
+            (7, 5, 16, "heads inside"),
+            (64, 64, 40, "heads inside"),
+            (97, 97, 40, "gaps"),
+            (33, 256, 48, "transposed"),
+            (64, 130, 64, "heads inside"),
+            (17, 200, 80, "heads inside"),
+            (7, 97, 96, "plain"),
+            (31, 96, 160, "heads inside"),
+            (16, 63, 256, "gaps"),
+        ],
+    )
+    def test_attention(n, keys, d, layout, routed, dtype):
+        q, k, v = tensors(B, 1, n, keys, d, dtype, seed=n + d, layout=layout)
+        row = torch.tensor([1, 0], dtype=torch.int32) if routed else None
+        got = ops.attention(q, k, v, row)
+        exact = reference.attention(q.double(), k.double(), v.double(), row)
+        check(got, reference.attention(q, k, v, row), exact, dtype, "out")
+        assert torch.equal(got[:1], ops.attention(q[:1], k[:1], v[:1]))
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("keys", [77, 150])
+    def test_extreme_logits(keys, dtype):
+        """Scores of +-1e4 after the scale: one key takes all the weight, nothing overflows."""
+        q, k, v = tensors(1, 1, 16, keys, 16, dtype, seed=0)
+        q, k = q.sign() * 50, k.sign() * 50  # 16 * 2500 / 4 = 1e4
+        got = ops.cross_attention(q, k, v) if keys <= 128 else ops.attention(q, k, v)
+        exact = reference.attention(q.double(), k.double(), v.double())
+        check(got, reference.attention(q, k, v), exact, dtype, "out")
+
+    @pytest.mark.parametrize("keys", [77, 150])
+    def test_identical_keys_give_the_mean_of_the_values(keys):
+        q, k, v = tensors(1, 1, 16, keys, 40, torch.float32, seed=0)
+        k = k[:, :, :1].expand(-1, -1, keys, -1) * 100
+        got = ops.cross_attention(q, k, v) if keys <= 128 else ops.attention(q, k, v)
+        want = v.double().mean(2, keepdim=True).expand_as(got)
+        torch.testing.assert_close(got.double(), want, atol=1e-6, rtol=0)
+
+    def test_save_takes_any_strides_and_float32():
+        q, k, v = tensors(B, 2, 7, 77, 16, torch.float16, seed=0)
+        save = torch.full((S, 2, 7, 80), NAN)[..., :77]
+        mean = torch.ones(S, 77, 7).mT
+        exact = torch.empty(S, 2, 7, 77, dtype=torch.float64)
+        ops.cross_attention(q, k, v, save=save, save_mean=mean)
+        reference.cross_attention(q.double(), k.double(), v.double(), save=exact)
+        torch.testing.assert_close(save.double(), exact, atol=1e-5, rtol=0)
+        torch.testing.assert_close(mean.double(), 1 + exact.mean(1), atol=1e-5, rtol=0)
+
+    def test_save_mean_accumulates():
+        q, k, v = tensors(B, 2, 7, 5, 16, torch.float32, seed=0)
+        once, twice = torch.zeros(S, 7, 5), torch.zeros(S, 7, 5)
+        ops.cross_attention(q, k, v, save_mean=once)
+        for _ in range(2):
+            ops.cross_attention(q, k, v, save_mean=twice)
+        torch.testing.assert_close(twice, 2 * once, atol=1e-6, rtol=0)
+
+    def test_folded_equals_unfolded():
+        """The two kernels, one of which forms P', agree."""
+        q, k, v = tensors(B, 1, 16, 77, 40, torch.float32, seed=0)
+        edit = edit_tensors("source_row", ("token_map", "blend", "reweight"), 1, 16, 77, torch.float32, 0)
+        unfolded = ops.cross_attention(q, k, v, **edit, save=torch.empty(S, 1, 16, 77))
+        torch.testing.assert_close(ops.cross_attention(q, k, v, **edit), unfolded, atol=2e-6, rtol=0)
+
+    # torch.library: schema, fake kernel, graph
+
+    def test_opcheck():
+        q, k, v = tensors(B, 1, 7, 5, 16, torch.float32, seed=0)
+        edit = edit_tensors("source_row", ("token_map", "blend", "reweight"), 1, 7, 5, torch.float32, 0)
+        op = torch.ops.minisd_kernels
+        torch.library.opcheck(op.attention.default, (q, k, v, edit["source_row"]))
+        torch.library.opcheck(op.cross_attention.default, (q, k, v, v[1:].contiguous(), edit["source_row"], None, True))
+        save, mean = torch.zeros(S, 1, 7, 5), torch.zeros(S, 7, 5)
+        torch.library.opcheck(op.cross_attention_save.default, (q, k, v, None, None, None, None, None, save, None))
+        args = (q, k, v, edit["source_row"], None, edit["token_map"], edit["blend"], edit["reweight"], save, mean)
+        torch.library.opcheck(op.cross_attention_save.default, args)
+
+    @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+    @pytest.mark.parametrize("save", [False, True], ids=["edit", "edit and save"])
+    def test_compiles_to_one_graph_for_all_steps(backend, save):
+        """A block with an edited self and an edited cross site: no break, no recompile when the values change."""
+        from minisd.attention import Attention, AttentionEdit
+
+        torch.manual_seed(0)
+        own, cross = Attention(32, 2), Attention(32, 2, 24)
+        own.impl = cross.impl = "triton"
+        x, context = torch.randn(B, 130, 32), torch.randn(B, 5, 24)
+
+        @torch.no_grad()
+        def block(x, context, self_edit, cross_edit):
+            x = x + own(x, None, self_edit)
+            return x + cross(x, cross.project(context), cross_edit)
+
+        def edits(step, save_map):
+            g = torch.Generator().manual_seed(step)
+            mean = torch.zeros(S, 130, 5) if save else None
+            return AttentionEdit(source_row=torch.tensor([0, 0]) if step % 2 else torch.arange(S)), AttentionEdit(
+                source_row=torch.tensor([0, 0]),
+                token_map=torch.rand(S, 5, 5, generator=g),
+                blend=torch.rand(S, 5, generator=g),
+                reweight=torch.rand(S, 5, generator=g),
+                save=save_map,
+                save_mean=mean,
+            )
+
+        torch._dynamo.reset()
+        graphs = []
+
+        def counting(graph, inputs):
+            graphs.append(graph)
+            return torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+        compiled = torch.compile(block, backend=counting, fullgraph=True)
+        kept = torch.empty(S, 2, 130, 5) if save else None
+        for step in range(3):
+            a, b = edits(step, kept), edits(step, torch.empty_like(kept) if save else None)
+            got, want = compiled(x, context, *a), block(x, context, *b)
+            torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+            if save:
+                torch.testing.assert_close(a[1].save, b[1].save, atol=1e-6, rtol=0)
+                torch.testing.assert_close(a[1].save_mean, b[1].save_mean, atol=1e-6, rtol=0)
+        assert len(graphs) == 1
+
+    @pytest.mark.parametrize("name", ["source_row", "inject"])
+    def test_minisd_attention_by_triton(name):
+        """Every kind of edit of minisd.attention reaches the right kernel: equal to the reference in float32."""
+        from minisd.attention import AttentionEdit, attention
+
+        for keys in (5, 140):
+            q, k, v = tensors(B, 1, 9, keys, 16, torch.float32, seed=keys)
+            stored = q[1:].flip(2).contiguous(), k[1:].flip(2).contiguous()
+            for source, mix in (("none", ()), ("none", ("reweight",)), (name, ()), (name, ("blend",)), ("inject_qk", ()),
+                                ("inject_qk", ("token_map", "blend", "reweight"))):  # fmt: skip
+                edit = AttentionEdit(**edit_tensors(source, mix, 1, 9, keys, torch.float32, 0))
+                if source == "inject_qk":
+                    edit = edit._replace(inject_qk=stored)
+                got, want = (attention(q, k, v, edit, impl) for impl in ("triton", "reference"))
+                torch.testing.assert_close(got, want, atol=5e-6, rtol=0)
+            torch.testing.assert_close(attention(q, k, v, None, "triton"), reference.attention(q, k, v), atol=5e-6, rtol=0)
