@@ -216,24 +216,33 @@ def strides(x, unit: int) -> tuple[int, ...]:
     return (0, 0, 0, 0) if x is None else (*(s // unit for s in x.stride()[:-1]), x.stride(-1))
 
 
-def config(B: int, H: int, N: int, L: int, D: int, itemsize: int) -> dict:
-    """Tile and warps for a shape, by rule."""
+def arch() -> int:
+    """Compute capability of the current device, 90 for 9.0; the interpreter has none and takes that of sm_90."""
+    return 90 if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().arch
+
+
+def config(B: int, H: int, N: int, D: int, itemsize: int, arch: int) -> dict:
+    """Tile and warps by rule: what does not spill, as far as the compiler can tell (python -m bench.kernel_resources)."""
     if itemsize == 4:  # no tensor cores: float32 products are multiply-adds, and their operands live in registers
         block_l, widest = (32, 32) if D <= 160 else (16, 64)
         tile = {"BLOCK_N": 16, "BLOCK_L": block_l, "WIDEST": widest, "REREAD": 16}
         return tile | {"num_warps": 4, "num_stages": 1}
-    if D > 160:
-        return {"BLOCK_N": 64, "BLOCK_L": 32, "REREAD": 0, "num_warps": 4, "num_stages": 2}
-    if D > 80 or B * H * triton.cdiv(N, 128) >= 132:
-        return {"BLOCK_N": 128, "BLOCK_L": 64, "REREAD": 0, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_N": 64, "BLOCK_L": 64, "REREAD": 0, "num_warps": 4, "num_stages": 2}
+    if arch < 90 and D > 160:
+        tile = {"BLOCK_N": 64, "BLOCK_L": 32, "WIDEST": 128, "REREAD": 64, "num_warps": 8}
+    elif D > 160 or arch < 90 and D > 80:
+        tile = {"BLOCK_N": 64, "BLOCK_L": 32, "REREAD": 0, "num_warps": 4}
+    elif N % 128 == 0 and B * H * (N // 128) >= 132:  # enough programs to fill a large card
+        tile = {"BLOCK_N": 128, "BLOCK_L": 64, "REREAD": 0, "num_warps": 8}
+    else:
+        tile = {"BLOCK_N": 64, "BLOCK_L": 64, "REREAD": 0, "num_warps": 4}
+    return tile | {"num_stages": 2}
 
 
 def launch(q, k, v, source_row, out) -> None:
     """out = attention(q, k, v, source_row); all checks are done in ops.py."""
     (B, H, N, D), L = q.shape, k.shape[2]
     u = unit(q, k, v, out)
-    choice = config(B, H, N, L, D, q.element_size())
+    choice = config(B, H, N, D, q.element_size(), arch())
     widest = choice.pop("WIDEST", 256)
     attention_kernel[(triton.cdiv(N, choice["BLOCK_N"]), H, B)](
         q, k, v, source_row, out,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .attention import (
-    LOG2_E, beyond, columns, cut, dot, head, load, load_cut, scores, store_cut, strides, unit, zeros, zeros_cut,
+    LOG2_E, arch, beyond, columns, cut, dot, head, load, load_cut, scores, store_cut, strides, unit, zeros, zeros_cut,
 )  # fmt: skip
 
 
@@ -229,12 +229,24 @@ def plus(a, b, CUT: tl.constexpr, weight=1.0):
 # The launches: plain Python from here on.
 
 
-def config(B: int, H: int, N: int, D: int, itemsize: int, two_maps: bool) -> dict:
-    """Tile and warps for a shape, by rule; two_maps: the kernel holds two maps at a time."""
+def config(D: int, itemsize: int, arch: int, all_heads: bool = False) -> dict:
+    """Tile and warps by rule: what does not spill, as far as the compiler can tell (python -m bench.kernel_resources).
+
+    arch: compute capability, 80 or 90; all_heads: one program does all heads (save_mean).
+    """
     if itemsize == 4:  # no tensor cores: float32 products are multiply-adds, and their operands live in registers
-        tile = {"BLOCK_N": 16, "num_warps": 4}
-        return tile | {"WIDEST": 64, "WIDEST_KEYS": 16, "REREAD": 16, "num_stages": 1}
-    return {"BLOCK_N": 64, "num_warps": 4, "REREAD": 0, "num_stages": 1}
+        tile = {"BLOCK_N": 16, "WIDEST": 64, "WIDEST_KEYS": 16, "REREAD": 16, "num_warps": 4}
+    elif arch >= 90:  # wgmma takes 64 rows and 4 warps, and its operands from shared memory
+        tile = {"BLOCK_N": 64, "REREAD": 64 if D > 160 else 0, "num_warps": 4}
+        if all_heads and D > 80:
+            tile |= {"WIDEST": 32, "REREAD": 32}
+    elif all_heads and D > 80:
+        tile = {"BLOCK_N": 16, "WIDEST": 32, "REREAD": 32, "num_warps": 4}
+    elif D > 80:
+        tile = {"BLOCK_N": 16, "REREAD": 0, "num_warps": 4}
+    else:
+        tile = {"BLOCK_N": 64, "REREAD": 0, "num_warps": 8 if all_heads else 4}
+    return tile | {"num_stages": 1}
 
 
 def shape_args(q, k, unit: int, choice: dict) -> dict:
@@ -253,7 +265,7 @@ def launch(q, k, v, v_source, source_row, inject, keep_own, out) -> None:
     """The folded form; see cross_attention_kernel. All checks are done in ops.py."""
     B, H, N, D = q.shape
     u = unit(q, k, v, v_source, out)
-    choice = config(B, H, N, D, q.element_size(), two_maps=False)
+    choice = config(D, q.element_size(), arch())
     cross_attention_kernel[(triton.cdiv(N, choice["BLOCK_N"]), H, B)](
         q, k, v, v_source, source_row, inject, out,
         N, first_row(q, source_row, inject), D**-0.5 * LOG2_E,
@@ -266,7 +278,7 @@ def launch_save(q, k, v, source_row, inject, token_map, blend, reweight, save, s
     """The form that writes P' or its mean; see cross_attention_save_kernel. All checks are done in ops.py."""
     B, H, N, D = q.shape
     u = unit(q, k, v, out)
-    choice = config(B, H, N, D, q.element_size(), two_maps=True)
+    choice = config(D, q.element_size(), arch(), all_heads=save_mean is not None)
     mean = None if save_mean is None else save_mean.contiguous()
     cross_attention_save_kernel[(triton.cdiv(N, choice["BLOCK_N"]), 1 if mean is not None else H, B)](
         q, k, v, source_row, inject,

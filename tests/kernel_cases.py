@@ -1,0 +1,95 @@
+"""What the kernel tests share: random tensors and edits, sampled cases, the error budget."""
+
+import itertools
+import random
+
+import pytest
+import torch
+from minisd_kernels import ops, reference
+
+B, S, NAN = 3, 2, float("nan")
+DTYPES = (torch.float32, torch.float16)
+HEAD_DIMS, QUERIES, KEYS = (8, 16, 40, 48, 64, 80, 96, 160, 256), (1, 7, 64, 97, 256), (1, 5, 63, 77, 128)
+SOURCES = ("none", "source_row", "inject")
+MIXES = [m for r in range(4) for m in itertools.combinations(("token_map", "blend", "reweight"), r)]
+SAVES = ((), ("save",), ("save_mean",), ("save", "save_mean"))
+FORMS = [
+    (source, mix, saves)
+    for source, mix, saves in itertools.product(SOURCES, MIXES, SAVES)
+    if source != "none" or set(mix) <= {"reweight"}
+]
+
+
+def tensors(batch, heads, n, keys, d, dtype, seed, layout="heads inside", device="cpu"):
+    """Random q, k, v: (batch, tokens, heads, d) memory as in the UNet, plain memory, or views with gaps."""
+    g = torch.Generator().manual_seed(seed)
+    out = []
+    for tokens in (n, keys, keys):
+        if layout == "heads inside":
+            x = torch.randn(batch, tokens, heads, d, generator=g).transpose(1, 2)
+        elif layout == "plain":
+            x = torch.randn(batch, heads, tokens, d, generator=g)
+        elif layout == "gaps":  # odd strides everywhere, the last one included
+            x = torch.randn(batch, heads, tokens + 1, 2 * d + 3, generator=g)[:, :, :tokens, 1 : 2 * d + 1 : 2]
+        else:
+            x = torch.randn(batch, heads, d, tokens, generator=g).mT
+        # .to() would drop the layout of a view with gaps
+        y = torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=device)
+        out.append(y.copy_(x))
+    return out
+
+
+def edit_tensors(source, mix, heads, n, keys, dtype, seed, device="cpu"):
+    g = torch.Generator().manual_seed(seed + 1)
+    edit = {}
+    if source == "source_row":
+        edit["source_row"] = torch.randint(S, (S,), generator=g, dtype=(torch.int64, torch.int32)[seed % 2])
+    if source == "inject":
+        edit["inject"] = torch.softmax(torch.randn(S, heads, n, keys, generator=g), -1).to(dtype)
+    if "token_map" in mix:
+        edit["token_map"] = torch.rand(S, keys, keys, generator=g) / keys
+    if "blend" in mix:
+        edit["blend"] = torch.rand(S, keys, generator=g)
+    if "reweight" in mix:
+        edit["reweight"] = torch.randn(S, keys, generator=g)
+    return {name: x.to(device) for name, x in edit.items()}
+
+
+def check(got, eager, want, dtype, what):
+    """Error against float64 <= max(2 x that of eager in the same dtype, 4 eps x max|reference|)."""
+    assert not got.isnan().any(), f"{what}: not everything was written"
+    error, eager_error = ((x.double() - want).abs().max().item() for x in (got, eager))
+    budget = max(2 * eager_error, 4 * torch.finfo(dtype).eps * want.abs().max().item())
+    assert error <= budget, f"{what}: error {error:.3g}, eager {eager_error:.3g}, budget {budget:.3g}"
+
+
+def run_cross(q, k, v, edit, saves):
+    """Compare output and saves of the op with the reference; return the output."""
+    batch, heads, n, keys = *q.shape[:3], k.shape[2]
+
+    def buffers(dtype):
+        both = {"save": torch.full((S, heads, n, keys), NAN, dtype=dtype), "save_mean": torch.ones(S, n, keys)}
+        return {name: both[name].to(q.device) for name in saves}
+
+    mine, eager, exact = buffers(q.dtype), buffers(q.dtype), buffers(torch.float64)
+    out = ops.cross_attention(q, k, v, **edit, **mine)
+    want_eager = reference.cross_attention(q, k, v, **edit, **eager)
+    want = reference.cross_attention(q.double(), k.double(), v.double(), **edit, **exact)
+    check(out, want_eager, want, q.dtype, "out")
+    for name in saves:
+        check(mine[name], eager[name], exact[name].double(), q.dtype, name)
+    return out
+
+
+def sampled_cross_cases(dtypes=DTYPES):
+    """Every form in both dtypes; sizes drawn so that each occurs often and no case has more than 12 programs."""
+    draw = random.Random(0)
+    for (source, mix, saves), dtype in itertools.product(FORMS, dtypes):
+        for _ in range(1 if dtype == torch.float32 else 2):
+            d, keys = draw.choice(HEAD_DIMS), draw.choice(KEYS)
+            heads, n = draw.choice((1, 2)), draw.choice(QUERIES)
+            while B * heads * -(-n // (16 if dtype == torch.float32 else 64)) > (6 if d < 160 else 3):
+                heads, n = 1, draw.choice(QUERIES)
+            layout = draw.choice(("heads inside", "heads inside", "plain", "gaps", "transposed"))
+            name = f"{source}-{'+'.join(mix + saves) or 'bare'}-{str(dtype)[6:]}-H{heads}-N{n}-L{keys}-D{d}-{layout}"
+            yield pytest.param(source, mix, saves, dtype, heads, n, keys, d, layout, draw.randrange(10**6), id=name)

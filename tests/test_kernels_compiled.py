@@ -1,0 +1,74 @@
+"""The Triton kernels compiled for sm_80, sm_89 and sm_90 without a GPU: spills, shared memory, matrix instructions.
+
+The compiles run in a process of their own, which the interpreter (test_kernels_interpreter.py) cannot share; the table is
+that of `python -m bench.kernel_resources`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+SHARED_PER_BLOCK = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # CUDA C++ Programming Guide, compute capabilities
+# The P' of a refinement is four tiles at once; what may spill a little, in bytes of stack.
+MAY_SPILL = {"save, refine": 128, "save_mean, refine": 512}
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """One row for each specialisation that SD v1.x uses, deduplicated."""
+    file = tmp_path_factory.mktemp("resources") / "table.json"
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.kernel_resources", "--jobs", "2", "--json", str(file)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-10000:]
+    return json.loads(file.read_text())
+
+
+def fail_with(rows, text):
+    assert not rows, "\n".join([f"{text}:", *map(str, rows)])
+
+
+def test_every_specialisation_is_there(table):
+    for name, least in (
+        ("arch", {80, 89, 90}),
+        ("head_dim", {8, 40, 48, 64, 80, 96, 160, 256}),
+        ("dtype", {"float16", "bfloat16", "float32"}),
+    ):
+        assert {row[name] for row in table} == least
+    assert {row["head_dim"] for row in table if row["form"] == "two terms" and row["arch"] == 90} >= {40, 80, 160}
+
+
+def test_nothing_spills(table):
+    """Stack bytes and STL / LDL instructions; cuobjdump's LOCAL:0 would not show a spill."""
+    spilling = [r for r in table if r["stack"] > MAY_SPILL.get(r["form"], 0) or r["spills"] and r["form"] not in MAY_SPILL]
+    fail_with(spilling, "registers are spilled")
+
+
+def test_shared_memory_is_within_the_limit(table):
+    """Compiling ahead of time never checks it."""
+    fail_with([r for r in table if r["shared"] > SHARED_PER_BLOCK[r["arch"]]], "too much shared memory")
+
+
+def test_half_precision_runs_on_tensor_cores(table):
+    half = [r for r in table if r["dtype"] != "float32"]
+    fail_with([r for r in half if not r["wgmma"] + r["mma"]], "no matrix instruction")
+    fail_with([r for r in half if r["arch"] == 90 and not r["wgmma"]], "no wgmma on sm_90")
+
+
+def test_float32_is_not_tf32(table):
+    """input_precision="ieee", which the interpreter cannot tell from Triton's default."""
+    single = [r for r in table if r["dtype"] == "float32"]
+    assert single
+    fail_with([r for r in single if r["tf32"] or r["mma"] + r["wgmma"]], "TF32 in a float32 kernel")
+
+
+def test_loads_are_wide(table):
+    """A head stride of 40 elements must not turn q, k, v loads into 2-byte loads; stored maps have odd rows of their own."""
+    no_maps = [r for r in table if "inject" not in r["form"] and "refine" not in r["form"] and r["dtype"] != "float32"]
+    fail_with([r for r in no_maps if r["narrow_loads"]], "2-byte loads")

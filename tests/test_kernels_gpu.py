@@ -1,0 +1,51 @@
+"""The Triton kernels on a GPU, bfloat16 included, against float64; run by `python -m bench.gpu`, skipped without a GPU."""
+
+import pytest
+import torch
+from kernel_cases import B, S, check, edit_tensors, run_cross, sampled_cross_cases, tensors
+from minisd_kernels import ops, reference
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Fill every output with NaN before the launch: a number that the kernel did not write shows."""
+    allocate = ops.empty_out
+    monkeypatch.setattr(ops, "empty_out", lambda *args: allocate(*args).fill_(float("nan")))
+
+
+@pytest.mark.parametrize("source, mix, saves, dtype, heads, n, keys, d, layout, seed", list(sampled_cross_cases(DTYPES)))
+def test_cross_attention(source, mix, saves, dtype, heads, n, keys, d, layout, seed):
+    q, k, v = tensors(B, heads, n, keys, d, dtype, seed, layout, "cuda")
+    edit = edit_tensors(source, mix, heads, n, keys, dtype, seed, "cuda")
+    out = run_cross(q, k, v, edit, saves)
+    assert torch.equal(out[:1], ops.cross_attention(q[:1], k[:1], v[:1]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n, d", [(4096, 40), (1024, 80), (256, 160), (64, 160), (1000, 8), (97, 48), (500, 64), (77, 256)])
+def test_attention(n, d, dtype):
+    q, k, v = tensors(B, 2, n, n, d, dtype, seed=n, device="cuda")
+    row = torch.tensor([1, 0], device="cuda")
+    exact = reference.attention(q.double(), k.double(), v.double(), row)
+    check(ops.attention(q, k, v, row), reference.attention(q, k, v, row), exact, dtype, "out")
+
+
+def test_a_replayed_cuda_graph_writes_to_the_same_buffers():
+    q, k, v = tensors(B, 2, 64, 77, 40, torch.float16, 0, device="cuda")
+    edit = edit_tensors("source_row", ("blend",), 2, 64, 77, torch.float16, 0, "cuda")
+    mean = torch.zeros(S, 64, 77, device="cuda")
+    ops.cross_attention(q, k, v, **edit, save_mean=mean)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ops.cross_attention(q, k, v, **edit, save_mean=mean)
+    for step in range(2):
+        edit["blend"].fill_(step)
+        mean.zero_()
+        graph.replay()
+        want_mean = torch.zeros_like(mean)
+        want = reference.cross_attention(q, k, v, **edit, save_mean=want_mean)
+        torch.testing.assert_close(out, want, atol=4e-3, rtol=0)
+        torch.testing.assert_close(mean, want_mean, atol=1e-3, rtol=0)
