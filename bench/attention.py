@@ -2,9 +2,10 @@
 
     python -m bench.attention [--quick] [--shape B,H,N,L,D ...] [--device cuda] [--readme]
 
-The shapes are those of SD v1.x: 8 heads, self- and cross-attention (77 keys) at 512x512, self-attention at 768x768. The
-rivals: each SDPA backend by itself, FlexAttention compiled, eager matmul + softmax + matmul, and for edits folded SDPA (two
-calls on V_A and V_B) and eager. Writes bench/results/<device>/attention.json; --readme puts the table into kernels/README.md.
+The shapes are those of SD v1.x: 8 heads, self- and cross-attention (77 keys) at 512x512, self-attention at 768x768.
+The rivals: each SDPA backend by itself, FlexAttention compiled, eager matmul + softmax + matmul, and for edits folded
+SDPA (two calls on V_A and V_B) and eager. Writes bench/results/<device>/attention.json; --readme puts the table into
+kernels/README.md.
 """
 
 import argparse
@@ -99,10 +100,8 @@ def error_ratio(ours: torch.Tensor, q, k, v, edit) -> float:
     """
     if edit is not None:
         exact_edit = edit._replace(
-            **{name: x.double() if x.is_floating_point() and name in ("inject",) else x for name, x in edit._asdict().items()
-               if isinstance(x, torch.Tensor)},
-            save=None, save_mean=None,
-        )  # fmt: skip
+            inject=None if edit.inject is None else edit.inject.double(), save=None, save_mean=None
+        )
         exact = attention(q.double(), k.double(), v.double(), exact_edit, "reference")
         eager = attention(q, k, v, edit._replace(save=None, save_mean=None), "reference")
         parts = [(ours, eager, exact)]
@@ -127,15 +126,16 @@ def bench_shape(B, heads, N, L, D, dtype, device, forms, rounds, peak) -> list[d
         edit = make_edit(form, B, heads, N, L, D, dtype, device)
         functions = rivals(q, k, v, edit, triton=torch.device(device).type == "cuda")
         if form != "plain" and "minisd" in functions:
-            functions = {"minisd": functions["minisd"], "minisd plain": lambda: attention(q, k, v, None, "triton"), **functions}
+            functions["minisd plain"] = lambda: attention(q, k, v, None, "triton")
         with torch.no_grad():
             times = harness.interleave(functions, device, rounds)
             memory = {name: harness.peak_memory(function, device) for name, function in functions.items()}
             wrong = error_ratio(functions["minisd"](), q, k, v, edit) if "minisd" in functions else None
         flop = 4 * B * heads * N * L * D
-        row = {"B": B, "H": heads, "N": N, "L": L, "D": D, "dtype": str(dtype)[6:], "form": form, "error_over_budget": wrong}
+        row = {"B": B, "H": heads, "N": N, "L": L, "D": D, "dtype": str(dtype)[6:], "form": form}
+        row["error_over_budget"] = wrong
         row["times"] = {
-            name: {**t, "tflops": flop / t["ms"] * 1e-9, "of_peak": flop / (t["ms"] * 1e-3) / peak, "bytes": memory[name]}
+            name: {**t, "tflops": flop / t["ms"] * 1e-9, "of_peak": flop / t["ms"] * 1e3 / peak, "bytes": memory[name]}
             for name, t in times.items()
         }
         rows.append(row)
@@ -155,7 +155,9 @@ def describe(row: dict) -> str:
     text = f"B{row['B']} N{row['N']} L{row['L']} D{row['D']} {row['dtype']:<9}{row['form']:<10}"
     for contender, t in row["times"].items():
         text += f" {contender} {t['ms']:.4f} ms"
-    return text + (f" | {ratio:.2f}x of {name}, error {row['error_over_budget']:.2f}" if "minisd" in row["times"] else "")
+    if "minisd" in row["times"]:
+        text += f" | {ratio:.2f}x of {name}, error {row['error_over_budget']:.2f}"
+    return text
 
 
 def misses(rows: list[dict]) -> list[str]:
@@ -183,7 +185,7 @@ def table(result: dict) -> str:
     """The Markdown table of a result file."""
     lines = [f"{result['device']}, torch {result['torch']}, triton {result['triton']}, commit {result['commit'][:12]}; "
              f"`{result['command']}`", "",
-             "| B | N | L | D | dtype | form | ms | quartiles | TFLOP/s | of peak | best rival | ratio | error/budget |",
+             "| B | N | L | D | dtype | form | ms | quartiles | TFLOP/s | of peak | rival | ratio | error/budget |",
              "|---|---|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in result["rows"]:
         if "minisd" not in row["times"]:
@@ -208,7 +210,8 @@ def write_readme(result: dict) -> None:
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.attention", description=__doc__.split("\n\n")[0])
     parser.add_argument("--shape", action="append", metavar="B,H,N,L,D", help="time this shape only; may be repeated")
-    parser.add_argument("--dtype", nargs="+", default=["float16", "bfloat16"], choices=["float16", "bfloat16", "float32"])
+    names = ["float16", "bfloat16", "float32"]
+    parser.add_argument("--dtype", nargs="+", default=names[:2], choices=names)
     parser.add_argument("--batch", type=int, nargs="+", default=[2, 8])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=20)

@@ -1,9 +1,10 @@
-"""Everything that needs a GPU, in under ten minutes, on a machine with only this checkout, torch, triton and transformers.
+"""Everything that needs a GPU, in under ten minutes, on a machine with only this checkout, torch and triton.
 
     python -m bench.gpu [--full]
 
-Runs the GPU-marked tests, then bench.attention, and prints what is wrong or misses its target. Needs no installation: the
-checkout is put on the path. Tests that import something that is not there (diffusers) are skipped with a line saying so.
+Runs the GPU-marked tests, then bench.attention, and prints what is wrong or misses its target. Needs no installation:
+the checkout is put on the path. Tests that import something that is not there (diffusers) are skipped with a line
+saying so.
 """
 
 import argparse
@@ -41,7 +42,7 @@ def main(argv=None) -> int:
         failed += ["GPU tests"] if done.returncode else []
     command = [sys.executable, "-m", "bench.attention", *([] if args.full else ["--quick"])]
     failed += ["bench.attention"] if subprocess.run(command, cwd=harness.ROOT).returncode else []
-    print(f"failed: {', '.join(failed)}" if failed else "ran to the end; misses, if any, are the lines WRONG and SLOW above")
+    print(f"failed: {', '.join(failed)}" if failed else "ran to the end; misses are the lines WRONG and SLOW above")
     return 1 if failed else 0
 
 

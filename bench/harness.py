@@ -1,7 +1,7 @@
 """Shared by the benchmarks: interleaved timing, peak memory, where the numbers come from, JSON.
 
-Contenders are timed in turns, one call of each per round, so that a clock that drifts or a neighbour on the machine hits all
-of them alike; the figure is the median over the rounds, with the quartiles as spread.
+Contenders are timed in turns, one call of each per round, so that a clock that drifts or a neighbour on the machine
+hits all of them alike; the figure is the median over the rounds, with the quartiles as spread.
 """
 
 import importlib.util
@@ -26,7 +26,8 @@ def use_checkout() -> None:
     if importlib.util.find_spec("minisd_kernels") is not None:
         return
     links = Path(tempfile.mkdtemp(prefix="minisd-path-"))
-    for name, folder in (("minisd", "minisd"), ("minisd_kernels", "kernels"), ("minisd_weights", "weights"), ("bench", "bench")):
+    folders = {"minisd": "minisd", "minisd_kernels": "kernels", "minisd_weights": "weights", "bench": "bench"}
+    for name, folder in folders.items():
         (links / name).symlink_to(ROOT / folder)
     sys.path.insert(0, str(links))
     os.environ["PYTHONPATH"] = os.pathsep.join([str(links), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -54,8 +55,7 @@ def provenance(device: str) -> dict:
         "cuda": torch.version.cuda,
         "triton": triton.__version__ if triton else None,
         "commit": git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain") else ""),
-        "command": " ".join(["python", "-m", *Path(sys.argv[0]).with_suffix("").parts[-2:]]).replace(" bench ", " bench.")
-        + "".join(f" {arg}" for arg in sys.argv[1:]),
+        "command": " ".join(["python -m", ".".join(Path(sys.argv[0]).with_suffix("").parts[-2:]), *sys.argv[1:]]),
     }
 
 

@@ -24,7 +24,7 @@ B, H = 4, 8  # guidance of a prompt-to-prompt pair: unconditional rows first, th
 S = 2
 SELF = {40: 4096, 80: 1024, 160: 256}  # SD v1.x at 512x512: head dim -> queries at the widest site
 TEXT = 77
-SHARED_PER_BLOCK = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # CUDA C++ Programming Guide, table of compute capabilities
+# CUDA C++ Programming Guide, table of compute capabilities
 SHARED_PER_SM = {80: 164 * 1024, 89: 100 * 1024, 90: 228 * 1024}
 WARPS_PER_SM = {80: 64, 89: 48, 90: 64}
 
@@ -59,15 +59,15 @@ class Case(NamedTuple):
 
 
 # "flash", "plain" and the like are "flash routed", "replace" and the like without the routing.
-DISTINCT = ("flash routed", "replace", "two terms", "inject", "inject + blend", "save", "save_mean, replace", "save, refine",
-            "save_mean, refine", "save, inject")  # fmt: skip
+DISTINCT = ("flash routed", "replace", "two terms", "inject", "inject + blend", "save", "save_mean, replace", 
+            "save, refine", "save_mean, refine", "save, inject")  # fmt: skip
 
 
 def cases(archs, everything: bool) -> list[Case]:
     """The SD v1.x specialisations, one per head dim and without repetition; with `everything`, all forms in all dtypes.
 
-    sm_89 has the instructions and the tiles of sm_80: of it, one dtype of each form at the widest head dim, and the others
-    at the narrowest.
+    sm_89 has the instructions and the tiles of sm_80: of it, one dtype of each form at the widest head dim, and the
+    others at the narrowest.
     """
     out = []
     for arch in archs:
@@ -166,7 +166,7 @@ def measure(case: Case) -> dict:
         )
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     opcodes = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9.]*)", sass, re.M)
-    count = {name: sum(op == name or op.startswith(name + ".") for op in opcodes) for name in ("STL", "LDL", "HGMMA", "HMMA")}
+    count = {name: sum(op.split(".")[0] == name for op in opcodes) for name in ("STL", "LDL", "HGMMA", "HMMA")}
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared + found["SHARED"]
     registers = -(-found["REG"] // 8) * 8 * 32 * warps
     blocks = min(65536 // registers, SHARED_PER_SM[case.arch] // (shared + 1024), WARPS_PER_SM[case.arch] // warps)
@@ -187,14 +187,17 @@ def measure(case: Case) -> dict:
     }
 
 
-HEADER = "arch form                 D     N    L dtype    warps  reg stack spill shared KiB wgmma  mma instr CTA/SM occupancy"
+HEADER = (
+    "arch form                 D     N    L dtype    warps  reg stack spill shared KiB"
+    " wgmma  mma instr CTA/SM occupancy"
+)
 
 
 def line(r: dict) -> str:
     return (
-        f"{r['arch']:>4} {r['form']:<18}{r['head_dim']:>4}{r['queries']:>6}{r['keys']:>5} {r['dtype']:<9}{r['warps']:>5}"
-        f"{r['registers']:>5}{r['stack']:>6}{r['spills']:>6}{r['shared'] / 1024:>11.1f}{r['wgmma']:>6}{r['mma']:>5}"
-        f"{r['instructions']:>6}{r['ctas']:>7}{r['occupancy']:>10.2f}"
+        f"{r['arch']:>4} {r['form']:<18}{r['head_dim']:>4}{r['queries']:>6}{r['keys']:>5} {r['dtype']:<9}"
+        f"{r['warps']:>5}{r['registers']:>5}{r['stack']:>6}{r['spills']:>6}{r['shared'] / 1024:>11.1f}"
+        f"{r['wgmma']:>6}{r['mma']:>5}{r['instructions']:>6}{r['ctas']:>7}{r['occupancy']:>10.2f}"
     )
 
 

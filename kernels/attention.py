@@ -6,9 +6,9 @@ Source: Dao, FlashAttention-2 (2023), algorithm 1, forward only and non-causal.
 
 `source_row` routes: the program of an edited row reads q and k of another row, and v of its own.
 
-A head dim is cut into power-of-two tiles, 40 = 32 + 8 (padded to 16), 80 = 64 + 16, 160 = 128 + 32, where padding to the
-next power of two would waste a third of the matrix work. So q, k, v and acc are tuples of tiles, and HEAD says where each
-one starts and how wide it is: ((0, 32), (32, 16)).
+A head dim is cut into power-of-two tiles, 40 = 32 + 8 (padded to 16), 80 = 64 + 16, 160 = 128 + 32, where padding to
+the next power of two would waste a third of the matrix work. So q, k, v and acc are tuples of tiles, and HEAD says
+where each one starts and how wide it is: ((0, 32), (32, 16)).
 """
 
 import triton
@@ -80,18 +80,19 @@ def dot(a, b, acc):
 
 @triton.jit
 def head(p, stride, row, h, UNIT: tl.constexpr):
-    """(address, (token stride, element stride)) of one head of one row; 64 bits, a batch of maps can pass 2^31 elements."""
+    """(address, (token stride, element stride)) of one head of one row; 64 bits, as maps pass 2^31 elements."""
     p += row.to(tl.int64) * (stride[0] * UNIT) + h.to(tl.int64) * (stride[1] * UNIT)
     return p, (stride[2] * UNIT, stride[3])
 
 
 @triton.jit
 def scores(p_q, b_q, offs_n, queries, step_q, p_k, offs_l, keys, step_k, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
-           D: tl.constexpr, HEAD: tl.constexpr, MASK_N: tl.constexpr, MASK_L: tl.constexpr, REREAD: tl.constexpr):  # fmt: skip
+           D: tl.constexpr, HEAD: tl.constexpr,
+           MASK_N: tl.constexpr, MASK_L: tl.constexpr, REREAD: tl.constexpr):  # fmt: skip
     """q k^T: (BLOCK_N, BLOCK_L), -inf for keys beyond the last.
 
-    b_q are the tiles of q. float32 products run without tensor cores, where a thread needs whole rows of q in registers;
-    REREAD > 0 loads q again, that many columns at a time, in a loop that is not unrolled.
+    b_q are the tiles of q. float32 products run without tensor cores, where a thread needs whole rows of q in
+    registers; REREAD > 0 loads q again, that many columns at a time, in a loop that is not unrolled.
     """
     s = zeros(BLOCK_N, BLOCK_L)
     if REREAD > 0:
@@ -222,7 +223,7 @@ def arch() -> int:
 
 
 def config(B: int, H: int, N: int, D: int, itemsize: int, arch: int) -> dict:
-    """Tile and warps by rule: what does not spill, as far as the compiler can tell (python -m bench.kernel_resources)."""
+    """Tile and warps by rule: what does not spill, by the compiler's word (python -m bench.kernel_resources)."""
     if itemsize == 4:  # no tensor cores: float32 products are multiply-adds, and their operands live in registers
         block_l, widest = (32, 32) if D <= 160 else (16, 64)
         tile = {"BLOCK_N": 16, "BLOCK_L": block_l, "WIDEST": widest, "REREAD": 16}

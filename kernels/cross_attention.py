@@ -1,11 +1,11 @@
-"""Attention over at most 128 keys with the map edited in flight: the whole key row is one tile, so one pass, no rescaling.
+"""Attention over at most 128 keys with the map edited in flight: the whole key row at once, one pass, no rescaling.
 
     P' = reweight * [blend * (P_source @ token_map) + (1 - blend) * P_own];   out = P' V
 
-Two kernels. `cross_attention_kernel` never forms P': the edit is linear in both maps, so ops.fold moved it into the values
-and what is left is out = P_own V_own + P_source V_source. `cross_attention_save_kernel` forms P', because it is asked to
-write it (`save`) or the mean over heads (`save_mean`). P_source is recomputed from q and k of another row, or read.
-Source: Hertz et al. 2022 (prompt-to-prompt) for the edits.
+Two kernels. `cross_attention_kernel` never forms P': the edit is linear in both maps, so ops.fold moved it into the
+values and what is left is out = P_own V_own + P_source V_source. `cross_attention_save_kernel` forms P', because it is
+asked to write it (`save`) or the mean over heads (`save_mean`). P_source is recomputed from q and k of another row, or
+read. Source: Hertz et al. 2022 (prompt-to-prompt) for the edits.
 
 A key row is cut like a head dim (see attention.py), 77 = 64 + 13 (padded to 16), and so a map is a tuple of tiles too.
 """
@@ -22,7 +22,7 @@ from .attention import (
 def softmax_map(q, k, b, h, offs_n, queries, stride_q, stride_k, scale,
                 L: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr,
                 UNIT: tl.constexpr, BLOCK_N: tl.constexpr, MASK_N: tl.constexpr, REREAD: tl.constexpr):  # fmt: skip
-    """P = softmax(q k^T / sqrt(D)) of one block of queries of row b, as tiles (BLOCK_N, width of KEYS[j]), zero beyond L."""
+    """P = softmax(q k^T / sqrt(D)) of one block of queries of row b, tiles (BLOCK_N, KEYS[j]), zero beyond L."""
     p_q, step_q = head(q, stride_q, b, h, UNIT)
     p_k, step_k = head(k, stride_k, b, h, UNIT)
     b_q = load_cut(p_q, offs_n, step_q, queries, D, HEAD, MASK_N)
@@ -62,12 +62,13 @@ def stored_map(inject, b, h, offs_n, queries, stride, L: tl.constexpr, KEYS: tl.
 
 @triton.jit
 def add_product(acc, p, p_m, step, L: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, CUT: tl.constexpr):
-    """acc + P M for a matrix M with L rows and WIDTH columns, values or a token map, as tiles (BLOCK_N, width of CUT[i])."""
+    """acc + P M for a matrix M with L rows and WIDTH columns, values or a token map: tiles (BLOCK_N, CUT[i])."""
     total = acc
     for j in tl.static_range(len(KEYS)):
         longer = ()
         for i in tl.static_range(len(CUT)):
-            b_m = load(p_m, columns(KEYS, j), columns(CUT, i), step, L, WIDTH, beyond(KEYS, j, L), beyond(CUT, i, WIDTH))
+            b_m = load(p_m, columns(KEYS, j), columns(CUT, i), step, L, WIDTH,
+                       beyond(KEYS, j, L), beyond(CUT, i, WIDTH))  # fmt: skip
             longer = longer + (dot(p[j].to(b_m.dtype), b_m, total[i]),)
         total = longer
     return total

@@ -1,10 +1,12 @@
 """The public attention ops: `attention` and `cross_attention`, checked here and computed by the Triton kernels beside.
 
-Importing this module imports torch only; Triton is imported by the first call. Each op is registered with torch.library
-(schema, fake kernel), so that torch.compile keeps it in its graph. `cross_attention` is two ops, a pure one and one that
-writes to its `save` arguments, and the function picks: an op whose mutated arguments are all None breaks inductor.
+Importing this module imports torch only; Triton is imported by the first call. Each op is registered with
+torch.library (schema, fake kernel), so that torch.compile keeps it in its graph. `cross_attention` is two ops, a pure
+one and one that writes to its `save` arguments, and the function picks: an op whose mutated arguments are all None
+breaks inductor.
 
-The kernels are for inference: under autograd they raise, `impl="sdpa"` of minisd.attention is the differentiable choice.
+The kernels are for inference: under autograd they raise, `impl="sdpa"` of minisd.attention is the differentiable
+choice.
 """
 
 import torch
@@ -54,12 +56,12 @@ def cross_attention(
 
     q: (batch, heads, queries, D); k, v: (batch, heads, keys, D); D a multiple of 8 up to 256; float16, bfloat16 or
     float32, any strides. source_row: (S,) int32 or int64, values in [0, S), not checked here. inject: (S, heads,
-    queries, keys). token_map: (S, keys, keys) float32, source tokens -> own tokens. blend, reweight: (S, keys) float32.
-    save: (S, heads, queries, keys), overwritten with P'. save_mean: (S, queries, keys) float32, += mean of P' over heads.
-    inject and save may be float16, bfloat16 or float32.
-    Returns (batch, heads, queries, D) as a view of (batch, queries, heads, D) memory.
-    ValueError: shapes, dtypes, devices, more than 128 keys, two sources, a token_map or blend without a source.
-    RuntimeError: an input needs a gradient. Source: Hertz et al. 2022 (prompt-to-prompt).
+    queries, keys). token_map: (S, keys, keys) float32, source tokens -> own tokens. blend, reweight: (S, keys)
+    float32. save: (S, heads, queries, keys), overwritten with P'. save_mean: (S, queries, keys) float32, += mean of P'
+    over heads. inject and save may be float16, bfloat16 or float32. Returns (batch, heads, queries, D) as a view of
+    (batch, queries, heads, D) memory. ValueError: shapes, dtypes, devices, more than 128 keys, two sources, a
+    token_map or blend without a source. RuntimeError: an input needs a gradient. Source: Hertz et al. 2022
+    (prompt-to-prompt).
     """
     check(q, k, v, source_row, inject, token_map, blend, reweight, save, save_mean)
     check_kernel(q, k, v)
@@ -74,7 +76,7 @@ def cross_attention(
 
 
 def values(v, source_row, inject, token_map, blend, reweight) -> tuple[Tensor, Tensor | None, bool]:
-    """(v, v_source, keep_own) of the folded form: the edited rows of v are V_own, or V_source if that is the only term."""
+    """(v, v_source, keep_own) of the folded form: edited rows of v are V_own, or V_source if it is the only term."""
     has_source = source_row is not None or inject is not None
     if token_map is None and blend is None and reweight is None and inject is None:
         return v, None, True  # at most a row to take the map from
@@ -90,7 +92,7 @@ def values(v, source_row, inject, token_map, blend, reweight) -> tuple[Tensor, T
 def fold(
     v: Tensor, has_source: bool, token_map: Tensor | None, blend: Tensor | None, reweight: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(V_own, V_source) such that the edited attention is P_own V_own + P_source V_source; None for a term that is zero.
+    """(V_own, V_source) such that the edited output is P_own V_own + P_source V_source; None: the term is zero.
 
         V_own = (1 - blend) * reweight * V;   V_source = token_map @ (blend * reweight * V)
 
@@ -172,7 +174,7 @@ def check_kernel(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise RuntimeError(NO_BACKWARD)
 
 
-NO_BACKWARD = "the Triton attention kernels have no backward; use impl='sdpa' (unet.attention = 'sdpa') or torch.no_grad()"
+NO_BACKWARD = "the Triton kernels have no backward; use impl='sdpa' (unet.attention = 'sdpa') or torch.no_grad()"
 
 
 def shapes(*tensors: Tensor) -> str:

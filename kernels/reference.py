@@ -1,7 +1,7 @@
 """The eager oracle of both attention ops: the formulas, term by term, in plain PyTorch.
 
-Same argument names as `minisd_kernels.ops`, any float dtype (float64 included), any device, differentiable. Every map is
-materialised, so this is slow and large on purpose: it exists to be read, and to be compared with.
+Same argument names as `minisd_kernels.ops`, any float dtype (float64 included), any device, differentiable. Every map
+is materialised, so this is slow and large on purpose: it exists to be read, and to be compared with.
 
 Sources: Vaswani et al. 2017 (attention), Hertz et al. 2022 (prompt-to-prompt: replace, refine, reweight).
 """
@@ -52,9 +52,9 @@ def cross_attention(
     P_source is the map of row `source_row` (counted within the S rows) or the stored map `inject`. blend None with a
     source means 1; without a source P' = reweight * P_own.
 
-    q: (batch, heads, queries, head_dim); k, v: (batch, heads, keys, head_dim); source_row: (S,);
-    inject: (S, heads, queries, keys); token_map: (S, keys, keys), source tokens -> own tokens; blend, reweight: (S, keys);
-    save: (S, heads, queries, keys), overwritten with P'; save_mean: (S, queries, keys) float32, += mean of P' over heads.
+    q: (batch, heads, queries, head_dim); k, v: (batch, heads, keys, head_dim); source_row: (S,); inject: (S, heads,
+    queries, keys); token_map: (S, keys, keys), source tokens -> own tokens; blend, reweight: (S, keys); save: (S,
+    heads, queries, keys), overwritten with P'; save_mean: (S, queries, keys) float32, += mean of P' over heads.
     Returns (batch, heads, queries, head_dim).
     """
     edits = (source_row, inject, token_map, blend, reweight, save, save_mean)

@@ -20,9 +20,9 @@ IMPLEMENTATIONS = ("triton", "sdpa", "reference")
 class AttentionEdit(NamedTuple):
     """What to change and what to save at one attention site in one step; None switches a part off.
 
-    Every tensor has S rows, S <= R, and addresses the last S of the R rows of the batch (guidance groups are group-major
-    with the conditional group last). H heads, N queries, L keys, D head_dim. The sources are source_row, inject and
-    inject_qk, at most one of them; token_map and blend need one.
+    Every tensor has S rows, S <= R, and addresses the last S of the R rows of the batch (guidance groups are
+    group-major with the conditional group last). H heads, N queries, L keys, D head_dim. The sources are source_row,
+    inject and inject_qk, at most one of them; token_map and blend need one.
     """
 
     source_row: Tensor | None = None  # (S,) int     take the map of this row, counted within the S rows (arange: own)
@@ -36,7 +36,7 @@ class AttentionEdit(NamedTuple):
     save_qk: tuple[Tensor, Tensor] | None = None  # 2 x (S, H, N or L, D)  out: own q and k, which inject_qk takes
 
     def check_rows(self) -> "AttentionEdit":
-        """Self, or ValueError if source_row names a row outside [0, S); reads values, so call it once per edit built."""
+        """Self, or ValueError if source_row names a row outside [0, S); reads values: call it when building."""
         if self.source_row is not None:
             rows = self.source_row.tolist()
             if not all(0 <= row < len(rows) for row in rows):
@@ -47,10 +47,10 @@ class AttentionEdit(NamedTuple):
 def attention(q: Tensor, k: Tensor, v: Tensor, edit: AttentionEdit | None = None, impl: str = "sdpa") -> Tensor:
     """softmax(q k^T / sqrt(D)) v, with the map edited as `edit` says.
 
-    q: (R, H, N, D), k, v: (R, H, L, D) -> (R, H, N, D). impl: "triton", the kernels of minisd_kernels, CUDA and inference
-    only; "sdpa", PyTorch's scaled_dot_product_attention, anywhere and differentiable; "reference", the formula in eager
-    PyTorch. ValueError for an unknown impl and for shapes, dtypes or devices that do not fit; RuntimeError for "triton"
-    under autograd.
+    q: (R, H, N, D), k, v: (R, H, L, D) -> (R, H, N, D). impl: "triton", the kernels of minisd_kernels, CUDA and
+    inference only; "sdpa", PyTorch's scaled_dot_product_attention, anywhere and differentiable; "reference", the
+    formula in eager PyTorch. ValueError for an unknown impl and for shapes, dtypes or devices that do not fit;
+    RuntimeError for "triton" under autograd.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
