@@ -34,6 +34,7 @@ if not INTERPRETED:
         print(done.stdout)
 
 else:
+    from minisd_kernels import attention, cross_attention
 
     @pytest.fixture(autouse=True, scope="session")
     def quick_interpreter():
@@ -63,7 +64,8 @@ def poisoned(monkeypatch):
 if INTERPRETED:
 
     @pytest.mark.parametrize("source, mix, saves, dtype, heads, n, keys, d, layout, seed", list(sampled_cross_cases()))
-    def test_cross_attention(source, mix, saves, dtype, heads, n, keys, d, layout, seed):
+    def test_cross_attention(monkeypatch, source, mix, saves, dtype, heads, n, keys, d, layout, seed):
+        monkeypatch.setattr(cross_attention, "arch", lambda: (80, 90)[seed % 2])  # the tiles of both kinds of card
         q, k, v = tensors(B, heads, n, keys, d, dtype, seed, layout)
         edit = edit_tensors(source, mix, heads, n, keys, dtype, seed)
         run_cross(q, k, v, edit, saves)
@@ -99,7 +101,8 @@ if INTERPRETED:
             (16, 63, 256, "gaps"),
         ],
     )
-    def test_attention(n, keys, d, layout, routed, dtype):
+    def test_attention(monkeypatch, n, keys, d, layout, routed, dtype):
+        monkeypatch.setattr(attention, "arch", lambda: 80 if routed else 90)
         q, k, v = tensors(B, 1, n, keys, d, dtype, seed=n + d, layout=layout)
         row = torch.tensor([1, 0], dtype=torch.int32) if routed else None
         got = ops.attention(q, k, v, row)
@@ -212,7 +215,8 @@ if INTERPRETED:
     @pytest.mark.parametrize("name", ["source_row", "inject"])
     def test_minisd_attention_by_triton(name):
         """Every kind of edit of minisd.attention reaches the right kernel: equal to the reference in float32."""
-        from minisd.attention import AttentionEdit, attention
+        from minisd.attention import AttentionEdit
+        from minisd.attention import attention as attend
 
         for keys in (5, 140):
             q, k, v = tensors(B, 1, 9, keys, 16, torch.float32, seed=keys)
@@ -223,9 +227,9 @@ if INTERPRETED:
                 edit = AttentionEdit(**edit_tensors(source, mix, 1, 9, keys, torch.float32, 0))
                 if source == "inject_qk":
                     edit = edit._replace(inject_qk=stored)
-                got, want = (attention(q, k, v, edit, impl) for impl in ("triton", "reference"))
+                got, want = (attend(q, k, v, edit, impl) for impl in ("triton", "reference"))
                 torch.testing.assert_close(got, want, atol=5e-6, rtol=0)
-            got = attention(q, k, v, None, "triton")
+            got = attend(q, k, v, None, "triton")
             torch.testing.assert_close(got, reference.attention(q, k, v), atol=5e-6, rtol=0)
 
     @torch.no_grad()
