@@ -1,8 +1,9 @@
 """Train a small latent diffusion model from scratch on the pictures of `minisd.scenes`; it made the bundled `shapes`.
 
-Three stages share one run folder; each resumes where it was stopped:
+Its stages share one run folder; each resumes where it was stopped:
 
     python -m minisd.training autoencoder --run RUN     L = |x - decode(z)| + kl_weight KL(q(z|x) || N(0, 1)),  z ~ q(z|x)
+    python -m minisd.training text --run RUN            L = summary_loss: ends and pads tell which words the caption has
     python -m minisd.training diffusion --run RUN       L = w_t |eps - eps_theta(alpha_t z + sigma_t eps, t, text)|^2
     python -m minisd.training export --run RUN --to weights/shapes        the folder in diffusers layout, float16
 
@@ -33,7 +34,7 @@ from .checkpoint import SD_V1_SCHEDULE, weights_file
 from .clip import CLIPTextConfig, CLIPTextModel
 from .schedule import NoiseSchedule
 from .tokenizer import CLIPTokenizer, build_vocabulary
-from .unet import CROSS_DOWN, CROSS_UP, UNet, UNetConfig
+from .unet import CROSS_DOWN, CROSS_UP, PLAIN_DOWN, PLAIN_UP, UNet, UNetConfig
 from .vae import AutoencoderKL, VAEConfig
 
 SCHEDULE = {"_class_name": "DDIMScheduler", "clip_sample": False, **SD_V1_SCHEDULE}
@@ -63,12 +64,13 @@ class Recipe:
     text: dict
     unet: UNetConfig
     autoencoder: Stage
+    text_encoder: Stage
     diffusion: Stage
     kl_weight: float
     max_weight: float  # of the diffusion loss
-    noisy_share: float = 0.0  # of the samples, drawn from the noisiest quarter of the times instead of from all
-    layout_weight: float = 0.0  # of layout_loss, beside the diffusion loss
-    summary_weight: float = 0.0  # of summary_loss, likewise
+    noisy_share: float  # of the samples, drawn from the noisiest quarter of the times instead of from all
+    layout_weight: float  # of layout_loss, beside the diffusion loss
+    summary_weight: float  # of summary_loss, likewise
 
 
 RECIPES = {
@@ -87,9 +89,13 @@ RECIPES = {
             norm_num_groups=16,
         ),
         autoencoder=Stage(steps=2600, batch=24, lr=1e-3, pool=20_000, ema=0.99),
+        text_encoder=Stage(steps=2000, batch=48, lr=2e-3, pool=20_000, ema=0.99),
         diffusion=Stage(steps=7000, batch=32, lr=1e-3, pool=60_000, ema=0.999),
         kl_weight=1e-5,
-        max_weight=20.0,
+        max_weight=100.0,
+        noisy_share=0.3,
+        layout_weight=1.0,
+        summary_weight=0.05,
     ),
     "large": Recipe(  # one GPU
         image_size=128,
@@ -97,18 +103,22 @@ RECIPES = {
         text=dict(hidden_size=160, intermediate_size=640, num_hidden_layers=3, num_attention_heads=4),
         unet=UNetConfig(
             sample_size=16,
-            down_block_types=(CROSS_DOWN, CROSS_DOWN),
-            up_block_types=(CROSS_UP, CROSS_UP),
-            block_out_channels=(80, 160),
+            down_block_types=(CROSS_DOWN, CROSS_DOWN, PLAIN_DOWN),  # the third level sees where in the picture it is
+            up_block_types=(PLAIN_UP, CROSS_UP, CROSS_UP),
+            block_out_channels=(80, 128, 128),
             layers_per_block=1,
-            attention_head_dim=(2, 4),
+            attention_head_dim=(2, 2, 2),
             cross_attention_dim=160,
             norm_num_groups=16,
         ),
         autoencoder=Stage(steps=10_000, batch=64, lr=1e-3, pool=60_000, ema=0.999),
+        text_encoder=Stage(steps=4000, batch=256, lr=1e-3, pool=100_000, ema=0.99),
         diffusion=Stage(steps=60_000, batch=256, lr=1e-3, pool=200_000, ema=0.9995),
         kl_weight=1e-5,
-        max_weight=20.0,
+        max_weight=100.0,
+        noisy_share=0.3,
+        layout_weight=1.0,
+        summary_weight=0.05,
     ),
 }
 
@@ -290,6 +300,20 @@ def fit_autoencoder(recipe, run, seed, device):
     fit(vae, loss, recipe.autoencoder, run / "autoencoder.pt", seed, device)
 
 
+def fit_text(recipe, run, seed, device):
+    tokenizer = make_tokenizer()
+    model = build_diffusion(recipe, tokenizer, seed)
+    model = nn.ModuleDict({name: model[name] for name in ("text_encoder", "summary_head")}).to(device)
+    rng = random.Random(seed + 2)
+    ids = tokenizer([""] + [scenes.caption(scenes.sample(rng, "train")) for _ in range(recipe.text_encoder.pool)])
+
+    def loss(generator):
+        chosen = ids[torch.randint(len(ids), (recipe.text_encoder.batch,), generator=generator)].to(device)
+        return summary_loss(model["text_encoder"](chosen), chosen, tokenizer.eos_id, model["summary_head"])
+
+    fit(model, loss, recipe.text_encoder, run / "text.pt", seed, device)
+
+
 def fit_diffusion(recipe, run, seed, device):
     tokenizer = make_tokenizer()
     pool_file = run / "pool.pt"
@@ -299,7 +323,9 @@ def fit_diffusion(recipe, run, seed, device):
         save_atomically(encode_pool(vae, recipe, tokenizer, seed + 1, device), pool_file)
     pool = torch.load(pool_file, map_location="cpu")
     schedule = NoiseSchedule.from_dict(SCHEDULE)
-    model = build_diffusion(recipe, tokenizer, seed).to(device, memory_format=torch.channels_last)
+    model = build_diffusion(recipe, tokenizer, seed)
+    model.load_state_dict(torch.load(run / "text.pt", map_location="cpu")["average"], strict=False)  # the rest is fresh
+    model.to(device, memory_format=torch.channels_last)
     empty = tokenizer([""])
     seen = {}  # what the last forward left for layout_loss
     model["unet"].mid_block.register_forward_hook(lambda module, args, out: seen.update(mid=out))
@@ -406,7 +432,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(
         prog="python -m minisd.training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stage", choices=("autoencoder", "diffusion", "export"))
+    parser.add_argument("stage", choices=("autoencoder", "text", "diffusion", "export"))
     parser.add_argument("--run", type=Path, required=True, help="folder of the run: checkpoints, encoded pool")
     parser.add_argument("--recipe", choices=RECIPES, default="small", help="small: 64x64, for a CPU; large: 128x128, for a GPU")
     parser.add_argument("--steps", type=int, help="train to this many steps instead of the recipe's")
@@ -421,19 +447,20 @@ def main(arguments=None):
     recipe, device = RECIPES[args.recipe], torch.device(args.device)
     if (args.stage == "export") != (args.to is not None):
         parser.error("--to goes with export, and export needs it")
-    needed = {"autoencoder": (), "diffusion": ("autoencoder.pt",), "export": ("pool.pt", "diffusion.pt")}[args.stage]
+    needed = {"diffusion": ("autoencoder.pt", "text.pt"), "export": ("pool.pt", "diffusion.pt")}.get(args.stage, ())
     for name in needed:
         if not (args.run / name).exists():
-            parser.error(f"{args.run / name} is not there: run the stages in order, autoencoder, diffusion, export")
+            parser.error(f"{args.run / name} is not there: the stages run in order, autoencoder, text, diffusion, export")
     args.run.mkdir(parents=True, exist_ok=True)
     if args.stage == "export":
         return export(recipe, args.run, args.to)
     names = ("max_weight", "noisy_share", "layout_weight", "summary_weight")
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.steps is not None:
-        changes[args.stage] = replace(getattr(recipe, args.stage), steps=args.steps)
-    recipe = replace(recipe, **changes)
-    {"autoencoder": fit_autoencoder, "diffusion": fit_diffusion}[args.stage](recipe, args.run, args.seed, device)
+        name = {"text": "text_encoder"}.get(args.stage, args.stage)
+        changes[name] = replace(getattr(recipe, name), steps=args.steps)
+    fits = {"autoencoder": fit_autoencoder, "text": fit_text, "diffusion": fit_diffusion}
+    fits[args.stage](replace(recipe, **changes), args.run, args.seed, device)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ TINY = Recipe(
         norm_num_groups=4,
     ),
     autoencoder=Stage(steps=6, batch=4, lr=1e-3, pool=16, ema=0.9),
+    text_encoder=Stage(steps=6, batch=4, lr=1e-3, pool=16, ema=0.9),
     diffusion=Stage(steps=6, batch=4, lr=1e-3, pool=16, ema=0.9),
     kl_weight=1e-3,
     max_weight=20.0,
@@ -168,7 +169,7 @@ def test_a_stopped_run_resumes_as_if_unbroken(tiny, tmp_path, monkeypatch):
 
 def test_training_makes_a_checkpoint_that_minisd_and_diffusers_load(tiny, tmp_path):
     run, folder = tmp_path / "run", tmp_path / "model"
-    for stage in ("autoencoder", "diffusion"):
+    for stage in ("autoencoder", "text", "diffusion"):
         training.main([stage, "--run", str(run), "--recipe", "tiny"])
     training.main(["export", "--run", str(run), "--recipe", "tiny", "--to", str(folder)])
 
@@ -213,4 +214,4 @@ def test_command_line(tmp_path, capsys):
     assert "--to goes with export" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         training.main(["diffusion", "--run", str(tmp_path)])
-    assert "autoencoder.pt is not there: run the stages in order" in capsys.readouterr().err
+    assert "autoencoder.pt is not there: the stages run in order" in capsys.readouterr().err
