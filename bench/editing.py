@@ -59,6 +59,10 @@ def other(values, value, rng):
     return rng.choice([v for v in values if v != value])
 
 
+def plain(thing):
+    return thing.texture == "plain"
+
+
 KINDS = {
     "colour swap": Kind(
         "colour",
@@ -72,12 +76,12 @@ KINDS = {
     ),
     "added texture": Kind(
         "texture",
-        lambda thing, rng: None if thing.texture != "plain" else replace(thing, texture=rng.choice(scenes.TEXTURES[1:])),
+        lambda thing, rng: replace(thing, texture=other(scenes.TEXTURES, "plain", rng)) if plain(thing) else None,
         lambda old, new: {"cross_steps": 0.8, "self_steps": 0.4},
     ),
     "reweighted word": Kind(
         "texture",
-        lambda thing, rng: None if thing.texture == "plain" else replace(thing, texture="plain"),
+        lambda thing, rng: None if plain(thing) else replace(thing, texture="plain"),
         lambda old, new: {"reweight": {old.texture: -2.0}, "cross_steps": 1.0, "self_steps": 0.4},
     ),
 }
