@@ -19,13 +19,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from tqdm import tqdm
 
 import minisd
 from bench.scorer import ATTRIBUTES, score
 from minisd import scenes
 from minisd.checkpoint import bundled
+from minisd.visualize import contact_sheet
 
 BATCH = 25
 ROWS = (*ATTRIBUTES, "all, one object", "all, two objects")
@@ -66,21 +67,10 @@ def table(tallies: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def sheet(images: list[Image.Image], texts: list[str], verdicts: list[dict], columns: int = 8) -> Image.Image:
-    """A contact sheet: each picture with its caption and, in red, what is wrong."""
-    side, foot = max(images[0].width, 128), 64
-    page = Image.new("RGB", (columns * (side + 8), -(-len(images) // columns) * (side + foot)), "white")
-    pen = ImageDraw.Draw(page)
-    for i, (image, text, verdict) in enumerate(zip(images, texts, verdicts)):
-        x, y = i % columns * (side + 8), i // columns * (side + foot)
-        page.paste(image.resize((side, side), Image.Resampling.NEAREST), (x, y))
-        words, lines = text.split(), [""]
-        for word in words:
-            lines[-1:] = [f"{lines[-1]} {word}".strip()] if len(lines[-1] + word) < side / 6 else [lines[-1], word]
-        pen.multiline_text((x, y + side), "\n".join(lines[:4]), fill="black", font_size=9, spacing=1)
-        wrong = [name for name in ATTRIBUTES[:-1] if verdict[name] is False]
-        pen.text((x, y + side + foot - 14), ", ".join(wrong), fill="red", font_size=9)
-    return page
+def sheet(images: list[Image.Image], texts: list[str], verdicts: list[dict]) -> Image.Image:
+    """A contact sheet: each picture with its caption and, in brackets, what is wrong."""
+    wrong = [", ".join(name for name in ATTRIBUTES[:-1] if verdict[name] is False) for verdict in verdicts]
+    return contact_sheet(images, [f"{text} [{faults}]" if faults else text for text, faults in zip(texts, wrong)], 8)
 
 
 def generate(sd, texts: list[str], steps: int, guidance: float) -> list[Image.Image]:
@@ -129,7 +119,7 @@ def main(arguments=None):
         verdicts = [score(image, text) for image, text in zip(images, texts)]
         tallies[split] = tally(texts, verdicts)
         if args.sheet and split == "heldout":
-            sheet(images[:64], texts, verdicts).save(args.sheet)
+            sheet(images[:64], texts[:64], verdicts[:64]).save(args.sheet)
     texts, pictures, decoded = reconstruct(sd, args.n)
     tallies["reconstruction"] = tally(texts, [score(image, text) for image, text in zip(decoded, texts)])
     fidelity = float(np.mean([psnr(a, b) for a, b in zip(pictures, decoded)]))
