@@ -15,8 +15,8 @@ import pytest
 pytest.importorskip("triton")
 
 SHARED_PER_BLOCK = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # CUDA C++ Programming Guide, compute capabilities
-# The P' of a refinement is four tiles at once; what may spill a little, in bytes of stack.
-MAY_SPILL = {"save, refine": 128, "save_mean, refine": 512}
+# With save_mean, a refinement holds the mean, two maps and their product at once: bytes of stack it may spill.
+MAY_SPILL = {"save_mean, refine": 128}
 
 
 @pytest.fixture(scope="module")
