@@ -30,11 +30,12 @@ ALLOWED = {
     "guidance": {"schedule", "samplers"},  # and no model: the UNet comes as a callable
     "checkpoint": CHECKPOINT,
     "pipeline": PIPELINE,
-    "visualize": PIPELINE,
+    "visualize": PIPELINE | {"editing"},  # the maps that editing collects
     "cuda_graph": PIPELINE,
     "training": PIPELINE | {"scenes", "visualize"},
-    "editing": PIPELINE | {"visualize", "editing"},
-    "cli": PIPELINE | {"visualize", "editing", ""},  # "": minisd itself, for __version__
+    "editing": PIPELINE | {"editing"},
+    "cli": PIPELINE | {"visualize", "editing", "cli_edit", ""},  # "": minisd itself, for __version__
+    "cli_edit": PIPELINE | {"visualize", "editing", "cli"},  # the same layer, in a file of its own
     "__main__": {"cli"},
     "__init__": set(),
 }
