@@ -71,6 +71,7 @@ class Recipe:
     noisy_share: float  # of the samples, drawn from the noisiest quarter of the times instead of from all
     layout_weight: float  # of layout_loss, beside the diffusion loss
     summary_weight: float  # of summary_loss, likewise
+    silent_share: float  # of the samples, whose ends and pads are silenced: the words alone must tell
 
 
 RECIPES = {
@@ -96,6 +97,7 @@ RECIPES = {
         noisy_share=0.3,
         layout_weight=1.0,
         summary_weight=0.05,
+        silent_share=0.5,
     ),
     "large": Recipe(  # one GPU
         image_size=128,
@@ -119,6 +121,7 @@ RECIPES = {
         noisy_share=0.3,
         layout_weight=1.0,
         summary_weight=0.05,
+        silent_share=0.5,
     ),
 }
 
@@ -178,6 +181,16 @@ def summary_loss(context, ids, end, head):
     logits = head(context[rows, positions]).float()  # (ends and pads of all captions, vocabulary)
     present = torch.zeros(len(ids), logits.shape[1], device=ids.device).scatter_(1, ids, 1.0)
     return F.binary_cross_entropy_with_logits(logits, present[rows], reduction="sum") / len(rows)
+
+
+def silence(context, empty, ids, end, rows):
+    """The context with the end tokens and pads of the chosen rows replaced by those of the empty caption.
+
+    What the pads tell of a caption, a UNet can draw without ever looking at the words, and then an edit of a word's
+    attention (reweighting it, say) changes nothing. Rows whose words alone tell keep both ways alive.
+    context: (B, L, D); empty: (1, L, D); ids: (B, L); end: the id of the end token, which also pads; rows: (B,) bool.
+    """
+    return torch.where((rows[:, None] & (ids == end))[..., None], empty, context)
 
 
 def draw_times(batch, steps, noisy_share, generator):
@@ -340,8 +353,10 @@ def fit_diffusion(recipe, run, seed, device):
         drop = torch.rand(batch, 1, generator=generator) < CAPTION_DROPOUT
         ids = torch.where(drop, empty, pool["ids"][chosen]).to(device)
         context = model["text_encoder"](ids)
+        silent = (torch.rand(batch, generator=generator) < recipe.silent_share).to(device)
+        context_seen = silence(context, model["text_encoder"](empty.to(device)), ids, tokenizer.eos_id, silent)
         z, noise, t = z.to(device), noise.to(device), t.to(device)
-        value = diffusion_loss(model["unet"], schedule, z, noise, t, context, recipe.max_weight)
+        value = diffusion_loss(model["unet"], schedule, z, noise, t, context_seen, recipe.max_weight)
         if recipe.layout_weight:
             boxes = pool["boxes"][chosen].to(device)
             value = value + recipe.layout_weight * layout_loss(seen["mid"], model["layout_head"], boxes)
@@ -440,6 +455,7 @@ def main(arguments=None):
     parser.add_argument("--noisy-share", type=float, help="diffusion: share of the samples that are drawn very noisy")
     parser.add_argument("--layout-weight", type=float, help="diffusion: weight of the layout loss")
     parser.add_argument("--summary-weight", type=float, help="diffusion: weight of the summary loss")
+    parser.add_argument("--silent-share", type=float, help="diffusion: share of the samples whose words alone must tell")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--to", type=Path, help="export: the folder to write")
@@ -454,7 +470,7 @@ def main(arguments=None):
     args.run.mkdir(parents=True, exist_ok=True)
     if args.stage == "export":
         return export(recipe, args.run, args.to)
-    names = ("max_weight", "noisy_share", "layout_weight", "summary_weight")
+    names = ("max_weight", "noisy_share", "layout_weight", "summary_weight", "silent_share")
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.steps is not None:
         name = {"text": "text_encoder"}.get(args.stage, args.stage)

@@ -31,6 +31,7 @@ TINY = Recipe(
     noisy_share=0.5,
     layout_weight=1.0,
     summary_weight=0.05,
+    silent_share=0.5,
 )
 
 
@@ -98,6 +99,14 @@ def test_summary_loss_is_the_formula():
         expected -= sum(p[i].log() if i in ids[row] else (1 - p[i]).log() for i in range(6)) / 3
     loss = training.summary_loss(context, ids, end, lambda states: 2 * states)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_silenced_rows_keep_their_words_alone():
+    """Row 0 is left alone; row 1 keeps its two words and gets the empty caption's states at its end and its pad."""
+    ids, end = torch.tensor([[4, 1, 2, 5], [4, 2, 5, 5]]), 5
+    context, empty = torch.randn(2, 4, 6), torch.randn(1, 4, 6)
+    silenced = training.silence(context, empty, ids, end, torch.tensor([False, True]))
+    assert torch.equal(silenced, torch.stack([context[0], torch.cat([context[1, :2], empty[0, 2:]])]))
 
 
 def test_times_are_drawn_as_said():
