@@ -1,6 +1,8 @@
 """Does prompt-to-prompt edit? Held-out pairs of captions on the bundled model, scored from the pixels.
 
     python -m bench.editing [--n 100] [--json bench/results/cpu/editing.json] [--sheet PNG] [--readme README.md]
+    python -m bench.editing real ...     inversion, blended diffusion and concept erasure, on pictures given
+    python -m bench.editing speed ...    what edits cost
 
 Four kinds of edit of one of two objects: its colour or shape is swapped, a texture is added, the texture's word is
 weighted down. For each, n pairs of captions that training never saw, with seeds that draw the source caption right.
@@ -13,6 +15,7 @@ caption without an edit). Against the source:
 """
 
 import argparse
+import importlib
 import json
 import platform
 import random
@@ -39,6 +42,7 @@ BATCH = 5  # pairs at once, of 4 pictures each
 MARGIN = 3  # pixels around an object that are not background
 SEED = 2001
 RESULTS = Path(__file__).parent / "results" / "cpu" / "editing.json"
+PARTS = ("real", "speed")  # bench/editing_real.py: real pictures; bench/editing_speed.py: seconds and bytes
 BEGIN, END = "<!-- prompt-to-prompt table: bench/editing.py -->", "<!-- end of the table -->"
 
 
@@ -250,6 +254,9 @@ def insert(text: str, rows: str) -> str:
 
 
 def main(arguments=None):
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in PARTS:  # the other parts have their own files and options
+        return importlib.import_module(f"bench.editing_{arguments[0]}").main(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="python -m bench.editing", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -269,7 +276,7 @@ def main(arguments=None):
             shown += images
             captions += [pair["source"], f"{kind}: {pair['target']}", METHODS[1], METHODS[2]]
     record = {
-        "command": " ".join(["python -m bench.editing", *(sys.argv[1:] if arguments is None else arguments)]),
+        "command": " ".join(["python -m bench.editing", *arguments]),
         "versions": {"python": platform.python_version(), "minisd": minisd.__version__, "torch": torch.__version__},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "device": str(sd.device), "dtype": str(sd.dtype), "attention": sd.unet.attention,
