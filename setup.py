@@ -29,6 +29,6 @@ setup(
         "pillow",
         "tqdm",
     ],
-    extras_require={"test": ["pytest", "hypothesis", "diffusers", "transformers"]},
+    extras_require={"video": ["imageio-ffmpeg"], "test": ["pytest", "hypothesis", "diffusers", "transformers"]},
     entry_points={"console_scripts": ["minisd = minisd.cli:main"]},
 )

@@ -39,6 +39,10 @@ _HOME = {  # public name -> module that defines it
     "heatmap": "visualize",
     "word_sheet": "visualize",
     "contact_sheet": "visualize",
+    "Trace": "trace",
+    "fit_preview": "trace",
+    "latent_rgb": "trace",
+    "animate": "trace",
 }
 
 __all__ = ["__version__", *_HOME]

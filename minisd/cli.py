@@ -8,12 +8,15 @@ import os
 import shlex
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from . import __version__
 
 SAMPLERS = ("dpm++", "dpm++ linspace", "ddim")  # the keys of pipeline.SAMPLERS
 DTYPES = ("float16", "bfloat16", "float32")
+ANIMATIONS = ("webp", "png", "gif", "mp4")  # trace.FORMATS
 # The text chunks of a PNG that are options of the command, under the option's name.
 OPTIONS = ("negative", "strength", "model", "variant", "revision", "seed", "size", "steps", "guidance", "sampler")
 OPTIONS += ("dtype", "device")
@@ -108,12 +111,23 @@ def add_drawing_options(parser, size_help):
     add("--revision", help="branch, tag or commit of a Hub repo")
     add("--local-files-only", action="store_true", help="do not ask the Hub, use its local cache")
     add("-o", "--output", default=".", metavar="PATH", help="a .png file (-n 2: name-0.png, name-1.png), or a folder")
+    add("--trace", metavar="DIR", type=new_folder, help="write a picture after each step there, and animations of them")
+    add("--trace-every", metavar="N", type=positive, default=1, help="only after each N-th step and the last")
+    add("--trace-preview", action="store_true", help="pictures by a linear map of the latents: coarse, but at no cost")
+    add("--trace-format", choices=ANIMATIONS, default="webp", help='of the animations; mp4 needs the extra "video"')
 
 
 def positive(text: str) -> int:
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"got {text}, expected at least 1")
     return value
+
+
+def new_folder(text: str) -> Path:
+    path = Path(text)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a new or an empty folder")
+    return path
 
 
 def size(text: str) -> tuple[int, int]:
@@ -141,30 +155,52 @@ def img2img(args) -> None:
 
 
 def read_picture(path: str):
-    from PIL import Image
+    from .images import read_picture
 
-    from .images import to_rgb
-
-    try:
-        with Image.open(path) as image:
-            return to_rgb(image)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # Pillow's decoders raise many kinds
-        raise ValueError(f"{path} cannot be read as a picture: {one_line(error)}") from error
+    return read_picture(path)
 
 
 def draw(args, settings: dict, run) -> None:
-    """Draw args.n pictures and write each when it is done.
+    """Draw args.n pictures and write each when it is done; run(sd, on_step=..., **drawing_options) -> [picture].
 
     One by one, not as a batch: each can be drawn again alone, bit for bit, by the command that `minisd info` prints.
     """
     paths = output_paths(args.output, args.n)
     sd = load_model(args)
     for seed, path in enumerate(paths, args.seed):
-        [picture] = run(sd, **drawing_options(args, seed))
-        write_png(path, picture, text_chunks(args, sd, seed, picture, {"prompt": args.prompt}, settings))
+        with tracing(args, sd, seed) as on_step:
+            [picture] = run(sd, on_step=on_step, **drawing_options(args, seed))
+            write_png(path, picture, text_chunks(args, sd, seed, picture, {"prompt": args.prompt}, settings))
         print(path)
+
+
+@contextmanager
+def tracing(args, sd, seed: int) -> Iterator:
+    """`with tracing(args, sd, seed) as on_step`: what a function that draws is to call after each step, or None.
+
+    With --trace: its folder (with -n 2 its folders seed0, seed1) gets a picture of each step as soon as it is done, then
+    images.webp and latents.webp. If the drawing fails or is interrupted, nothing of that stays.
+    """
+    if args.trace is None:
+        yield None
+        return
+    from .images import made
+    from .trace import Trace, animate, check_animation, fit_preview, latent_rgb
+
+    folder = args.trace / f"seed{seed}" if args.n > 1 else args.trace
+    images, latents = (folder / f"{name}.{args.trace_format}" for name in ("images", "latents"))
+    check_animation(images)  # before the drawing, which may take minutes
+    trace = Trace(sd, args.trace_every, folder, fit_preview(sd) if args.trace_preview else None)
+    with made(folder):
+        try:
+            yield trace
+            if trace.images:  # img2img --strength 0 takes no step
+                animate(trace.images, images)
+                animate(trace.render(latent_rgb), latents)
+        except BaseException:
+            for file in folder.iterdir():
+                file.unlink()
+            raise
 
 
 def load_model(args):
@@ -236,18 +272,14 @@ def write_png(path: Path, picture, chunks: dict) -> None:
     """Write a picture with its text chunks: all of it or nothing, under its name only when it is whole."""
     from PIL.PngImagePlugin import PngInfo
 
+    from .images import whole
+
     text = PngInfo()
     for key, value in chunks.items():
         if value is not None:
             text.add_text(key, str(value))
-    path = Path(os.path.realpath(path))  # through a link: replace what it points to
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with whole(path) as part:
         picture.save(part, format="PNG", pnginfo=text)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 # models and info

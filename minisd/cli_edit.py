@@ -3,7 +3,16 @@
 import argparse
 import shlex
 
-from .cli import add_drawing_options, draw, drawing_options, load_model, output_paths, text_chunks, write_png
+from .cli import (
+    add_drawing_options,
+    draw,
+    drawing_options,
+    load_model,
+    output_paths,
+    text_chunks,
+    tracing,
+    write_png,
+)
 
 
 SITES = "in down, mid or up, on a grid (16x16), or with at most so many positions (256)"
@@ -96,9 +105,9 @@ def edit(args) -> None:
 
     for i in range(args.n):
         seed = args.seed + i
-        drawn = edit_prompt(
-            sd, args.source, *args.target, **drawing_options(args, seed), **options, baseline=bool(sheets)
-        )
+        with tracing(args, sd, seed) as on_step:
+            shared = drawing_options(args, seed) | {"on_step": on_step, "baseline": bool(sheets)}
+            drawn = edit_prompt(sd, args.source, *args.target, **shared, **options)
         images, baseline = drawn if sheets else (drawn, None)
         settings = {"arguments": shlex.join(args.argv)}
         for path, image, prompt in zip(pictures[i * each :], images, [args.source, *targets]):

@@ -149,7 +149,7 @@ class StableDiffusion:
         plan = make_sampler(sampler, self.schedule, steps)
         predict = self._guided(prompts, negative_prompt, guidance, num_images)
         x = self._noise_for(len(prompts) * num_images, seed, latents, height, width)
-        return self.decode(_denoise(x, plan, predict, on_step, progress))
+        return self.decode(denoise_shown(x, plan, predict, on_step, progress))
 
     def img2img(
         self,
@@ -186,7 +186,7 @@ class StableDiffusion:
         if len(plan) == 0:
             return to_pil(_per_image(pictures, len(prompts), num_images))
         z = _per_image(self.encode_image(pictures), len(prompts), num_images)
-        return self.decode(_denoise(plan.start(z, noise), plan, predict, on_step, progress))
+        return self.decode(denoise_shown(plan.start(z, noise), plan, predict, on_step, progress))
 
     def _guided(self, prompts: list[str], negative_prompt, guidance: float, num_images: int):
         """The noise predictor of all pictures, those of one prompt standing together."""
@@ -311,7 +311,7 @@ def strength_to_skip(steps: int, strength: float) -> int:
     return steps - min(int(steps * strength), steps)
 
 
-def _denoise(x: Tensor, sampler: Sampler, predict, on_step, progress: bool) -> Tensor:
+def denoise_shown(x: Tensor, sampler: Sampler, predict, on_step, progress: bool) -> Tensor:
     """`denoise` with a progress bar and an on_step that may return None."""
 
     def after(x, step):

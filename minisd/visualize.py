@@ -9,19 +9,18 @@ Sources: Hertz et al. 2022 (arXiv 2208.01626), figure 4; Tang et al. 2022 (DAAM,
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from tqdm import tqdm
 
 from .editing.maps import Maps
 from .editing.recording import Recording
 from .guidance import cfg
-from .pipeline import make_sampler
-from .samplers import denoise
+from .pipeline import denoise_shown, make_sampler
+from .samplers import Step
 
 MARGIN, FONT_SIZE = 6, 13  # of contact sheets, in pixels
 
@@ -41,12 +40,14 @@ def heatmap(
     negative_prompt: str = "",
     where: str | int | Sequence[str | int] | None = None,
     until: float = 1.0,
+    on_step: Callable[[Tensor, Step], Tensor | None] | None = None,
     progress: bool = True,
 ) -> tuple[Image.Image, Maps]:
     """Draw a prompt: its picture and its `Maps`, whose `word(word, grid=...)` is the mean map of a word, (h, w).
 
     where: the cross-attention sites, see `select_sites`; None is all of them. until: maps of the first part of the
-    steps only, 0.2 for the first fifth, in which the layout forms. latents, uncond: as in `edit_prompt`.
+    steps only, 0.2 for the first fifth, in which the layout forms. latents, uncond: as in `edit_prompt`; on_step: as in
+    `StableDiffusion.txt2img`.
     """
     if latents is not None:
         height, width = (side * sd.vae.factor for side in latents.shape[-2:])
@@ -55,7 +56,7 @@ def heatmap(
     uncond = sd.encode_prompt([negative_prompt]) if uncond is None else uncond
     plan = make_sampler(sampler, sd.schedule, steps)
     predict = cfg(sd.unet, uncond, sd.encode_prompt([prompt]), guidance, maps)
-    return sd.decode(denoise(x, tqdm(plan, disable=not progress), predict))[0], maps
+    return sd.decode(denoise_shown(x, plan, predict, on_step, progress))[0], maps
 
 
 def word_sheet(

@@ -30,11 +30,12 @@ ALLOWED = {
     "guidance": {"schedule", "samplers"},  # and no model: the UNet comes as a callable
     "checkpoint": CHECKPOINT,
     "pipeline": PIPELINE,
+    "trace": PIPELINE,
     "visualize": PIPELINE | {"editing"},  # the maps that editing collects
     "cuda_graph": PIPELINE,
     "training": PIPELINE | {"scenes", "visualize"},
     "editing": PIPELINE | {"editing"},
-    "cli": PIPELINE | {"visualize", "editing", "cli_edit", ""},  # "": minisd itself, for __version__
+    "cli": PIPELINE | {"visualize", "editing", "trace", "cli_edit", ""},  # "": minisd itself, for __version__
     "cli_edit": PIPELINE | {"visualize", "editing", "cli"},  # the same layer, in a file of its own
     "__main__": {"cli"},
     "__init__": set(),

@@ -227,6 +227,7 @@ def edit_prompt(
     negative_prompt: str = "",
     local_blend: Sequence | Mapping | None = None,
     after: Callable[[Tensor, object], Tensor] | None = None,
+    on_step: Callable[[Tensor, object], Tensor | None] | None = None,
     baseline: bool = False,
     progress: bool = True,
     **edit,
@@ -238,7 +239,8 @@ def edit_prompt(
     the result is then (images, the same without edits).
     To edit a real picture: latents, x_T of its inversion (1, C, h, w), one for each row (S, C, h, w); uncond, the
     unconditional embedding (1, L, D) in place of negative_prompt's, or a list with one for each step; after(x, step)
-    -> x, called after each step and before the blend. ValueError for what does not fit.
+    -> x, called after each step and before the blend. on_step(x, step): called last, with all rows of the edited run;
+    may return new latents. ValueError for what does not fit.
     """
     if latents is not None:
         height, width = (side * sd.vae.factor for side in latents.shape[-2:])
@@ -254,12 +256,13 @@ def edit_prompt(
     blend = None
     if local_blend is not None:
         blend = LocalBlend(p2p.maps, **local_blend if isinstance(local_blend, Mapping) else {"words": local_blend})
-    steps_after = [each for each in (after, blend) if each is not None]
+    steps_after = [each for each in (after, blend, on_step) if each is not None]
 
     def run(edits, afters):
         def after_step(x, step):
             for each in afters:
-                x = each(x, step)
+                new = each(x, step)
+                x = x if new is None else new
             return x
 
         plan = make_sampler(sampler, sd.schedule, steps)
