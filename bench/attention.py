@@ -201,10 +201,8 @@ def table(result: dict) -> str:
 
 def write_readme(result: dict) -> None:
     """Replace what stands between the two markers in kernels/README.md by the table."""
-    path, begin, end = harness.ROOT / "kernels/README.md", "<!-- bench.attention -->", "<!-- end -->"
-    text = path.read_text()
-    before, rest = text.split(begin)
-    path.write_text(f"{before}{begin}\n{table(result)}\n{end}{rest.split(end, 1)[1]}")
+    path = harness.ROOT / "kernels/README.md"
+    path.write_text(harness.put(path.read_text(), "bench.attention", table(result)))
 
 
 def main(argv=None) -> int:

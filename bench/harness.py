@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -120,3 +121,11 @@ def save(name: str, rows: list[dict], device: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**provenance(device), "rows": rows}, indent=1) + "\n")
     return path
+
+
+def put(text: str, name: str, table: str) -> str:
+    """`text` with what stands between the lines `<!-- name -->` and `<!-- end ... -->` replaced by the table."""
+    block = re.compile(rf"(?<=<!-- {re.escape(name)} -->\n).*?(?=<!-- end)", re.DOTALL)
+    if len(block.findall(text)) != 1:
+        raise ValueError(f"expected one block from <!-- {name} --> to <!-- end -->, found {len(block.findall(text))}")
+    return block.sub(lambda _: f"{table}\n", text)

@@ -1,0 +1,62 @@
+"""Writes every measured table of the READMEs from the JSON files in bench/results.
+
+    python -m bench.report [--check]
+
+A table stands between the lines `<!-- NAME -->` and `<!-- end -->`. TABLES says for each which JSON files it comes from and which
+function makes Markdown of one of them; devices that have measured it follow one another. Where no JSON is there, the
+block's own text stays. --check writes nothing, and exits with 1 if a table is not what its JSON says.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from bench import attention, editing, harness, shapes
+
+
+class Table(NamedTuple):
+    file: str  # the README that holds it
+    name: str  # of its block
+    results: str  # bench/results/<device>/<results>.json
+    table: Callable[[dict], str]  # one such file's contents -> Markdown
+
+
+TABLES = [
+    Table("kernels/README.md", "bench.attention", "attention", attention.table),
+    Table("README.md", "prompt-to-prompt table: bench/editing.py", "editing", editing.table),
+    Table("weights/README.md", "bench.shapes", "shapes", lambda record: shapes.table(record["scores"])),
+]
+
+
+def rewritten(text: str, file: str, results: Path = harness.ROOT / "bench/results") -> str:
+    """The text of a README with its tables made anew from the JSON files; ValueError: a table has no block there."""
+    for table in TABLES:
+        paths = sorted(results.glob(f"*/{table.results}.json")) if table.file == file else []
+        if paths:
+            made = (table.table(json.loads(path.read_text(encoding="utf-8"))) for path in paths)
+            text = harness.put(text, table.name, "\n\n".join(made))
+    return text
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 if a table is out of date")
+    args = parser.parse_args(argv)
+    stale = []
+    for file in sorted({table.file for table in TABLES}):
+        path = harness.ROOT / file
+        old = path.read_text(encoding="utf-8")
+        new = rewritten(old, file)
+        if new != old:
+            stale.append(file)
+            if not args.check:
+                path.write_text(new, encoding="utf-8")
+    print(f"{'out of date' if args.check else 'written'}: {', '.join(stale) or 'nothing'}")
+    return 1 if args.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
