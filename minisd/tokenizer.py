@@ -45,10 +45,11 @@ class CLIPTokenizer:
 
     vocab: piece -> id.  merges: pairs of pieces, in the order of merging.  max_length: ids per row, all included.
     pad_token fills up to max_length: <|endoftext|> in SD 1.x, "!" in SD 2.x. Special tokens written out in a prompt
-    (in lower case, as they stand in the vocabulary) become their single id, as in transformers.
+    become their single id, as in transformers: in lower case, as they stand in the vocabulary; those in `any_case`
+    (their files mark them as "normalized") in capitals, too.
     """
 
-    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], max_length=77, pad_token=EOS):
+    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], max_length=77, pad_token=EOS, any_case=()):
         for token in (BOS, EOS, pad_token):
             if token not in vocab:
                 raise ValueError(f"the vocabulary ({len(vocab)} pieces) has no {token!r}, which a CLIP tokenizer needs")
@@ -56,12 +57,14 @@ class CLIPTokenizer:
         if type(max_length) is not int or not 2 <= max_length <= 100_000:
             raise ValueError(f"max_length is {max_length!r}, expected the text encoder's positions, 2 to 100000")
         self.vocab, self.merges, self.max_length, self.pad_token = vocab, merges, max_length, pad_token
+        self.any_case = frozenset(any_case)
         self.bos_id, self.eos_id, self.pad_id = vocab[BOS], vocab[EOS], vocab[pad_token]
         self._bpe = byte_pair_encoder(vocab, merges)
-        self._bpe.add_special_tokens([AddedToken(t, normalized=False) for t in dict.fromkeys((BOS, EOS, pad_token))])
+        special = dict.fromkeys((BOS, EOS, pad_token))
+        self._bpe.add_special_tokens([AddedToken(t, normalized=t in self.any_case) for t in special])
 
     @classmethod
-    def from_files(cls, vocab_json, merges_txt, max_length=77, pad_token=EOS) -> "CLIPTokenizer":
+    def from_files(cls, vocab_json, merges_txt, max_length=77, pad_token=EOS, any_case=()) -> "CLIPTokenizer":
         """From the two files of a checkpoint's tokenizer folder, vocab.json and merges.txt."""
         vocab = json.loads(Path(vocab_json).read_text(encoding="utf-8"))
         # split("\n"), not splitlines(): pieces may hold characters that splitlines() takes for line ends.
@@ -69,40 +72,52 @@ class CLIPTokenizer:
         merges = [tuple(line.split(" ")) for line in lines if line.strip() and not line.startswith("#version")]
         if bad := [pair for pair in merges if len(pair) != 2]:
             raise ValueError(f"{merges_txt}: expected two pieces a line, got {' '.join(bad[0])!r}")
-        return cls(vocab, merges, max_length, pad_token)
+        return cls(vocab, merges, max_length, pad_token, any_case)
 
     @classmethod
     def from_folder(cls, folder, max_length: int | None = None) -> "CLIPTokenizer":
         """From a tokenizer/ folder: vocab.json and merges.txt, or the tokenizer.json that transformers 5 writes.
 
-        pad_token: what special_tokens_map.json says, else tokenizer_config.json, else <|endoftext|> (the order is
-        that of transformers; SD 2.x needs it). max_length: model_max_length of tokenizer_config.json, else 77.
+        Special tokens: what special_tokens_map.json says, else tokenizer_config.json, else <|endoftext|> for all but the
+        first (the order is that of transformers; SD 2.x needs it for pad_token). Of entries that name the same token
+        the last says whether it is "normalized". max_length: model_max_length of tokenizer_config.json, else 77.
         """
         folder = Path(folder)
         config = _read_json(folder / "tokenizer_config.json")
-        pad = _read_json(folder / "special_tokens_map.json").get("pad_token") or config.get("pad_token") or EOS
-        pad = pad["content"] if isinstance(pad, dict) else pad
+        special, normalized = _read_json(folder / "special_tokens_map.json"), {}
+        for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
+            token = special.get(key) or config.get(key) or (BOS if key == "bos_token" else EOS)
+            pad = token["content"] if isinstance(token, dict) else token  # after the loop, that of pad_token
+            normalized[pad] = isinstance(token, dict) and token.get("normalized", True)
+        any_case = [token for token, yes in normalized.items() if yes]
         max_length = config.get("model_max_length", 77) if max_length is None else max_length
         if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-            return cls.from_files(folder / "vocab.json", folder / "merges.txt", max_length, pad)
+            return cls.from_files(folder / "vocab.json", folder / "merges.txt", max_length, pad, any_case)
         if not (folder / "tokenizer.json").exists():
             raise FileNotFoundError(f"{folder} has neither vocab.json and merges.txt nor tokenizer.json")
         saved = _read_json(folder / "tokenizer.json")
         vocab = saved["model"]["vocab"] | {token["content"]: token["id"] for token in saved["added_tokens"]}
         merges = saved["model"]["merges"]  # pairs, or "first second" as tokenizers before 0.20 wrote them
-        return cls(vocab, [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges], max_length, pad)
+        merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges]
+        any_case = [token["content"] for token in saved["added_tokens"] if token["normalized"]]
+        return cls(vocab, merges, max_length, pad, any_case)
 
     def save(self, folder) -> None:
         """Write vocab.json, merges.txt and tokenizer_config.json, which from_folder and transformers read back."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+
+        def entry(token):
+            flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+            return {"__type": "AddedToken", "content": token, **flags} if token in self.any_case else token
+
         config = {
             "tokenizer_class": "CLIPTokenizer",
             "model_max_length": self.max_length,
-            "bos_token": BOS,
-            "eos_token": EOS,
-            "unk_token": EOS,
-            "pad_token": self.pad_token,
+            "bos_token": entry(BOS),
+            "eos_token": entry(EOS),
+            "unk_token": entry(EOS),
+            "pad_token": entry(self.pad_token),
             "do_lower_case": True,
         }
         merges = ["#version: 0.2", *(f"{a} {b}" for a, b in self.merges)]

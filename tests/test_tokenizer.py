@@ -160,8 +160,8 @@ def write(folder, vocabulary, config=None, special=None):
             (folder / name).write_text(json.dumps(value), encoding="utf-8")
 
 
-def added(content):
-    flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+def added(content, normalized=True):
+    flags = {"lstrip": False, "normalized": normalized, "rstrip": False, "single_word": False}
     return {"__type": "AddedToken", "content": content, **flags}
 
 
@@ -181,13 +181,37 @@ def test_from_files_and_from_folder(tmp_path, vocabulary, ours):
     write(tmp_path, vocabulary, SD14)
     files = CLIPTokenizer.from_files(tmp_path / "vocab.json", str(tmp_path / "merges.txt"))
     folder = CLIPTokenizer.from_folder(tmp_path)
-    expected = quiet(ours, AWKWARD)
-    assert torch.equal(quiet(files, AWKWARD), expected) and torch.equal(quiet(folder, AWKWARD), expected)
+    assert torch.equal(quiet(files, AWKWARD), quiet(ours, AWKWARD))
     assert (folder.max_length, folder.bos_id, folder.eos_id, folder.pad_id) == (77, 898, 899, 899)
-    # The one difference: transformers follows bos_token's "normalized" in the file, so it also finds it in capitals.
     theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
-    texts = [text for text in AWKWARD if "<|StartOfText|>" not in text]
-    assert torch.equal(quiet(folder, texts), padded(theirs, texts))
+    assert torch.equal(quiet(folder, AWKWARD), padded(theirs, AWKWARD))
+
+
+CAPITALS = ["a <|STARTOFTEXT|> b", "<|EndOfText|>", "x<|ENDOFTEXT|>y", "WOW!"]
+
+
+@pytest.mark.parametrize(
+    ("config", "special", "any_case"),
+    [
+        ({}, {}, {BOS}),  # Stable Diffusion 1.x: of eos, unk and pad, which are one token, pad is no AddedToken
+        ({"pad_token": added(EOS)}, {}, {BOS, EOS}),
+        ({"pad_token": "!"}, {}, {BOS, EOS}),  # Stable Diffusion 2.x
+        ({"bos_token": added(BOS, False)}, {}, set()),
+        ({"bos_token": added(BOS, False)}, {"bos_token": added(BOS)}, {BOS}),
+        ({}, {"bos_token": BOS}, set()),
+        ({"pad_token": added("!")}, {"eos_token": EOS, "unk_token": EOS}, {BOS, "!"}),
+    ],
+)
+def test_special_tokens_in_capitals(tmp_path, vocabulary, config, special, any_case):
+    """The files say with "normalized" whether a special token is also found in capitals."""
+    write(tmp_path, vocabulary, SD14 | config, special)
+    ours, theirs = CLIPTokenizer.from_folder(tmp_path), transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    assert ours.any_case == any_case
+    assert torch.equal(ours(CAPITALS), padded(theirs, CAPITALS))
+    ours.save(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    for folder in ("ours", "theirs"):
+        assert CLIPTokenizer.from_folder(tmp_path / folder).any_case == any_case
 
 
 def test_windows_line_ends(tmp_path, vocabulary, ours):
