@@ -112,9 +112,9 @@ def add_drawing_options(parser, size_help):
     add("--local-files-only", action="store_true", help="do not ask the Hub, use its local cache")
     add("-o", "--output", default=".", metavar="PATH", help="a .png file (-n 2: name-0.png, name-1.png), or a folder")
     add("--trace", metavar="DIR", type=new_folder, help="write a picture after each step there, and animations of them")
-    add("--trace-every", metavar="N", type=positive, default=1, help="only after each N-th step and the last")
+    add("--trace-every", metavar="N", type=positive, help="only after each N-th step and the last")
     add("--trace-preview", action="store_true", help="pictures by a linear map of the latents: coarse, but at no cost")
-    add("--trace-format", choices=ANIMATIONS, default="webp", help='of the animations; mp4 needs the extra "video"')
+    add("--trace-format", choices=ANIMATIONS, help='of the animations; without it, webp; mp4 needs the extra "video"')
 
 
 def positive(text: str) -> int:
@@ -182,15 +182,18 @@ def tracing(args, sd, seed: int) -> Iterator:
     images.webp and latents.webp. If the drawing fails or is interrupted, nothing of that stays.
     """
     if args.trace is None:
+        for option in ("every", "preview", "format"):
+            if getattr(args, f"trace_{option}"):
+                raise ValueError(f"--trace-{option}: expected --trace DIR with it")
         yield None
         return
     from .images import made
     from .trace import Trace, animate, check_animation, fit_preview, latent_rgb
 
     folder = args.trace / f"seed{seed}" if args.n > 1 else args.trace
-    images, latents = (folder / f"{name}.{args.trace_format}" for name in ("images", "latents"))
+    images, latents = (folder / f"{name}.{args.trace_format or 'webp'}" for name in ("images", "latents"))
     check_animation(images)  # before the drawing, which may take minutes
-    trace = Trace(sd, args.trace_every, folder, fit_preview(sd) if args.trace_preview else None)
+    trace = Trace(sd, args.trace_every or 1, folder, fit_preview(sd) if args.trace_preview else None)
     with made(folder):
         try:
             yield trace

@@ -82,10 +82,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """A picture as a viewer shows it: turned upright (EXIF), 16-bit grey scaled to 8, transparency laid on white."""
     if not isinstance(image, Image.Image):
         raise TypeError(f"got a {type(image).__name__}, expected a PIL image or a tensor (B, 3, H, W) in [-1, 1]")
-    if image.mode in ("I", "F"):
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if image.mode in ("I", "F") and not sixteen:
         raise ValueError(f"a picture of mode {image.mode} has no known white; convert it to 8 bits or I;16")
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
+    if sixteen:
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")

@@ -117,6 +117,9 @@ class StableDiffusion:
         if not images:
             raise ValueError("got an empty list, expected at least one picture")
         factor = self.vae.factor
+        if min(images[0].size) < factor and None in (height, width):
+            size = " x ".join(map(str, images[0].size))
+            raise ValueError(f"the picture is {size} pixels, expected at least {factor} x {factor}, or a size for it")
         height = images[0].height // factor * factor if height is None else height
         width = images[0].width // factor * factor if width is None else width
         self.latent_size(height, width)

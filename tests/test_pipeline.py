@@ -316,7 +316,7 @@ def test_txt2img_refuses(sd, arguments, message):
         ([], {}, "empty list, expected at least one picture"),
         (torch.zeros(0, 3, 8, 8), {}, r"expected floats \(B, 3, H, W\)"),
         ([picture()] * 3, {}, "3 pictures for 1 prompts"),
-        (picture(3, 40), {}, "0 x 40 pixels, expected positive multiples of 4"),
+        (picture(3, 40), {}, "the picture is 3 x 40 pixels, expected at least 4 x 4"),
         (picture(), dict(width=41), "41 x 24 pixels"),
         (torch.zeros(1, 3, 8, 10), {}, "10 x 8 pixels"),
         (torch.zeros(1, 3, 8, 8), dict(height=16), "only PIL images are resized"),
