@@ -5,8 +5,10 @@ import re
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import zlib
 
 import huggingface_hub
 import numpy as np
@@ -184,11 +186,13 @@ def test_written_files_are_ordinary_files(minisd_command, here):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX signals")
 def test_ctrl_c_leaves_nothing_behind(here):
     command = [sys.executable, "-m", "minisd", "txt2img", "a", *TINY, "--steps", "1000", "-o", "new/out.png"]
+    command += ["--trace", "new/trace"]
     restore = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  a background job ignores it
     process = subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=restore)
     seen = b""
-    while b"/1000" not in seen:
+    while b" 3/1000" not in seen:
         seen += process.stderr.read(1) or pytest.fail(f"ended early: {seen.decode()}")
+    assert "new/trace/step_0000_t0999.png" in files(here)
     process.send_signal(signal.SIGINT)
     _, rest = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -270,11 +274,6 @@ def test_choices_are_those_of_the_pipeline():
         (["txt2img", "a", *TINY, "--guidance", "nan"], "guidance is nan"),
         (["txt2img", "a", *TINY, "-o", "out.jpg"], "-o out.jpg: expected a name that ends in .png, or a folder"),
         (["txt2img", "a", *TINY, "-o", "file/out.png"], "file is not a folder that can be written to"),
-        (["img2img", "none.png", "a", *TINY], "No such file or directory: 'none.png'"),
-        (["img2img", "file", "a", *TINY], "file cannot be read as a picture: cannot identify image file 'file'"),
-        (["img2img", "cut.png", "a", *TINY], "cut.png cannot be read as a picture"),
-        (["img2img", "tiny", "a", *TINY], "tiny cannot be read as a picture"),
-        (["img2img", "float.tif", "a", *TINY], "a picture of mode F has no known white"),
         (["img2img", "in.png", "a", *TINY, "--strength", "1.1"], "strength is 1.1, expected 0"),
         (["info", "in.png"], "in.png carries no settings: minisd did not draw it, or they were stripped"),
         (["info", "none.png"], "No such file or directory: 'none.png'"),
@@ -284,8 +283,6 @@ def test_choices_are_those_of_the_pipeline():
 )
 def test_errors_are_one_line_and_exit_code_2(minisd_command, here, arguments, message):
     picture("in.png")
-    picture("float.tif", "F")
-    (here / "cut.png").write_bytes((here / "in.png").read_bytes()[:600])
     (here / "file").write_text("no picture")
     before = files(here)
     code, out, err = minisd_command(*arguments)
@@ -312,6 +309,63 @@ def test_debug_shows_the_traceback(minisd_command):
     loud = subprocess.run([*run, "--debug"], capture_output=True, text=True)
     assert quiet.returncode == 2 and quiet.stderr == "minisd: error: [Errno 2] No such file or directory: 'none.png'\n"
     assert loud.returncode == 1 and "Traceback" in loud.stderr
+
+
+# pictures that are given
+
+READING = [["img2img", "PICTURE", "a"]]  # every command that reads a picture, at each place where it does
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder of files that are no picture, or one that has to be converted first."""
+    folder = tmp_path_factory.mktemp("pictures")
+    whole = picture(folder / "whole.png", width=40, height=24)
+    (folder / "cut.png").write_bytes(whole.read_bytes()[:1000])
+    (folder / "cut.jpg").write_bytes(picture(folder / "whole.jpg").read_bytes()[:700])
+    (folder / "text.png").write_text("no picture")
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "folder.png").mkdir()
+    picture(folder / "float.tif", "F")
+    picture(folder / "dot.png", width=1, height=1)
+    huge = whole.read_bytes().replace(struct.pack(">II", 40, 24), struct.pack(">II", 20000, 20000))
+    (folder / "huge.png").write_bytes(huge[:29] + struct.pack(">I", zlib.crc32(huge[12:29])) + huge[33:])
+    return folder
+
+
+@pytest.mark.parametrize("arguments", READING, ids=" ".join)
+def test_bad_pictures_are_refused_in_one_line(minisd_command, here, pictures, arguments):
+    for name, message in [
+        ("none.png", "No such file or directory: '{path}'"),
+        ("folder.png", "{path} cannot be read as a picture: [Errno 21] Is a directory: '{path}'"),
+        ("empty.png", "{path} cannot be read as a picture: cannot identify image file '{path}'"),
+        ("text.png", "{path} cannot be read as a picture: cannot identify image file '{path}'"),
+        ("cut.png", "{path} cannot be read as a picture: "),
+        ("cut.jpg", "{path} cannot be read as a picture: "),
+        ("float.tif", "{path} cannot be read as a picture: a picture of mode F has no known white"),
+        ("huge.png", "{path} is too large: expected at most 89,478,485 pixels"),
+        ("dot.png", "the picture is 1 x 1 pixels, expected at least 4 x 4"),
+    ]:
+        path = pictures / name
+        given = [path if argument == "PICTURE" else argument for argument in arguments]
+        code, out, err = minisd_command(*given, *TINY, "-o", "new/out.png", "--trace", "new/trace")
+        assert code == 2 and out == "" and message.format(path=path) in err
+        assert err.count("\n") == 1 and err.startswith("minisd: error: ") and files(here) == []
+
+
+def test_pictures_are_taken_as_a_viewer_shows_them(minisd_command, here, pictures):
+    """At strength 0, and where strength x steps is below 1, the picture itself comes out."""
+    rgb = np.asarray(Image.open(pictures / "whole.png"))
+    upright = Image.Exif()
+    upright[274] = 6  # stored lying on its left side
+    Image.fromarray(np.rot90(rgb).copy()).save("turned.png", exif=upright)
+    Image.fromarray(rgb).convert("RGBA").save("clear.png")
+    Image.fromarray(rgb).save("moving.png", save_all=True, append_images=[Image.new("RGB", (40, 24))])
+    for name, strength in [("turned.png", "0"), ("clear.png", "0"), ("moving.png", "0.3")]:
+        code, _, _ = minisd_command("img2img", name, "a", *TINY, "--strength", strength, "-o", "out.png")
+        assert code == 0 and (pixels("out.png") == rgb).all()
+    dot = ["img2img", pictures / "dot.png", "a", *TINY, "--strength", "0", "--size", "8x4", "-o", "out.png"]
+    assert minisd_command(*dot)[0] == 0 and pixels("out.png").shape == (4, 8, 3)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "P", "LA", "I;16", "1", "CMYK"])
