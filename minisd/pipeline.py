@@ -258,20 +258,24 @@ def load(
     variant: str | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
+    tokenizer=None,
 ) -> StableDiffusion:
-    """Load a model: "shapes" (bundled), a Hub repo id, a folder in diffusers layout, or one CompVis .safetensors file.
+    """Load a model: "shapes" (bundled), a Hub repo id or sd-v1-4 or sd-v1-5, a folder in diffusers layout, or one
+    CompVis .safetensors file.
 
     device: None is "cuda" if there is one, else "cpu". dtype: a torch dtype or its name; None is float16 on CUDA, else
     float32. attention: "triton", "sdpa" or "reference"; "auto" is triton on CUDA, else sdpa; `sd.unet.attention` shows
     it. variant: "fp16" takes the files *.fp16.safetensors. revision: branch, tag or commit of a Hub repo.
-    local_files_only: do not ask the Hub, use its local cache. Raises CheckpointError, a ValueError, if the model cannot
-    be found or read, or if tensors are missing, unexpected or misshapen (one error that lists them all).
+    local_files_only: do not ask the Hub, use its local cache. tokenizer: a folder with vocab.json and merges.txt, in
+    place of the model's own. Raises CheckpointError, a ValueError, if the model cannot be found or read, if tensors are
+    missing, unexpected or misshapen (one error that lists them all), or if a weight is not finite.
     """
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     if attention not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(f"attention is {attention!r}, expected auto, {', '.join(IMPLEMENTATIONS)}")
-    found = checkpoint.locate(source, variant=variant, revision=revision, local_files_only=local_files_only)
+    where = {"variant": variant, "revision": revision, "local_files_only": local_files_only, "tokenizer": tokenizer}
+    found = checkpoint.locate(source, **where)
     sd = StableDiffusion(*checkpoint.load_parts(found, device, dtype))
     sd.unet.attention = ("triton" if device.type == "cuda" else "sdpa") if attention == "auto" else attention
     return sd

@@ -1,4 +1,4 @@
-"""Loading: layouts, names, strictness, memory, the Hub's cache. Every checkpoint is tiny and written by the test."""
+"""Loading: layouts, names, strictness, memory. Every checkpoint is tiny and written by the test."""
 
 import json
 import re
@@ -8,18 +8,17 @@ import sys
 import textwrap
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import tiny
 import torch
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
-from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 import minisd
-from minisd import checkpoint
-from minisd.names import rename_diffusers, rename_ldm
+from minisd import checkpoint, sources
+from minisd.names import LDM_PREFIX, rename_diffusers, rename_ldm
+from minisd.names import to_ldm as written_name
 from minisd.tokenizer import CLIPTokenizer as CLIP
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
@@ -145,8 +144,8 @@ def test_half_precision_files_and_dtypes(original, folder):
 
 
 def test_bundled_name(original, folder, monkeypatch):
-    monkeypatch.setattr(checkpoint, "files", lambda package: folder.parent)
-    assert list(checkpoint.bundled()) == ["model"]
+    monkeypatch.setattr(sources, "files", lambda package: folder.parent)
+    assert list(sources.bundled()) == ["model"]
     assert_same_weights(load("model"), load(original))
     assert "there is no model 'modell': it is neither bundled (model), nor a folder" in refusal("modell")
     assert "revision='main' is for Hub repos" in refusal("model", revision="main")
@@ -203,9 +202,15 @@ def test_pickles_are_refused_with_the_way_out(folder, tmp_path):
     (folder / UNET_FILE).rename(folder / "unet/diffusion_pytorch_model.bin")
     message = refusal(folder)
     assert f"{folder / UNET_FILE} is missing; beside it: diffusion_pytorch_model.bin" in message
-    assert ".safetensors files only, not .bin pickles" in message
-    (tmp_path / "sd.ckpt").write_bytes(b"\x80\x02")
-    assert "does not read pickles" in refusal(tmp_path / "sd.ckpt")
+    assert "neither shards with an index nor .bin pickles (reading one runs whatever code" in message
+    for name in ("sd.ckpt", "sd.pt", "missing.bin"):
+        if name != "missing.bin":
+            (tmp_path / name).write_bytes(b"\x80\x02")
+        message = refusal(tmp_path / name)
+        assert message == (
+            f"minisd does not read the pickle {tmp_path / name}: reading one runs whatever code its author put into it; "
+            "take the .safetensors file of the same model"
+        )
 
 
 def test_configs_that_cannot_be_read(folder):
@@ -437,6 +442,9 @@ def test_ldm_names_are_those_of_diffusers_converter(original):
         assert ours.keys() == expected.keys() == getattr(sd, part).state_dict().keys()
         # conv_attn_to_linear has reshaped its copies; every other tensor is the very same object.
         assert all(ours[name].flatten().equal(expected[name].flatten()) for name in ours)
+        # And the way back, which export goes.
+        for old, new in ((old, rename_ldm(part, old, config)) for old in tensors if old.startswith(LDM_PREFIX[part])):
+            assert new is None or written_name(part, new, config) == old
     # Two layers a stage, as published: the places that depend on their number.
     config = minisd.UNetConfig()
     assert rename_ldm("unet", "model.diffusion_model.input_blocks.6.0.op.bias", config) == (
@@ -470,115 +478,12 @@ def test_single_file(original, single_file):
     assert torch.equal(sd.schedule.alphas_cumprod, reference.alphas_cumprod)
     assert (sd.schedule.steps_offset, sd.schedule.set_alpha_to_one) == (1, False)
     assert "variant='fp16' is for folders" in refusal(single_file, variant="fp16")
+    shutil.move(single_file.parent / "tokenizer", single_file.parent / "elsewhere")
+    sd = load(single_file, tokenizer=single_file.parent / "elsewhere")
+    assert sd.tokenizer.vocab == json.loads((original / "tokenizer" / "vocab.json").read_text())
+    assert "nowhere" in refusal(single_file, tokenizer=single_file.parent / "nowhere")
 
 
-def test_a_file_of_another_layout_is_refused_before_the_hub_is_asked(original, monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", not_reached)
+def test_a_file_of_another_layout_is_refused(original):
     message = refusal(original / UNET_FILE)
     assert "not in the original layout, it has no model.diffusion_model.* and no first_stage_model.*" in message
-
-
-def test_single_file_takes_its_vocabulary_from_the_hub(original, single_file, monkeypatch):
-    asked = fake_hub(monkeypatch, original / "tokenizer", single_file.parent / "cache")
-    assert load(single_file).tokenizer.vocab == load_vocabulary(original)
-    repo = "openai/clip-vit-large-patch14"
-    assert asked == [(repo, "vocab.json", None), (repo, "merges.txt", COMMIT)]
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", not_reached)
-    message = refusal(single_file)
-    assert f"{single_file} has no vocabulary: put a folder tokenizer/" in message
-
-
-def load_vocabulary(folder):
-    return json.loads((folder / "tokenizer" / "vocab.json").read_text())
-
-
-# the Hub
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-def fake_hub(monkeypatch, repo_files, cache):
-    """Stand in for huggingface_hub's download: `repo_files` is the repo, `cache` gets the snapshot -> log of calls."""
-    asked = []
-
-    def download(repo, name, revision=None, local_files_only=False):
-        asked.append((repo, name, revision))
-        assert not local_files_only
-        if not (repo_files / name).exists():
-            raise EntryNotFoundError(f"404: {name}")
-        target = cache / "snapshots" / COMMIT / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(repo_files / name, target)
-        return str(target)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    return asked
-
-
-def not_reached(*args, **kwargs):
-    raise ConnectionError("the network is down")
-
-
-def test_hub_repo_is_loaded_from_the_needed_files_alone(original, folder, monkeypatch, tmp_path):
-    # What a repo holds beside: other variants, pickles, parts that minisd does not use.
-    shutil.copy(folder / UNET_FILE, folder / "unet/diffusion_pytorch_model.non_ema.safetensors")
-    (folder / "safety_checker").mkdir()
-    (folder / "safety_checker/model.safetensors").write_bytes(b"")
-    asked = fake_hub(monkeypatch, folder, tmp_path / "cache")
-    assert_same_weights(load("owner/tiny-sd"), load(original))
-    # The first file tells which commit the branch is at, the others come from that commit.
-    assert [(repo, revision) for repo, _, revision in asked] == [
-        ("owner/tiny-sd", COMMIT if i else None) for i in range(11)
-    ]
-    names = [name for _, name, _ in asked]
-    assert set(names) == {
-        "scheduler/scheduler_config.json", "unet/config.json", "vae/config.json", "text_encoder/config.json",
-        "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/tokenizer_config.json",
-        "tokenizer/special_tokens_map.json", UNET_FILE, VAE_FILE, TEXT_FILE,
-    }  # fmt: skip
-    assert set(names[-3:]) == {UNET_FILE, VAE_FILE, TEXT_FILE}  # the large ones last
-
-
-def test_hub_variant_and_missing_files(original, monkeypatch, tmp_path):
-    tiny.save(tmp_path / "repo", variant="fp16")
-    asked = fake_hub(monkeypatch, tmp_path / "repo", tmp_path / "cache")
-    assert_same_weights(load("owner/tiny-sd", variant="fp16", revision="main"), load(original))
-    assert asked[0][2] == "main" and UNET_FILE not in [name for _, name, _ in asked]
-    message = refusal("owner/tiny-sd")
-    assert f"Hub repo owner/tiny-sd: {UNET_FILE} does not exist at revision {COMMIT}" in message
-    assert "reads .safetensors, not .bin pickles" in message
-
-
-def test_hub_repo_that_cannot_be_reached(monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", not_reached)
-    message = refusal("owner/tiny-sd")
-    assert "owner/tiny-sd is no folder" in message and "the network is down" in message
-
-
-def test_local_cache_of_the_hub(original, monkeypatch, tmp_path):
-    """The cache as huggingface_hub lays it out, read by its own functions, without a network."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    repo = tmp_path / "models--owner--tiny-sd"
-    shutil.copytree(original, repo / "snapshots" / COMMIT)
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text(COMMIT)
-    for revision in (None, "main", COMMIT):
-        assert_same_weights(load("owner/tiny-sd", local_files_only=True, revision=revision), load(original))
-
-    # Without a network the cache serves, if it also knows which of the optional files the repo does not have.
-    def offline(repo, name, revision=None, local_files_only=False):
-        return hf_hub_download(repo, name, revision=revision, local_files_only=True)
-
-    hf_hub_download = huggingface_hub.hf_hub_download
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    name = "tokenizer/special_tokens_map.json"
-    assert refusal("owner/tiny-sd").endswith(f"{name} is not in the local Hub cache, and the Hub was not reached")
-    (repo / ".no_exist" / COMMIT / "tokenizer").mkdir(parents=True)
-    (repo / ".no_exist" / COMMIT / name).touch()
-    assert_same_weights(load("owner/tiny-sd"), load(original))
-
-    message = refusal("owner/other", local_files_only=True)
-    assert "Hub repo owner/other: scheduler/scheduler_config.json is not in the local Hub cache" in message
-    (repo / "snapshots" / COMMIT / VAE_FILE).unlink()
-    message = refusal("owner/tiny-sd", local_files_only=True)
-    assert message == f"Hub repo owner/tiny-sd: {VAE_FILE} is not in the local Hub cache"

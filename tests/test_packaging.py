@@ -18,7 +18,8 @@ SOURCES = sorted([*ROOT.glob("minisd/**/*.py"), *ROOT.glob("kernels/*.py")])
 # DESIGN 3: who may import whom. A module that is not listed is a leaf that stands on nothing of minisd's.
 CONFIGS = {"config"}
 MODELS = CONFIGS | {"attention", "blocks", "unet", "vae", "clip"}
-CHECKPOINT = MODELS | {"names", "tokenizer", "schedule", "checkpoint"}
+SOURCES_AND_FILES = {"sources", "tensor_file"}
+CHECKPOINT = MODELS | SOURCES_AND_FILES | {"names", "tokenizer", "schedule", "checkpoint"}
 SAMPLING = {"schedule", "samplers", "guidance"}
 PIPELINE = CHECKPOINT | SAMPLING | {"images", "pipeline"}
 ALLOWED = {
@@ -28,6 +29,7 @@ ALLOWED = {
     "clip": {"config"},
     "samplers": {"schedule"},
     "guidance": {"schedule", "samplers"},  # and no model: the UNet comes as a callable
+    "tensor_file": {"sources"},
     "checkpoint": CHECKPOINT,
     "pipeline": PIPELINE,
     "trace": PIPELINE,
