@@ -53,10 +53,12 @@ MAX_JSON, MAX_VOCABULARY = 1_000_000, 20_000_000  # bytes of a config, of a file
 
 
 class Checkpoint(NamedTuple):
-    """A located checkpoint, nothing of the weights read: for each of unet, vae, text_encoder its config and file, and
-    `rename`, (part, name in the file) -> name in the module, or None for a tensor that the part does not use."""
+    """A located checkpoint, nothing of the weights read: for each of unet, vae, text_encoder its config and file;
+    `scheduler`, what scheduler_config.json says; and `rename`, (part, name in the file) -> name in the module, or None
+    for a tensor that the part does not use."""
 
     configs: dict[str, UNetConfig | VAEConfig | CLIPTextConfig]
+    scheduler: dict
     schedule: NoiseSchedule
     tokenizer: CLIPTokenizer
     files: dict[str, Path]
@@ -134,11 +136,13 @@ def from_folder(folder: Path, variant: str | None = None, tokenizer=None, local_
         if configs["unet"].cross_attention_dim != configs["text_encoder"].hidden_size:
             raise CheckpointError(f"{folder} has no text_encoder/, and its UNet does not go with {CLIP}'s")
         paths["text_encoder"] = _from_clip(f"{folder} has no text_encoder/", ["model.safetensors"], local_files_only)
-    schedule = _read(lambda path: NoiseSchedule.from_dict(_json(path)), folder / "scheduler" / "scheduler_config.json")
+    path = folder / "scheduler" / "scheduler_config.json"
+    scheduler = _read(_json, path)
+    schedule = _read(lambda _: NoiseSchedule.from_dict(scheduler), path)
     vocabulary = folder / "tokenizer" if tokenizer is None else Path(tokenizer)
     if tokenizer is None and not vocabulary.is_dir():
         vocabulary = _clip_vocabulary(f"{folder} has no tokenizer/", local_files_only)
-    return Checkpoint(configs, schedule, _read(_vocabulary, vocabulary), paths, rename_diffusers)
+    return Checkpoint(configs, scheduler, schedule, _read(_vocabulary, vocabulary), paths, rename_diffusers)
 
 
 def from_single_file(path: Path, tokenizer=None, local_files_only: bool = False) -> Checkpoint:
@@ -166,7 +170,7 @@ def from_single_file(path: Path, tokenizer=None, local_files_only: bool = False)
 
     schedule = NoiseSchedule.from_dict(SD_V1_SCHEDULE)
     files = dict.fromkeys(MODELS, path)
-    return Checkpoint(configs, schedule, _read(_vocabulary, vocabulary), files, rename)
+    return Checkpoint(configs, SD_V1_SCHEDULE, schedule, _read(_vocabulary, vocabulary), files, rename)
 
 
 def _from_clip(why: str, names: list[str], local_files_only: bool) -> Path:
@@ -265,8 +269,11 @@ def load_tensors(path: Path, entries: dict[str, Entry], device, dtype) -> dict[s
     return tensors
 
 
-def load_parts(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Parts:
-    """Build the modules without memory, then give them the file's tensors, in evaluation mode and without gradients."""
+def fit(checkpoint: Checkpoint) -> tuple[dict[str, nn.Module], dict[str, dict[str, Entry]]]:
+    """Build the modules without memory and match the files with them -> modules, and part -> module name -> Entry.
+
+    CheckpointError that lists every tensor which is missing, unexpected, misshapen or unreadable.
+    """
     modules: dict[str, nn.Module] = {}
     found, faults, total = {}, [], 0
     for part, (model, _) in MODELS.items():
@@ -287,9 +294,17 @@ def load_parts(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype)
             f"the tokenizer makes {tokenizer.max_length} ids up to {max(tokenizer.vocab.values())}, the text encoder "
             f"takes at most {text.max_position_embeddings} ids below {text.vocab_size}"
         )
+    return modules, found
+
+
+def load_parts(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Parts:
+    """The modules with the files' tensors, in evaluation mode and without gradients."""
+    modules, found = fit(checkpoint)
     for part, module in modules.items():
         shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
         tensors = load_tensors(checkpoint.files[part], found[part], device, dtype)
         module.load_state_dict({name: t.view(shapes[name]) for name, t in tensors.items()}, strict=True, assign=True)
         module.eval().requires_grad_(False)
-    return Parts(tokenizer, modules["text_encoder"], modules["unet"], modules["vae"], checkpoint.schedule)
+    return Parts(
+        checkpoint.tokenizer, modules["text_encoder"], modules["unet"], modules["vae"], checkpoint.schedule
+    )

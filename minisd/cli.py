@@ -1,4 +1,4 @@
-"""The `minisd` command: txt2img, img2img, models, info; cli_edit.py adds edit and heatmap.
+"""The `minisd` command: txt2img, img2img, info; cli_edit.py adds edit and heatmap, cli_models.py what is about models.
 
 torch is imported inside the commands, so that `minisd --help` and `minisd info picture.png` answer at once.
 """
@@ -18,8 +18,8 @@ SAMPLERS = ("dpm++", "dpm++ linspace", "ddim")  # the keys of pipeline.SAMPLERS
 DTYPES = ("float16", "bfloat16", "float32")
 ANIMATIONS = ("webp", "png", "gif", "mp4")  # trace.FORMATS
 # The text chunks of a PNG that are options of the command, under the option's name.
-OPTIONS = ("negative", "strength", "model", "variant", "revision", "seed", "size", "steps", "guidance", "sampler")
-OPTIONS += ("dtype", "device")
+OPTIONS = ("negative", "strength", "model", "variant", "revision", "tokenizer", "seed", "size", "steps", "guidance")
+OPTIONS += ("sampler",) + ("dtype", "device")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,21 +84,21 @@ def build_parser() -> Parser:
     )
     add_drawing_options(image, size_help="resize the picture to that; without it, its own size, rounded down")
 
-    command("models", list_models, "list the bundled models and those in the local Hub cache")
     about = command("info", info, "how a picture was drawn, or what is in a model")
     about.add_argument("target", help="a PNG that minisd drew, or a model (as for --model; nothing is downloaded)")
     about.add_argument("--variant", help="weight files of that variant, e.g. fp16")
 
-    from .cli_edit import add_commands
+    from . import cli_edit, cli_models
 
-    add_commands(command)
+    cli_edit.add_commands(command)
+    cli_models.add_commands(command)
     return parser
 
 
 def add_drawing_options(parser, size_help):
     add = parser.add_argument
     add("--negative", metavar="TEXT", help="what guidance leads away from; without it, the empty text")
-    add("--model", default="shapes", help="bundled name, Hub repo id, folder or .safetensors file")
+    add("--model", default="sd-v1-4", help="bundled name, Hub repo id, folder or .safetensors file")
     add("-n", type=positive, default=1, metavar="N", help="number of pictures; picture i is drawn with seed + i")
     add("--seed", type=int, default=0, help="seed of the first picture")
     add("--size", type=size, metavar="WxH", help=size_help)
@@ -109,6 +109,7 @@ def add_drawing_options(parser, size_help):
     add("--dtype", choices=DTYPES, help="without it, float16 on CUDA and float32 elsewhere")
     add("--variant", help="weight files of that variant, e.g. fp16")
     add("--revision", help="branch, tag or commit of a Hub repo")
+    add("--tokenizer", metavar="DIR", help="folder with vocab.json and merges.txt, for a single file")
     add("--local-files-only", action="store_true", help="do not ask the Hub, use its local cache")
     add("-o", "--output", default=".", metavar="PATH", help="a .png file (-n 2: name-0.png, name-1.png), or a folder")
     add("--trace", metavar="DIR", type=new_folder, help="write a picture after each step there, and animations of them")
@@ -216,6 +217,7 @@ def load_model(args):
         variant=args.variant,
         revision=args.revision,
         local_files_only=args.local_files_only,
+        tokenizer=args.tokenizer,
     )
 
 
@@ -244,6 +246,7 @@ def text_chunks(args, sd, seed: int, picture, prompt: dict, settings: dict) -> d
         "model": args.model,
         "variant": args.variant,
         "revision": args.revision,
+        "tokenizer": args.tokenizer,
         "seed": seed,
         "size": f"{picture.width}x{picture.height}",
         "steps": args.steps,
@@ -285,27 +288,7 @@ def write_png(path: Path, picture, chunks: dict) -> None:
         picture.save(part, format="PNG", pnginfo=text)
 
 
-# models and info
-
-
-def list_models(args) -> None:
-    from huggingface_hub import constants, scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
-
-    from .checkpoint import bundled
-
-    for name, folder in bundled().items():
-        print(f"{name}\tbundled\t{folder}")
-    try:
-        repos = scan_cache_dir(constants.HF_HUB_CACHE).repos
-    except CacheNotFound:
-        repos = ()
-    needed = {"unet", "vae", "text_encoder"}
-    for repo in sorted(repos, key=lambda repo: repo.repo_id):
-        for revision in repo.revisions:
-            parts = {file.file_path.parent.name for file in revision.files if file.file_name.endswith(".safetensors")}
-            if needed <= parts:
-                print(f"{repo.repo_id}\tHub cache\t{revision.snapshot_path}")
+# info
 
 
 def info(args) -> None:

@@ -62,7 +62,7 @@ def download(repo: str, variant=None, revision=None, local_files_only=False, to=
     the sha256 that the Hub has for it. to: a folder for the files in place of the cache.
     """
     vocabulary = [f"tokenizer/{name}" for name in VOCABULARY_FILES]
-    encoder = "text_encoder/config.json"  # a repo may lack its text encoder or its vocabulary; CLIP has both
+    encoder = "text_encoder/config.json"  # a repo may lack its text encoder or its vocabulary
     needed = [name for name in CONFIGS if name != encoder]
     folder = _fetch(repo, needed, revision, local_files_only, optional=[encoder, *vocabulary])
     commit = folder.name
@@ -75,10 +75,7 @@ def download(repo: str, variant=None, revision=None, local_files_only=False, to=
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes((folder / name).read_bytes())
     weights = [weights_file(part, variant) for part in parts]
-    folder = _fetch(repo, weights, commit, local_files_only, to=to)
-    if "text_encoder" not in parts:
-        fetch_clip(["model.safetensors"], local_files_only)
-    return folder
+    return _fetch(repo, weights, commit, local_files_only, to=to)
 
 
 def fetch_clip(names, local_files_only=False) -> Path:
@@ -96,6 +93,8 @@ def _fetch(repo, needed, revision, local_files_only, optional=(), to=None) -> Pa
     for name in [*needed, *optional]:
         try:
             before = None if to else try_to_load_from_cache(repo, name, revision=revision)
+            if before is _CACHED_NO_EXIST and name in optional:
+                continue
             found = hf_hub_download(repo, name, revision=revision, local_files_only=local_files_only, **elsewhere)
             path = Path(found)
             if name.endswith(".safetensors") and found != before and not local_files_only:

@@ -104,7 +104,7 @@ def read_tensors(path: Path, entries: dict[str, Entry]) -> Iterator[tuple[str, T
 def write_tensors(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str, tensors: Iterable[Tensor]) -> None:
     """Write a file of one dtype, tensor by tensor, so that only one of them is in memory at a time.
 
-    shapes: name -> shape; tensors: in the same order. The header says {"format": "pt"}, which diffusers asks for.
+    shapes: name -> shape; tensors: in the same order, axes of length 1 aside. The header says {"format": "pt"}, which diffusers asks for.
     """
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in shapes.items():
@@ -115,6 +115,6 @@ def write_tensors(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str, te
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
-            if tuple(tensor.shape) != tuple(shape):
+            if tensor.numel() != math.prod(shape):
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
             file.write(tensor.to(FLOATS[dtype]).contiguous().view(-1).view(torch.uint8).numpy())

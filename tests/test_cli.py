@@ -10,7 +10,6 @@ import subprocess
 import sys
 import zlib
 
-import huggingface_hub
 import numpy as np
 import pytest
 import tiny
@@ -217,31 +216,13 @@ def test_info_of_a_model(minisd_command):
     assert "block_out_channels: (16, 32)" in out and "tokenizer: 514 pieces, 77 ids per prompt" in out
 
 
-def test_models_lists_what_is_there(minisd_command, here, original, monkeypatch):
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    snapshot = here / "cache" / "models--owner--tiny-sd" / "snapshots" / commit
-    (snapshot.parents[1] / "refs").mkdir(parents=True)
-    (snapshot.parents[1] / "refs" / "main").write_text(commit)
-    snapshot.parent.mkdir()
-    shutil.copytree(original, snapshot)
-    monkeypatch.setattr(checkpoint, "files", lambda package: original.parent)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(here / "cache"))
-    code, out, _ = minisd_command("models")
-    assert code == 0
-    assert out.splitlines() == [f"tiny\tbundled\t{original}", f"owner/tiny-sd\tHub cache\t{snapshot}"]
-    code, out, _ = minisd_command("info", "owner/tiny-sd")
-    assert code == 0 and str(snapshot) in out
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(here / "no cache"))
-    assert minisd_command("models")[:2] == (0, f"tiny\tbundled\t{original}\n")
-
-
 # help and errors
 
 
 def test_help_shows_the_defaults(minisd_command):
     code, out, _ = minisd_command("txt2img", "--help")
     text = " ".join(out.split())
-    for default in ("shapes", "0", "25", "7.5", "dpm++", "1", "."):
+    for default in ("sd-v1-4", "0", "25", "7.5", "dpm++", "1", "."):
         assert f"(default: {default})" in text
     assert code == 0 and "None" not in text and "False" not in text
     assert minisd_command("--version") == (0, f"minisd {minisd.__version__}\n", "")

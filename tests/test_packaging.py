@@ -37,8 +37,11 @@ ALLOWED = {
     "cuda_graph": PIPELINE,
     "training": PIPELINE | {"scenes", "visualize"},
     "editing": PIPELINE | {"editing"},
-    "cli": PIPELINE | {"visualize", "editing", "trace", "cli_edit", ""},  # "": minisd itself, for __version__
+    "export": CHECKPOINT | {"images"},
+    "check": PIPELINE,
+    "cli": PIPELINE | {"visualize", "editing", "trace", "cli_edit", "cli_models", ""},  # "": minisd itself, for __version__
     "cli_edit": PIPELINE | {"visualize", "editing", "cli"},  # the same layer, in a file of its own
+    "cli_models": PIPELINE | {"export", "check"},
     "__main__": {"cli"},
     "__init__": set(),
 }

@@ -1,0 +1,385 @@
+"""Where models come from, against a Hub on loopback (hub_server.py) with huggingface_hub itself as the client.
+
+The repo that is served is the bundled model, so nothing here needs diffusers.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+from hub_server import COMMIT, Hub
+
+import minisd
+from minisd import checkpoint, cli, export, sources
+from minisd.tensor_file import FLOATS, read_header, read_tensors, write_tensors
+
+SHAPES = sources.bundled()["shapes"]
+UNET, VAE, TEXT = (sources.weights_file(part, None) for part in ("unet", "vae", "text_encoder"))
+NEEDED = {
+    "scheduler/scheduler_config.json", "unet/config.json", "vae/config.json", "text_encoder/config.json",
+    "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/tokenizer_config.json", UNET, VAE, TEXT,
+}  # fmt: skip
+
+
+@pytest.fixture
+def repo(tmp_path):
+    """A copy of the bundled model that a test may change, with what published repos hold beside."""
+    folder = Path(shutil.copytree(SHAPES, tmp_path / "repo"))
+    for name in (UNET.replace(".safetensors", ".non_ema.safetensors"), UNET.replace(".safetensors", ".bin"), "v1.ckpt"):
+        (folder / name).write_bytes(b"not needed")
+    (folder / "safety_checker").mkdir()
+    (folder / "safety_checker" / "model.safetensors").write_bytes(b"not needed")
+    return folder
+
+
+@pytest.fixture
+def hub(repo, tmp_path, monkeypatch):
+    """A Hub with the repo owner/shapes; huggingface_hub asks it, and keeps its cache in tmp_path."""
+    with Hub({"owner/shapes": repo}) as hub:
+        constants = huggingface_hub.constants
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)  # huggingface_hub waits between its attempts
+        yield hub
+
+
+def load(source="owner/shapes", **arguments):
+    return minisd.load(source, device="cpu", **arguments)
+
+
+def refusal(source="owner/shapes", **arguments):
+    with pytest.raises(checkpoint.CheckpointError) as caught:
+        load(source, **arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def assert_is_shapes(sd):
+    shapes = load("shapes")
+    for part in checkpoint.MODELS:
+        state, expected = getattr(sd, part).state_dict(), getattr(shapes, part).state_dict()
+        assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in state)
+    assert sd.tokenizer.vocab == shapes.tokenizer.vocab and sd.tokenizer.merges == shapes.tokenizer.merges
+
+
+class Default:
+    """Stands for a config class whose defaults are those of the bundled model."""
+
+    def __init__(self, config):
+        self.config, self.from_dict = config, type(config).from_dict
+
+    def __call__(self):
+        return self.config
+
+
+def shapes_are_the_default(monkeypatch):
+    """For the test the world's single files and its CLIP have the bundled model's numbers, not v1's."""
+    shapes = load("shapes")
+    models = {part: (model, Default(getattr(shapes, part).config)) for part, (model, _) in checkpoint.MODELS.items()}
+    for module in (checkpoint, export):
+        monkeypatch.setattr(module, "MODELS", models)
+
+
+# downloads
+
+
+def test_a_download_takes_the_needed_files_of_one_commit(hub):
+    assert_is_shapes(load())
+    asked = hub.asked()
+    assert set(asked) == NEEDED
+    weights = [name for name in asked if name.endswith(".safetensors")]
+    assert len(weights) == 3 and asked[-3:] == weights  # the large ones last
+    assert not any(token for *_, token in hub.log)
+
+
+def test_the_cache_serves_without_the_network(hub, tmp_path, monkeypatch):
+    load()
+    first = len(hub.log)
+    load()
+    assert [(method, name) for method, _, name, *_ in hub.log[first:]] == [("HEAD", "scheduler/scheduler_config.json")]
+    first = len(hub.log)
+    for arguments in (dict(local_files_only=True), dict(revision=COMMIT), dict(revision="main", local_files_only=True)):
+        assert_is_shapes(load(**arguments))
+    assert len(hub.log) == first
+    with monkeypatch.context() as offline:
+        offline.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        assert_is_shapes(load())
+        assert "is not in the local Hub cache, and the Hub was not reached" in refusal("owner/other")
+    for server in hub.servers:  # nobody answers any more
+        server.shutdown()
+        server.socket.close()
+    assert_is_shapes(load())
+    assert "scheduler/scheduler_config.json is not in the local Hub cache" in refusal("owner/other")
+    (tmp_path / f"cache/models--owner--shapes/snapshots/{COMMIT}" / VAE).unlink()
+    assert refusal(local_files_only=True) == f"Hub repo owner/shapes: {VAE} is not in the local Hub cache"
+
+
+def test_a_cut_connection_is_resumed(hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 2**20)
+    hub.faults[UNET] = ["cut", "cut"]
+    assert_is_shapes(load())
+    ranges = [wanted for method, host, name, wanted, _ in hub.log if (host, method, name) == ("cdn", "GET", UNET)]
+    assert ranges == [None, f"bytes={6 * 2**20}-", f"bytes={6 * 2**20}-"]  # it went on with the chunk that was cut
+
+
+def test_the_hub_that_is_busy_is_asked_again(hub):
+    hub.faults |= {"scheduler/scheduler_config.json": [500, 429], VAE: [429]}
+    assert_is_shapes(load())
+
+
+@pytest.mark.parametrize(
+    ("faults", "message"),
+    [
+        ({"unet/config.json": [429] * 9}, "the Hub was not reached (it answered 429: too many requests, wait a few minutes)"),
+        ({"unet/config.json": [500] * 9}, "(it answered 500: an error of the Hub's own, try again later)"),
+        ({VAE: [503] * 99}, f"{VAE} is not in the local Hub cache, and the Hub was not reached (it answered 503"),
+        ({UNET: ["short"]}, f"{UNET} did not come: Consistency check failed: file should be of size"),
+        ({UNET: ["damaged"]}, "the damaged file was removed, try again"),
+    ],
+)
+def test_what_the_hub_may_answer(hub, tmp_path, faults, message):
+    hub.faults |= faults
+    told = refusal()
+    assert "owner/shapes" in told and message in told
+    if faults.get(UNET) is not None:
+        hub.faults.clear()
+        assert not any((tmp_path / f"cache/models--owner--shapes/snapshots/{COMMIT}/unet").glob("*.safetensors"))
+        assert_is_shapes(load())  # nothing of the damage was kept
+
+
+def test_repos_that_are_not_there_private_or_gated(hub, monkeypatch):
+    hub.repos |= {"owner/private": SHAPES, "owner/gated": SHAPES}
+    hub.private.add("owner/private")
+    hub.gated.add("owner/gated")
+    for name in ("owner/nothing", "owner/private"):
+        assert "there is no such repo, or it is private and HF_TOKEN does not open it" in refusal(name)
+    assert "the repo is gated; accept its terms on the Hub and set HF_TOKEN" in refusal("owner/gated")
+    assert "the repo has no revision 'v9'" in refusal(revision="v9")
+    monkeypatch.setenv("HF_TOKEN", "wrong")
+    assert "it answered 401: the token in HF_TOKEN is not accepted" in refusal()
+    monkeypatch.setenv("HF_TOKEN", "right")
+    assert_is_shapes(load("owner/private"))
+    sent = {(host, token) for _, host, _, _, token in hub.log if token != "Bearer wrong"}
+    assert sent == {("hub", None), ("hub", "Bearer right"), ("cdn", None)}  # the token stays with the Hub
+
+
+def test_variants(hub, repo):
+    told = refusal(variant="fp16")
+    assert f"{UNET.replace('.safetensors', '.fp16.safetensors')} does not exist at revision {COMMIT}" in told
+    assert "reads .safetensors, not .bin pickles" in told
+    for name in (UNET, VAE, TEXT):
+        shutil.move(repo / name, repo / name.replace(".safetensors", ".fp16.safetensors"))
+    hub.log.clear()
+    assert_is_shapes(load(variant="fp16"))
+    assert all("fp16" in name for name in hub.asked() if name.endswith(".safetensors"))
+    for bad in ("../fp16", "fp16/x", "", "a b"):
+        with pytest.raises(ValueError, match="variant is .* expected a name such as fp16"):
+            load(variant=bad)
+    for bad in ("../../outside", "/etc", "a/../b", ".", ""):
+        with pytest.raises(ValueError, match="revision is .* expected a name such as main"):
+            load(revision=bad)
+
+
+# names
+
+
+def test_short_names_and_moved_repos(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    v1_5 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert sources.hub_repo("sd-v1-4") == "CompVis/stable-diffusion-v1-4" == sources.hub_repo("CompVis/stable-diffusion-v1-4")
+    assert sources.hub_repo("sd-v1-5") == v1_5 == sources.hub_repo("runwayml/stable-diffusion-v1-5")
+    for other in ("shapes", "sd-v1-6", "a/b/c", "owner/file.safetensors", "../owner", "/owner/name", None, Path("a/b")):
+        assert sources.hub_repo(other) is None
+    (tmp_path / "sd-v1-4").mkdir()
+    assert sources.hub_repo("sd-v1-4") is None  # a folder of that name goes first
+
+
+def test_the_default_model_that_cannot_be_had_names_the_ways_out(hub, capsys):
+    assert cli.main(["txt2img", "a cat"]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("minisd: error: sd-v1-4: Hub repo CompVis/stable-diffusion-v1-4: ")
+    assert "`minisd fetch sd-v1-4` downloads it (4.3 GB, with --variant fp16 2.1 GB)" in told and "--model shapes" in told
+    hub.repos["CompVis/stable-diffusion-v1-4"] = hub.repos["owner/shapes"]
+    assert_is_shapes(load("sd-v1-4"))
+
+
+# what CLIP lends
+
+
+def whole_clip(folder):
+    """A repo with the bundled text encoder inside a whole CLIP, and its vocabulary."""
+    entries = read_header(SHAPES / TEXT)
+    tensors = {name if "text_model." in name else f"text_model.{name}": t for name, t in read_tensors(SHAPES / TEXT, entries)}
+    tensors |= {name: torch.ones(2) for name in ("logit_scale", "vision_model.post_layernorm.bias", "text_projection.weight")}
+    folder.mkdir()
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    write_tensors(folder / "model.safetensors", shapes, "F16", tensors.values())
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(SHAPES / "tokenizer" / name, folder)
+    return folder
+
+
+def test_text_encoder_and_vocabulary_of_clip_where_a_model_has_none(hub, repo, tmp_path, monkeypatch):
+    shutil.rmtree(repo / "text_encoder")
+    shutil.rmtree(repo / "tokenizer")
+    assert f"{COMMIT} has no text_encoder/, and its UNet does not go with openai/clip-vit" in refusal()
+    shapes_are_the_default(monkeypatch)
+    assert f"{repo} has no text_encoder/ (Hub repo openai/clip-vit-large-patch14: " in refusal(repo)
+    hub.repos["openai/clip-vit-large-patch14"] = whole_clip(tmp_path / "clip")
+    for source in ("owner/shapes", repo):
+        sd = load(source)
+        assert torch.equal(sd.encode_prompt(["a red circle"]), load("shapes").encode_prompt(["a red circle"]))
+    assert load(repo, tokenizer=SHAPES / "tokenizer").tokenizer.vocab == sd.tokenizer.vocab
+
+
+# the commands
+
+
+def run(*argv, **env):
+    environment = os.environ | {key: str(value) for key, value in env.items()}
+    done = subprocess.run([sys.executable, "-m", "minisd", *argv], capture_output=True, text=True, env=environment)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_environment_reaches_the_library(hub, tmp_path):
+    """HF_ENDPOINT, HF_HOME and HF_TOKEN of a process of its own; neither fetch nor models needs torch."""
+    (tmp_path / "torch.py").write_text("raise ImportError('torch is not needed')")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    env = {"HF_ENDPOINT": hub.url, "HF_HOME": tmp_path / "home", "HF_TOKEN": "right", "PYTHONPATH": path}
+    code, out, err = run("fetch", "owner/shapes", **env)
+    folder = tmp_path / "home/hub/models--owner--shapes/snapshots" / COMMIT
+    assert code == 0 and out == f"{folder}\n", err
+    assert {token for _, host, _, _, token in hub.log if host == "hub"} == {"Bearer right"}
+    code, out, err = run("models", **env)
+    assert code == 0 and any(line.startswith("owner/shapes\tHub cache\t") for line in out.splitlines())
+
+
+def test_fetch_to_a_folder(hub, tmp_path, capsys):
+    assert cli.main(["fetch", "owner/shapes", "--to", str(tmp_path / "to")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'to'}\n"
+    got = {path.relative_to(tmp_path / "to").as_posix() for path in (tmp_path / "to").rglob("*") if path.is_file()}
+    assert {name for name in got if not name.startswith(".cache")} == NEEDED
+    assert_is_shapes(load(tmp_path / "to"))
+    hub.log.clear()
+    assert cli.main(["fetch", "owner/shapes", "--to", str(tmp_path / "to")]) == 0
+    assert not [name for name in hub.asked() if name.endswith(".safetensors")]  # all there
+    hub.faults[UNET] = ["damaged"]
+    assert cli.main(["fetch", "owner/shapes", "--to", str(tmp_path / "again")]) == 2
+    assert "the damaged file was removed, try again" in capsys.readouterr().err
+    assert not (tmp_path / "again" / UNET).exists()
+    assert cli.main(["fetch", "shapes"]) == 2
+    assert "'shapes' is no Hub repo: expected owner/name, or sd-v1-4, sd-v1-5" in capsys.readouterr().err
+
+
+def test_models_lists_what_is_here_where_and_how_large(hub, repo, tmp_path, capsys):
+    for name in (UNET, VAE, TEXT):
+        shutil.copy(repo / name, repo / name.replace(".safetensors", ".fp16.safetensors"))
+    hub.repos["CompVis/stable-diffusion-v1-4"] = repo
+    load()
+    load("sd-v1-4", variant="fp16", revision=COMMIT)
+    capsys.readouterr()
+    assert cli.main(["models"]) == 0
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    size = sum((repo / name).stat().st_size for name in NEEDED)
+    cache = tmp_path / "cache"
+    v1_4 = f"CompVis/stable-diffusion-v1-4 --revision {COMMIT} --variant fp16"
+    assert [line[:2] for line in lines] == [
+        ["shapes", "bundled"], [v1_4, "Hub cache"], ["owner/shapes", "Hub cache"], ["sd-v1-5", "not here"],
+    ]  # fmt: skip
+    assert lines[2][2:] == [f"{size / 1e6:.1f} MB", str(cache / "models--owner--shapes/snapshots" / COMMIT)]
+    assert lines[3][2:] == ["4.3 GB", "minisd fetch sd-v1-5"]
+    # What the first column says is what the commands take.
+    assert cli.main(["info", v1_4.split()[0], "--variant", "fp16"]) == 2  # its main branch was not fetched
+    assert_is_shapes(load("CompVis/stable-diffusion-v1-4", revision=COMMIT, variant="fp16", local_files_only=True))
+
+
+# export and check
+
+
+def test_export_reads_back(tmp_path, capsys):
+    assert cli.main(["export", "--model", "shapes", "--to", str(tmp_path / "new/out")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'new/out'}\n"
+    assert_is_shapes(load(tmp_path / "new/out"))
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
+    assert {entry.dtype for entry in read_header(tmp_path / "new/out" / UNET).values()} == {"F16"}
+    index = json.loads((tmp_path / "new/out/model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionPipeline" and index["scheduler"] == ["diffusers", "DDIMScheduler"]
+    assert cli.main(["export", "--model", "shapes", "--to", str(tmp_path / "new/out")]) == 2
+    assert "is there already, expected a new or an empty folder" in capsys.readouterr().err
+    assert cli.main(["export", "--model", "shapes", "--to", str(tmp_path / "wide"), "--dtype", "float32"]) == 0
+    assert {entry.dtype for entry in read_header(tmp_path / "wide" / VAE).values()} == {"F32"}
+    assert_is_shapes(load(tmp_path / "wide"))
+
+
+def test_export_is_whole_or_not_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("minisd.tokenizer.CLIPTokenizer.save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    assert cli.main(["export", "--model", "shapes", "--to", str(tmp_path / "new/out")]) == 2
+    assert "disk full" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_export_to_a_single_file(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "one.safetensors"
+    argv = ["export", "--model", "shapes", "--single-file", "--to", str(path)]
+    assert cli.main(argv) == 2
+    assert "a single file holds Stable Diffusion v1's unet; got UNetConfig(sample_size=16" in capsys.readouterr().err
+    shapes_are_the_default(monkeypatch)
+    assert cli.main(argv) == 0
+    entries = read_header(path)
+    assert entries["first_stage_model.decoder.mid.attn_1.q.weight"].shape == (64, 64, 1, 1)
+    assert "first_stage_model.decoder.up.2.block.0.conv1.weight" in entries
+    assert_is_shapes(load(path, tokenizer=SHAPES / "tokenizer"))
+    assert cli.main(argv) == 2 and "is there already" in capsys.readouterr().err
+    again = ["export", "--model", str(path), "--tokenizer", str(SHAPES / "tokenizer"), "--to", str(tmp_path / "back")]
+    assert cli.main(again) == 0
+    assert_is_shapes(load(tmp_path / "back"))
+
+
+def test_check(tmp_path, capsys):
+    assert cli.main(["check", "shapes", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("ok    ") == 12 and "WRONG" not in out and "- " in out  # the vocabulary is not CLIP's
+    assert "unet/diffusion_pytorch_model.safetensors of weights/README.md" in out and "a picture in 3 steps" in out
+
+    broken = Path(shutil.copytree(SHAPES, tmp_path / "broken"))
+    entries = read_header(broken / VAE)
+    tensors = dict(read_tensors(broken / VAE, entries))
+    tensors["decoder.conv_in.bias"][3] = float("nan")
+    ordered = {name: entry.shape for name, entry in entries.items()}
+    write_tensors(broken / VAE, ordered, "F16", [tensors[name] for name in ordered])
+    assert cli.main(["check", str(broken)]) == 2
+    out, err = capsys.readouterr()
+    assert "WRONG vae: NaN or infinite values in 1: decoder.conv_in.bias\n" in out and "a picture" not in out
+    assert err == f"minisd: error: {broken}: 1 of these are wrong\n"
+    told = refusal(broken)
+    assert "decoder.conv_in.bias has NaN or infinite values (float16 in the file, float32 wanted)" in told
+
+
+def test_weights_that_do_not_fit_the_dtype(tmp_path):
+    big = Path(shutil.copytree(SHAPES, tmp_path / "big"))
+    tensors = {name: tensor.float() for name, tensor in read_tensors(big / VAE, read_header(big / VAE))}
+    tensors["decoder.conv_in.bias"][3] = 1e5
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    write_tensors(big / VAE, shapes, "F32", tensors.values())
+    assert load(big).vae.decoder.conv_in.bias[3] == 1e5
+    assert "has NaN or infinite values (float32 in the file, float16 wanted)" in refusal(big, dtype="float16")
+
+
+def test_the_published_list_is_well_formed():
+    from minisd.check import PUBLISHED, listed, published
+
+    assert all(re.fullmatch(r"[0-9a-f]{12}([0-9a-f]{52})?", sha) for sha in PUBLISHED)
+    assert published("6ce0161689b3" + "0" * 52)[0] == "v1-5-pruned-emaonly.safetensors" and published("0" * 64) is None
+    named = listed(SHAPES)
+    assert {UNET, VAE, TEXT} <= named.keys() and all(sources.sha256(SHAPES / name) == sha for name, sha in named.items())
+    assert set(FLOATS) == {"F64", "F32", "F16", "BF16"}
