@@ -225,7 +225,7 @@ def _config(part: str, path: Path):
             numbers = [number for number in values if type(number) in (int, float)]
             ok = all(least <= n <= most if type(n) is int else 0 < n <= most for n in numbers)  # NaN is not
             if not ok or len(values) > LONGEST:
-                raise ValueError(f"{name}: got {value!r:.80}, expected at most {LONGEST} numbers up to {most}")
+                raise ValueError(f"{name}: got {value!r:.80}, expected {LONGEST} numbers at most, {least} to {most}")
         return config
 
     return _read(read, path)

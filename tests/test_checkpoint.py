@@ -266,7 +266,7 @@ def test_attention_is_chosen_at_load(original):
         ("unet", {"layers_per_block": [1, 1]}, r"layers_per_block: got \(1, 1\), expected int"),
         ("unet", {"attention_head_dim": 3}, "unet: its config makes no model: .* 3 heads do not divide 16 channels"),
         ("unet", {"norm_num_groups": 5}, "unet: its config makes no model: .* divisible by num_groups"),
-        ("unet", {"norm_num_groups": 0}, "unet: its config makes no model"),
+        ("unet", {"norm_num_groups": 0}, "norm_num_groups: got 0, expected 16 numbers at most, 1 to 1000000"),
         ("vae", {"block_out_channels": None}, "vae/config.json"),
         ("text_encoder", {"num_attention_heads": 5}, "5 heads do not divide hidden_size 24"),
         ("text_encoder", {"text_config": {"hidden_act": "gelu"}}, "config of a whole CLIP"),
