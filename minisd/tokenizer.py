@@ -78,9 +78,9 @@ class CLIPTokenizer:
     def from_folder(cls, folder, max_length: int | None = None) -> "CLIPTokenizer":
         """From a tokenizer/ folder: vocab.json and merges.txt, or the tokenizer.json that transformers 5 writes.
 
-        Special tokens: what special_tokens_map.json says, else tokenizer_config.json, else <|endoftext|> for all but the
-        first (the order is that of transformers; SD 2.x needs it for pad_token). Of entries that name the same token
-        the last says whether it is "normalized". max_length: model_max_length of tokenizer_config.json, else 77.
+        Special tokens: what special_tokens_map.json says, else tokenizer_config.json, else <|endoftext|>, for all but
+        the first (the order is that of transformers; SD 2.x needs it for pad_token). Of entries for one token the
+        last says whether it is "normalized". max_length: model_max_length of tokenizer_config.json, else 77.
         """
         folder = Path(folder)
         config = _read_json(folder / "tokenizer_config.json")

@@ -53,14 +53,13 @@ def share(ours, reference):
     return ours.eval()
 
 
-def assert_equal(name, ours, reference):
-    """`pytest tests/test_full_size.py -s` prints the figures."""
+def assert_equal(name, ours, reference, record_property):
     far = difference(ours, reference)
-    print(f"{name}: max |difference| = {far:.1e} max |reference|")
+    record_property(name, far)
     assert far <= BAR
 
 
-def test_unet():
+def test_unet(record_property):
     reference = build_reference("unet")
     with torch.device("meta"):
         ours = UNet(UNetConfig.from_dict(dict(reference.config)))
@@ -70,10 +69,10 @@ def test_unet():
         x, context = torch.randn(size), torch.randn(size[0], 77, 768)
         with torch.no_grad():
             eps = reference(x, t, context).sample
-            assert_equal(f"UNet {size}", ours(x, torch.tensor(t), context), eps)
+            assert_equal(f"UNet {size}", ours(x, torch.tensor(t), context), eps, record_property)
 
 
-def test_vae():
+def test_vae(record_property):
     reference = build_reference("vae")
     with torch.device("meta"):
         ours = AutoencoderKL(VAEConfig.from_dict(dict(reference.config)))
@@ -83,12 +82,12 @@ def test_vae():
     with torch.no_grad():
         posterior = reference.encode(x).latent_dist
         mean, logvar = ours.encode(x)
-        assert_equal("VAE encode, mean", mean, posterior.mean)
-        assert_equal("VAE encode, logvar", logvar, posterior.logvar)
-        assert_equal("VAE decode", ours.decode(z), reference.decode(z).sample)
+        assert_equal("VAE encode, mean", mean, posterior.mean, record_property)
+        assert_equal("VAE encode, logvar", logvar, posterior.logvar, record_property)
+        assert_equal("VAE decode", ours.decode(z), reference.decode(z).sample, record_property)
 
 
-def test_text():
+def test_text(record_property):
     reference = build_reference("text")
     with torch.device("meta"):
         ours = CLIPTextModel(CLIPTextConfig.from_dict(reference.config.to_dict()))
@@ -99,7 +98,7 @@ def test_text():
     for row, length in enumerate((1, 8, 40, 76)):  # the end token, and pads after it, as a tokenizer makes them
         ids[row, length:] = 49407
     with torch.no_grad():
-        assert_equal("CLIP-L", ours(ids), reference(ids).last_hidden_state)
+        assert_equal("CLIP-L", ours(ids), reference(ids).last_hidden_state, record_property)
 
 
 LOAD = """
@@ -115,7 +114,7 @@ print(json.dumps({"weights": weights, "peak": memory("VmHWM") - before}))
 """
 
 
-def test_loading_takes_little_more_than_the_weights(tmp_path):
+def test_loading_takes_little_more_than_the_weights(tmp_path, record_property):
     """A full-size folder of fp16 files, loaded as fp32 in a process of its own: peak resident memory < 1.3 x weights."""
     for part, name in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
         reference = build_reference(part.removesuffix("_encoder")).half()
@@ -130,5 +129,5 @@ def test_loading_takes_little_more_than_the_weights(tmp_path):
     assert run.returncode == 0, run.stderr
     measured = json.loads(run.stdout)
     assert measured["weights"] == 4 * (859_520_964 + 83_653_863 + 123_060_480)
-    print(f"loading: peak {measured['peak'] / measured['weights']:.2f} x weights")
+    record_property("loading, peak memory over weights", measured["peak"] / measured["weights"])
     assert measured["peak"] < 1.3 * measured["weights"]

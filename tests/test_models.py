@@ -134,18 +134,24 @@ def shrink(scale, *layers):
 
 
 @pytest.mark.parametrize("name", UNETS)
-def test_unet(name):
-    assert unet_difference(*UNETS[name]) <= BAR
+def test_unet(name, record_property):
+    error = unet_difference(*UNETS[name])
+    record_property("UNet, tiny", error)
+    assert error <= BAR
 
 
 @pytest.mark.parametrize("name", VAES)
-def test_vae(name):
-    assert vae_difference(VAES[name]) <= BAR
+def test_vae(name, record_property):
+    error = vae_difference(VAES[name])
+    record_property("VAE, tiny", error)
+    assert error <= BAR
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_text(name):
-    assert text_difference(TEXTS[name]) <= BAR
+def test_text(name, record_property):
+    error = text_difference(TEXTS[name])
+    record_property("CLIP, tiny", error)
+    assert error <= BAR
 
 
 SMALL = 1e-3  # activations of this size make the epsilon of a norm visible

@@ -42,12 +42,14 @@ def values(images):
     return np.stack([np.asarray(image).astype(int) for image in images])
 
 
-def assert_same(latents, expected, images, expected_images):
+def assert_same(latents, expected, images, expected_images, record_property):
     """Latents within 1e-4 of the largest, pictures equal on 99.9 % of the values and nowhere further apart than 1."""
     assert latents.shape == expected.shape
-    assert (latents - expected).abs().max() <= 1e-4 * expected.abs().max()
+    error = ((latents - expected).abs().max() / expected.abs().max()).item()
     difference = np.abs(values(images) - values(expected_images))
-    assert difference.max() <= 1 and (difference == 0).mean() >= 0.999
+    record_property("pipeline, latents", error)
+    record_property("pipeline, share of 8-bit values that differ", (difference != 0).mean())
+    assert error <= 1e-4 and difference.max() <= 1 and (difference != 0).mean() <= 0.001
 
 
 def final(latents):
@@ -60,7 +62,7 @@ def final(latents):
 
 @pytest.mark.parametrize("guidance", [1, 3, 7.5])
 @pytest.mark.parametrize("sampler", SCHEDULERS)
-def test_txt2img_equals_diffusers(pair, sampler, guidance):
+def test_txt2img_equals_diffusers(pair, sampler, guidance, record_property):
     pipe, sd = pair
     prompts, negatives = ["a red circle", "two dogs, oil on canvas"], ["blurry", ""]
     x = sd.noise(7, batch=2, height=24, width=40)
@@ -73,13 +75,13 @@ def test_txt2img_equals_diffusers(pair, sampler, guidance):
     images = sd.txt2img(
         prompts, negatives, steps=8, guidance=guidance, sampler=sampler, latents=x, on_step=final(last), progress=False
     )
-    assert_same(last["x"], expected, images, pictures)
+    assert_same(last["x"], expected, images, pictures, record_property)
     assert images[0].size == (40, 24) and values(images).std() > 20  # not a flat or saturated picture
 
 
 @pytest.mark.parametrize("guidance", [1, 3, 7.5])
 @pytest.mark.parametrize("sampler", SCHEDULERS)
-def test_img2img_equals_diffusers(pair, sampler, guidance, monkeypatch):
+def test_img2img_equals_diffusers(pair, sampler, guidance, monkeypatch, record_property):
     pipe, sd = pair
     # diffusers samples the posterior from the generator that then draws the noise; minisd takes the mode.
     monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mean)
@@ -100,7 +102,7 @@ def test_img2img_equals_diffusers(pair, sampler, guidance, monkeypatch):
         image, "a red circle", 0.6, "bad", steps=10, guidance=guidance, sampler=sampler, seed=5, num_images=2,
         on_step=final(last), progress=False,
     )  # fmt: skip
-    assert_same(last["x"], run("latent"), images, run("pil"))
+    assert_same(last["x"], run("latent"), images, run("pil"), record_property)
     assert images[0].size == (44, 24)
 
 
