@@ -60,7 +60,8 @@ class StableDiffusion:
 
     def to(self, device=None, dtype=None) -> "StableDiffusion":
         """Move the three models in place. `unet.attention` stays as it is: "triton" needs a CUDA device."""
-        device, dtype = pick_device(device or self.device), pick_dtype(dtype or self.dtype, None)
+        device = pick_device(self.device if device is None else device)
+        dtype = pick_dtype(self.dtype if dtype is None else dtype, None)
         for model in (self.text_encoder, self.unet, self.vae):
             model.to(device, dtype)
         return self
@@ -85,6 +86,8 @@ class StableDiffusion:
     @torch.no_grad()
     def decode(self, z: Tensor, as_tensor: bool = False) -> list[Image.Image] | Tensor:
         """The pictures of latents z: PIL images, or one tensor (B, 3, H, W) in [-1, 1]."""
+        if z.ndim != 4 or z.shape[1] != self.vae.config.latent_channels:
+            raise ValueError(f"got latents {tuple(z.shape)}, expected (B, {self.vae.config.latent_channels}, h, w)")
         z = z.to(self.device, self.dtype) / self.vae.config.scaling_factor
         # One by one: at 512 x 512 the decoder's activations are the largest of all.
         image = torch.cat([self.vae.decode(row) for row in z.split(1)])

@@ -14,6 +14,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
@@ -82,7 +83,7 @@ class DDIM(Sampler):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.eta <= 1:
+        if not (isinstance(self.eta, Real) and 0 <= self.eta <= 1):
             raise ValueError(f"eta is {self.eta!r}, expected 0 (deterministic) to 1")
         if self.inverse and self.eta:
             raise ValueError(f"eta is {self.eta!r} with inverse=True, expected 0: only eta 0 can be run backwards")

@@ -332,6 +332,19 @@ def test_img2img_refuses(sd, image, arguments, message):
         sd.img2img(image, "a", **{"steps": 4, "progress": False} | arguments)
 
 
+def test_latents_have_a_batch_and_channels(sd):
+    for shape in ((4, 8, 8), (1, 3, 8, 8)):
+        with pytest.raises(ValueError, match=rf"got latents \({shape[0]}, .*, expected \(B, 4, h, w\)"):
+            sd.decode(torch.zeros(shape))
+
+
+def test_no_device_and_no_dtype_is_not_the_present_one(sd):
+    with pytest.raises(ValueError, match="device '' cannot be used here"):
+        sd.to("")
+    with pytest.raises(ValueError, match="dtype is '', expected one of"):
+        sd.to(dtype="")
+
+
 @pytest.mark.parametrize("texts", [dict(prompt=None), dict(prompt=3), dict(prompt="a", negative_prompt=None)])
 def test_texts_are_strings(sd, texts):
     with pytest.raises(TypeError, match="got (None|3), expected a text or a list of texts"):

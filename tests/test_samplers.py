@@ -402,7 +402,7 @@ def test_bad_skip(make, skip):
         make(SCHEDULE, 5, skip)
 
 
-@pytest.mark.parametrize("eta", [-0.1, 1.1, math.nan, math.inf])
+@pytest.mark.parametrize("eta", [-0.1, 1.1, math.nan, math.inf, "1", None])
 def test_bad_eta(eta):
     with pytest.raises(ValueError, match=r"eta is .*, expected 0 .* to 1"):
         DDIM(SCHEDULE, 5, eta=eta)
