@@ -179,8 +179,8 @@ def draw(args, settings: dict, run) -> None:
 def tracing(args, sd, seed: int) -> Iterator:
     """`with tracing(args, sd, seed) as on_step`: what a function that draws is to call after each step, or None.
 
-    With --trace: its folder (with -n 2 its folders seed0, seed1) gets a picture of each step as soon as it is done, then
-    images.webp and latents.webp. If the drawing fails or is interrupted, nothing of that stays.
+    With --trace: its folder (with -n 2 its folders seed0, seed1) gets a picture of each step as soon as it is done,
+    then images.webp and latents.webp. If the drawing fails or is interrupted, nothing of that stays.
     """
     if args.trace is None:
         for option in ("every", "preview", "format"):

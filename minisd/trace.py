@@ -32,13 +32,15 @@ FORMATS = {
 class Trace:
     """Keeps what the latents were after each `every`-th step: a callback that changes nothing.
 
-    every: 5 for the 5th, 10th, ... step and the last, or the indices of steps, [0, 12, 24]. view: how latents are shown,
-    None for `sd.decode`. folder: also write each picture there at once, as step_INDEX_tTIMESTEP.png.
-    steps: the `Step`s kept; latents: x (B, C, h, w) after each, on the CPU; images: a picture of each, in which those of
-    a batch stand side by side.
+    every: 5 for the 5th, 10th, ... step and the last, or the indices of steps, [0, 12, 24]. view: how latents are
+    shown, None for `sd.decode`. folder: also write each picture there at once, as step_INDEX_tTIMESTEP.png.
+    steps: the `Step`s kept; latents: x (B, C, h, w) after each, on the CPU; images: a picture of each, in which those
+    of a batch stand side by side.
     """
 
-    def __init__(self, sd, every: int | Collection[int] = 1, folder: str | Path | None = None, view: View | None = None):
+    def __init__(
+        self, sd, every: int | Collection[int] = 1, folder: str | Path | None = None, view: View | None = None
+    ):
         if isinstance(every, int) and every < 1:
             raise ValueError(f"every is {every}, expected at least 1, or the indices of steps")
         self.sd, self.every, self.folder, self.view = sd, every, folder, sd.decode if view is None else view
