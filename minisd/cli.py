@@ -183,17 +183,13 @@ def tracing(args, sd, seed: int) -> Iterator:
     then images.webp and latents.webp. If the drawing fails or is interrupted, nothing of that stays.
     """
     if args.trace is None:
-        for option in ("every", "preview", "format"):
-            if getattr(args, f"trace_{option}"):
-                raise ValueError(f"--trace-{option}: expected --trace DIR with it")
         yield None
         return
     from .images import made
-    from .trace import Trace, animate, check_animation, fit_preview, latent_rgb
+    from .trace import Trace, animate, fit_preview, latent_rgb
 
     folder = args.trace / f"seed{seed}" if args.n > 1 else args.trace
     images, latents = (folder / f"{name}.{args.trace_format or 'webp'}" for name in ("images", "latents"))
-    check_animation(images)  # before the drawing, which may take minutes
     trace = Trace(sd, args.trace_every or 1, folder, fit_preview(sd) if args.trace_preview else None)
     with made(folder):
         try:
@@ -207,9 +203,21 @@ def tracing(args, sd, seed: int) -> Iterator:
             raise
 
 
+def check_trace(args) -> None:
+    """Refuse what cannot be traced, before the model is loaded, which may take minutes."""
+    from .trace import check_animation
+
+    for option in ("every", "preview", "format"):
+        if getattr(args, f"trace_{option}") and args.trace is None:
+            raise ValueError(f"--trace-{option}: expected --trace DIR with it")
+    if args.trace_format:
+        check_animation(f"images.{args.trace_format}")
+
+
 def load_model(args):
     from .pipeline import load
 
+    check_trace(args)
     return load(
         args.model,
         device=args.device,

@@ -302,7 +302,7 @@ def test_a_trace_that_fails_leaves_nothing(command, tmp_path, monkeypatch, failu
         assert left == {"old"} | drawn
 
 
-def test_trace_refuses_before_it_draws(command, tmp_path, monkeypatch):
+def test_trace_refuses_before_the_model_is_loaded(command, tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").write_text("")
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
@@ -315,6 +315,6 @@ def test_trace_refuses_before_it_draws(command, tmp_path, monkeypatch):
         (["--trace-every", "2"], "--trace-every: expected --trace DIR with it"),
         (["--trace-preview"], "--trace-preview: expected --trace DIR with it"),
     ]:
-        code, out, err = command("txt2img", PROMPT, *SHAPES, "-o", "o.png", *options)
+        code, out, err = command("txt2img", PROMPT, "--model", "there is none", "-o", "o.png", *options)
         assert code == 2 and out == "" and message in err and err.count("\n") == 1
     assert files(tmp_path) == ["full/a"]
