@@ -1,9 +1,45 @@
-"""Below pytest's summary: the largest figure of each name that tests gave to `record_property`, and the memory taken."""
+"""What several tests of the command need; and, below pytest's summary, the measured figures."""
 
 import sys
 
+import pytest
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory):
+    """The folder of a tiny random model in diffusers layout."""
+    import tiny
+
+    folder = tmp_path_factory.mktemp("original") / "tiny"
+    tiny.save(folder)
+    return folder
+
+
+@pytest.fixture
+def here(original, tmp_path, monkeypatch):
+    """An empty working folder with the model tiny/ in it."""
+    (tmp_path / "tiny").symlink_to(original)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def minisd_command(capsys):
+    """Run the command in this process -> exit code, stdout, stderr."""
+    from minisd import cli
+
+    def run(*argv):
+        try:
+            code = cli.main([str(each) for each in argv])
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
+
 
 def pytest_terminal_summary(terminalreporter):
+    """The largest figure of each name that tests gave to `record_property`, and the memory taken."""
     worst = {}
     for reports in terminalreporter.stats.values():
         for report in reports:

@@ -12,7 +12,6 @@ import zlib
 
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
 
 import minisd
@@ -21,33 +20,7 @@ from minisd import checkpoint, cli, pipeline
 TINY = ["--model", "tiny", "--steps", "3", "--device", "cpu"]
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cli") / "tiny"
-    tiny.save(folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def here(original, tmp_path, monkeypatch):
-    """An empty working folder with the model tiny/ in it."""
-    (tmp_path / "tiny").symlink_to(original)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def minisd_command(capsys):
-    """Run the command in this process -> exit code, stdout, stderr."""
-
-    def run(*argv):
-        try:
-            code = cli.main([str(each) for each in argv])
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return run
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def files(folder):

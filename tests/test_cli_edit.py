@@ -2,42 +2,15 @@
 
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
 
 import minisd
-from minisd import cli
 
 TINY = ["--model", "tiny", "--steps", "3", "--device", "cpu", "--size", "40x24", "--seed", "4"]
 SOURCE, SWAP, REFINED = "a cat on my mat", "a dog on my mat", "a sad cat on my mat"
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cli") / "tiny"
-    tiny.save(folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def here(original, tmp_path, monkeypatch):
-    (tmp_path / "tiny").symlink_to(original)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def command(capsys):
-    """Run the command in this process -> exit code, stdout, stderr."""
-
-    def run(*argv):
-        try:
-            code = cli.main([str(each) for each in argv])
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return run
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def pixels(image):
@@ -48,9 +21,9 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir() if path.name != "tiny")
 
 
-def test_edit_writes_the_sheet_and_the_pictures(command, here):
+def test_edit_writes_the_sheet_and_the_pictures(minisd_command, here):
     options = ["--cross", "0.7", "--cross", "cat=0.2:0.5", "--self", "0.3:1", "--reweight", "my=-2", "--sheet", "s.png"]
-    code, out, _ = command("edit", SOURCE, SWAP, REFINED, *options, "-o", "e.png", *TINY)
+    code, out, _ = minisd_command("edit", SOURCE, SWAP, REFINED, *options, "-o", "e.png", *TINY)
     assert code == 0 and out.split() == ["e-0.png", "e-1.png", "e-2.png", "s.png"]
     assert names(here) == ["e-0.png", "e-1.png", "e-2.png", "s.png"]
     images, baseline = minisd.edit_prompt(
@@ -66,34 +39,34 @@ def test_edit_writes_the_sheet_and_the_pictures(command, here):
     assert (pixels("s.png") == pixels(sheet)).all()
 
 
-def test_edit_draws_again(command, here):
+def test_edit_draws_again(minisd_command, here):
     """`minisd info` prints the line that drew the picture, and it draws the same."""
-    _, out, _ = command("edit", SOURCE, SWAP, "--local-blend", "cat,dog", "--threshold", "0.9", *TINY, "-n", "2")
+    _, out, _ = minisd_command("edit", SOURCE, SWAP, "--local-blend", "cat,dog", "--threshold", "0.9", *TINY, "-n", "2")
     files = out.split()
     assert [file[-16:] for file in files] == [f"minisd-0000{i}.png" for i in range(4)]
     first = [pixels(file) for file in files]
     assert not (first[0] == first[2]).all()  # another seed
-    code, about, _ = command("info", files[1])
+    code, about, _ = minisd_command("info", files[1])
     assert code == 0 and "prompt:          a dog on my mat" in about and "source:          a cat on my mat" in about
     line = about.splitlines()[-1]
     assert line == f"minisd edit '{SOURCE}' '{SWAP}' --local-blend cat,dog --threshold 0.9 {' '.join(TINY)} -n 2"
-    _, out, _ = command("edit", SOURCE, SWAP, "--local-blend", "cat,dog", "--threshold", "0.9", *TINY, "-n", "2")
+    _, out, _ = minisd_command("edit", SOURCE, SWAP, "--local-blend", "cat,dog", "--threshold", "0.9", *TINY, "-n", "2")
     assert out.split() != files
     assert all((pixels(again) == before).all() for again, before in zip(out.split(), first))
 
 
-def test_only_the_sheet(command, here):
-    code, out, _ = command("edit", SOURCE, "--reweight", "cat=3", "--sheet", "new/s.png", *TINY)
+def test_only_the_sheet(minisd_command, here):
+    code, out, _ = minisd_command("edit", SOURCE, "--reweight", "cat=3", "--sheet", "new/s.png", *TINY)
     assert code == 0 and out == "new/s.png\n" and names(here) == ["new"]
 
 
-def test_heatmap(command, here):
-    assert command("heatmap", SOURCE, "--words", "cat,my mat", "--until", "0.5", "-o", "h.png", *TINY)[0] == 0
+def test_heatmap(minisd_command, here):
+    assert minisd_command("heatmap", SOURCE, "--words", "cat,my mat", "--until", "0.5", "-o", "h.png", *TINY)[0] == 0
     image, maps = minisd.heatmap(
         minisd.load("tiny", device="cpu"), SOURCE, steps=3, seed=4, height=24, width=40, until=0.5, progress=False
     )
     assert (pixels("h.png") == pixels(minisd.word_sheet(image, maps, ["cat", "my mat"]))).all()
-    assert command("heatmap", SOURCE, "--tokens", "--sites", "down,up", "-o", "t.png", *TINY)[0] == 0
+    assert minisd_command("heatmap", SOURCE, "--tokens", "--sites", "down,up", "-o", "t.png", *TINY)[0] == 0
     assert pixels("t.png").shape[1] == 8 * (160 + 6) + 6
 
 
@@ -112,7 +85,7 @@ def test_heatmap(command, here):
         (["heatmap", SOURCE, "--words", "dog"], "the word 'dog' is not in the prompt"),
     ],
 )
-def test_errors_are_one_line(command, here, arguments, message):
-    code, out, err = command(*arguments, *TINY, "-o", "x.png")
+def test_errors_are_one_line(minisd_command, here, arguments, message):
+    code, out, err = minisd_command(*arguments, *TINY, "-o", "x.png")
     assert code == 2 and out == "" and message in err.splitlines()[-1]
     assert names(here) == []

@@ -222,17 +222,9 @@ SHAPES = ["--model", "shapes", "--steps", "3", "--device", "cpu"]
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
+def command(tmp_path, monkeypatch, minisd_command):
     monkeypatch.chdir(tmp_path)
-
-    def run(*argv):
-        try:
-            code = cli.main([str(each) for each in argv])
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return run
+    return minisd_command
 
 
 def files(folder):
