@@ -3,10 +3,11 @@
     conditional  eps = e(cond)
     cfg          eps = e(uncond) + scale (e(cond) - e(uncond))
     erase        eps = cfg - sum_i erase_scale_i (e(concept_i) - e(uncond))
+    sega         the same for the largest values of each e(concept_i) - e(uncond), after a warm-up, with momentum
 
-Sources: Ho & Salimans 2022 (arXiv 2207.12598); erase is the negation of Liu et al. 2022 (arXiv 2206.01714). All groups
-of rows go through the UNet in one call, group-major with the conditional group LAST, because an AttentionEdit addresses
-the last rows of the batch. The UNet is any callable
+Sources: Ho & Salimans 2022 (arXiv 2207.12598); erase is the negation of Liu et al. 2022 (arXiv 2206.01714), sega
+follows Brack et al. 2023 (arXiv 2301.12247). All groups of rows go through the UNet in one call, group-major with the
+conditional group LAST, because an AttentionEdit addresses the last rows of the batch. The UNet is any callable
 
     unet(x (B, 4, h, w), t (0-d tensor), context (G*B, L, D), edits) -> eps (G*B, 4, h, w)
 """
@@ -60,14 +61,7 @@ def erase(
 
     concepts: (n, L, D), each row for every latent.  erase_scale: w, one weight for all concepts or one each.
     """
-    if concepts.ndim != 3:
-        raise ValueError(f"concepts has shape {tuple(concepts.shape)}, expected (n, L, D): one row per concept")
-    weights = torch.as_tensor(erase_scale, dtype=torch.float64)
-    if weights.shape not in ((), (len(concepts),)):
-        raise ValueError(f"erase_scale is {erase_scale!r}, expected one weight or one per concept ({len(concepts)})")
-    weights = weights.expand(len(concepts)).tolist()
-    groups = [("uncond", uncond), *(("concepts", row[None]) for row in concepts), ("cond", cond)]
-    call = _grouped(unet, groups, edits)
+    call, weights = _with_concepts(unet, uncond, cond, concepts, erase_scale, edits)
 
     def predict(x, step):
         u, *concept_eps, c = call(x, step)
@@ -77,6 +71,65 @@ def erase(
         return eps
 
     return predict
+
+
+def sega(
+    unet,
+    uncond: Tensor | Sequence[Tensor],
+    cond: Tensor,
+    concepts: Tensor,
+    scale: float = 7.5,
+    erase_scale: float | Sequence[float] = 5.0,
+    threshold: float = 0.9,
+    warmup: int = 10,
+    momentum: float = 0.1,
+    beta: float = 0.4,
+    edits: Edits | None = None,
+) -> Predict:
+    """Semantic guidance (Brack et al. 2023): as `erase`, but only where a concept shows most, late, with momentum.
+
+        d_i = -w_i (e_i - u), set to 0 where |d_i| is below its quantile `threshold` over the positions of each channel
+        g   = sum_i d_i + momentum v;    v <- beta v + (1 - beta) g        (v = 0 on the first step that runs)
+        eps = u + scale (c - u) + g,     without g while step.index < warmup, in which v already gathers
+
+    warmup counts in the full schedule, as step.index does. A negative weight leads towards a concept.
+    """
+    call, weights = _with_concepts(unet, uncond, cond, concepts, erase_scale, edits)
+    if not (0 <= threshold <= 1 and 0 <= beta <= 1):
+        raise ValueError(f"threshold is {threshold!r} and beta {beta!r}, expected 0 to 1 for both")
+    v, last = None, 0
+
+    def predict(x, step):
+        nonlocal v, last
+        u, *concept_eps, c = call(x, step)
+        if v is None or step.index <= last:  # a new run
+            v = torch.zeros_like(u, dtype=torch.promote_types(u.dtype, torch.float32))
+        last = step.index
+        g = momentum * v
+        for w, e in zip(weights, concept_eps):
+            d = (-w * (e - u)).to(v)
+            g = g + torch.where(d.abs() >= _quantile(d.abs(), threshold), d, 0)
+        v = beta * v + (1 - beta) * g
+        eps = u + scale * (c - u)
+        return (eps + g).to(eps) if step.index >= warmup else eps
+
+    return predict
+
+
+def _quantile(x: Tensor, q: float) -> Tensor:
+    """The q-quantile over the positions of each row and channel, (B, C, h, w) -> (B, C, 1, 1)."""
+    return x.flatten(2).quantile(q, dim=2)[:, :, None, None]
+
+
+def _with_concepts(unet, uncond, cond, concepts: Tensor, erase_scale, edits: Edits | None):
+    """A call(x, step) -> eps of uncond, of each concept and of cond, in one UNet call; and the concepts' weights."""
+    if concepts.ndim != 3:
+        raise ValueError(f"concepts has shape {tuple(concepts.shape)}, expected (n, L, D): one row per concept")
+    weights = torch.as_tensor(erase_scale, dtype=torch.float64)
+    if weights.shape not in ((), (len(concepts),)) or not weights.isfinite().all():
+        raise ValueError(f"erase_scale is {erase_scale!r}, expected one weight or one per concept ({len(concepts)})")
+    groups = [("uncond", uncond), *(("concepts", row[None]) for row in concepts), ("cond", cond)]
+    return _grouped(unet, groups, edits), weights.expand(len(concepts)).tolist()
 
 
 def _grouped(unet, groups: list[tuple[str, Tensor | Sequence[Tensor]]], edits: Edits | None):

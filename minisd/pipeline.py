@@ -153,7 +153,7 @@ class StableDiffusion:
         """
         prompts = as_list(prompt)
         plan = make_sampler(sampler, self.schedule, steps)
-        predict = self._guided(prompts, negative_prompt, guidance, num_images)
+        predict = cfg(self.unet, *self.condition(prompts, negative_prompt, guidance, num_images), guidance)
         x = self._noise_for(len(prompts) * num_images, seed, latents, height, width)
         return self.decode(denoise_shown(x, plan, predict, on_step, progress))
 
@@ -183,7 +183,7 @@ class StableDiffusion:
         prompts = as_list(prompt)
         plan = make_sampler(sampler, self.schedule, steps)
         plan = replace(plan, skip=strength_to_skip(steps, strength))
-        predict = self._guided(prompts, negative_prompt, guidance, num_images)
+        predict = cfg(self.unet, *self.condition(prompts, negative_prompt, guidance, num_images), guidance)
         pictures = self.pixels(image, height, width)
         if len(pictures) not in (1, len(prompts)):
             raise ValueError(f"got {len(pictures)} pictures for {len(prompts)} prompts, expected one or one for each")
@@ -194,8 +194,8 @@ class StableDiffusion:
         z = _per_image(self.encode_image(pictures), len(prompts), num_images)
         return self.decode(denoise_shown(plan.start(z, noise), plan, predict, on_step, progress))
 
-    def _guided(self, prompts: list[str], negative_prompt, guidance: float, num_images: int):
-        """The noise predictor of all pictures, those of one prompt standing together."""
+    def condition(self, prompts: list[str], negative_prompt, guidance: float, num_images: int = 1):
+        """(uncond, cond), the embeddings of all pictures, (B, 77, D) each, those of one prompt standing together."""
         negatives = as_list(negative_prompt)
         if not prompts or len(negatives) not in (1, len(prompts)):
             raise ValueError(
@@ -206,10 +206,7 @@ class StableDiffusion:
             raise ValueError(f"guidance is {guidance!r}, expected a finite number (1: no guidance)")
         if not (isinstance(num_images, Integral) and num_images >= 1):
             raise ValueError(f"num_images is {num_images!r}, expected a whole number, at least 1")
-        uncond, cond = (
-            _per_image(self.encode_prompt(texts), len(prompts), num_images) for texts in (negatives, prompts)
-        )
-        return cfg(self.unet, uncond, cond, guidance)
+        return [_per_image(self.encode_prompt(texts), len(prompts), num_images) for texts in (negatives, prompts)]
 
     def _noise_for(self, batch: int, seed, latents, height, width) -> Tensor:
         """The given latents, or else the seed's noise, (batch, C, h, w)."""

@@ -39,7 +39,9 @@ ALLOWED = {
     "editing": PIPELINE | {"editing"},
     "export": CHECKPOINT | {"images"},
     "check": PIPELINE,
-    "cli": PIPELINE | {"visualize", "editing", "trace", "cli_edit", "cli_models", ""},  # "": minisd itself, for __version__
+    # "": minisd itself, for __version__
+    "cli": PIPELINE | {"visualize", "editing", "trace", "cli_blend", "cli_edit", "cli_models", ""},
+    "cli_blend": PIPELINE | {"editing", "cli"},
     "cli_edit": PIPELINE | {"visualize", "editing", "cli"},  # the same layer, in a file of its own
     "cli_models": PIPELINE | {"export", "check"},
     "__main__": {"cli"},

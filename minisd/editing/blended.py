@@ -1,0 +1,201 @@
+"""Blended latent diffusion: redraw the white part of a mask after a prompt, and keep the rest of the picture.
+
+Before the UNet sees the latent x, at every step, all of it outside the mask becomes the picture's own latent z0 at that
+step's noise level, with the same noise every time; after the last step, z0 itself:
+
+    x  <-  m x + (1 - m) (alpha z0 + sigma noise),        m (B, 1, h, w) in {0, 1}
+
+This keeps the latents outside the mask, not the pixels: the decoder's convolutions, and the attention in its middle,
+mix all positions. So the decoded picture is then pasted through the mask into the picture that was given.
+
+Source: Avrahami et al. 2023, "Blended Latent Diffusion" (arXiv 2206.02779), algorithm 1. The paper, too, goes back to
+pixels in the end, by fitting the decoder or by Poisson blending; pasting is exact.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ..guidance import cfg
+from ..images import read_picture, to_pil, to_rgb
+from ..pipeline import as_list, denoise_shown, make_sampler, strength_to_skip
+from ..samplers import Step
+from ..schedule import Level
+
+BACKGROUND_SEED = 2206_02779  # added to the seed: the background has other noise than the picture starts from
+
+
+def blend(
+    sd,
+    image,
+    mask,
+    prompt: str | Sequence[str],
+    strength: float = 0.95,
+    *,
+    negative_prompt: str | Sequence[str] = "",
+    steps: int = 25,
+    guidance: float = 7.5,
+    sampler: str = "dpm++",
+    seed: int | Sequence[int] = 0,
+    height: int | None = None,
+    width: int | None = None,
+    feather: int = 0,
+    paste_back: bool = True,
+    on_step: Callable[[Tensor, Step], Tensor | None] | None = None,
+    progress: bool = True,
+) -> list[Image.Image]:
+    """Redraw the white part of a mask after a prompt; outside it the pixels are the input's, bit for bit.
+
+    image, prompt: as in `sd.img2img`. mask: what `read_mask` takes, of the picture's proportions; resized by taking the
+    nearest. Of pictures, masks and prompts there may be one for all or one for each. strength: the last
+    int(steps * strength) steps are run; if there are none, the picture itself is returned. height, width: resize the
+    picture to that; without them the result has the picture's own size, whatever it is. feather: inside the mask, the
+    edge fades over that many pixels. paste_back: False returns what was decoded, in which no pixel is the input's.
+    on_step sees the latent with its background. The rest is as in `sd.txt2img`. ValueError for what does not fit.
+    """
+    prompts, masks = as_list(prompt), [read_mask(each) for each in (mask if isinstance(mask, list) else [mask])]
+    plan = make_sampler(sampler, sd.schedule, steps)
+    plan = replace(plan, skip=strength_to_skip(steps, strength))
+    if not (isinstance(feather, int) and feather >= 0):
+        raise ValueError(f"feather is {feather!r}, expected a whole number of pixels, at least 0")
+    predict = cfg(sd.unet, *sd.condition(prompts, negative_prompt, guidance), guidance)
+
+    x0 = sd.pixels(image, height, width)
+    given = to_pil(x0)
+    if not isinstance(image, Tensor):
+        given = [to_rgb(each) for each in (image if isinstance(image, (list, tuple)) else [image])]
+    check_proportions([each.size for each in given], masks)
+    pictures = given if height is None and width is None else to_pil(x0)
+    rows = max(len(pictures), len(masks), len(prompts))
+    if not all(len(each) in (1, rows) for each in (pictures, masks, prompts)):
+        got = f"{len(pictures)} pictures, {len(masks)} masks and {len(prompts)} prompts"
+        raise ValueError(f"got {got}, expected one for all or one for each")
+    pictures, masks = (each * (rows // len(each)) for each in (pictures, masks))
+    if len(plan) == 0:
+        return pictures
+
+    m = torch.cat([latent_mask(each, *sd.latent_size(*x0.shape[2:])) for each in masks]).to(sd.device)
+    z0 = sd.encode_image(x0)
+    start, behind = noises(sd, seed, rows, *x0.shape[2:])
+    background = Background(z0, behind, m)
+
+    def after(x, step):
+        x = background(x, step.next)
+        new = None if on_step is None else on_step(x, step)
+        return x if new is None else new
+
+    first = next(iter(plan)).now
+    x = background(plan.start(z0, start), first)
+    x = denoise_shown(x, plan, predict, after, progress)
+    drawn = sd.decode(background(x, Level(1.0, 0.0)))
+    if not paste_back:
+        return drawn
+    return [paste(*each, feather) for each in zip(pictures, drawn, masks)]
+
+
+@dataclass(frozen=True)
+class Background:
+    """background(x, level): x where the mask is white, elsewhere z0 at that noise level, always with the same noise.
+
+    x <- m x + (1 - m) (alpha z0 + sigma noise);  z0, noise: (1 or B, C, h, w), mask: (1 or B, 1, h, w) bool.
+    """
+
+    z0: Tensor
+    noise: Tensor
+    mask: Tensor
+
+    def __call__(self, x: Tensor, level: Level) -> Tensor:
+        behind = level.alpha * self.z0.float() + level.sigma * self.noise.float()
+        return torch.where(self.mask, x, behind.to(x.dtype))
+
+
+def noises(sd, seed: int | Sequence[int], batch: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """The noise that the pictures start from, that of `sd.noise`, and the noise of their backgrounds."""
+    start = sd.noise(seed, batch, height, width)
+    seeds = seed if isinstance(seed, (list, tuple)) else [seed + i for i in range(batch)]
+    return start, sd.noise([(each + BACKGROUND_SEED) % 2**63 for each in seeds], batch, height, width)
+
+
+def read_mask(mask) -> np.ndarray:
+    """A mask as (H, W) bool, True where it is white, of a file, a PIL image, or an array or tensor.
+
+    Pictures of any mode are made grey, and white is 128 of 255 or more; an array (H, W) is bool, or 8-bit, or floats
+    from 0 to 1 (white from 0.5). ValueError for a mask that cannot be understood or has no white.
+    """
+    if isinstance(mask, (str, os.PathLike)):
+        read_picture(mask)  # says what is wrong with a file
+        with Image.open(mask) as file:
+            return read_mask(file)
+    if isinstance(mask, Image.Image):
+        if mask.has_transparency_data and mask.convert("RGBA").getextrema()[3][0] < 255:
+            raise ValueError("the mask is transparent in places: expected black and white alone, without transparency")
+        white = np.asarray(to_rgb(mask).convert("L")) >= 128
+    else:
+        white = read_array(mask.detach().cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask))
+    if not white.any():
+        raise ValueError("the mask has no white, so nothing would be redrawn: white is redrawn, black is kept")
+    return white
+
+
+def read_array(values: np.ndarray) -> np.ndarray:
+    """An array as a mask (H, W) bool; leading axes of length 1 are left out."""
+    if values.ndim < 2 or values[(0,) * (values.ndim - 2)].size != values.size or not values.size:
+        raise ValueError(f"the mask is an array of shape {values.shape}, expected (height, width)")
+    values = values.reshape(values.shape[-2:])
+    if values.dtype == bool:
+        return values
+    top = {"u1": 255, "f4": 1, "f8": 1, "f2": 1}.get(values.dtype.str[1:])
+    if top is None or not (values.min() >= 0 and values.max() <= top) or (top == 255 and values.max() == 1):
+        got = f"{values.dtype} from {values.min()} to {values.max()}"
+        raise ValueError(f"the mask is an array of {got}, expected bool, uint8 from 0 to 255, or floats from 0 to 1")
+    return values >= (128 if top == 255 else 0.5)
+
+
+def check_proportions(sizes: list[tuple[int, int]], masks: list[np.ndarray]) -> None:
+    """ValueError unless the pictures have one size, and each mask its proportions (to within a pixel of the mask)."""
+    if len(set(sizes)) > 1:
+        raise ValueError(f"got pictures of the sizes {sorted(set(sizes))}, expected one size")
+    width, height = sizes[0]
+    for h, w in (mask.shape for mask in masks):
+        if abs(w * height - h * width) > max(width, height):
+            got = f"the mask has {w} x {h} pixels, the picture {width} x {height}"
+            raise ValueError(f"{got}, expected the same proportions")
+
+
+def resized(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The mask with that many pixels, each the nearest of the given ones."""
+    return np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
+
+
+def latent_mask(mask: np.ndarray, h: int, w: int) -> Tensor:
+    """m (1, 1, h, w) bool. ValueError if the white is so thin that none is left."""
+    m = torch.from_numpy(resized(mask, h, w).copy())
+    if not m.any():
+        raise ValueError(
+            f"the mask's white is too thin: nothing is left of it on the {w} x {h} grid of the latents; "
+            f"expected areas of {mask.shape[1] / w:.0f} x {mask.shape[0] / h:.0f} of its pixels and more"
+        )
+    return m[None, None]
+
+
+def paste(picture: Image.Image, drawn: Image.Image, mask: np.ndarray, feather: int = 0) -> Image.Image:
+    """The drawn picture where the mask is white, the picture's own pixels outside; each resized to the picture.
+
+    At d pixels inside the mask's edge (1: the outermost) the share of the drawn picture is min(1, d / (feather + 1)).
+    """
+    width, height = picture.size
+    if drawn.size != picture.size:
+        drawn = drawn.resize(picture.size, Image.Resampling.LANCZOS)
+    share = torch.from_numpy(resized(mask, height, width).astype(np.float64))[None]
+    inside = [share]
+    for _ in range(feather):  # the mask less one more layer of its outline; the picture's border is none
+        inside.append(-F.max_pool2d(-inside[-1], 3, stride=1, padding=1))
+    share = torch.stack(inside).mean(dim=0)[0, :, :, None].numpy()
+    own = np.asarray(picture, np.float64)
+    return Image.fromarray((own + share * (np.asarray(drawn, np.float64) - own)).round().astype(np.uint8))

@@ -1,0 +1,73 @@
+"""Concept erasure: draw a prompt, or redraw a picture after it, with guidance away from what is named.
+
+    eps = u + s (c - u) - sum_i w_i (e_i - u)
+
+u, c and e_i are the UNet's answers to the empty (or negative) prompt, the prompt and each concept, from one call with
+2 + n rows a picture. `guide` says how they are joined: `erase` is the formula above, `sega` picks out the few latent
+values in which a concept shows most (both in guidance.py).
+
+Sources: Liu et al. 2022 (arXiv 2206.01714), negation; Gandikota et al. 2023 (arXiv 2303.07345) aim at the same eps by
+fine-tuning; Brack et al. 2023 (SEGA, arXiv 2301.12247).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from PIL import Image
+from torch import Tensor
+
+from ..guidance import Predict, erase
+from ..images import to_pil
+from ..pipeline import as_list, denoise_shown, make_sampler, strength_to_skip
+from ..samplers import Step
+
+
+def erase_concepts(
+    sd,
+    image,
+    prompt: str | Sequence[str],
+    concepts: str | Sequence[str],
+    strength: float | None = None,
+    erase_scale: float | Sequence[float] = 10.0,
+    *,
+    negative_prompt: str | Sequence[str] = "",
+    steps: int = 50,
+    guidance: float = 7.5,
+    sampler: str = "dpm++",
+    seed: int | Sequence[int] = 0,
+    height: int | None = None,
+    width: int | None = None,
+    guide: Callable[..., Predict] = erase,
+    on_step: Callable[[Tensor, Step], Tensor | None] | None = None,
+    progress: bool = True,
+) -> list[Image.Image]:
+    """Draw prompt(s) without some concepts, from noise (image None) or from picture(s) noised to `strength` of the way.
+
+    concepts: what to leave out, for all prompts. strength: 0 to 1, without it 0.3; the last int(steps * strength) steps
+    are run, and if there are none the picture itself is returned. erase_scale: w, one weight for all concepts or one
+    each; with a negative one a concept is added instead. guide: `erase`, `sega` or partial(sega, threshold=0.8, ...),
+    called as guide(unet, uncond, cond, concepts, guidance, erase_scale). The rest is as in `sd.txt2img` and
+    `sd.img2img`. ValueError for what does not fit.
+    """
+    prompts, concepts = as_list(prompt), as_list(concepts)
+    if not concepts:
+        raise ValueError("got no concepts, expected at least one text that says what to leave out")
+    plan = make_sampler(sampler, sd.schedule, steps)
+    if image is not None:
+        plan = replace(plan, skip=strength_to_skip(steps, 0.3 if strength is None else strength))
+    elif strength is not None:
+        raise ValueError(f"strength is {strength!r}, but there is no picture that it could say how far to leave")
+    uncond, cond = sd.condition(prompts, negative_prompt, guidance)
+    predict = guide(sd.unet, uncond, cond, sd.encode_prompt(concepts), guidance, erase_scale)
+
+    if image is None:
+        x = sd.noise(seed, len(prompts), height, width)
+    else:
+        pictures = sd.pixels(image, height, width)
+        rows = max(len(pictures), len(prompts))
+        if not {len(pictures), len(prompts)} <= {1, rows}:
+            raise ValueError(f"got {len(pictures)} pictures for {len(prompts)} prompts, expected one or one for each")
+        if len(plan) == 0:
+            return to_pil(pictures.expand(rows, -1, -1, -1))
+        x = plan.start(sd.encode_image(pictures), sd.noise(seed, rows, *pictures.shape[2:]))
+    return sd.decode(denoise_shown(x, plan, predict, on_step, progress))

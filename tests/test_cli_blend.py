@@ -1,0 +1,110 @@
+"""`minisd blend` and `minisd erase`: what they draw and write, and how they fail."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+import minisd
+from minisd import cli
+
+TINY = ["--model", "tiny", "--steps", "3", "--device", "cpu", "--seed", "4"]
+PICTURE = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+MASK = np.zeros((24, 40), np.uint8)
+MASK[4:20, 8:30] = 255
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "tiny"
+    tiny.save(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(original, tmp_path, monkeypatch):
+    (tmp_path / "tiny").symlink_to(original)
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(PICTURE).save("in.png")
+    Image.fromarray(MASK).save("mask.png")
+    Image.new("L", (40, 24)).save("black.png")
+    Image.new("L", (24, 40), "white").save("tall.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "in.png").read_bytes()[:500])
+    return tmp_path
+
+
+@pytest.fixture
+def command(capsys):
+    """Run the command in this process -> exit code, stdout, stderr."""
+
+    def run(*argv):
+        try:
+            code = cli.main([str(each) for each in argv])
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def pixels(image):
+    return np.asarray(Image.open(image) if isinstance(image, str) else image)
+
+
+def test_blend(command):
+    assert command("blend", "in.png", "mask.png", "a cat", "--feather", "1", "-o", "b.png", *TINY)[:2] == (0, "b.png\n")
+    sd, image = minisd.load("tiny", device="cpu"), Image.fromarray(PICTURE)
+    [expected] = minisd.blend(sd, image, "mask.png", "a cat", steps=3, seed=4, feather=1, progress=False)
+    assert (pixels("b.png") == pixels(expected)).all()
+    assert (pixels("b.png")[MASK == 0] == PICTURE[MASK == 0]).all() and (pixels("b.png") != PICTURE).any()
+    code, about, _ = command("info", "b.png")
+    line = "minisd blend in.png mask.png 'a cat' --feather 1 -o b.png " + " ".join(TINY)
+    assert code == 0 and about.splitlines()[-1] == line
+    assert "mask:            mask.png" in about and "image_sha256:" in about and "mask_sha256:" in about
+    command("blend", "in.png", "mask.png", "a cat", "--no-paste-back", "--strength", "1", "-o", "bare.png", *TINY)
+    assert (pixels("bare.png")[MASK == 0] != PICTURE[MASK == 0]).any(axis=-1).mean() > 0.9
+
+
+def test_blend_with_traces(command, here):
+    assert command("blend", "in.png", "mask.png", "a", "--trace", "steps", "-o", "b.png", *TINY)[0] == 0
+    names = sorted(path.name[:9] for path in (here / "steps").glob("step_*.png"))
+    assert names == ["step_0001", "step_0002"]  # strength 0.95 of 3 steps
+
+
+def test_erase(command):
+    options = ["--image", "in.png", "--strength", "0.7", "--erase-scale", "4,-2", "--sega"]
+    assert command("erase", "a cat", "a hat", "a mat", *options, "-o", "e.png", *TINY)[:2] == (0, "e.png\n")
+    sd = minisd.load("tiny", device="cpu")
+    run = partial(minisd.erase_concepts, sd, steps=3, seed=4, progress=False)
+    [expected] = run(
+        Image.fromarray(PICTURE), "a cat", ["a hat", "a mat"], 0.7, [4, -2], guide=minisd.sega
+    )
+    assert (pixels("e.png") == pixels(expected)).all()
+    code, about, _ = command("info", "e.png")
+    assert code == 0 and "image:           in.png" in about
+    assert about.splitlines()[-1].startswith("minisd erase 'a cat' 'a hat' 'a mat' --image in.png --strength 0.7")
+    assert command("erase", "a cat", "a hat", "--size", "40x24", "-o", "n.png", *TINY)[0] == 0
+    assert (pixels("n.png") == pixels(run(None, "a cat", "a hat", height=24, width=40)[0])).all()
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["blend", "in.png", "black.png", "a"], "the mask has no white"),
+    (["blend", "in.png", "tall.png", "a"], "the mask has 24 x 40 pixels, the picture 40 x 24"),
+    (["blend", "in.png", "none.png", "a"], "none.png"),
+    (["blend", "cut.png", "mask.png", "a"], "cut.png cannot be read as a picture"),
+    (["blend", "in.png", "cut.png", "a"], "cut.png cannot be read as a picture"),
+    (["blend", "in.png", "mask.png", "a", "--strength", "2"], "strength is 2.0, expected 0"),
+    (["blend", "in.png", "mask.png", "a", "--feather", "-1"], "feather is -1"),
+    (["erase", "a"], "the following arguments are required: concept"),
+    (["erase", "a", "b", "--strength", "0.5"], "strength is 0.5, but there is no picture"),
+    (["erase", "a", "b", "--erase-scale", "1,2"], "erase_scale is [1.0, 2.0], expected one weight or one per"),
+    (["erase", "a", "b", "--erase-scale", "much"], "invalid weights value: 'much'"),
+    (["erase", "a", "b", "--image", "mask"], "mask"),
+])  # fmt: skip
+def test_errors_are_one_line_and_nothing_is_written(command, here, arguments, message):
+    before = sorted(here.iterdir())
+    code, out, err = command(*arguments, *TINY, "-o", "x.png")
+    assert code == 2 and out == "" and len(err.splitlines()) <= 2 and message in err.splitlines()[-1]
+    assert sorted(here.iterdir()) == before
