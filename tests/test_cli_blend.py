@@ -4,11 +4,9 @@ from functools import partial
 
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
 
 import minisd
-from minisd import cli
 
 TINY = ["--model", "tiny", "--steps", "3", "--device", "cpu", "--seed", "4"]
 PICTURE = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
@@ -16,76 +14,51 @@ MASK = np.zeros((24, 40), np.uint8)
 MASK[4:20, 8:30] = 255
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cli") / "tiny"
-    tiny.save(folder)
-    return folder
-
-
 @pytest.fixture(autouse=True)
-def here(original, tmp_path, monkeypatch):
-    (tmp_path / "tiny").symlink_to(original)
-    monkeypatch.chdir(tmp_path)
+def files(here):
     Image.fromarray(PICTURE).save("in.png")
     Image.fromarray(MASK).save("mask.png")
     Image.new("L", (40, 24)).save("black.png")
     Image.new("L", (24, 40), "white").save("tall.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "in.png").read_bytes()[:500])
-    return tmp_path
-
-
-@pytest.fixture
-def command(capsys):
-    """Run the command in this process -> exit code, stdout, stderr."""
-
-    def run(*argv):
-        try:
-            code = cli.main([str(each) for each in argv])
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return run
+    (here / "cut.png").write_bytes((here / "in.png").read_bytes()[:500])
 
 
 def pixels(image):
     return np.asarray(Image.open(image) if isinstance(image, str) else image)
 
 
-def test_blend(command):
-    assert command("blend", "in.png", "mask.png", "a cat", "--feather", "1", "-o", "b.png", *TINY)[:2] == (0, "b.png\n")
+def test_blend(minisd_command):
+    given = ["blend", "in.png", "mask.png", "a cat"]
+    assert minisd_command(*given, "--feather", "1", "-o", "b.png", *TINY)[:2] == (0, "b.png\n")
     sd, image = minisd.load("tiny", device="cpu"), Image.fromarray(PICTURE)
     [expected] = minisd.blend(sd, image, "mask.png", "a cat", steps=3, seed=4, feather=1, progress=False)
     assert (pixels("b.png") == pixels(expected)).all()
     assert (pixels("b.png")[MASK == 0] == PICTURE[MASK == 0]).all() and (pixels("b.png") != PICTURE).any()
-    code, about, _ = command("info", "b.png")
+    code, about, _ = minisd_command("info", "b.png")
     line = "minisd blend in.png mask.png 'a cat' --feather 1 -o b.png " + " ".join(TINY)
     assert code == 0 and about.splitlines()[-1] == line
     assert "mask:            mask.png" in about and "image_sha256:" in about and "mask_sha256:" in about
-    command("blend", "in.png", "mask.png", "a cat", "--no-paste-back", "--strength", "1", "-o", "bare.png", *TINY)
+    minisd_command(*given, "--no-paste-back", "--strength", "1", "-o", "bare.png", *TINY)
     assert (pixels("bare.png")[MASK == 0] != PICTURE[MASK == 0]).any(axis=-1).mean() > 0.9
 
 
-def test_blend_with_traces(command, here):
-    assert command("blend", "in.png", "mask.png", "a", "--trace", "steps", "-o", "b.png", *TINY)[0] == 0
+def test_blend_with_traces(minisd_command, here):
+    assert minisd_command("blend", "in.png", "mask.png", "a", "--trace", "steps", "-o", "b.png", *TINY)[0] == 0
     names = sorted(path.name[:9] for path in (here / "steps").glob("step_*.png"))
     assert names == ["step_0001", "step_0002"]  # strength 0.95 of 3 steps
 
 
-def test_erase(command):
+def test_erase(minisd_command):
     options = ["--image", "in.png", "--strength", "0.7", "--erase-scale", "4,-2", "--sega"]
-    assert command("erase", "a cat", "a hat", "a mat", *options, "-o", "e.png", *TINY)[:2] == (0, "e.png\n")
+    assert minisd_command("erase", "a cat", "a hat", "a mat", *options, "-o", "e.png", *TINY)[:2] == (0, "e.png\n")
     sd = minisd.load("tiny", device="cpu")
     run = partial(minisd.erase_concepts, sd, steps=3, seed=4, progress=False)
-    [expected] = run(
-        Image.fromarray(PICTURE), "a cat", ["a hat", "a mat"], 0.7, [4, -2], guide=minisd.sega
-    )
+    [expected] = run(Image.fromarray(PICTURE), "a cat", ["a hat", "a mat"], 0.7, [4, -2], guide=minisd.sega)
     assert (pixels("e.png") == pixels(expected)).all()
-    code, about, _ = command("info", "e.png")
+    code, about, _ = minisd_command("info", "e.png")
     assert code == 0 and "image:           in.png" in about
     assert about.splitlines()[-1].startswith("minisd erase 'a cat' 'a hat' 'a mat' --image in.png --strength 0.7")
-    assert command("erase", "a cat", "a hat", "--size", "40x24", "-o", "n.png", *TINY)[0] == 0
+    assert minisd_command("erase", "a cat", "a hat", "--size", "40x24", "-o", "n.png", *TINY)[0] == 0
     assert (pixels("n.png") == pixels(run(None, "a cat", "a hat", height=24, width=40)[0])).all()
 
 
@@ -103,8 +76,8 @@ def test_erase(command):
     (["erase", "a", "b", "--erase-scale", "much"], "invalid weights value: 'much'"),
     (["erase", "a", "b", "--image", "mask"], "mask"),
 ])  # fmt: skip
-def test_errors_are_one_line_and_nothing_is_written(command, here, arguments, message):
+def test_errors_are_one_line_and_nothing_is_written(minisd_command, here, arguments, message):
     before = sorted(here.iterdir())
-    code, out, err = command(*arguments, *TINY, "-o", "x.png")
+    code, out, err = minisd_command(*arguments, *TINY, "-o", "x.png")
     assert code == 2 and out == "" and len(err.splitlines()) <= 2 and message in err.splitlines()[-1]
     assert sorted(here.iterdir()) == before
