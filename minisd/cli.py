@@ -117,7 +117,7 @@ def add_drawing_options(parser, size_help):
     add("-o", "--output", default=".", metavar="PATH", help="a .png file (-n 2: name-0.png, name-1.png), or a folder")
     add("--trace", metavar="DIR", type=new_folder, help="write a picture after each step there, and animations of them")
     add("--trace-every", metavar="N", type=positive, help="only after each N-th step and the last")
-    add("--trace-preview", action="store_true", help="pictures by a linear map of the latents: coarse, but at no cost")
+    add("--trace-preview", action="store_true", help="pictures by a linear map of the latents: coarse, but quick")
     add("--trace-format", choices=ANIMATIONS, help='of the animations; without it, webp; mp4 needs the extra "video"')
 
 

@@ -9,6 +9,7 @@ A view is a function z (B, C, h, w) -> B pictures: `sd.decode`, the linear map o
 """
 
 from collections.abc import Callable, Collection, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,8 +42,8 @@ class Trace:
     def __init__(
         self, sd, every: int | Collection[int] = 1, folder: str | Path | None = None, view: View | None = None
     ):
-        if isinstance(every, int) and every < 1:
-            raise ValueError(f"every is {every}, expected at least 1, or the indices of steps")
+        if not (every >= 1 if isinstance(every, Integral) else isinstance(every, Collection)):
+            raise ValueError(f"every is {every!r}, expected a whole number, at least 1, or the indices of steps")
         self.sd, self.every, self.folder, self.view = sd, every, folder, sd.decode if view is None else view
         self.steps: list[Step] = []
         self.latents: list[Tensor] = []
@@ -59,7 +60,7 @@ class Trace:
         return x
 
     def wants(self, step: Step) -> bool:
-        if not isinstance(self.every, int):
+        if not isinstance(self.every, Integral):
             return step.index in self.every
         return (step.index + 1) % self.every == 0 or step.next.sigma <= self.sd.schedule.clean.sigma
 
@@ -104,7 +105,7 @@ def fit_preview(sd, images=None) -> Preview:
     z = sd.encode_image(rectangles(8, 16 * sd.vae.factor) if images is None else images)
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
     x = torch.cat([z, (z + 3**0.5 * noise) / 2])
-    rgb = F.avg_pool2d(sd.decode(x, as_tensor=True), sd.vae.factor)  # (B, 3, h, w)
+    rgb = F.avg_pool2d(sd.decode(x, as_tensor=True).float(), sd.vae.factor)  # (B, 3, h, w)
     x, rgb = x.double().cpu(), rgb.double().cpu()
     around = F.unfold(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3)  # (B, C * 9, h * w)
     A = F.pad(around.transpose(1, 2).flatten(0, 1), (0, 1), value=1.0)  # (B * h * w, C * 9 + 1)

@@ -66,8 +66,9 @@ def test_it_keeps_the_steps_that_are_named_as_copies_in_both_directions(sd):
     assert torch.equal(x, kept)
     x.zero_()
     assert torch.equal(trace.latents[-1], kept)
-    with pytest.raises(ValueError, match="every is 0, expected at least 1"):
-        Trace(sd, every=0)
+    for every in (0, 2.5):
+        with pytest.raises(ValueError, match=f"every is {every}, expected a whole number, at least 1"):
+            Trace(sd, every=every)
 
 
 def test_it_composes_with_everything_that_draws(sd):
@@ -145,7 +146,10 @@ def test_the_preview_is_the_least_squares_solution(sd):
     x = torch.cat([z, 0.5 * z + 0.75**0.5 * noise]).double()
     target = F.avg_pool2d(sd.decode(x, as_tensor=True).double(), 4)
     parts = [each.double().requires_grad_() for each in preview]
-    error = lambda: (F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), *parts) - target).pow(2).sum()  # noqa: E731
+    colours = lambda: F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), *parts)  # noqa: E731
+    error = lambda: (colours() - target).pow(2).sum()  # noqa: E731
+    expected = (255 * (colours().detach() / 2 + 0.5).clamp(0, 1)).permute(0, 2, 3, 1).numpy()
+    assert np.abs(np.stack([values(image) for image in preview(x)]) - expected).max() <= 0.51
     gradients = torch.autograd.grad(error(), parts)
     scale = target.pow(2).sum()
     assert all((gradient.abs() < 1e-4 * scale).all() for gradient in gradients)
