@@ -6,6 +6,7 @@ looser test would not see (epsilon of a GroupNorm, tanh GELU, swapped norms ...)
 
 import inspect
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -89,67 +90,75 @@ TEXTS = {
 }
 
 
-def unet_difference(config, size, scale=1.0):
-    """A UNet against the reference, 3 latents at 3 times; `scale` shrinks what enters and the first layer's bias."""
-    reference, ours = unet_pair(**config)
-    shrink(scale, reference.conv_in, reference.time_embedding.linear_2)
+# What makes the activations that the norms read: layers after a norm, and the biases of those that pass activations on.
+SIZE = re.compile(
+    r"(conv_in|conv1|conv2|time_emb_proj|proj_in|to_out\.0|net\.2|\w+_embedding|out_proj|fc2)\.(weight|bias)$"
+    r"|(conv_shortcut|samplers\.0\.conv|proj_out)\.bias$"
+)
+
+
+def shrink(scale, reference, ours):
+    """Make the activations `scale` times as large at every norm."""
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            if SIZE.search(name):
+                parameter.mul_(scale)
     ours.load_state_dict(reference.state_dict())
+
+
+def unet_case(config, size, scale=1.0):
+    """-> our UNet, and a function that runs it on 3 latents at 3 times and tells its difference from the reference."""
+    reference, ours = unet_pair(**config)
+    shrink(scale, reference, ours)
     torch.manual_seed(1)
-    x, context = scale * torch.randn(3, ours.config.in_channels, *size), torch.randn(3, 11, 24)
+    x, context = torch.randn(3, ours.config.in_channels, *size), torch.randn(3, 11, 24)
     t = torch.tensor([0, 499, 999])
     with torch.no_grad():
-        return difference(ours(x, t, context), reference(x, t, context).sample)
+        expected = reference(x, t, context).sample
+    return ours, torch.no_grad()(lambda: difference(ours(x, t, context), expected))
 
 
-def vae_difference(config, size=(24, 40), scale=1.0):
+def vae_case(config, size=(24, 40), scale=1.0):
     reference, ours = vae_pair(**config)
-    shrink(scale, reference.encoder.conv_in, reference.decoder.conv_in, reference.post_quant_conv)
-    ours.load_state_dict(reference.state_dict())
+    shrink(scale, reference, ours)
     torch.manual_seed(1)
-    x = scale * torch.randn(2, ours.config.in_channels, *size)
-    z = scale * torch.randn(2, ours.config.latent_channels, 5, 3)
+    x, z = torch.randn(2, ours.config.in_channels, *size), torch.randn(2, ours.config.latent_channels, 5, 3)
     with torch.no_grad():
         posterior = reference.encode(x).latent_dist
-        mean, logvar = ours.encode(x)
-        pairs = ((mean, posterior.mean), (logvar, posterior.logvar), (ours.decode(z), reference.decode(z).sample))
-        return max(difference(*pair) for pair in pairs)
+        expected = posterior.mean, posterior.logvar, reference.decode(z).sample
+    return ours, torch.no_grad()(lambda: max(map(difference, (*ours.encode(x), ours.decode(z)), expected)))
 
 
-def text_difference(config, scale=1.0):
+def text_case(config, scale=1.0):
     reference, ours = text_pair(**config)
-    shrink(scale, reference.embeddings.token_embedding, reference.embeddings.position_embedding)
-    ours.load_state_dict(reference.state_dict())
+    shrink(scale, reference, ours)
     ids = torch.randint(0, 99, (4, config.get("max_position_embeddings", 77)), generator=torch.Generator().manual_seed(1))
+    lengths = (1, 7, ids.shape[1])
     with torch.no_grad():
-        return max(
-            difference(ours(ids[:, :n]), reference(ids[:, :n]).last_hidden_state) for n in (1, 7, ids.shape[1])
-        )
-
-
-def shrink(scale, *layers):
-    with torch.no_grad():
-        for layer in layers:
-            for parameter in layer.parameters():
-                parameter.mul_(scale)
+        expected = [reference(ids[:, :n]).last_hidden_state for n in lengths]
+    return ours, torch.no_grad()(lambda: max(difference(ours(ids[:, :n]), e) for n, e in zip(lengths, expected)))
 
 
 @pytest.mark.parametrize("name", UNETS)
 def test_unet(name, record_property):
-    error = unet_difference(*UNETS[name])
+    _, run = unet_case(*UNETS[name])
+    error = run()
     record_property("UNet, tiny", error)
     assert error <= BAR
 
 
 @pytest.mark.parametrize("name", VAES)
 def test_vae(name, record_property):
-    error = vae_difference(VAES[name])
+    _, run = vae_case(VAES[name])
+    error = run()
     record_property("VAE, tiny", error)
     assert error <= BAR
 
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_text(name, record_property):
-    error = text_difference(TEXTS[name])
+    _, run = text_case(TEXTS[name])
+    error = run()
     record_property("CLIP, tiny", error)
     assert error <= BAR
 
@@ -211,24 +220,31 @@ MISTAKES = {  # name: comparison, what is broken, how
 }
 
 
-def small_difference(kind):
+def case(kind, scale):
     if kind == "unet":
-        return unet_difference(*UNETS["three levels, ragged latent"], scale=SMALL)
+        return unet_case(*UNETS["three levels, ragged latent"], scale=scale)
     if kind == "vae":
-        return vae_difference(VAES["depth 3"], scale=SMALL)
-    return text_difference(TEXTS["quick_gelu"], scale=SMALL)
+        return vae_case(VAES["depth 3"], scale=scale)
+    return text_case(TEXTS["quick_gelu"], scale=scale)
 
 
 @pytest.mark.parametrize("kind", ("unet", "vae", "text"))
-def test_small_activations(kind):
-    assert small_difference(kind) <= BAR
+def test_small_activations_show_the_eps_of_every_norm(kind):
+    ours, run = case(kind, SMALL)
+    assert run() <= BAR
+    norms = {name: module for name, module in ours.named_modules() if hasattr(module, "eps")}
+    assert len(norms) > 5
+    for name, norm in norms.items():
+        norm.eps *= 10
+        assert run() > 2 * BAR, name
+        norm.eps /= 10
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_seen(name, monkeypatch):
     kind, *broken = MISTAKES[name]
     monkeypatch.setattr(*broken)
-    assert small_difference(kind) > 2 * BAR
+    assert max(case(kind, scale)[1]() for scale in (1, SMALL)) > 2 * BAR
 
 
 # ---- reduced precision ---------------------------------------------------------------------------------------------
@@ -265,6 +281,17 @@ def test_reduced_precision(dtype):
 def check(ours, theirs, exact):
     assert ours.dtype == theirs.dtype and ours.isfinite().all()
     assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
+
+
+def test_the_log_variance_is_clamped():
+    reference, ours = vae_pair(**VAES["depth 3"])
+    with torch.no_grad():
+        reference.quant_conv.weight.mul_(100)
+        ours.load_state_dict(reference.state_dict())
+        x = torch.randn(2, 3, 24, 16, generator=torch.Generator().manual_seed(1))
+        _, logvar = ours.encode(x)
+        assert difference(logvar, reference.encode(x).latent_dist.logvar) <= BAR
+    assert (logvar.min(), logvar.max()) == (-30, 20)
 
 
 # ---- what is ours alone --------------------------------------------------------------------------------------------
