@@ -1,6 +1,6 @@
 """The `minisd` command: txt2img, img2img, info.
 
-cli_edit.py adds edit and heatmap, cli_blend.py blend and erase, cli_models.py what is about models.
+cli_edit.py adds edit and heatmap, cli_invert.py invert, cli_blend.py blend and erase, cli_models.py what is about models.
 
 torch is imported inside the commands, so that `minisd --help` and `minisd info picture.png` answer at once.
 """
@@ -90,9 +90,10 @@ def build_parser() -> Parser:
     about.add_argument("target", help="a PNG that minisd drew, or a model (as for --model; nothing is downloaded)")
     about.add_argument("--variant", help="weight files of that variant, e.g. fp16")
 
-    from . import cli_blend, cli_edit, cli_models
+    from . import cli_blend, cli_edit, cli_invert, cli_models
 
     cli_edit.add_commands(command)
+    cli_invert.add_commands(command)
     cli_blend.add_commands(command)
     cli_models.add_commands(command)
     return parser

@@ -13,6 +13,7 @@ from .cli import (
     tracing,
     write_png,
 )
+from .cli_invert import add_inversion_options, edit_options, read_image
 
 
 SITES = "in down, mid or up, on a grid (16x16), or with at most so many positions (256)"
@@ -35,7 +36,9 @@ def add_commands(command) -> None:
     add("--sites", metavar="WHERE", type=sites, help=f"only cross-attention sites {SITES}")
     add("--compat", choices=("google",), help="the token maps and step counts of the published code")
     add("--sheet", metavar="PATH", help="write source, seed-only baseline and edit side by side, a row for each target")
-    add_drawing_options(parser, size_help="size in pixels; without it the model's own")
+    add("--image", metavar="PATH", help="edit this picture, which SOURCE describes, or an inversion that was saved")
+    add_inversion_options(parser, otherwise="; with --image and without it, direct")
+    add_drawing_options(parser, size_help="size in pixels; without it the model's own, or that of --image")
     parser.set_defaults(steps=50, sampler="ddim", output=None)
 
     parser = command("heatmap", heatmap, "draw a picture, and where in it each word of the prompt is")
@@ -95,6 +98,7 @@ def edit(args) -> None:
     elif args.subtract:
         raise ValueError("--subtract: expected --local-blend with it, whose area it is taken from")
 
+    image = read_image(args)
     targets = args.target or [args.source]
     each = 1 + len(targets)
     pictures = [] if args.output is None and args.sheet else output_paths(args.output or ".", args.n * each)
@@ -107,6 +111,7 @@ def edit(args) -> None:
         seed = args.seed + i
         with tracing(args, sd, seed) as on_step:
             shared = drawing_options(args, seed) | {"on_step": on_step, "baseline": bool(sheets)}
+            shared |= edit_options(args, sd, image)
             drawn = edit_prompt(sd, args.source, *args.target, **shared, **options)
         images, baseline = drawn if sheets else (drawn, None)
         settings = {"arguments": shlex.join(args.argv)}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from .attention import IMPLEMENTATIONS, Attention
 from .blocks import Downsample, ResnetBlock, Upsample, repeat_rows
@@ -179,6 +180,8 @@ class Stage(nn.Module):
     `widths` are the input channels of each resnet. Down stages return what the up stages will concatenate.
     """
 
+    recompute = False  # see UNet.recompute
+
     def __init__(self, widths, channels, cross, heads, config, down=None, up=None):
         super().__init__()
         time_channels = 4 * config.block_out_channels[0]
@@ -191,7 +194,12 @@ class Stage(nn.Module):
         self.downsamplers = nn.ModuleList([] if down is None else [down])
         self.upsamplers = nn.ModuleList([] if up is None else [up])
 
-    def layer(self, i, x, emb, context, edits):
+    def layer(self, *arguments):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.compute, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return self.compute(*arguments)
+
+    def compute(self, i, x, emb, context, edits):
         x = self.resnets[i](x, emb)
         return self.attentions[i](x, context, edits) if self.attentions else x
 
@@ -286,6 +294,16 @@ class UNet(nn.Module):
             raise ValueError(f"attention must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
         for site in self._sites.values():
             site.impl = impl
+
+    @property
+    def recompute(self):
+        """Whether, under gradients, a layer keeps its input only and computes the rest again in the backward pass."""
+        return self.down_blocks[0].recompute
+
+    @recompute.setter
+    def recompute(self, value):
+        for stage in (*self.down_blocks, *self.up_blocks):
+            stage.recompute = value
 
     def sites(self, kind=None, max_tokens=None, size=None):
         """Names of the attention sites in forward order.

@@ -114,8 +114,10 @@ print(json.dumps({"weights": weights, "peak": memory("VmHWM") - before}))
 """
 
 
-def test_loading_takes_little_more_than_the_weights(tmp_path, record_property):
-    """A full-size folder of fp16 files, loaded as fp32 in a process of its own: peak resident memory < 1.3 x weights."""
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A full-size checkpoint of fp16 files in diffusers' layout."""
+    tmp_path = tmp_path_factory.mktemp("full")
     for part, name in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
         reference = build_reference(part.removesuffix("_encoder")).half()
         (tmp_path / part).mkdir()
@@ -125,9 +127,61 @@ def test_loading_takes_little_more_than_the_weights(tmp_path, record_property):
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(tiny.SCHEDULER))
     tiny.tokenizer_files(tmp_path / "tokenizer")
-    run = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path)], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    measured = json.loads(run.stdout)
+    return tmp_path
+
+
+def run(program, folder):
+    """What a program of its own process prints, JSON."""
+    done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_loading_takes_little_more_than_the_weights(folder, record_property):
+    """A folder of fp16 files, loaded as fp32 in a process of its own: peak resident memory < 1.3 x weights."""
+    measured = run(LOAD, folder)
     assert measured["weights"] == 4 * (859_520_964 + 83_653_863 + 123_060_480)
     record_property("loading, peak memory over weights", measured["peak"] / measured["weights"])
     assert measured["peak"] < 1.3 * measured["weights"]
+
+
+EDIT = """
+import json, sys, torch, minisd
+from minisd.editing.null_text import adam, differentiable
+
+def memory(key):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) * 1024
+
+sd = minisd.load(sys.argv[1], device="cpu", dtype="float32")
+loaded = memory("VmRSS")
+prompts = ["a cat on my mat", "a dog on my mat"]
+null, cond = sd.encode_prompt([""]), sd.encode_prompt(prompts)
+p2p = minisd.PromptToPrompt(sd, *prompts, steps=50)
+x, eps_c, target = torch.randn(3, 1, 4, 64, 64, generator=torch.Generator().manual_seed(0))
+step = next(iter(minisd.DDIM(sd.schedule, 50)))
+
+phi = null.clone()
+with differentiable(sd.unet, recompute=False):
+    [(rows, loss)] = adam(sd, x, step, phi, eps_c, target, 7.5, inner_steps=1, lr=1e-2, stop=1e-5)
+optimised = memory("VmHWM")
+with torch.no_grad():
+    pair = x.expand(2, -1, -1, -1)
+    out = step.update(pair, minisd.cfg(sd.unet, phi, cond, 7.5, p2p)(pair, step))
+moved = (phi - null).abs()
+print(json.dumps({
+    "loaded": loaded, "optimised": optimised, "edited": memory("VmHWM"), "loss": loss.item(),
+    "moved": [moved.max().item(), (moved > 0.009).float().mean().item()], "finite": out.isfinite().all().item(),
+    "differ": (out[0] - out[1]).abs().max().item(),
+}))
+"""
+
+
+def test_a_null_text_step_and_an_edit_step_fit_12_gb(folder, record_property):
+    """One inner step of Adam on the unconditional embedding and one guided step of prompt-to-prompt at 512 x 512."""
+    measured = run(EDIT, folder)
+    for name in ("loaded", "optimised", "edited"):
+        record_property(f"null-text and edit, GB resident, {name}", measured[name] / 1e9)
+    assert measured["edited"] < 12e9
+    assert measured["loss"] > 0 and measured["finite"] and measured["differ"] > 0
+    biggest, share = measured["moved"]  # the first step of Adam is lr wherever there is a gradient
+    assert 0.009 < biggest < 0.0101 and share > 0.9

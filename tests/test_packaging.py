@@ -40,9 +40,10 @@ ALLOWED = {
     "export": CHECKPOINT | {"images"},
     "check": PIPELINE,
     # "": minisd itself, for __version__
-    "cli": PIPELINE | {"visualize", "editing", "trace", "cli_blend", "cli_edit", "cli_models", ""},
+    "cli": PIPELINE | {"visualize", "editing", "trace", "cli_blend", "cli_edit", "cli_invert", "cli_models", ""},
     "cli_blend": PIPELINE | {"editing", "cli"},
-    "cli_edit": PIPELINE | {"visualize", "editing", "cli"},  # the same layer, in a file of its own
+    "cli_edit": PIPELINE | {"visualize", "editing", "cli", "cli_invert"},  # the same layer, in a file of its own
+    "cli_invert": PIPELINE | {"editing", "cli"},
     "cli_models": PIPELINE | {"export", "check"},
     "__main__": {"cli"},
     "__init__": set(),

@@ -1,0 +1,124 @@
+"""Null-text inversion: optimise the unconditional embedding of each step, so that guidance leads back to the picture.
+
+The trajectory of DDIM inversion without guidance, z*_T ... z*_0, is the pivot. From x = z*_T on, at step i
+
+    minimise over phi_i   | next(x, eps_u + w (eps_c - eps_u)) - z*_next |^2 (mean),   eps_u = e(phi_i), eps_c = e(cond)
+
+by a few steps of Adam from phi_(i-1), the first from the embedding of ""; then x <- next(x, ...) with what was found.
+Everything else is frozen. Gradients run through the one unconditional UNet call alone, from the first cross-attention
+on; eps_c is computed once per step, without. Mokady et al. 2022 (arXiv 2211.09794) and its published code:
+
+    learning rate 0.01 (1 - i / 100),  up to 10 inner steps,  stop when the loss before an update < 1e-5 + 2e-5 i
+
+which count in a schedule of 50 steps; with more than 50, i runs to the same ends: 50 i / steps stands in its place.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..samplers import DDIM, Step
+from .inversion import Inversion, embed
+
+BETA1, BETA2, TINY = 0.9, 0.999, 1e-8  # Adam's
+
+
+@torch.no_grad()
+def null_text(
+    sd,
+    inversion: Inversion,
+    guidance: float = 7.5,
+    *,
+    inner_steps: int = 10,
+    lr: float = 1e-2,
+    early_stop: float = 1e-5,
+    recompute: bool = False,
+    progress: bool = True,
+) -> Inversion:
+    """The inversion with an unconditional embedding for each picture and step, (steps, B, L, D), and its losses.
+
+    inversion: of `invert(..., trajectory=True)`. guidance: the scale of the edits to come, not 1, at which nothing is
+    unconditional. inner_steps: 0 leaves the embedding of "". recompute: keep one activation per layer and compute the
+    others again in the backward pass; takes a third more time, for large pictures. Attention runs as "sdpa" meanwhile.
+    The pictures are independent rows: each has its own Adam and stops by itself. ValueError for what does not fit.
+    """
+    inversion.check(sd)
+    if inversion.trajectory is None:
+        raise ValueError("null-text needs the trajectory: invert(..., trajectory=True)")
+    if guidance == 1:
+        raise ValueError("guidance is 1, at which the unconditional embedding has no effect: expected another scale")
+    if inner_steps < 0 or not lr > 0 or not early_stop >= 0:
+        raise ValueError(f"got inner_steps {inner_steps}, lr {lr} and early_stop {early_stop}, expected none negative")
+    path, steps, skip = inversion.trajectory.to(sd.device), inversion.steps, inversion.skip
+    cond = embed(sd, inversion.prompts)
+    phi = sd.encode_prompt([""]).float().repeat(len(cond), 1, 1)
+    uncond = phi.repeat(steps, 1, 1, 1)  # (steps, B, L, D)
+    losses = torch.full((steps, max(inner_steps, 1), len(cond)), torch.nan)
+
+    x = path[0]
+    with differentiable(sd.unet, recompute):
+        for step in tqdm(DDIM(sd.schedule, steps, skip), disable=not progress):
+            i = step.index * 50 / max(steps, 50)
+            eps_c = unet(sd, x, step, cond)
+            target = path[step.index + 1 - skip]
+            for inner, (rows, loss) in enumerate(
+                adam(sd, x, step, phi, eps_c, target, guidance, inner_steps, lr * (1 - i / 100), early_stop + 2e-5 * i)
+            ):
+                losses[step.index, inner, rows.cpu()] = loss.cpu()
+            uncond[step.index] = phi
+            eps_u = unet(sd, x, step, phi)
+            x = step.update(x, eps_u + guidance * (eps_c - eps_u))
+    return replace(inversion, method="null-text", guidance=float(guidance), uncond=uncond, losses=losses)
+
+
+def adam(
+    sd, x: Tensor, step: Step, phi: Tensor, eps_c: Tensor, target: Tensor, guidance: float, inner_steps, lr, stop
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Steps of Adam on phi (B, L, D), in place; yields (rows, loss of each before the step).
+
+    x, eps_c, target: (B, C, h, w). A row takes no more steps once its loss was below `stop`.
+    """
+    m, v = torch.zeros_like(phi), torch.zeros_like(phi)
+    rows = torch.arange(len(phi), device=phi.device)
+    for n in range(1, inner_steps + 1):
+        loss, g = gradient(sd, x[rows], step, phi[rows], eps_c[rows], target[rows], guidance)
+        m[rows] = BETA1 * m[rows] + (1 - BETA1) * g
+        v[rows] = BETA2 * v[rows] + (1 - BETA2) * g**2
+        phi[rows] -= lr * (m[rows] / (1 - BETA1**n)) / ((v[rows] / (1 - BETA2**n)).sqrt() + TINY)
+        yield rows, loss
+        rows = rows[loss >= stop]
+        if not len(rows):
+            return
+
+
+@torch.enable_grad()
+def gradient(sd, x, step, phi, eps_c, target, guidance) -> tuple[Tensor, Tensor]:
+    """Each row's loss (B,) and its gradient with respect to phi, (B, L, D)."""
+    phi = phi.detach().requires_grad_()
+    eps_u = unet(sd, x, step, phi)
+    x_next = step.update(x, eps_u + guidance * (eps_c - eps_u))
+    square = (x_next - target).square().flatten(1)  # (B, C h w)
+    # Of the sum, and divided afterwards: the mean's gradient is too small for float16 inside the network.
+    (g,) = torch.autograd.grad(square.sum(), phi)
+    return square.mean(1).detach(), g / square.shape[1]
+
+
+def unet(sd, x: Tensor, step: Step, context: Tensor) -> Tensor:
+    """eps (B, C, h, w) float32, the UNet in its own dtype."""
+    t = torch.full((), step.t, device=x.device)
+    return sd.unet(x.to(sd.dtype), t, context.to(sd.dtype)).float()
+
+
+@contextmanager
+def differentiable(unet, recompute: bool):
+    """The UNet on attention that has a backward pass, with or without recomputed activations."""
+    before = unet.attention, unet.recompute
+    unet.attention, unet.recompute = "reference" if before[0] == "reference" else "sdpa", recompute
+    try:
+        yield
+    finally:
+        unet.attention, unet.recompute = before

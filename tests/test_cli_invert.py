@@ -1,0 +1,125 @@
+"""`minisd invert` and `minisd edit --image`: what they draw and write, and how they fail."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import minisd
+
+TINY = ["--model", "tiny", "--steps", "3", "--device", "cpu"]
+SOURCE, SWAP = "a cat on my mat", "a dog on my mat"
+METHODS = ("ddim", "null-text", "negative-prompt", "direct")
+
+
+@pytest.fixture
+def command(minisd_command):
+    return minisd_command
+
+
+@pytest.fixture(autouse=True)
+def photograph(here):
+    photo().save(here / "photo.png")
+
+
+def photo():
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(0, 256, (25, 34, 3), dtype=np.uint8))  # 32 x 24 is what the VAE takes of it
+
+
+def inverted(sd, method):
+    inversion = minisd.invert(sd, photo(), SOURCE, 3, refine=1, trajectory=True, progress=False)
+    if method == "null-text":
+        return minisd.null_text(sd, inversion, 7.5, inner_steps=2, progress=False)
+    if method == "negative-prompt":
+        return minisd.negative_prompt_inversion(sd, inversion)
+    return minisd.direct_inversion(inversion) if method == "direct" else inversion
+
+
+def pixels(image):
+    return np.asarray(Image.open(image) if isinstance(image, str) else image)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir() if path.name not in ("tiny", "photo.png"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_photograph_is_edited_at_once_or_through_a_file(command, here, method):
+    own = ["--inversion", method, "--refine", "1", "--inner", "2"]
+    code, out, err = command("edit", SOURCE, SWAP, "--image", "photo.png", *own, *TINY, "-o", "e.png")
+    assert code == 0 and out.split() == ["e-0.png", "e-1.png"], err
+    sd = minisd.load("tiny", device="cpu")
+    inversion = inverted(sd, method)
+    images = minisd.edit_prompt(sd, SOURCE, SWAP, **inversion.edit_options(sd), progress=False)
+    assert images[0].size == (32, 24) and (pixels(images[0]) != pixels(images[1])).any()
+    assert all((pixels(f"e-{i}.png") == pixels(image)).all() for i, image in enumerate(images))
+    if method == "direct":
+        assert (pixels("e-0.png") == pixels(sd.decode(inversion.z)[0])).all()
+
+    code, out, err = command("invert", "photo.png", SOURCE, *own, *TINY, "--save", "p.safetensors", "-o", "r.png")
+    assert code == 0 and out.split() == ["p.safetensors", "r.png"], err
+    guidance = 1.0 if method == "ddim" else 7.5
+    z = minisd.redraw(sd, inversion, guidance=guidance, progress=False)
+    assert (pixels("r.png") == pixels(sd.decode(z)[0])).all()
+    assert Image.open("r.png").text["guidance"] == str(guidance)
+    assert command("edit", SOURCE, SWAP, "--image", "p.safetensors", *TINY, "--steps", "9", "-o", "f.png")[0] == 0
+    assert (pixels("f-1.png") == pixels("e-1.png")).all() and Image.open("f-1.png").text["steps"] == "3"
+    code, about, _ = command("info", "e-1.png")
+    assert about.splitlines()[-1].startswith(f"minisd edit '{SOURCE}' '{SWAP}' --image photo.png --inversion {method}")
+
+
+def test_edit_by_the_prompt_alone_with_a_trace(command, here):
+    command("invert", "photo.png", SOURCE, *TINY, "--save", "p.safetensors", "-o", "r.png")
+    code, out, _ = command("invert", "p.safetensors", SWAP, "--guidance", "3", "--trace", "t", *TINY, "-o", "s.png")
+    assert code == 0 and out == "s.png\n"
+    sd = minisd.load("tiny", device="cpu")
+    inversion = minisd.invert(sd, photo(), SOURCE, 3, progress=False)
+    z = minisd.redraw(sd, inversion, SWAP, 3.0, progress=False)
+    assert (pixels("s.png") == pixels(sd.decode(z)[0])).all()
+    assert len(list((here / "t").glob("step_*.png"))) == 3
+    assert (pixels(str(sorted((here / "t").glob("step_*.png"))[-1])) == pixels("s.png")).all()
+
+
+def test_a_size_and_the_sheet(command, here):
+    options = ["--image", "photo.png", "--size", "40x24", "--sheet", "s.png", "--local-blend", "cat,dog"]
+    code, out, _ = command("edit", SOURCE, SWAP, *options, *TINY, "-o", "e.png")
+    assert code == 0 and names(here) == ["e-0.png", "e-1.png", "s.png"]
+    assert Image.open("e-1.png").size == (40, 24)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["edit", SOURCE, SWAP, "--inversion", "direct"], "--inversion: expected --image with it"),
+        (["edit", SOURCE, SWAP, "--image", "photo.png", "-n", "2"], "expected -n 1"),
+        (["edit", SOURCE, SWAP, "--image", "photo.png", "--sampler", "dpm++"], "expected -n 1 and --sampler ddim"),
+        (["edit", SOURCE, SWAP, "--image", "nothing.png"], "No such file or directory: 'nothing.png'"),
+        (["edit", SOURCE, SWAP, "--image", "notes.txt"], "notes.txt cannot be read as a picture"),
+        (["edit", SOURCE, SWAP, "--image", "notes.safetensors"], "notes.safetensors cannot be read as safetensors"),
+        (["edit", SWAP, SOURCE, "--image", "p.safetensors"], "after 'a cat on my mat': give that as SOURCE"),
+        (["edit", SOURCE, SWAP, "--image", "p.safetensors", "--refine", "2"], "p.safetensors is an inversion already"),
+        (["invert", "photo.png", SOURCE, "--inversion", "null-text", "--guidance", "1"], "guidance is 1"),
+        (["invert", "photo.png", SOURCE, "--save", "x.pt"], "expected a name that ends in .safetensors"),
+        (["invert", "photo.png", SOURCE, "--refine", "-1"], "got -1, expected at least 0"),
+        (["invert", "photo.png", SOURCE, "--inversion", "magic"], "invalid choice: 'magic'"),
+    ],
+)
+def test_errors_are_one_line_and_leave_nothing_behind(command, here, arguments, message):
+    (here / "notes.txt").write_text("no picture")
+    (here / "notes.safetensors").write_text("no tensors, but more than eight bytes of text")
+    if "p.safetensors" in arguments:
+        inverted(minisd.load("tiny", device="cpu"), "ddim").save("p.safetensors")
+    before = names(here)
+    code, out, err = command(*arguments, *TINY, "-o", "x.png")
+    assert code == 2 and out == "" and message in err.splitlines()[-1], err
+    assert names(here) == before
+
+
+def test_ctrl_c_leaves_nothing_behind(command, here, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("minisd.editing.null_text.gradient", interrupted)
+    arguments = ["--inversion", "null-text", "--save", "new/p.safetensors", "-o", "new/r.png"]
+    code, _, err = command("invert", "photo.png", SOURCE, *arguments, *TINY)
+    assert code == 130 and "interrupted" in err and names(here) == []

@@ -1,0 +1,311 @@
+"""DDIM inversion, its refinement, the two remedies that need no optimisation, EDICT: against the eager oracle."""
+
+import os
+
+import oracle_invert
+import p2p_model
+import pytest
+import tiny
+import torch
+from oracle_p2p import Target
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import minisd
+from minisd import DDIM, Inversion, cfg, edit_prompt, invert, redraw
+from minisd.editing.edict import edict, edict_denoise, edict_invert
+from minisd.editing.inversion import direct_inversion, negative_prompt_inversion
+from minisd.editing.prompt_to_prompt import PromptToPrompt
+
+SOURCE, SWAP = "a cat on my mat", "a dog on my mat"
+QUIET = {"progress": False}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return p2p_model.load(tmp_path_factory.mktemp("invert"))
+
+
+@pytest.fixture(scope="module")
+def sd(pair):
+    return pair[1]
+
+
+def picture(seed=0, batch=1, height=32, width=32):
+    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def far(ours, reference):
+    """max |difference| / max |reference|."""
+    assert ours.shape == reference.shape
+    return ((ours - reference).abs().max() / reference.abs().max()).item()
+
+
+# ---- DDIM inversion ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "steps, skip, refine, per_row", [(7, 0, 0, False), (1, 0, 0, True), (6, 2, 3, True), (50, 44, 1, False)]
+)
+def test_inversion_and_the_way_back_equal_the_oracle(pair, steps, skip, refine, per_row):
+    """per_row: the oracle's UNet takes one timestep for each row (1-d), ours a single one (0-d)."""
+    reference, sd = pair
+    prompts, image = [SOURCE, "a red bird"], picture(1, 2, 24, 40)
+    ours = invert(sd, image, prompts, steps, skip=skip, refine=refine, trajectory=True, **QUIET)
+    cond, z = sd.encode_prompt(prompts), sd.encode_image(image)
+    assert (ours.z == z).all() and (ours.trajectory[-1] == z).all() and (ours.trajectory[0] == ours.latents).all()
+    theirs = oracle_invert.invert(reference, tiny.SCHEDULER, z, cond, steps, refine, skip, per_row)
+    assert len(ours.trajectory) == len(theirs) == steps - skip + 1
+    assert all(far(mine, other) <= 1e-4 for mine, other in zip(ours.trajectory, reversed(theirs)))
+
+    null, targets = sd.encode_prompt([""]), ["a dog", "a blue bird"]
+    for prompt, guidance in ((None, 1.0), (None, 7.5), (targets, 7.5)):
+        c = cond if prompt is None else sd.encode_prompt(prompt)
+        back = oracle_invert.sample(reference, tiny.SCHEDULER, theirs[-1], null, c, steps, guidance, skip)
+        assert far(redraw(sd, ours, prompt, guidance, **QUIET), back[-1]) <= 1e-4
+
+
+def test_refinement_leads_back(sd):
+    """Each iteration comes nearer to the solution of prev(x_t) = x_s, and the plain inversion is not near it."""
+    errors = []
+    for refine in (0, 1, 2, 20):
+        inversion = invert(sd, picture(2), SOURCE, 50, skip=42, refine=refine, **QUIET)
+        errors.append(far(redraw(sd, inversion, **QUIET), inversion.z))
+    assert errors[0] > 0.01 and errors[3] < 1e-4 and errors == sorted(errors, reverse=True)
+
+
+def test_snapshots_are_of_the_steps_in_the_order_of_the_run(sd):
+    inversion = invert(sd, picture(3), SOURCE, 6, skip=1, trajectory=True, visual_steps=[0, 2, 4], **QUIET)
+    assert inversion.snapshots.keys() == {0, 2, 4}
+    for number, x in inversion.snapshots.items():
+        assert (x == inversion.trajectory[len(inversion.trajectory) - 2 - number]).all()
+    z, shots = redraw(sd, inversion, visual_steps=[0, 4], **QUIET)
+    assert shots.keys() == {0, 4} and (shots[4] == z).all()
+    first = next(iter(DDIM(sd.schedule, 6, skip=1)))
+    t = torch.tensor(first.t)
+    with torch.no_grad():
+        x = first.update(inversion.latents, sd.unet(inversion.latents, t, sd.encode_prompt([SOURCE])))
+    assert (shots[0] - x).abs().max() < 1e-5
+    assert invert(sd, picture(3), SOURCE, 2, **QUIET).trajectory is None
+    for bad in ([6], [-1], ["0"]):
+        with pytest.raises((ValueError, TypeError), match="visual_steps|not supported"):
+            invert(sd, picture(3), SOURCE, 6, visual_steps=bad, **QUIET)
+
+
+def test_the_mode_is_inverted_whatever_the_seed_and_pictures_are_resized(sd):
+    image = Image.effect_noise((50, 41), 80).convert("RGB")
+    torch.manual_seed(1)
+    first = invert(sd, image, SOURCE, 2, **QUIET)
+    torch.manual_seed(2)
+    again = invert(sd, [image, image], SOURCE, 2, **QUIET)
+    assert first.z.shape == (1, 4, 10, 12) and far(again.z[:1], first.z) < 1e-5 and len(again) == 2
+    assert again.prompts == (SOURCE, SOURCE) and far(again[-1].latents, first.latents) < 1e-4
+    assert invert(sd, image, SOURCE, 1, height=24, width=32, **QUIET).z.shape == (1, 4, 6, 8)
+
+
+def test_half_precision_keeps_float32_latents(tmp_path, sd):
+    p2p_model.load(tmp_path)
+    half = minisd.load(tmp_path, device="cpu", dtype="bfloat16")
+    inversion = invert(half, picture(4), SOURCE, 4, **QUIET)
+    assert inversion.latents.dtype == inversion.z.dtype == redraw(half, inversion, **QUIET).dtype == torch.float32
+    assert edit_prompt(half, SOURCE, SWAP, **negative_prompt_inversion(half, inversion).edit_options(half), **QUIET)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(steps=0), "steps is 0"),
+        (dict(skip=5), "skip is 5 of 5 steps"),
+        (dict(refine=-1), "refine is -1"),
+        (dict(refine=True), "refine is True"),
+        (dict(prompt=["a", "b"]), "got 2 prompts for 1 pictures"),
+        (dict(prompt=[]), "got 0 prompts"),
+        (dict(height=30), "only PIL images are resized"),
+    ],
+)
+def test_bad_arguments_of_invert(sd, arguments, message):
+    arguments = dict(image=picture(), prompt=SOURCE, steps=5) | arguments
+    with pytest.raises(ValueError, match=message):
+        invert(sd, **arguments, **QUIET)
+
+
+# ---- negative-prompt and direct inversion, and editing -------------------------------------------------------------
+
+
+def test_negative_prompt_inversion_makes_guidance_harmless_to_the_source(sd):
+    inversion = invert(sd, picture(5, 2), [SOURCE, SWAP], 50, skip=44, **QUIET)
+    unguided, negative = redraw(sd, inversion, **QUIET), negative_prompt_inversion(sd, inversion)
+    assert far(redraw(sd, inversion, guidance=7.5, **QUIET), unguided) > 0.5
+    assert far(redraw(sd, negative, guidance=7.5, **QUIET), unguided) < 1e-3
+    assert far(negative.uncond, sd.encode_prompt([SOURCE, SWAP])) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["ddim", "negative-prompt", "direct"])
+def test_editing_an_inverted_picture_equals_the_oracle(pair, method):
+    """Prompt-to-prompt on a real picture through `edit_options`, source and target rows."""
+    reference, sd = pair
+    steps, image = 5, picture(6)
+    inversion = invert(sd, image, SOURCE, steps, trajectory=True, **QUIET)
+    if method == "negative-prompt":
+        inversion = negative_prompt_inversion(sd, inversion)
+    if method == "direct":
+        inversion = direct_inversion(inversion)
+    options = inversion.edit_options(sd)
+    latents = []
+    chained = options.pop("after")
+
+    def after(x, step):
+        latents.append(x if chained is None else chained(x, step))
+        return latents[-1]
+
+    edit_prompt(sd, SOURCE, SWAP, **options, after=after, **QUIET)
+
+    cond, z = sd.encode_prompt([SOURCE, SWAP]), sd.encode_image(image)
+    uncond = cond[:1] if method == "negative-prompt" else sd.encode_prompt([""])
+    path = oracle_invert.invert(reference, tiny.SCHEDULER, z, cond[:1], steps)[::-1]
+    lengths = [[len(word) for word in prompt.split()] for prompt in (SOURCE, SWAP)]
+    targets = [Target([0, 1, 2, 3, 4], {None: (0, 4)}, (0, 2))]
+    theirs = oracle_invert.edit(
+        reference, tiny.SCHEDULER, path[0], uncond, cond, lengths, targets, steps, 7.5, 16,
+        path if method == "direct" else None,
+    )  # fmt: skip
+    assert far(latents[-1], theirs) <= 1e-4
+    assert far(theirs[1:], theirs[:1]) > 0.01
+    if method == "direct":
+        assert (latents[-1][:1] == inversion.z).all()
+
+
+def test_direct_inversion_of_several_sources_in_one_batch(sd):
+    """`after` puts back the rows that it is told to, and no other."""
+    inversion = direct_inversion(invert(sd, picture(7, 2), [SOURCE, SWAP], 4, trajectory=True, **QUIET))
+    after, x = inversion.after(slice(None, None, 2)), torch.randn(4, 4, 8, 8)
+    for step in DDIM(sd.schedule, 4):
+        y = after(x, step)
+        assert (y[::2] == inversion.trajectory[step.index + 1]).all() and (y[1::2] == x[1::2]).all()
+    assert (redraw(sd, inversion, guidance=7.5, **QUIET) == inversion.z).all()
+    with pytest.raises(ValueError, match="source row"):
+        redraw(sd, inversion, "a bird", **QUIET)
+    with pytest.raises(ValueError, match="got 2 pictures"):
+        inversion.edit_options(sd)
+
+
+def test_what_does_not_fit_is_refused(pair, tmp_path):
+    _, sd = pair
+    inversion = invert(sd, picture(8), SOURCE, 3, **QUIET)
+    with pytest.raises(ValueError, match="direct inversion needs trajectory"):
+        direct_inversion(inversion)
+    with pytest.raises(ValueError, match="2 prompts for 1 pictures"):
+        redraw(sd, inversion, ["a", "b"], **QUIET)
+    with pytest.raises(ValueError, match="skip=0"):
+        invert(sd, picture(8), SOURCE, 3, skip=1, **QUIET).edit_options(sd)
+    other = minisd.StableDiffusion(sd.tokenizer, sd.text_encoder, sd.unet, sd.vae, sd.schedule)
+    other.schedule = minisd.NoiseSchedule.from_dict(tiny.SCHEDULER | {"steps_offset": 0})
+    for use in (redraw, lambda sd, inversion: inversion.edit_options(sd), negative_prompt_inversion):
+        with pytest.raises(ValueError, match="made with another model"):
+            use(other, inversion)
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(sd, tmp_path):
+    inversion = invert(sd, picture(9, 2), [SOURCE, "ein Vöglein"], 3, trajectory=True, visual_steps=[2], **QUIET)
+    inversion = negative_prompt_inversion(sd, inversion)
+    inversion.save(tmp_path / "new" / "a.safetensors")
+    return inversion, tmp_path / "new" / "a.safetensors"
+
+
+def test_a_file_brings_back_the_inversion(sd, saved):
+    inversion, path = saved
+    again = Inversion.load(path)
+    for name in ("prompts", "steps", "skip", "timesteps", "method", "guidance"):
+        assert getattr(again, name) == getattr(inversion, name)
+    assert again.tensors().keys() == inversion.tensors().keys()
+    assert again.tensors().keys() == {"latents", "z", "trajectory", "uncond", "snapshot.2"}
+    assert all((x == again.tensors()[name]).all() for name, x in inversion.tensors().items())
+    assert (redraw(sd, again, **QUIET) == redraw(sd, inversion, **QUIET)).all()
+    inversion[1].save(path)  # replaces it; a view of a larger tensor
+    assert Inversion.load(path).prompts == ("ein Vöglein",)
+
+
+def test_a_file_is_written_whole_or_not_at_all(saved, monkeypatch):
+    inversion, path = saved
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        inversion.save(path)
+    assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_bad_file_is_refused(saved):
+    _, path = saved
+    data, tensors = path.read_bytes(), {name: x.clone() for name, x in load_file(path).items()}  # not mapped
+    about = minisd.editing.inversion.safe_open(path, "pt").metadata()
+
+    def refused(message):
+        with pytest.raises(ValueError, match=message):
+            Inversion.load(path)
+
+    for broken in (data[:-9], data[:40], b"", b"\x89PNG" + bytes(60)):
+        path.write_bytes(broken)
+        refused("cannot be read as safetensors")
+    save_file(tensors, path)
+    refused("not an inversion that minisd has saved")
+    changes = {
+        "missing .'z'.": {"z": None},
+        "unknown .'y'.": {"y": tensors["z"].clone()},
+        "not finite .'z'.": {"z": tensors["z"].long()},
+        "not finite .'latents'.": {"latents": tensors["latents"] * torch.nan},
+        "trajectory has shape": {"trajectory": tensors["trajectory"][1:].contiguous()},
+        "latents has shape": {"latents": tensors["latents"][:1].contiguous()},
+        "uncond has shape": {"uncond": tensors["uncond"][:1].contiguous()},
+        "snapshot.2 has shape": {"snapshot.2": tensors["latents"][:, :1].contiguous()},
+        "needs uncond": {"uncond": None},
+    }
+    for message, change in changes.items():
+        save_file({k: v for k, v in (tensors | change).items() if v is not None}, path, about)
+        refused(message)
+    with pytest.raises(FileNotFoundError):
+        Inversion.load(path.parent / "nothing.safetensors")
+
+
+# ---- EDICT ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps, strength", [(10, 0.8), (5, 1.0), (4, 0.2), (1, 1.0)])
+def test_edict_equals_the_oracle(pair, steps, strength):
+    reference, sd = pair
+    image = picture(10, 2, 24, 32)
+    null, source, target = sd.encode_prompt(["", SOURCE, SWAP]).split(1)
+    ours = edict(sd, image, SOURCE, SWAP, steps=steps, strength=strength, **QUIET)
+    z = sd.encode_image(image)
+    _, theirs = oracle_invert.edict(
+        reference, tiny.SCHEDULER, z, null, source, target, steps, 3.0, int(steps * strength), 0.93
+    )
+    assert far(ours, theirs[0].float()) <= 1e-4
+    if int(steps * strength) == 0:
+        assert (ours == z).all()
+    else:
+        assert far(ours, z) > 0.01
+
+
+def test_edict_is_exact(sd):
+    """Under guidance, after 50 steps, with attention edits: what inversion without coupling cannot."""
+    p2p = PromptToPrompt(sd, SOURCE, SWAP, steps=50)
+    null, source, target = sd.encode_prompt(["", SOURCE, SWAP]).split(1)
+    z = sd.encode_image(picture(11)).repeat(2, 1, 1, 1).double()
+    predict = cfg(sd.unet, null, torch.cat([source, target]), 3.0, p2p)
+    sampler = DDIM(sd.schedule, 50, skip=10)
+    noise = edict_invert((z, z), sampler, predict)
+    x, y = edict_denoise(noise, sampler, predict)
+    assert far(x, z) < 1e-5 and far(y, z) < 1e-5
+    assert far(noise[0], z) > 0.1 and far(noise[0], noise[1]) > 1e-3
+    plain = invert(sd, picture(11), SOURCE, 50, skip=10, **QUIET)
+    assert far(redraw(sd, plain, guidance=3.0, **QUIET), plain.z) > 0.1
+
+
+def test_edict_refuses_a_mixing_that_cannot_be_undone(sd):
+    for p in (0.5, 0.0, 1.1):
+        with pytest.raises(ValueError, match="p is"):
+            edict(sd, picture(), SOURCE, SWAP, p=p, **QUIET)

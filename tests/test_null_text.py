@@ -1,0 +1,170 @@
+"""Null-text inversion against the published loop on diffusers' UNet, with torch's own Adam, one picture at a time."""
+
+import oracle_invert
+import p2p_model
+import pytest
+import tiny
+import torch
+from oracle_p2p import Target
+
+import minisd
+from minisd import Inversion, edit_prompt, invert, null_text, redraw
+from minisd.editing.null_text import differentiable
+
+SOURCE, SWAP = "a cat on my mat", "a dog on my mat"
+PROMPTS = [SOURCE, "a red bird", "on"]
+QUIET = {"progress": False}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return p2p_model.load(tmp_path_factory.mktemp("null"))
+
+
+@pytest.fixture(scope="module")
+def sd(pair):
+    return pair[1]
+
+
+def pictures(batch, height=32, width=32):
+    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def far(ours, reference):
+    assert ours.shape == reference.shape
+    return ((ours - reference).abs().max() / reference.abs().max()).item()
+
+
+def oracle(pair, inversion, row, inner_steps, early_stop=1e-5):
+    reference, sd = pair
+    path = list(inversion.trajectory[:, row : row + 1])
+    null, cond = sd.encode_prompt(["", inversion.prompts[row]]).split(1)
+    return oracle_invert.null_text(
+        reference, tiny.SCHEDULER, path, null, cond, inversion.steps, 7.5, inner_steps, early_stop, inversion.skip
+    )
+
+
+@pytest.mark.parametrize(
+    "steps, skip, inner_steps, early_stop",
+    [(5, 0, 3, 1e-5), (1, 0, 2, 1e-5), (50, 44, 4, 1e-5), (50, 44, 6, 0.003)],
+    ids=["five steps", "one step", "the end of fifty", "rows stop one by one"],
+)
+def test_loss_curves_embeddings_and_pictures_equal_the_oracle(pair, steps, skip, inner_steps, early_stop):
+    """Three pictures in one batch; the oracle takes them one by one."""
+    _, sd = pair
+    inversion = invert(sd, pictures(3, 24, 32), PROMPTS, steps, skip=skip, trajectory=True, **QUIET)
+    ours = null_text(sd, inversion, inner_steps=inner_steps, early_stop=early_stop, **QUIET)
+    assert ours.losses.shape == (steps, inner_steps, 3) and ours.guidance == 7.5 and ours.method == "null-text"
+    assert ours.losses[:skip].isnan().all() and (ours.latents == inversion.latents).all()
+    z, lengths = redraw(sd, ours, **QUIET), set()
+    for row in range(3):
+        embeddings, losses, x = oracle(pair, inversion, row, inner_steps, early_stop)
+        for i, (theirs, phi) in enumerate(zip(losses, embeddings), skip):
+            mine = ours.losses[i, :, row]
+            lengths.add(len(theirs))
+            assert mine[: len(theirs)].tolist() == pytest.approx(theirs, rel=0.01) and mine[len(theirs) :].isnan().all()
+            assert far(ours.uncond[i, row : row + 1], phi) < 1e-3
+        assert far(z[row : row + 1], x) <= 1e-4
+    assert (len(lengths) > 1) == (early_stop > 1e-5)
+
+
+def test_it_leads_back_where_guidance_leads_astray(pair):
+    """More inner steps come nearer to the trajectory, and the loss of each step falls."""
+    sd = pair[1]
+    inversion = invert(sd, pictures(2), PROMPTS[:2], 50, skip=44, trajectory=True, **QUIET)
+    errors = [far(redraw(sd, inversion, guidance=7.5, **QUIET), inversion.z)]
+    for inner_steps in (0, 3, 20):
+        found = null_text(sd, inversion, inner_steps=inner_steps, early_stop=0, **QUIET)
+        errors.append(far(redraw(sd, found, **QUIET), inversion.z))
+    assert errors[1] == pytest.approx(errors[0], rel=1e-3) and errors[1] > errors[2] > errors[3]
+    assert (found.losses[44:, -1] < found.losses[44:, 0]).all()
+
+
+def test_memory_saving_and_the_network_s_state(sd, monkeypatch):
+    """`recompute` changes no number; nothing but the unconditional call has gradients; the UNet is left as it was."""
+    inversion = invert(sd, pictures(1), SOURCE, 3, trajectory=True, **QUIET)
+    calls, forward = [], type(sd.unet).forward
+
+    def spy(self, x, t, context, edits=None):
+        calls.append((self.recompute, torch.is_grad_enabled(), x.requires_grad, context.requires_grad))
+        return forward(self, x, t, context, edits)
+
+    monkeypatch.setattr(type(sd.unet), "forward", spy)
+    plain = null_text(sd, inversion, inner_steps=2, early_stop=0, **QUIET)
+    one_step = [(False, False, False, False), *[(False, True, False, True)] * 2, (False, False, False, False)]
+    assert calls == 3 * one_step  # e(cond), the inner steps, e(phi)
+    saved = null_text(sd, inversion, inner_steps=2, early_stop=0, recompute=True, **QUIET)
+    assert calls[12:] == [(True, *call[1:]) for call in calls[:12]]
+    assert far(saved.uncond, plain.uncond) < 1e-5
+    assert sd.unet.recompute is False and all(p.grad is None for p in sd.unet.parameters())
+    sd.unet.attention = "triton"
+    try:
+        null_text(sd, inversion, inner_steps=1, **QUIET)
+        with pytest.raises(ZeroDivisionError), differentiable(sd.unet, True):
+            assert sd.unet.attention == "sdpa" and sd.unet.recompute
+            1 / 0
+        assert sd.unet.attention == "triton" and not sd.unet.recompute
+    finally:
+        sd.unet.attention = "sdpa"
+
+
+def test_recomputing_keeps_fewer_activations(sd):
+    """Bytes that autograd keeps between the passes."""
+
+    def kept(recompute):
+        total = 0
+
+        def count(x):
+            nonlocal total
+            total += x.nbytes
+            return x
+
+        context = sd.encode_prompt([SOURCE]).requires_grad_()
+        with differentiable(sd.unet, recompute), torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            sd.unet(torch.randn(1, 4, 16, 16), torch.tensor(5), context)
+        return total
+
+    assert kept(True) < 0.5 * kept(False)
+
+
+def test_editing_a_picture_and_its_file(pair, tmp_path):
+    """Prompt-to-prompt with an embedding per step, from the file, equals the oracle."""
+    reference, sd = pair
+    steps = 5
+    inversion = invert(sd, pictures(2), PROMPTS[:2], steps, trajectory=True, **QUIET)
+    null_text(sd, inversion, inner_steps=2, **QUIET)[0].save(tmp_path / "n.safetensors")
+    loaded, latents = Inversion.load(tmp_path / "n.safetensors"), []
+    assert loaded.guidance == 7.5 and loaded.uncond.shape == (steps, 1, 77, 24)
+    options = loaded.edit_options(sd)
+    assert options.pop("after") is None and options["guidance"] == 7.5
+
+    edit_prompt(sd, SOURCE, SWAP, **options, after=lambda x, step: latents.append(x) or x, **QUIET)
+    lengths = [[len(word) for word in prompt.split()] for prompt in (SOURCE, SWAP)]
+    x, uncond, cond = inversion.latents[:1], list(loaded.uncond), sd.encode_prompt([SOURCE, SWAP])
+    targets = [Target([0, 1, 2, 3, 4], {None: (0, 4)}, (0, 2))]
+    theirs = oracle_invert.edit(reference, tiny.SCHEDULER, x, uncond, cond, lengths, targets, steps, 7.5, 16)
+    assert far(latents[-1], theirs) <= 1e-4
+
+
+def test_half_precision(tmp_path):
+    p2p_model.load(tmp_path)
+    sd = minisd.load(tmp_path, device="cpu", dtype="bfloat16")
+    found = null_text(sd, invert(sd, pictures(1), SOURCE, 2, trajectory=True, **QUIET), inner_steps=2, **QUIET)
+    assert found.uncond.dtype == torch.float32 and found.losses.isfinite().all()
+    assert redraw(sd, found, **QUIET).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "kept, arguments, message",
+    [
+        (False, {}, "null-text needs the trajectory"),
+        (True, {"guidance": 1}, "guidance is 1"),
+        (True, {"inner_steps": -1}, "got inner_steps -1"),
+        (True, {"lr": 0}, "lr 0"),
+        (True, {"early_stop": -1}, "early_stop -1"),
+    ],
+)
+def test_bad_arguments(sd, kept, arguments, message):
+    inversion = invert(sd, pictures(1), SOURCE, 2, trajectory=kept, **QUIET)
+    with pytest.raises(ValueError, match=message):
+        null_text(sd, inversion, **arguments, **QUIET)
