@@ -243,7 +243,7 @@ def config(D: int, itemsize: int, arch: int, all_heads: bool = False) -> dict:
         if all_heads and D > 80:
             tile |= {"WIDEST": 32, "REREAD": 32}
     elif all_heads and D > 80:
-        tile = {"BLOCK_N": 16, "WIDEST": 32, "REREAD": 32, "num_warps": 4}
+        tile = {"BLOCK_N": 16, "WIDEST": 32, "WIDEST_KEYS": 32, "REREAD": 32, "num_warps": 4}
     elif D > 80:
         tile = {"BLOCK_N": 16, "REREAD": 0, "num_warps": 4}
     else:

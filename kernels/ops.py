@@ -64,7 +64,7 @@ def cross_attention(
     (prompt-to-prompt).
     """
     check(q, k, v, source_row, inject, token_map, blend, reweight, save, save_mean)
-    check_kernel(q, k, v)
+    check_kernel(q, k, v, inject, token_map, blend, reweight, save, save_mean)
     if k.shape[2] > MAX_KEYS:
         raise ValueError(f"cross_attention takes at most {MAX_KEYS} keys, got {k.shape[2]}; use attention()")
     if save is not None or save_mean is not None:
@@ -164,13 +164,13 @@ def check(
         raise ValueError(f"{name}: expected a source (source_row or inject) with it, got none")
 
 
-def check_kernel(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_kernel(q: Tensor, k: Tensor, v: Tensor, *edit: Tensor | None) -> None:
     """ValueError for what the Triton kernels do not take; RuntimeError if an input needs a gradient."""
     if q.shape[3] % 8 or q.shape[3] > MAX_HEAD_DIM:
         raise ValueError(f"head_dim: expected a multiple of 8 up to {MAX_HEAD_DIM}, got {q.shape[3]}")
     if q.dtype not in DTYPES:
         raise ValueError(f"q, k, v: expected {' or '.join(map(str, DTYPES))}, got {q.dtype}")
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, *edit)):
         raise RuntimeError(NO_BACKWARD)
 
 

@@ -20,9 +20,10 @@ CASES = list(sampled_cross_cases(DTYPES))
 SIZES = [(4096, 40), (1024, 80), (256, 160), (64, 160), (1000, 8), (97, 48), (500, 64), (77, 256)]
 
 
-@pytest.mark.parametrize("source, mix, saves, dtype, heads, n, keys, d, layout, seed", CASES)
-def test_cross_attention(source, mix, saves, dtype, heads, n, keys, d, layout, seed):
-    q, k, v = tensors(B, heads, n, keys, d, dtype, seed, layout, "cuda")
+@pytest.mark.parametrize("source, mix, saves, dtype, batch, heads, n, keys, d, layout, arch, seed", CASES)
+def test_cross_attention(source, mix, saves, dtype, batch, heads, n, keys, d, layout, arch, seed):
+    """The card that is there picks the tiles, not `arch`."""
+    q, k, v = tensors(batch, heads, n, keys, d, dtype, seed, layout, "cuda")
     edit = edit_tensors(source, mix, heads, n, keys, dtype, seed, "cuda")
     run_cross(q, k, v, edit, saves)
 

@@ -63,6 +63,17 @@ def test_gradients_are_refused(op, which):
         op(*tensors)
 
 
+@pytest.mark.parametrize("name", ["inject", "token_map", "blend", "reweight", "save", "save_mean"])
+def test_gradients_to_an_edit_are_refused(name):
+    """They would be dropped in silence."""
+    sizes = {"inject": (2, H, N, L), "save": (2, H, N, L), "save_mean": (2, N, L), "token_map": (2, L, L)}
+    edit = {name: torch.zeros(sizes.get(name, (2, L)), requires_grad=True)}
+    if name in ("token_map", "blend"):
+        edit["source_row"] = torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="no backward; use impl='sdpa'"):
+        ops.cross_attention(*qkv(), **edit)
+
+
 def test_a_gradient_through_the_registered_op_is_refused():
     q, k, v = (x.to("meta").requires_grad_() for x in qkv())
     out = torch.ops.minisd_kernels.attention(q, k, v, None)
