@@ -23,6 +23,7 @@ import torch
 B, H = 4, 8  # guidance of a prompt-to-prompt pair: unconditional rows first, the last two are edited
 S = 2
 SELF = {40: 4096, 80: 1024, 160: 256}  # SD v1.x at 512x512: head dim -> queries at the widest site
+UGLY = {40: 4140, 80: 1000, 160: 45}  # queries that no tile divides, of images of 360x736, 400x640 and 160x288
 TEXT = 77
 # CUDA C++ Programming Guide, table of compute capabilities
 SHARED_PER_SM = {80: 164 * 1024, 89: 100 * 1024, 90: 228 * 1024}
@@ -58,7 +59,7 @@ class Case(NamedTuple):
     batch: int = B
 
 
-# "flash", "plain" and the like are "flash routed", "replace" and the like without the routing.
+# "plain" and the like are "replace" and the like without the routing.
 DISTINCT = ("flash routed", "replace", "two terms", "inject", "inject + blend", "save", "save_mean, replace", 
             "save, refine", "save_mean, refine", "save, inject")  # fmt: skip
 
@@ -66,8 +67,9 @@ DISTINCT = ("flash routed", "replace", "two terms", "inject", "inject + blend", 
 def cases(archs, everything: bool) -> list[Case]:
     """The SD v1.x specialisations, one per head dim and without repetition; with `everything`, all forms in all dtypes.
 
-    sm_89 has the instructions and the tiles of sm_80: of it, one dtype of each form at the widest head dim, and the
-    others at the narrowest.
+    float16 of everything, the other dtypes of three forms, float32 of all forms at the widest head dim on sm_90, and
+    sizes that are no multiple of the tile. sm_89 has the instructions and the tiles of sm_80: of it, one dtype of each
+    form at the widest head dim, and the others at the narrowest.
     """
     out = []
     for arch in archs:
@@ -81,6 +83,12 @@ def cases(archs, everything: bool) -> list[Case]:
                     out.append(Case(arch, form, D, N, keys, "float16"))
                 if everything or form in ("flash routed", "two terms", "save, refine") and (D == 40 or not short):
                     out += [Case(arch, form, D, N, keys, dtype) for dtype in ("bfloat16", "float32")]
+                elif D == 160 and arch == 90:
+                    out.append(Case(arch, form, D, N, keys, "float32"))
+        if not short:
+            out.append(Case(arch, "flash", 40, 4096, 4096, "float16"))  # "flash routed" shares maps there
+            for D, N in UGLY.items():
+                out += [Case(arch, form, D, N, keys, "float16") for form, keys in (("flash", N), ("two terms", TEXT))]
         for form in FORMS if everything else ("flash routed", "two terms"):
             for D in (8, 48, 64, 96, 256):
                 keys = 1000 if form.startswith("flash") else TEXT

@@ -4,7 +4,9 @@ One program owns BLOCK_N queries of one head of one row and walks over the keys 
 largest score m, the sum l of exp(score - m) and the weighted sum acc of values, and rescaling when m grows.
 Source: Dao, FlashAttention-2 (2023), algorithm 1, forward only and non-causal.
 
-`source_row` routes: the program of an edited row reads q and k of another row, and v of its own.
+`source_row` routes: the program of an edited row reads q and k of another row, and v of its own. Of rows with the same
+map, two may be done by one program, which computes the map once and multiplies it with both rows' values (`shares_maps`
+says when): the map is most of the work at small head dims. Which rows these are is read on the device.
 
 A head dim is cut into power-of-two tiles, 40 = 32 + 8 (padded to 16), 80 = 64 + 16, 160 = 128 + 32, where padding to
 the next power of two would waste a third of the matrix work. So q, k, v and acc are tuples of tiles, and HEAD says
@@ -113,9 +115,9 @@ def scores(p_q, b_q, offs_n, queries, step_q, p_k, offs_l, keys, step_k, BLOCK_N
 
 @triton.jit
 def visit(acc, m, l, p_q, b_q, offs_n, queries, step_q, p_k, p_v, offs_l, keys, step_k, step_v, scale,
-          D: tl.constexpr, HEAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
+          D: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
           MASK_N: tl.constexpr, MASK_L: tl.constexpr, REREAD: tl.constexpr):  # fmt: skip
-    """One block of keys: scores, new maximum, rescale, add."""
+    """One block of keys: scores, new maximum, rescale, add. acc: the tiles of the first row of values, of the next."""
     s = scores(p_q, b_q, offs_n, queries, step_q, p_k, offs_l, keys, step_k, BLOCK_N, BLOCK_L,
                D, HEAD, MASK_N, MASK_L, REREAD)  # fmt: skip
 
@@ -126,10 +128,51 @@ def visit(acc, m, l, p_q, b_q, offs_n, queries, step_q, p_k, p_v, offs_l, keys, 
     l = l * shrink + tl.sum(p, 1)
 
     grown = ()
-    for i in tl.static_range(len(HEAD)):
-        b_v = load(p_v, offs_l, columns(HEAD, i), step_v, keys, D, MASK_L, beyond(HEAD, i, D))
-        grown = grown + (dot(p.to(b_v.dtype), b_v, acc[i] * shrink[:, None]),)
+    for r in tl.static_range(ROWS):
+        for i in tl.static_range(len(HEAD)):
+            b_v = load(p_v[r], offs_l, columns(HEAD, i), step_v, keys, D, MASK_L, beyond(HEAD, i, D))
+            grown = grown + (dot(p.to(b_v.dtype), b_v, acc[r * len(HEAD) + i] * shrink[:, None]),)
     return grown, m_new, l
+
+
+@triton.jit
+def attend(p_q, p_k, p_v, p_out, queries, keys, scale, step_q, step_k, step_v, step_out,
+           D: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
+           REREAD: tl.constexpr, EVEN_N: tl.constexpr, EVEN_L: tl.constexpr):  # fmt: skip
+    """One block of queries: out[r] = softmax(q k^T / sqrt(D)) v[r] for the ROWS rows that p_v and p_out point to."""
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_l = tl.arange(0, BLOCK_L)
+    # tuples of (BLOCK_N, width of tile i)
+    b_q = load_cut(p_q, offs_n, step_q, queries, D, HEAD, not EVEN_N)
+    acc = ()
+    for r in tl.static_range(ROWS):
+        acc = acc + zeros_cut(BLOCK_N, HEAD)
+    m = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_N], tl.float32)
+
+    whole = keys if EVEN_L else keys // BLOCK_L * BLOCK_L
+    for start in range(0, whole, BLOCK_L):
+        acc, m, l = visit(acc, m, l, p_q, b_q, offs_n, queries, step_q, p_k, p_v, start + offs_l, keys, step_k, step_v,
+                          scale, D, HEAD, ROWS, BLOCK_N, BLOCK_L, not EVEN_N, False, REREAD)  # fmt: skip
+    if not EVEN_L:  # the last block is the only one that needs a mask
+        acc, m, l = visit(acc, m, l, p_q, b_q, offs_n, queries, step_q, p_k, p_v, whole + offs_l, keys, step_k, step_v,
+                          scale, D, HEAD, ROWS, BLOCK_N, BLOCK_L, not EVEN_N, True, REREAD)  # fmt: skip
+
+    for r in tl.static_range(ROWS):
+        mean = ()
+        for i in tl.static_range(len(HEAD)):
+            mean = mean + (acc[r * len(HEAD) + i] / l[:, None],)
+        store_cut(p_out[r], mean, offs_n, step_out, queries, D, HEAD)
+
+
+@triton.jit
+def first_taker(source_row, row, rows):
+    """The first row other than `row` itself that takes the map of `row`; -1 if none does."""
+    taker = -1
+    for i in range(rows):
+        takes = (tl.load(source_row + i).to(tl.int32) == row) & (i != row)
+        taker = tl.where(takes & (taker < 0), i, taker)
+    return taker
 
 
 @triton.heuristics(
@@ -145,39 +188,41 @@ def attention_kernel(
     queries, keys, first, scale,
     stride_q, stride_k, stride_v, stride_out,  # (batch, head, token, element), all but the last in units of UNIT
     D: tl.constexpr, HEAD: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
-    REREAD: tl.constexpr, HAS_SOURCE_ROW: tl.constexpr, EVEN_N: tl.constexpr, EVEN_L: tl.constexpr,
+    REREAD: tl.constexpr, PAIRS: tl.constexpr,
+    HAS_SOURCE_ROW: tl.constexpr, EVEN_N: tl.constexpr, EVEN_L: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries of head h of row b; rows from `first` on may take q and k of another row."""
+    """One block of queries of head h of row b; rows from `first` on may take q and k of another row.
+
+    With PAIRS, a row that keeps its own map does the first row that takes it as well, and that row's program rests.
+    """
     h, b = tl.program_id(1), tl.program_id(2)
     b_map = b
+    partner, rests = -1, False
     if HAS_SOURCE_ROW:
         if b >= first:
-            b_map = first + tl.load(source_row + b - first).to(tl.int32)
+            row = tl.load(source_row + b - first).to(tl.int32)
+            b_map = first + row
+            if PAIRS:
+                keeps = tl.load(source_row + row).to(tl.int32) == row
+                taker = first_taker(source_row, row, tl.num_programs(2) - first)
+                rests = keeps & (taker == b - first)
+                partner = tl.where(b_map == b, taker, -1)
     p_q, step_q = head(q, stride_q, b_map, h, UNIT)
     p_k, step_k = head(k, stride_k, b_map, h, UNIT)
     p_v, step_v = head(v, stride_v, b, h, UNIT)
     p_out, step_out = head(out, stride_out, b, h, UNIT)
 
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_l = tl.arange(0, BLOCK_L)
-    # tuples of (BLOCK_N, width of tile i)
-    b_q = load_cut(p_q, offs_n, step_q, queries, D, HEAD, not EVEN_N)
-    acc = zeros_cut(BLOCK_N, HEAD)
-    m = tl.full([BLOCK_N], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_N], tl.float32)
-
-    whole = keys if EVEN_L else keys // BLOCK_L * BLOCK_L
-    for start in range(0, whole, BLOCK_L):
-        acc, m, l = visit(acc, m, l, p_q, b_q, offs_n, queries, step_q, p_k, p_v, start + offs_l, keys, step_k, step_v,
-                          scale, D, HEAD, BLOCK_N, BLOCK_L, not EVEN_N, False, REREAD)  # fmt: skip
-    if not EVEN_L:  # the last block is the only one that needs a mask
-        acc, m, l = visit(acc, m, l, p_q, b_q, offs_n, queries, step_q, p_k, p_v, whole + offs_l, keys, step_k, step_v,
-                          scale, D, HEAD, BLOCK_N, BLOCK_L, not EVEN_N, True, REREAD)  # fmt: skip
-
-    mean = ()
-    for i in tl.static_range(len(HEAD)):
-        mean = mean + (acc[i] / l[:, None],)
-    store_cut(p_out, mean, offs_n, step_out, queries, D, HEAD)
+    if not PAIRS:
+        attend(p_q, p_k, (p_v,), (p_out,), queries, keys, scale, step_q, step_k, step_v, step_out,
+               D, HEAD, 1, BLOCK_N, BLOCK_L, REREAD, EVEN_N, EVEN_L)  # fmt: skip
+    elif partner >= 0:
+        p_v2, _ = head(v, stride_v, first + partner, h, UNIT)
+        p_out2, _ = head(out, stride_out, first + partner, h, UNIT)
+        attend(p_q, p_k, (p_v, p_v2), (p_out, p_out2), queries, keys, scale, step_q, step_k, step_v, step_out,
+               D, HEAD, 2, BLOCK_N, BLOCK_L, REREAD, EVEN_N, EVEN_L)  # fmt: skip
+    elif not rests:
+        attend(p_q, p_k, (p_v,), (p_out,), queries, keys, scale, step_q, step_k, step_v, step_out,
+               D, HEAD, 1, BLOCK_N, BLOCK_L, REREAD, EVEN_N, EVEN_L)  # fmt: skip
 
 
 # The launch: plain Python from here on.
@@ -239,15 +284,21 @@ def config(B: int, H: int, N: int, D: int, itemsize: int, arch: int) -> dict:
     return tile | {"num_stages": 2}
 
 
+def shares_maps(S: int, D: int, itemsize: int, arch: int) -> bool:
+    """Whether one program does two rows with the same map: where its registers leave as many programs on the card."""
+    return S > 1 and D <= 48 and itemsize == 2 and arch >= 90
+
+
 def launch(q, k, v, source_row, out) -> None:
     """out = attention(q, k, v, source_row); all checks are done in ops.py."""
     (B, H, N, D), L = q.shape, k.shape[2]
     u = unit(q, k, v, out)
     choice = config(B, H, N, D, q.element_size(), arch())
     widest = choice.pop("WIDEST", 256)
+    S = 0 if source_row is None else source_row.shape[0]
     attention_kernel[(triton.cdiv(N, choice["BLOCK_N"]), H, B)](
         q, k, v, source_row, out,
-        N, L, B - (0 if source_row is None else source_row.shape[0]), D**-0.5 * LOG2_E,
+        N, L, B - S, D**-0.5 * LOG2_E,
         *(strides(x, u) for x in (q, k, v, out)),
-        D=D, HEAD=cut(D, widest), UNIT=u, **choice,
+        D=D, HEAD=cut(D, widest), UNIT=u, PAIRS=shares_maps(S, D, q.element_size(), arch()), **choice,
     )  # fmt: skip

@@ -15,8 +15,6 @@ import pytest
 pytest.importorskip("triton")
 
 SHARED_PER_BLOCK = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # CUDA C++ Programming Guide, compute capabilities
-# With save_mean, a refinement holds the mean, two maps and their product at once: bytes of stack it may spill.
-MAY_SPILL = {"save_mean, refine": 128}
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +44,7 @@ def test_every_specialisation_is_there(table):
 
 def test_nothing_spills(table):
     """Stack bytes and STL / LDL instructions; cuobjdump's LOCAL:0 would not show a spill."""
-    spilling = [r for r in table if max(r["stack"], r["spills"]) > MAY_SPILL.get(r["form"], 0)]
-    fail_with(spilling, "registers are spilled")
+    fail_with([r for r in table if r["stack"] or r["spills"]], "registers are spilled")
 
 
 def test_shared_memory_is_within_the_limit(table):
@@ -70,5 +67,5 @@ def test_float32_is_not_tf32(table):
 
 def test_loads_are_wide(table):
     """A head stride of 40 elements must not turn loads of q, k, v into 2-byte loads; rows of maps are odd by nature."""
-    no_maps = [r for r in table if r["form"] in ("flash routed", "replace", "two terms") and r["dtype"] != "float32"]
+    no_maps = [r for r in table if r["form"] in ("flash", "flash routed", "replace", "two terms") and r["dtype"] != "float32"]
     fail_with([r for r in no_maps if r["narrow_loads"]], "2-byte loads")

@@ -186,6 +186,17 @@ if INTERPRETED:
         check(got, reference.attention(q, k, v, row), exact, dtype, "out")
         assert torch.equal(got[:1], ops.attention(q[:1], k[:1], v[:1]))
 
+    @pytest.mark.parametrize(
+        "rows", [[0, 0], [1, 1], [0, 1], [1, 0], [0, 0, 0], [0, 0, 2, 2], [2, 2, 1, 2, 3], [0]], ids=str
+    )
+    def test_rows_with_one_map_share_its_work(rows):
+        """Pairs, chains, takers of a row that takes itself, nobody: bit for bit the plain op on the routed q and k."""
+        assert attention.shares_maps(2, 40, 2, 90) and not attention.shares_maps(2, 40, 4, 90)
+        q, k, v = tensors(len(rows) + 1, 1, 7, 70, 40, torch.float16, seed=len(rows))
+        row = torch.tensor(rows)
+        want = ops.attention(*(reference.routed(x, row) for x in (q, k)), v)
+        assert torch.equal(ops.attention(q, k, v, row), want)
+
     def extreme(keys, dtype):
         """q, k, v whose scores after the scale are exactly +-1e4, and for every third key something between."""
         q, k, v = tensors(B, 1, 16, keys, 16, dtype, seed=0)
