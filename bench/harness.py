@@ -60,10 +60,13 @@ def provenance(device: str) -> dict:
     }
 
 
-def interleave(functions: dict[str, Callable], device: str, rounds: int = 20, seconds: float = 2e-3) -> dict[str, dict]:
+def interleave(
+    functions: dict[str, Callable], device: str, rounds: int = 20, seconds: float = 2e-3, graph: bool = False
+) -> dict[str, dict]:
     """{name: {"ms", "low", "high"}}: median and quartiles of one call, the functions taken in turns.
 
-    A sample repeats the call until it lasts about `seconds`, so that the clock's resolution does not matter.
+    A sample repeats the call until it lasts about `seconds`, so that the clock's resolution does not matter. With
+    `graph`, on CUDA the repeated calls are captured once and replayed, so that what Python takes for a call is not in it.
     """
     cuda = torch.device(device).type == "cuda"
 
@@ -81,14 +84,24 @@ def interleave(functions: dict[str, Callable], device: str, rounds: int = 20, se
         end.synchronize()
         return begin.elapsed_time(end) / repeats
 
-    repeats, times = {}, {name: [] for name in functions}
+    repeats, times, replays = {}, {name: [] for name in functions}, {}
     for name, function in functions.items():
         for _ in range(3):  # warm-up: compiles, allocates, raises the clock
             once = sample(function, 1)
         repeats[name] = max(1, min(1000, round(seconds * 1e3 / max(once, 1e-4))))
+        if graph and cuda:
+            captured = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(captured):
+                for _ in range(repeats[name]):
+                    function()
+            replays[name] = captured.replay
+            sample(captured.replay, 1)
     for _ in range(rounds):
         for name, function in functions.items():
-            times[name].append(sample(function, repeats[name]))
+            if name in replays:
+                times[name].append(sample(replays[name], 1) / repeats[name])
+            else:
+                times[name].append(sample(function, repeats[name]))
     out = {}
     for name, ms in times.items():
         low, median, high = statistics.quantiles(ms, n=4) if len(ms) > 1 else ms * 3

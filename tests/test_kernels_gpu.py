@@ -16,7 +16,8 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(ops, "empty_out", lambda *args: allocate(*args).fill_(float("nan")))
 
 
-CASES = list(sampled_cross_cases(DTYPES))
+# One of each form: a compile takes about a second, and the interpreter has seen the others.
+CASES = [case for i, case in enumerate(sampled_cross_cases(DTYPES)) if i % 5 == i // 5 % 5]
 SIZES = [(4096, 40), (1024, 80), (256, 160), (64, 160), (1000, 8), (97, 48), (500, 64), (77, 256)]
 
 

@@ -332,6 +332,27 @@ if INTERPRETED:
             got = attend(q, k, v, None, "triton")
             torch.testing.assert_close(got, reference.attention(q, k, v), atol=5e-6, rtol=0)
 
+    def test_the_benchmark_checks_what_it_times(monkeypatch):
+        """bench.attention with our kernels among the contenders, every form; all taking one millisecond."""
+        from bench import attention as bench
+
+        def one_ms(functions, *args, **kwargs):
+            return dict.fromkeys(functions, {"ms": 1.0, "low": 1.0, "high": 1.0})
+
+        rivals = bench.rivals
+        monkeypatch.setattr(bench, "rivals", lambda *args, triton: rivals(*args, triton=True))
+        monkeypatch.setattr(bench.harness, "interleave", one_ms)
+        monkeypatch.setattr(bench.harness, "peak_memory", lambda *args: 0)
+        rows = bench.bench_shape(4, 1, 7, 5, 8, torch.float32, "cpu", ("plain", *bench.CROSS_EDITS), 1, 1e12)
+        rows += bench.bench_shape(4, 1, 7, 7, 8, torch.float32, "cpu", ("plain", *bench.SELF_EDITS), 1, 1e12)
+        assert len(rows) == 9 and all(row["error_over_budget"] <= 1 for row in rows)
+        # as quick as the others: too slow beside SDPA, eager (4 forms) and, sharing a map, plain
+        assert [text[:4] for text in bench.misses(rows)] == ["SLOW"] * 6
+        rows[0]["error_over_budget"] = 1.1
+        assert [text[:5] for text in bench.misses(rows)].count("WRONG") == 1
+        provenance = dict.fromkeys(("device", "torch", "triton", "commit", "command"), "x")
+        assert len(bench.table(provenance | {"rows": rows}).splitlines()) == 4 + 9
+
     @torch.no_grad()
     def test_the_recipe_for_diffusers():
         """The code in kernels/README.md, word for word, on a tiny UNet: equal to diffusers' own attention."""
