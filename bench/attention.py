@@ -4,8 +4,8 @@
 
 The shapes are those of SD v1.x: 8 heads, self- and cross-attention (77 keys) at 512x512, self-attention at 768x768.
 The rivals: each SDPA backend by itself, FlexAttention compiled, eager matmul + softmax + matmul, and for edits folded
-SDPA (two calls on V_A and V_B) and eager. On CUDA, calls are captured in a graph and replayed: what is timed is the device,
-not Python. Writes bench/results/<device>/attention.json; --readme puts the table into kernels/README.md.
+SDPA (two calls on V_A and V_B) and eager. On CUDA, calls are captured in a graph and replayed: what is timed is the
+device, not Python. Writes bench/results/<device>/attention.json; --readme puts the table into kernels/README.md.
 """
 
 import argparse
@@ -38,7 +38,7 @@ MUST_EAGER = {"self-injection": 5, "replace": 4, "reweight": 4, "refine": 3}
 
 
 def make_edit(form: str, B: int, heads: int, N: int, L: int, D: int, dtype, device) -> AttentionEdit | None:
-    """The edit of prompt-to-prompt pairs: the last B / 2 rows, but at least a pair; the first of a pair is the source."""
+    """The edit of prompt-to-prompt pairs: the last B / 2 rows, at least one pair; the first of a pair is the source."""
     S = min(B, max(2, B // 2))
 
     def weights(*shape):

@@ -2,9 +2,9 @@
 
     python -m bench.gpu [--full]
 
-Runs the GPU-marked tests, then bench.attention, and prints what is wrong or misses its target. Needs no installation:
-the checkout is put on the path. Tests that import something that is not there (diffusers) are skipped with a line
-saying so.
+Runs the GPU-marked tests, then bench.attention and bench.fused, and prints what is wrong or misses its target. Needs no
+installation: the checkout is put on the path. Tests that import something that is not there (diffusers) are skipped
+with a line saying so.
 """
 
 import argparse
@@ -40,8 +40,9 @@ def main(argv=None) -> int:
                 files.append(str(file))
         done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", *files], cwd=harness.ROOT)
         failed += ["GPU tests"] if done.returncode else []
-    command = [sys.executable, "-m", "bench.attention", *([] if args.full else ["--quick"])]
-    failed += ["bench.attention"] if subprocess.run(command, cwd=harness.ROOT).returncode else []
+    for name in ("bench.attention", "bench.fused"):
+        command = [sys.executable, "-m", name, *([] if args.full else ["--quick"])]
+        failed += [name] if subprocess.run(command, cwd=harness.ROOT).returncode else []
     print(f"failed: {', '.join(failed)}" if failed else "ran to the end; misses are the lines WRONG and SLOW above")
     return 1 if failed else 0
 

@@ -66,7 +66,7 @@ def interleave(
     """{name: {"ms", "low", "high"}}: median and quartiles of one call, the functions taken in turns.
 
     A sample repeats the call until it lasts about `seconds`, so that the clock's resolution does not matter. With
-    `graph`, on CUDA the repeated calls are captured once and replayed, so that what Python takes for a call is not in it.
+    `graph`, on CUDA the repeated calls are captured once and replayed, so that Python's time for a call is not in it.
     """
     cuda = torch.device(device).type == "cuda"
 

@@ -1,4 +1,4 @@
-"""Compile the attention kernels ahead of time, no GPU needed, and print what each costs on the card.
+"""Compile the kernels ahead of time, no GPU needed, and print what each costs on the card.
 
     python -m bench.kernel_resources [--arch 90 ...] [--json FILE] [--all]
 
@@ -49,11 +49,14 @@ FORMS = {  # form: (op, edit fields)
 }
 
 
+FUSED = ("group_norm moments", "group_norm group", "group_norm apply", "layer_norm", "geglu")  # see fused.py
+
+
 class Case(NamedTuple):
     arch: int
     form: str
-    head_dim: int
-    queries: int
+    head_dim: int  # of a fused kernel: channels
+    queries: int  # of a fused kernel: rows
     keys: int
     dtype: str
     batch: int = B
@@ -95,6 +98,7 @@ def cases(archs, everything: bool) -> list[Case]:
                 for dtype in ("float16", "float32"):
                     if everything or dtype == "float16" or D == 256 and not short:
                         out.append(Case(arch, form, D, 1000, keys, dtype))
+        out += [Case(arch, form, C, 1024, 0, "float16") for form in FUSED for C in ((320,) if short else (320, 1280))]
     return out
 
 
@@ -119,44 +123,63 @@ class CompileOnly:
 def compile_case(case: Case):
     """The compiled kernel of one case: run its launch, stop before the launch."""
     import triton
-    from minisd_kernels import attention, cross_attention, ops
     from triton.runtime.jit import JITFunction
-
-    op, names = FORMS[case.form]
-    N, L, D, dtype = case.queries, case.keys, case.head_dim, getattr(torch, case.dtype)
-
-    def empty(*shape, dtype=dtype):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    q, k, v = (empty(case.batch, n, H, D).transpose(1, 2) for n in (N, L, L))
-    out = ops.empty_out(q)
-    edit = {
-        "source_row": empty(S, dtype=torch.int64),
-        "inject": empty(S, H, N, L),
-        "token_map": empty(S, L, L, dtype=torch.float32),
-        "blend": empty(S, L, dtype=torch.float32),
-        "reweight": empty(S, L, dtype=torch.float32),
-        "save": empty(S, H, N, L),
-        "save_mean": empty(S, N, L, dtype=torch.float32),
-    }
-    edit = {name: x if name in names else None for name, x in edit.items()}
 
     compiled, run = [], JITFunction.run
     JITFunction.run = lambda self, *args, **kwargs: compiled.append(run(self, *args, **{**kwargs, "warmup": True}))
     triton.runtime.driver.set_active(CompileOnly(case.arch))
     try:
-        if op == "attention":
-            attention.launch(q, k, v, edit["source_row"], out)
-        elif op == "cross":
-            save, save_mean = edit.pop("save"), edit.pop("save_mean")
-            v, v_source, keep_own = ops.values(v, **edit)
-            cross_attention.launch(q, k, v, v_source, edit["source_row"], edit["inject"], keep_own, out)
-        else:
-            cross_attention.launch_save(q, k, v, *edit.values(), out)
+        (launch_fused if case.form in FUSED else launch_attention)(case)
     finally:
         JITFunction.run = run
-    (kernel,) = compiled
-    return kernel
+    part = {"group_norm group": 1, "group_norm apply": 2}.get(case.form, 0)
+    return compiled[part]
+
+
+def empty(*shape, dtype):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launch_fused(case: Case) -> None:
+    from minisd_kernels import norms
+
+    C, rows, dtype = case.head_dim, case.queries, getattr(torch, case.dtype)
+    parameters = empty(C, dtype=dtype), empty(C, dtype=dtype)
+    if case.form == "geglu":
+        norms.launch_geglu(empty(rows, 2 * C, dtype=dtype), empty(rows, C, dtype=dtype))
+    elif case.form == "layer_norm":
+        x = empty(rows, C, dtype=dtype)
+        norms.launch_layer_norm(x, *parameters, 1e-5, x)
+    else:
+        x = empty(2, C, rows, 1, dtype=dtype)
+        norms.launch_group_norm_silu(x, 32, *parameters, 1e-5, x)
+
+
+def launch_attention(case: Case) -> None:
+    from minisd_kernels import attention, cross_attention, ops
+
+    op, names = FORMS[case.form]
+    N, L, D, dtype = case.queries, case.keys, case.head_dim, getattr(torch, case.dtype)
+    q, k, v = (empty(case.batch, n, H, D, dtype=dtype).transpose(1, 2) for n in (N, L, L))
+    out = ops.empty_out(q)
+    edit = {
+        "source_row": empty(S, dtype=torch.int64),
+        "inject": empty(S, H, N, L, dtype=dtype),
+        "token_map": empty(S, L, L, dtype=torch.float32),
+        "blend": empty(S, L, dtype=torch.float32),
+        "reweight": empty(S, L, dtype=torch.float32),
+        "save": empty(S, H, N, L, dtype=dtype),
+        "save_mean": empty(S, N, L, dtype=torch.float32),
+    }
+    edit = {name: x if name in names else None for name, x in edit.items()}
+    if op == "attention":
+        attention.launch(q, k, v, edit["source_row"], out)
+    elif op == "cross":
+        save, save_mean = edit.pop("save"), edit.pop("save_mean")
+        v, v_source, keep_own = ops.values(v, **edit)
+        cross_attention.launch(q, k, v, v_source, edit["source_row"], edit["inject"], keep_own, out)
+    else:
+        cross_attention.launch_save(q, k, v, *edit.values(), out)
 
 
 def measure(case: Case) -> dict:

@@ -1,9 +1,10 @@
-"""The eager oracle of both attention ops: the formulas, term by term, in plain PyTorch.
+"""The eager oracle of the ops: the formulas, term by term, in plain PyTorch.
 
-Same argument names as `minisd_kernels.ops`, any float dtype (float64 included), any device, differentiable. Every map
-is materialised, so this is slow and large on purpose: it exists to be read, and to be compared with.
+Same argument names as in `ops.py` and `fused.py`, any float dtype (float64 included), any device, differentiable.
+Every map is materialised, so this is slow and large on purpose: it exists to be read, and to be compared with.
 
-Sources: Vaswani et al. 2017 (attention), Hertz et al. 2022 (prompt-to-prompt: replace, refine, reweight).
+Sources: Vaswani et al. 2017 (attention), Hertz et al. 2022 (prompt-to-prompt: replace, refine, reweight), Wu and He
+2018 (GroupNorm), Ba et al. 2016 (LayerNorm), Shazeer 2020 (GEGLU).
 """
 
 import torch
@@ -84,3 +85,27 @@ def cross_attention(
     if save_mean is not None:
         save_mean.add_(p.detach().float().mean(dim=1))
     return torch.cat([own[:first], p]) @ v
+
+
+def normalised(x: Tensor, dims, eps: float) -> Tensor:
+    """(x - mean) / sqrt(var + eps), mean and var over `dims`."""
+    mean = x.mean(dims, keepdim=True)
+    return (x - mean) / ((x - mean).square().mean(dims, keepdim=True) + eps).sqrt()
+
+
+def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """silu(GroupNorm(x)). x: (batch, channels, height, width); weight, bias: (channels,)."""
+    y = normalised(x.unflatten(1, (groups, -1)), (2, 3, 4), eps).flatten(1, 2)
+    y = y * weight[:, None, None] + bias[:, None, None]
+    return y * torch.sigmoid(y)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """LayerNorm over the last dimension. x: (..., channels); weight, bias: (channels,)."""
+    return normalised(x, -1, eps) * weight + bias
+
+
+def geglu(x: Tensor) -> Tensor:
+    """h * gelu(gate), x = [h, gate] along the last dimension, the exact GELU: gelu(g) = g (1 + erf(g / sqrt 2)) / 2."""
+    h, gate = x.chunk(2, dim=-1)
+    return h * gate * (1 + torch.erf(gate * 2**-0.5)) / 2

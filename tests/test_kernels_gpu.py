@@ -3,7 +3,7 @@
 import pytest
 import torch
 from kernel_cases import B, S, check, edit_tensors, run_cross, sampled_cross_cases, tensors
-from minisd_kernels import ops, reference
+from minisd_kernels import fused, ops, reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -54,3 +54,19 @@ def test_a_replayed_cuda_graph_writes_to_the_same_buffers():
         want = reference.cross_attention(q, k, v, **edit, save_mean=want_mean)
         torch.testing.assert_close(out, want, atol=4e-3, rtol=0)
         torch.testing.assert_close(mean, want_mean, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("C, side", [(320, 64), (640, 9), (1280, 8), (30, 7)])
+def test_fused_ops(C, side, dtype):
+    torch.manual_seed(0)
+    weight, bias = (torch.randn(C, device="cuda").to(dtype) for _ in range(2))
+    x = torch.randn(2, C, side, side, device="cuda").to(dtype, memory_format=torch.channels_last)
+    rows = torch.randn(2, side * side, 2 * C, device="cuda").to(dtype)
+    for name, args in (
+        ("group_norm_silu", (x, C // 10 if C == 320 else 2, weight, bias)),
+        ("layer_norm", (rows[..., :C].contiguous(), weight, bias)),
+        ("geglu", (rows,)),
+    ):
+        exact = getattr(reference, name)(*(a.double() if isinstance(a, torch.Tensor) else a for a in args))
+        check(getattr(fused, name)(*args), getattr(reference, name)(*args), exact, dtype, name)

@@ -1,10 +1,10 @@
 """The Triton kernels themselves, run by Triton's interpreter on CPU tensors, against float64.
 
 TRITON_INTERPRET must be set before Triton is imported and must not reach the other tests, so this file runs itself: in
-the ordinary test session `test_in_its_own_process` starts one pytest on this file with the variable set, and shows its
-report if it fails; everything else in the file is only collected there. By hand:
+the ordinary test session `test_in_its_own_process` starts one pytest on this file and test_kernels_fused.py with the
+variable set, and shows its report if it fails; everything else in the file is only collected there. By hand:
 
-    TRITON_INTERPRET=1 python -m pytest tests/test_kernels_interpreter.py
+    TRITON_INTERPRET=1 python -m pytest tests/test_kernels_interpreter.py tests/test_kernels_fused.py
 
 Not tested here: TF32, which the interpreter does not model (test_kernels_compiled.py). Its bfloat16 is mended first:
 its tl.dot multiplies the bit patterns, and its conversions cut off instead of rounding.
@@ -28,7 +28,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED:
 
     def test_in_its_own_process():
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", __file__]
+        files = [__file__, str(Path(__file__).with_name("test_kernels_fused.py"))]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", *files]
         env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-5000:]
@@ -98,9 +99,10 @@ if INTERPRETED:
     @pytest.fixture
     def bfloat16(monkeypatch):
         """Give the interpreter a bfloat16 that works: products of the numbers, conversions that round to even."""
+        from triton.language import bfloat16 as bf16
         from triton.runtime import interpreter
 
-        dot, convert, bf16 = interpreter.InterpreterBuilder.create_dot, interpreter._convert_float, triton.language.bfloat16
+        dot, convert = interpreter.InterpreterBuilder.create_dot, interpreter._convert_float
 
         def widen(bits):
             return (bits.view(np.uint16).astype(np.uint32) << 16).view(np.float32)

@@ -119,7 +119,7 @@ def test_importing_the_ops_imports_neither_triton_nor_minisd():
 import sys
 import torch
 before = set(sys.modules)
-import minisd_kernels.ops, minisd_kernels.reference
+import minisd_kernels.ops, minisd_kernels.fused, minisd_kernels.reference
 new = {name.split(".")[0] for name in set(sys.modules) - before}
 assert not new & {"triton", "minisd", "diffusers", "transformers"}, new
 """

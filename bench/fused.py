@@ -1,0 +1,111 @@
+"""Time GroupNorm + SiLU, LayerNorm and GEGLU of minisd_kernels beside PyTorch's, and check them in the same run.
+
+    python -m bench.fused [--quick] [--device cuda]
+
+The shapes are those of SD v1.x at 512x512. The rivals: PyTorch's own ops, and the same under torch.compile. Writes
+bench/results/<device>/fused.json. The models use none of these kernels; this says on which cards they might.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from bench import harness
+
+harness.use_checkout()
+
+from minisd_kernels import fused, reference  # noqa: E402
+
+GRID = ((320, 64), (640, 32), (1280, 16), (1280, 8))  # channels, height and width of the latents
+GROUPS = 32
+
+
+def group_norm_silu(x, weight, bias):
+    return F.silu(F.group_norm(x, GROUPS, weight, bias))
+
+
+def layer_norm(x, weight, bias):
+    return F.layer_norm(x, x.shape[-1:], weight, bias)
+
+
+def geglu(x):
+    h, gate = x.chunk(2, dim=-1)
+    return h * F.gelu(gate)
+
+
+def case(op: str, B: int, C: int, side: int, dtype, device) -> tuple[Callable, Callable, Callable, tuple]:
+    """(ours, PyTorch's, the oracle, the arguments) of one op at one site of the UNet."""
+    weight, bias = (torch.randn(C, device=device).to(dtype) for _ in range(2))
+    if op == "group_norm_silu":
+        x = torch.randn(B, C, side, side, device=device).to(dtype, memory_format=torch.channels_last)
+        return (lambda x, w, b: fused.group_norm_silu(x, GROUPS, w, b), group_norm_silu,
+                lambda x, w, b: reference.group_norm_silu(x, GROUPS, w, b), (x, weight, bias))  # fmt: skip
+    if op == "layer_norm":
+        x = torch.randn(B, side * side, C, device=device).to(dtype)
+        return fused.layer_norm, layer_norm, reference.layer_norm, (x, weight, bias)
+    x = torch.randn(B, side * side, 8 * C, device=device).to(dtype)
+    return fused.geglu, geglu, reference.geglu, (x,)
+
+
+def error_ratio(got, eager, exact) -> float:
+    """Error against float64 over the budget, max(2 x PyTorch's, 4 eps x max|reference|); above 1 is wrong."""
+    budget = max(2 * (eager - exact).abs().max(), 4 * torch.finfo(eager.dtype).eps * exact.abs().max())
+    return ((got - exact).abs().max() / budget).item()
+
+
+@torch.no_grad()
+def bench_case(op: str, B: int, C: int, side: int, dtype, device: str, rounds: int) -> dict:
+    ours, torch_op, oracle, args = case(op, B, C, side, dtype, device)
+    row = {"op": op, "B": B, "C": C, "side": side, "dtype": str(dtype)[6:], "error_over_budget": None}
+    functions = {"torch": lambda: torch_op(*args)}
+    if torch.device(device).type == "cuda":
+        compiled = torch.compile(torch_op)
+        functions = {"minisd": lambda: ours(*args), **functions, "torch.compile": lambda: compiled(*args)}
+        exact = oracle(*(x.double() for x in args))
+        row["error_over_budget"] = error_ratio(ours(*args), torch_op(*args), exact)
+    row["times"] = harness.interleave(functions, device, rounds, graph=True)
+    print(f"{op:<16} B{B} C{C:<5}{side}x{side} {row['dtype']:<9}", end="")
+    print(*(f"{name} {t['ms']:.4f} ms" for name, t in row["times"].items()), sep="  ", flush=True)
+    return row
+
+
+def misses(rows: list[dict]) -> list[str]:
+    """What is wrong, and where PyTorch is quicker, one line each."""
+    out = []
+    for row in rows:
+        name = f"{row['op']} B{row['B']} C{row['C']} {row['side']}x{row['side']} {row['dtype']}"
+        if row["error_over_budget"] is not None and row["error_over_budget"] > 1:
+            out.append(f"WRONG error over budget {row['error_over_budget']:.2f}: {name}")
+        times = {contender: t["ms"] for contender, t in row["times"].items()}
+        best = min(times, key=times.get)
+        if "minisd" in times and best != "minisd":
+            out.append(f"SLOW  {times[best] / times['minisd']:.2f}x of {best}: {name}")
+    return out
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.fused", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--quick", action="store_true", help="batch 2, float16")
+    args = parser.parse_args(argv)
+    if torch.device(args.device).type != "cuda":
+        print("no GPU: the Triton kernels are left out, only PyTorch's ops are timed")
+    rows = [
+        bench_case(op, B, C, side, dtype, args.device, args.rounds)
+        for op in ("group_norm_silu", "layer_norm", "geglu")
+        for dtype in ((torch.float16,) if args.quick else (torch.float16, torch.bfloat16))
+        for B in ((2,) if args.quick else (2, 8))
+        for C, side in GRID
+    ]
+    print(f"wrote {harness.save('fused-quick' if args.quick else 'fused', rows, args.device)}")
+    missed = misses(rows)
+    print("\n".join(missed))
+    return int(any(text.startswith("WRONG") for text in missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

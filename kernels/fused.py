@@ -1,0 +1,129 @@
+"""The public fused ops beside attention: `group_norm_silu`, `layer_norm`, `geglu`, checked here, computed in norms.py.
+
+As in ops.py: importing this imports torch only, each op is registered with torch.library, and there is no backward.
+minisd's models do not use them: that would need a card on which they are measured to be faster than PyTorch's.
+"""
+
+import torch
+from torch import Tensor
+
+from .ops import DTYPES
+
+MAX_WIDTH = 16384  # layer_norm holds whole rows
+
+
+def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """silu(GroupNorm(x)), for images in channels_last memory.
+
+        y = silu((x - mean) / sqrt(var + eps) * weight + bias), mean and var over a group of channels of one image
+
+    x: (batch, channels, height, width), channels_last, float16, bfloat16 or float32; weight, bias: (channels,), the
+    same dtypes. Returns x's shape, dtype and memory format. ValueError: shapes, dtypes, devices, memory format.
+    RuntimeError: an input needs a gradient. Source: Wu and He 2018.
+    """
+    if x.ndim != 4 or x.numel() == 0:
+        raise ValueError(f"x: expected (batch, channels, height, width), none of them 0, got {tuple(x.shape)}")
+    if groups < 1 or x.shape[1] % groups:
+        raise ValueError(f"groups: expected a divisor of the {x.shape[1]} channels, got {groups}")
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(f"x: expected channels_last memory, got strides {x.stride()} for shape {tuple(x.shape)}")
+    check(x, x.shape[1], weight, bias)
+    return torch.ops.minisd_kernels.group_norm_silu(x, groups, weight, bias, eps)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """LayerNorm over the last dimension.
+
+        y = (x - mean) / sqrt(var + eps) * weight + bias
+
+    x: (..., channels), contiguous, at most 16384 channels, float16, bfloat16 or float32; weight, bias: (channels,), the
+    same dtypes. ValueError and RuntimeError as in group_norm_silu. Source: Ba et al. 2016.
+    """
+    check_rows(x)
+    if x.shape[-1] > MAX_WIDTH:
+        raise ValueError(f"x: expected at most {MAX_WIDTH} channels, got {x.shape[-1]}")
+    check(x, x.shape[-1], weight, bias)
+    return torch.ops.minisd_kernels.layer_norm(x, weight, bias, eps)
+
+
+def geglu(x: Tensor) -> Tensor:
+    """h * gelu(gate) with h the first half of the last dimension, gate the second, and the exact GELU.
+
+    x: (..., 2 * channels), contiguous, float16, bfloat16 or float32 -> (..., channels). ValueError and RuntimeError as
+    in group_norm_silu. Source: Shazeer 2020.
+    """
+    check_rows(x)
+    if x.shape[-1] % 2:
+        raise ValueError(f"x: expected an even last dimension, got {x.shape[-1]}")
+    check(x, x.shape[-1])
+    return torch.ops.minisd_kernels.geglu(x)
+
+
+def check_rows(x: Tensor) -> None:
+    if x.ndim < 1 or x.numel() == 0:
+        raise ValueError(f"x: expected at least one dimension, none of them 0, got shape {tuple(x.shape)}")
+    if not x.is_contiguous():
+        raise ValueError(f"x: expected contiguous memory, got strides {x.stride()} for shape {tuple(x.shape)}")
+
+
+def check(x: Tensor, channels: int, *parameters: Tensor) -> None:
+    """ValueError unless dtypes, devices and the shapes of the parameters fit; RuntimeError under autograd."""
+    for name, y in zip(("x", "weight", "bias"), (x, *parameters)):
+        if y.dtype not in DTYPES:
+            raise ValueError(f"{name}: expected {' or '.join(map(str, DTYPES))}, got {y.dtype}")
+        if y.device != x.device:
+            raise ValueError(f"{name}: expected a tensor on {x.device} like x, got {y.device}")
+        if y is not x and (y.shape != (channels,) or y.stride() != (1,)):
+            raise ValueError(f"{name}: expected contiguous shape ({channels},), got {tuple(y.shape)}, {y.stride()}")
+    if torch.is_grad_enabled() and any(y.requires_grad for y in (x, *parameters)):
+        raise RuntimeError(NO_BACKWARD)
+
+
+NO_BACKWARD = "the fused Triton kernels have no backward; use torch.nn.functional or torch.no_grad()"
+
+# Registration, as in ops.py.
+
+SCHEMAS = {
+    "group_norm_silu": "(Tensor x, int groups, Tensor weight, Tensor bias, float eps) -> Tensor",
+    "layer_norm": "(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor",
+    "geglu": "(Tensor x) -> Tensor",
+}
+
+
+def empty_out(x: Tensor, *args) -> Tensor:
+    """The output of both norms, uninitialised, and their fake kernel."""
+    return torch.empty_like(x)
+
+
+def empty_half(x: Tensor) -> Tensor:
+    """The output of geglu, uninitialised, and its fake kernel."""
+    return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+
+
+def run(name: str, empty, x: Tensor, *args) -> Tensor:
+    """Allocate the output and launch on x's device."""
+    import triton
+
+    from . import norms
+
+    if x.device.type != "cuda" and not triton.knobs.runtime.interpret:
+        raise ValueError(f"the Triton kernels need a CUDA device, got {x.device}; torch.nn.functional runs everywhere")
+    out = empty(x)
+    with torch.cuda.device_of(x):
+        getattr(norms, f"launch_{name}")(x, *args, out)
+    return out
+
+
+def register(name: str, schema: str, empty) -> None:
+    def no_backward(ctx, grad):
+        raise RuntimeError(NO_BACKWARD)
+
+    op = f"minisd_kernels::{name}"
+    torch.library.define(op, schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(op, ("CPU", "CUDA"))(lambda x, *args: run(name, empty, x, *args))
+    torch.library.register_fake(op, empty)
+    torch.library.register_autograd(op, no_backward)
+
+
+for _name, _schema in SCHEMAS.items():
+    register(_name, _schema, empty_half if _name == "geglu" else empty_out)

@@ -1,0 +1,164 @@
+"""GroupNorm with SiLU on channels_last memory, LayerNorm and GEGLU, each without an intermediate result in memory.
+
+    group_norm_silu: y = silu((x - mean) / sqrt(var + eps) * weight + bias), mean and var over a group of one image
+    layer_norm:      y = (x - mean) / sqrt(var + eps) * weight + bias, mean and var over the last dimension
+    geglu:           y = h * gelu(gate), where x = [h, gate]; the exact GELU, gate * Phi(gate)
+
+All sums in float32, of deviations from a mean and never of squares: mean(x^2) - mean^2 loses what var is made of.
+
+In channels_last memory a group is a narrow column, 10 channels of 320, and its rows lie far apart. So nobody reads
+group by group: `moments_kernel` takes mean and squared deviations of each channel over a block of positions, all
+channels side by side; `group_kernel` combines them into those of a group (Chan, Golub and LeVeque 1979);
+`apply_kernel` normalises. x is read twice and written once.
+
+Sources: Wu and He 2018 (GroupNorm), Ba et al. 2016 (LayerNorm), Shazeer 2020 (GEGLU).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def moments_kernel(x, moments, positions, channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Mean and sum of squared deviations of BLOCK_C channels over one block of positions of image b.
+
+    x: (B, positions, channels); moments: (B, blocks, 2, channels) float32.
+    """
+    block, b = tl.program_id(0), tl.program_id(2)
+    offs_p = block * BLOCK_P + tl.arange(0, BLOCK_P)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_x = (offs_p[:, None] < positions) & (offs_c[None, :] < channels)
+    p_x = x + b.to(tl.int64) * positions * channels
+    # (BLOCK_P, BLOCK_C)
+    b_x = tl.load(p_x + offs_p[:, None] * channels + offs_c[None, :], mask=m_x, other=0.0).to(tl.float32)
+    count = tl.minimum(BLOCK_P, positions - block * BLOCK_P)
+    mean = tl.sum(b_x, 0) / count
+    deviation = tl.where(m_x, b_x - mean[None, :], 0.0)
+    p_moments = moments + (b.to(tl.int64) * tl.num_programs(0) + block) * 2 * channels + offs_c
+    tl.store(p_moments, mean, mask=offs_c < channels)
+    tl.store(p_moments + channels, tl.sum(deviation * deviation, 0), mask=offs_c < channels)
+
+
+@triton.jit
+def group_kernel(
+    moments, weight, statistics, positions, channels, blocks, eps,
+    WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """Mean and scale = weight / sqrt(var + eps) of the WIDTH channels of one group of image b.
+
+    statistics: (B, 2, channels) float32.
+    """
+    g, b = tl.program_id(0), tl.program_id(1)
+    offs_w = tl.arange(0, BLOCK_W)
+    offs_c = g * WIDTH + offs_w
+    p_moments = moments + b.to(tl.int64) * blocks * 2 * channels
+    total = tl.zeros([BLOCK_K, BLOCK_W], tl.float32)
+    for start in range(0, blocks, BLOCK_K):
+        offs_k = start + tl.arange(0, BLOCK_K)
+        count = tl.minimum(BLOCK_P, positions - offs_k * BLOCK_P)  # the last block is shorter
+        m_k = (offs_k[:, None] < blocks) & (offs_w[None, :] < WIDTH)
+        total += count[:, None] * tl.load(p_moments + offs_k[:, None] * 2 * channels + offs_c[None, :], m_k, 0.0)
+    mean = tl.sum(tl.sum(total, 1), 0) / (positions * WIDTH)
+
+    total = tl.zeros([BLOCK_K, BLOCK_W], tl.float32)
+    for start in range(0, blocks, BLOCK_K):
+        offs_k = start + tl.arange(0, BLOCK_K)
+        count = tl.minimum(BLOCK_P, positions - offs_k * BLOCK_P)
+        m_k = (offs_k[:, None] < blocks) & (offs_w[None, :] < WIDTH)
+        p_k = p_moments + offs_k[:, None] * 2 * channels + offs_c[None, :]
+        away = tl.load(p_k, m_k, 0.0) - mean
+        total += tl.where(m_k, tl.load(p_k + channels, m_k, 0.0) + count[:, None] * away * away, 0.0)
+    var = tl.sum(tl.sum(total, 1), 0) / (positions * WIDTH)
+
+    scale = tl.load(weight + offs_c, offs_w < WIDTH, 0.0).to(tl.float32) / tl.sqrt(var + eps)
+    p_statistics = statistics + b * 2 * channels + offs_c
+    tl.store(p_statistics, tl.zeros([BLOCK_W], tl.float32) + mean, mask=offs_w < WIDTH)
+    tl.store(p_statistics + channels, scale, mask=offs_w < WIDTH)
+
+
+@triton.jit
+def apply_kernel(
+    x, statistics, bias, out, positions, channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """out = silu((x - mean) * scale + bias) of one block of positions and channels of image b."""
+    b = tl.program_id(2)
+    offs_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = offs_c < channels
+    m_x = (offs_p[:, None] < positions) & m_c[None, :]
+    offs_x = b.to(tl.int64) * positions * channels + offs_p[:, None] * channels + offs_c[None, :]
+    mean = tl.load(statistics + b * 2 * channels + offs_c, m_c, 0.0)
+    scale = tl.load(statistics + b * 2 * channels + channels + offs_c, m_c, 0.0)
+    shift = tl.load(bias + offs_c, m_c, 0.0).to(tl.float32)
+    y = (tl.load(x + offs_x, m_x, 0.0).to(tl.float32) - mean[None, :]) * scale[None, :] + shift[None, :]
+    tl.store(out + offs_x, (y * tl.sigmoid(y)).to(out.dtype.element_ty), mask=m_x)
+
+
+@triton.jit
+def layer_norm_kernel(
+    x, weight, bias, out, rows, channels, eps, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """BLOCK_R rows, each held whole: x is read once."""
+    offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_c = tl.arange(0, BLOCK_C)
+    m_c = offs_c < channels
+    m_x = (offs_r[:, None] < rows) & m_c[None, :]
+    offs_x = offs_r[:, None] * channels + offs_c[None, :]
+    # (BLOCK_R, BLOCK_C)
+    b_x = tl.load(x + offs_x, m_x, 0.0).to(tl.float32)
+    deviation = tl.where(m_c[None, :], b_x - (tl.sum(b_x, 1) / channels)[:, None], 0.0)
+    inverse = 1 / tl.sqrt(tl.sum(deviation * deviation, 1) / channels + eps)
+    w, shift = (tl.load(weight + offs_c, m_c, 0.0).to(tl.float32), tl.load(bias + offs_c, m_c, 0.0).to(tl.float32))
+    y = deviation * inverse[:, None] * w[None, :] + shift[None, :]
+    tl.store(out + offs_x, y.to(out.dtype.element_ty), mask=m_x)
+
+
+@triton.jit
+def geglu_kernel(x, out, rows, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """x: (rows, 2 channels), out: (rows, channels)."""
+    offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_x = (offs_r[:, None] < rows) & (offs_c[None, :] < channels)
+    p_h = x + offs_r[:, None] * 2 * channels + offs_c[None, :]
+    h = tl.load(p_h, m_x, 0.0).to(tl.float32)
+    gate = tl.load(p_h + channels, m_x, 0.0).to(tl.float32)
+    y = h * gate * 0.5 * (1 + tl.erf(gate * 0.7071067811865476))  # Phi(g) = (1 + erf(g / sqrt 2)) / 2
+    p_out = out + offs_r[:, None] * channels + offs_c[None, :]
+    tl.store(p_out, y.to(out.dtype.element_ty), mask=m_x)
+
+
+# The launches: plain Python. All checks are done in fused.py.
+
+BLOCK_P, BLOCK_C = 64, 64  # positions and channels of a tile
+
+
+def launch_group_norm_silu(x, groups, weight, bias, eps, out) -> None:
+    """x and out: (B, C, h, w) in channels_last memory."""
+    B, C, h, w = x.shape
+    positions, width = h * w, C // groups
+    blocks = triton.cdiv(positions, BLOCK_P)
+    moments = torch.empty(B, blocks, 2, C, dtype=torch.float32, device=x.device)
+    statistics = moments.new_empty(B, 2, C)
+    tiles = (blocks, triton.cdiv(C, BLOCK_C), B)
+    moments_kernel[tiles](x, moments, positions, C, BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_C)
+    group_kernel[(groups, B)](
+        moments, weight, statistics, positions, C, blocks, eps,
+        WIDTH=width, BLOCK_P=BLOCK_P, BLOCK_K=64, BLOCK_W=triton.next_power_of_2(width),
+    )  # fmt: skip
+    apply_kernel[tiles](x, statistics, bias, out, positions, C, BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_C)
+
+
+def launch_layer_norm(x, weight, bias, eps, out) -> None:
+    C = x.shape[-1]
+    rows, block_c = x.numel() // C, triton.next_power_of_2(C)
+    block_r = max(1, 4096 // block_c)
+    grid = (triton.cdiv(rows, block_r),)
+    layer_norm_kernel[grid](x, weight, bias, out, rows, C, eps, BLOCK_R=block_r, BLOCK_C=block_c)
+
+
+def launch_geglu(x, out) -> None:
+    C = out.shape[-1]
+    rows = out.numel() // C
+    grid = (triton.cdiv(rows, 16), triton.cdiv(C, 128))
+    geglu_kernel[grid](x, out, rows, C, BLOCK_R=16, BLOCK_C=128)

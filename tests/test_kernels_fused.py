@@ -1,0 +1,142 @@
+"""GroupNorm + SiLU, LayerNorm and GEGLU: refusals here, the kernels in the interpreter, whose session
+test_kernels_interpreter.py starts.
+"""
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernel_cases import NAN, check
+from minisd_kernels import fused, reference
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def parameters(channels, dtype=torch.float32):
+    return torch.randn(channels).to(dtype), torch.randn(channels).to(dtype)
+
+
+def image(*shape, dtype=torch.float32):
+    return torch.randn(*shape).to(dtype, memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    "call, match",
+    [
+        (lambda: fused.group_norm_silu(torch.zeros(2, 8, 4), 2, *parameters(8)), r"expected \(batch, .* \(2, 8, 4\)"),
+        (lambda: fused.group_norm_silu(image(2, 8, 0, 4), 2, *parameters(8)), "none of them 0"),
+        (lambda: fused.group_norm_silu(image(2, 8, 4, 4), 3, *parameters(8)), "a divisor of the 8 channels, got 3"),
+        (lambda: fused.group_norm_silu(torch.zeros(2, 8, 4, 4), 2, *parameters(8)), "expected channels_last memory"),
+        (lambda: fused.group_norm_silu(image(2, 8, 4, 4), 2, *parameters(4)), r"weight: .* \(8,\), got \(4,\)"),
+        (lambda: fused.group_norm_silu(image(2, 8, 4, 4).double(), 2, *parameters(8)), "x: .* got torch.float64"),
+        (lambda: fused.layer_norm(torch.zeros(4, 8).mT, *parameters(4)), "x: expected contiguous memory"),
+        (lambda: fused.layer_norm(torch.zeros(4, 0), *parameters(0)), "none of them 0"),
+        (lambda: fused.layer_norm(torch.zeros(1, 16385), *parameters(16385)), "at most 16384 channels, got 16385"),
+        (lambda: fused.layer_norm(torch.zeros(4, 8), *[p.double() for p in parameters(8)]), "weight: .* torch.float64"),
+        (lambda: fused.layer_norm(torch.zeros(4, 8).to("meta"), *parameters(8)), "on meta like x, got cpu"),
+        (lambda: fused.geglu(torch.zeros(4, 7)), "expected an even last dimension, got 7"),
+        (lambda: fused.geglu(torch.zeros(4, 8, 2)[..., 0]), "expected contiguous memory"),
+    ],
+)
+def test_bad_tensors_are_refused(call, match):
+    with pytest.raises(ValueError, match=match):
+        call()
+
+
+def test_gradients_are_refused():
+    x, (weight, bias) = torch.zeros(1, 8, 2, 2), parameters(8)
+    for call in (
+        lambda: fused.group_norm_silu(image(1, 8, 2, 2).requires_grad_(), 2, weight, bias),
+        lambda: fused.layer_norm(x.flatten(1)[:, :8].contiguous(), weight.requires_grad_(), bias),
+        lambda: fused.geglu(torch.zeros(2, 8, requires_grad=True)),
+    ):
+        with pytest.raises(RuntimeError, match="no backward; use torch.nn.functional"):
+            call()
+
+
+def test_fake_kernels_promise_the_layout_that_is_returned():
+    x, parts = image(2, 8, 3, 5).to("meta"), [p.to("meta") for p in parameters(8)]
+    assert fused.group_norm_silu(x, 2, *parts).stride() == x.stride()
+    assert fused.geglu(torch.zeros(3, 5, 8, device="meta")).shape == (3, 5, 4)
+
+
+if INTERPRETED:
+    DTYPES = (torch.float32, torch.float16)
+
+    @pytest.fixture(autouse=True)
+    def poisoned(monkeypatch):
+        """NaN in every output and in every buffer between the kernels."""
+        for name in ("empty_like", "empty"):
+            allocate = getattr(torch, name)
+            monkeypatch.setattr(torch, name, lambda *a, allocate=allocate, **k: allocate(*a, **k).fill_(NAN))
+        new_empty = torch.Tensor.new_empty
+        monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(NAN))
+
+    def run(name, x, *args, torch_op):
+        """Against float64 within twice the error of PyTorch's own op."""
+        exact = [a.double() if isinstance(a, torch.Tensor) else a for a in args]
+        want = getattr(reference, name)(x.double(), *exact)
+        got = getattr(fused, name)(x, *args)
+        assert got.dtype == x.dtype and got.shape == want.shape
+        check(got, torch_op(x, *args), want, x.dtype, name)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize(
+        "shape, groups, offset",
+        [
+            ((1, 320, 3, 5), 32, 0),  # 10 channels a group
+            ((1, 64, 16, 9), 32, 3),  # more than one block of positions, the last one short
+            ((2, 30, 8, 8), 3, 0),
+            ((2, 7, 1, 1), 7, 0),  # one number in a group
+            ((1, 100, 9, 8), 1, -2),
+            ((1, 2, 65, 64), 2, 100),  # more blocks than one tile of them; mean far from zero
+        ],
+        ids=str,
+    )
+    def test_group_norm_silu(shape, groups, offset, dtype):
+        torch.manual_seed(0)
+        x = (image(*shape) * torch.linspace(0.1, 3, shape[1])[:, None, None] + offset).to(dtype)
+        assert x.is_contiguous(memory_format=torch.channels_last)
+
+        def torch_op(x, groups, weight, bias, eps):
+            return F.silu(F.group_norm(x, groups, weight, bias, eps))
+
+        run("group_norm_silu", x, groups, *parameters(shape[1], dtype), 1e-5, torch_op=torch_op)
+        assert fused.group_norm_silu(x, groups, *parameters(shape[1])).stride() == x.stride()
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("shape", [(3, 5, 320), (1, 1), (2, 3, 1000), (7, 48), (5, 1280)], ids=str)
+    def test_layer_norm(shape, dtype):
+        torch.manual_seed(0)
+        x = (torch.randn(shape) * 3 + 5).to(dtype)
+
+        def torch_op(x, weight, bias, eps):
+            return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+        run("layer_norm", x, *parameters(shape[-1], dtype), 1e-5, torch_op=torch_op)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("shape", [(2, 17, 320), (1, 2), (3, 1, 514)], ids=str)
+    def test_geglu(shape, dtype):
+        torch.manual_seed(0)
+
+        def torch_op(x):
+            h, gate = x.chunk(2, dim=-1)
+            return h * F.gelu(gate)
+
+        run("geglu", (torch.randn(shape) * 3).to(dtype), torch_op=torch_op)
+
+    def test_opcheck_and_compile():
+        x, parts = image(2, 8, 3, 5), parameters(8)
+        op = torch.ops.minisd_kernels
+        torch.library.opcheck(op.group_norm_silu.default, (x, 2, *parts, 1e-5))
+        torch.library.opcheck(op.layer_norm.default, (x.mT.contiguous()[..., :1].reshape(-1, 8), *parts, 1e-5))
+        torch.library.opcheck(op.geglu.default, (torch.randn(3, 8),))
+
+        def block(x):
+            y = fused.group_norm_silu(x, 2, *parts).permute(0, 2, 3, 1).contiguous()
+            return fused.geglu(fused.layer_norm(y, *parts))
+
+        compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), block(x))
