@@ -30,6 +30,7 @@ SHARED_PER_SM = {80: 164 * 1024, 89: 100 * 1024, 90: 228 * 1024}
 WARPS_PER_SM = {80: 64, 89: 48, 90: 64}
 
 FORMS = {  # form: (op, edit fields)
+    "fold": ("cross", ("source_row", "token_map", "blend", "reweight")),
     "flash": ("attention", ()),
     "flash routed": ("attention", ("source_row",)),
     "plain": ("cross", ()),
@@ -63,7 +64,7 @@ class Case(NamedTuple):
 
 
 # "plain" and the like are "replace" and the like without the routing.
-DISTINCT = ("flash routed", "replace", "two terms", "inject", "inject + blend", "save", "save_mean, replace", 
+DISTINCT = ("fold", "flash routed", "replace", "two terms", "inject", "inject + blend", "save", "save_mean, replace", 
             "save, refine", "save_mean, refine", "save, inject")  # fmt: skip
 
 
@@ -132,8 +133,8 @@ def compile_case(case: Case):
         (launch_fused if case.form in FUSED else launch_attention)(case)
     finally:
         JITFunction.run = run
-    part = {"group_norm group": 1, "group_norm apply": 2}.get(case.form, 0)
-    return compiled[part]
+    # a launch of several kernels: group_norm in three, fold before cross-attention
+    return compiled[{"fold": 0, "group_norm moments": 0, "group_norm group": 1}.get(case.form, -1)]
 
 
 def empty(*shape, dtype):
@@ -175,9 +176,7 @@ def launch_attention(case: Case) -> None:
     if op == "attention":
         attention.launch(q, k, v, edit["source_row"], out)
     elif op == "cross":
-        save, save_mean = edit.pop("save"), edit.pop("save_mean")
-        v, v_source, keep_own = ops.values(v, **edit)
-        cross_attention.launch(q, k, v, v_source, edit["source_row"], edit["inject"], keep_own, out)
+        cross_attention.launch(q, k, v, *list(edit.values())[:5], out)
     else:
         cross_attention.launch_save(q, k, v, *edit.values(), out)
 

@@ -279,6 +279,8 @@ def config(B: int, H: int, N: int, D: int, itemsize: int, arch: int) -> dict:
         tile = {"BLOCK_N": 64, "BLOCK_L": 32, "REREAD": 0, "num_warps": 4}
     elif N % 128 == 0 and B * H * (N // 128) >= 132:  # enough programs to fill a large card
         tile = {"BLOCK_N": 128, "BLOCK_L": 64, "REREAD": 0, "num_warps": 8}
+        if arch < 90 and D <= 48:
+            tile["maxnreg"] = 128  # so that two programs fit on a multiprocessor; it takes up to 134 if it may
     else:
         tile = {"BLOCK_N": 64, "BLOCK_L": 64, "REREAD": 0, "num_warps": 4}
     return tile | {"num_stages": 2}

@@ -2,7 +2,7 @@
 
     P' = reweight * [blend * (P_source @ token_map) + (1 - blend) * P_own];   out = P' V
 
-Two kernels. `cross_attention_kernel` never forms P': the edit is linear in both maps, so ops.fold moved it into the
+Two kernels. `cross_attention_kernel` never forms P': the edit is linear in both maps, so fold.py moved it into the
 values and what is left is out = P_own V_own + P_source V_source. `cross_attention_save_kernel` forms P', because it is
 asked to write it (`save`) or the mean over heads (`save_mean`). P_source is recomputed from q and k of another row, or
 read. Source: Hertz et al. 2022 (prompt-to-prompt) for the edits.
@@ -13,6 +13,7 @@ A key row is cut like a head dim (see attention.py), 77 = 64 + 13 (padded to 16)
 import triton
 import triton.language as tl
 
+from . import fold
 from .attention import (
     LOG2_E, arch, beyond, columns, cut, dot, head, load, load_cut, scores, store_cut, strides, unit, zeros, zeros_cut,
 )  # fmt: skip
@@ -263,9 +264,10 @@ def first_row(q, *edits) -> int:
     return q.shape[0] - next((x.shape[0] for x in edits if x is not None), 0)
 
 
-def launch(q, k, v, v_source, source_row, inject, keep_own, out) -> None:
+def launch(q, k, v, source_row, inject, token_map, blend, reweight, out) -> None:
     """The folded form; see cross_attention_kernel. All checks are done in ops.py."""
     B, H, N, D = q.shape
+    v, v_source, keep_own = fold.launch(v, source_row, inject, token_map, blend, reweight)
     u = unit(q, k, v, v_source, out)
     choice = config(D, q.element_size(), arch())
     cross_attention_kernel[(triton.cdiv(N, choice["BLOCK_N"]), H, B)](

@@ -71,22 +71,7 @@ def cross_attention(
         return torch.ops.minisd_kernels.cross_attention_save(
             q, k, v, source_row, inject, token_map, blend, reweight, save, save_mean
         )
-    v, v_source, keep_own = values(v, source_row, inject, token_map, blend, reweight)
-    return torch.ops.minisd_kernels.cross_attention(q, k, v, v_source, source_row, inject, keep_own)
-
-
-def values(v, source_row, inject, token_map, blend, reweight) -> tuple[Tensor, Tensor | None, bool]:
-    """(v, v_source, keep_own) of the folded form: edited rows of v are V_own, or V_source if it is the only term."""
-    has_source = source_row is not None or inject is not None
-    if token_map is None and blend is None and reweight is None and inject is None:
-        return v, None, True  # at most a row to take the map from
-    first = v.shape[0] - next(x.shape[0] for x in (source_row, inject, reweight) if x is not None)
-    v_own, v_source = fold(v[first:], has_source, token_map, blend, reweight)
-    if v_own is None and inject is not None:
-        return v, v_source, False
-    if v_own is None:
-        v_own, v_source = v_source, None  # one map, of the own row or the source row
-    return torch.cat([v[:first], v_own]), v_source, True
+    return torch.ops.minisd_kernels.cross_attention(q, k, v, source_row, inject, token_map, blend, reweight)
 
 
 def fold(
@@ -97,7 +82,7 @@ def fold(
         V_own = (1 - blend) * reweight * V;   V_source = token_map @ (blend * reweight * V)
 
     Exact, because the edit is linear in both maps. v: (S, heads, keys, D), the rows that are edited; the result has its
-    dtype and is computed in float32 at least.
+    dtype and is computed in float32 at least. The kernels do the same in fold.py; this is what impl="sdpa" uses.
     """
     x = v if v.dtype == torch.float64 else v.float()
     if reweight is not None:
@@ -190,7 +175,8 @@ torch.library.define(
 )
 torch.library.define(
     "minisd_kernels::cross_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor? v_source, Tensor? source_row, Tensor? inject, bool keep_own) -> Tensor",
+    "(Tensor q, Tensor k, Tensor v, Tensor? source_row, Tensor? inject, Tensor? token_map, Tensor? blend, "
+    "Tensor? reweight) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(

@@ -262,11 +262,12 @@ if INTERPRETED:
         edit = edit_tensors("source_row", ("token_map", "blend", "reweight"), 1, 7, 5, torch.float32, 0)
         op = torch.ops.minisd_kernels
         torch.library.opcheck(op.attention.default, (q, k, v, edit["source_row"]))
-        torch.library.opcheck(op.cross_attention.default, (q, k, v, v[1:].contiguous(), edit["source_row"], None, True))
+        args = (q, k, v, edit["source_row"], None, edit["token_map"], edit["blend"], edit["reweight"])
+        torch.library.opcheck(op.cross_attention.default, args)
+        torch.library.opcheck(op.cross_attention.default, (q, k, v, *[None] * 5))
         save, mean = torch.zeros(S, 1, 7, 5), torch.zeros(S, 7, 5)
         torch.library.opcheck(op.cross_attention_save.default, (q, k, v, None, None, None, None, None, save, None))
-        args = (q, k, v, edit["source_row"], None, edit["token_map"], edit["blend"], edit["reweight"], save, mean)
-        torch.library.opcheck(op.cross_attention_save.default, args)
+        torch.library.opcheck(op.cross_attention_save.default, (*args, save, mean))
 
     @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
     @pytest.mark.parametrize("save", [False, True], ids=["edit", "edit and save"])
