@@ -267,7 +267,12 @@ def test_debug_shows_the_traceback(minisd_command):
 
 # pictures that are given
 
-READING = [["img2img", "PICTURE", "a"]]  # every command that reads a picture, at each place where it does
+READING = [  # every command that reads a picture, at each place where it does
+    ["img2img", "PICTURE", "a"],
+    ["blend", "PICTURE", "whole.png", "a"],
+    ["blend", "whole.png", "PICTURE", "a"],
+    ["erase", "a", "b", "--image", "PICTURE"],
+]
 
 
 @pytest.fixture(scope="module")
@@ -298,10 +303,10 @@ def test_bad_pictures_are_refused_in_one_line(minisd_command, here, pictures, ar
         ("cut.jpg", "{path} cannot be read as a picture: "),
         ("float.tif", "{path} cannot be read as a picture: a picture of mode F has no known white"),
         ("huge.png", "{path} is too large: expected at most 89,478,485 pixels"),
-        ("dot.png", "the picture is 1 x 1 pixels, expected at least 4 x 4"),
+        ("dot.png", ""),  # too small to draw, or not of the mask's proportions
     ]:
         path = pictures / name
-        given = [path if argument == "PICTURE" else argument for argument in arguments]
+        given = [{"PICTURE": path, "whole.png": pictures / "whole.png"}.get(each, each) for each in arguments]
         code, out, err = minisd_command(*given, *TINY, "-o", "new/out.png", "--trace", "new/trace")
         assert code == 2 and out == "" and message.format(path=path) in err
         assert err.count("\n") == 1 and err.startswith("minisd: error: ") and files(here) == []
@@ -318,8 +323,9 @@ def test_pictures_are_taken_as_a_viewer_shows_them(minisd_command, here, picture
     for name, strength in [("turned.png", "0"), ("clear.png", "0"), ("moving.png", "0.3")]:
         code, _, _ = minisd_command("img2img", name, "a", *TINY, "--strength", strength, "-o", "out.png")
         assert code == 0 and (pixels("out.png") == rgb).all()
-    dot = ["img2img", pictures / "dot.png", "a", *TINY, "--strength", "0", "--size", "8x4", "-o", "out.png"]
-    assert minisd_command(*dot)[0] == 0 and pixels("out.png").shape == (4, 8, 3)
+    dot = ["img2img", pictures / "dot.png", "a", *TINY, "--strength", "0", "-o", "out.png"]
+    assert "the picture is 1 x 1 pixels, expected at least 4 x 4" in minisd_command(*dot)[2]
+    assert minisd_command(*dot, "--size", "8x4")[0] == 0 and pixels("out.png").shape == (4, 8, 3)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "P", "LA", "I;16", "1", "CMYK"])
