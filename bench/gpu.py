@@ -2,9 +2,9 @@
 
     python -m bench.gpu [--full]
 
-Runs the GPU-marked tests, then bench.attention and bench.fused, and prints what is wrong or misses its target. Needs no
-installation: the checkout is put on the path. Tests that import something that is not there (diffusers) are skipped
-with a line saying so.
+Runs the GPU-marked tests, then bench.attention, bench.fused and the engine's benchmarks, and prints what is wrong or
+misses its target. Needs no installation: the checkout is put on the path. Tests that import something that is not there
+(diffusers) are skipped with a line saying so.
 """
 
 import argparse
@@ -40,9 +40,12 @@ def main(argv=None) -> int:
                 files.append(str(file))
         done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", *files], cwd=harness.ROOT)
         failed += ["GPU tests"] if done.returncode else []
-    for name in ("bench.attention", "bench.fused"):
-        command = [sys.executable, "-m", name, *([] if args.full else ["--quick"])]
-        failed += [name] if subprocess.run(command, cwd=harness.ROOT).returncode else []
+    quick, five = [] if args.full else ["--quick"], ["--rounds", "5"]
+    commands = [["bench.attention", *quick], ["bench.fused", *quick], ["bench.editing", "speed", *five]]
+    commands += [[f"bench.{name}", *five] for name in ("unet", "txt2img", "scaling", "startup")]
+    for command in commands:
+        done = subprocess.run([sys.executable, "-m", *command], cwd=harness.ROOT)
+        failed += [" ".join(command)] if done.returncode else []
     print(f"failed: {', '.join(failed)}" if failed else "ran to the end; misses are the lines WRONG and SLOW above")
     return 1 if failed else 0
 

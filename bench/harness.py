@@ -4,8 +4,12 @@ Contenders are timed in turns, one call of each per round, so that a clock that 
 hits all of them alike; the figure is the median over the rounds, with the quartiles as spread.
 """
 
+import argparse
+import ctypes
+import gc
 import importlib.util
 import json
+import multiprocessing
 import os
 import platform
 import re
@@ -20,6 +24,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
+RSS_RESET = Path("/proc/self/clear_refs")  # Linux: writing 5 resets the peak of the resident memory
 
 
 def use_checkout() -> None:
@@ -40,6 +45,13 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "cpu"
 
 
+def processor() -> str:
+    """What /proc/cpuinfo calls this CPU."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
 def provenance(device: str) -> dict:
     """Device, versions, commit, command: what a figure is worth nothing without."""
 
@@ -50,6 +62,8 @@ def provenance(device: str) -> dict:
     triton = importlib.util.find_spec("triton") and __import__("triton")
     return {
         "device": device_name(device),
+        "processor": processor() if device_name(device) == "cpu" else device_name(device),
+        "threads": torch.get_num_threads(),
         "machine": platform.machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -109,16 +123,176 @@ def interleave(
     return out
 
 
-def peak_memory(function: Callable, device: str) -> int | None:
-    """Bytes that one call allocates at its peak above what is there before; None on a CPU, which does not count."""
-    if torch.device(device).type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+def milliseconds(function: Callable, device: str) -> float:
+    """The wall clock's time of one call, waited for."""
+    synchronise = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    synchronise()
+    start = time.perf_counter()
     function()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    synchronise()
+    return (time.perf_counter() - start) * 1e3
+
+
+def quartiles(ms: list[float]) -> dict[str, float]:
+    """{"ms": median, "low", "high": the quartiles}."""
+    low, median, high = statistics.quantiles(ms, n=4, method="inclusive") if len(ms) > 1 else ms * 3
+    return {"ms": median, "low": low, "high": high}
+
+
+def peak_memory(function: Callable, device: str) -> int | None:
+    """Bytes at the peak of one call above what is there before: allocated on CUDA, resident on Linux, else None."""
+    if torch.device(device).type != "cuda" and not RSS_RESET.exists():
+        return None
+    before = reset_peak(device)
+    function()
+    return peak_bytes(device) - before
+
+
+def reset_peak(device: str) -> int:
+    """Start the count of the peak anew; returns the bytes that are there now."""
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    ctypes.CDLL(None).malloc_trim(0)  # glibc: give back what is free
+    RSS_RESET.write_text("5")
+    return resident("VmRSS")
+
+
+def peak_bytes(device: str) -> int:
+    """The peak since `reset_peak`."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    return resident("VmHWM")
+
+
+def resident(key: str) -> int:
+    """Bytes of this process that are resident (VmRSS), or were at their peak (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
+
+
+def contest(builders: dict[str, tuple], device: str, rounds: int) -> dict[str, dict]:
+    """{name: {"ms", "low", "high", "bytes", "above"}}: contenders in processes of their own, called in turns.
+
+    builders: process -> (function, *arguments); the function, of a module, is called in the new process and returns the
+    contenders there, {name: what is timed}. One call of each warms up. bytes: at the peak of the calls, weights
+    included, resident memory of the process on a CPU and allocated memory on CUDA; above: of it, what was not there
+    before the call. A process that fails is left out with a line that says why.
+    """
+    context, workers = multiprocessing.get_context("spawn"), []
+    for process_name, builder in builders.items():
+        here, there = context.Pipe()
+        process = context.Process(target=_work, args=(there, device, *builder), daemon=True)
+        process.start()
+        there.close()
+        try:
+            names = here.recv()  # one after the other: they would slow each other down
+        except EOFError:
+            names = "its process died"
+        if isinstance(names, str):
+            print(f"  {process_name} left out: {names}", flush=True)
+            process.join()
+        else:
+            workers.append((process, here, names))
+    samples = {name: [] for *_, names in workers for name in names}
+    for _ in range(rounds):
+        for _, here, names in workers:
+            for name in names:
+                here.send(name)
+                samples[name].append(here.recv())
+    for process, here, _ in workers:
+        here.send(None)
+        process.join()
+    out = {}
+    for name, of_name in samples.items():
+        ms, peaks, above = zip(*of_name)
+        out[name] = {**quartiles(list(ms)), "bytes": max(peaks), "above": max(above)}
+    return out
+
+
+def _work(connection, device, function, *arguments):
+    """A process of `contest`."""
+    try:
+        contenders = function(*arguments)
+        for contender in contenders.values():
+            milliseconds(contender, device)
+    except Exception as error:  # whatever it is, the others go on
+        connection.send(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        return
+    connection.send(list(contenders))
+    while (name := connection.recv()) is not None:
+        before = reset_peak(device)
+        ms = milliseconds(contenders[name], device)
+        peak = peak_bytes(device)
+        connection.send((ms, peak, peak - before))
+
+
+def random_model(kind, config, device: str, dtype: torch.dtype):
+    """A model with random weights, ready for inference."""
+    with torch.device("meta"):
+        model = kind(config)
+    model.load_state_dict(random_weights(model.state_dict(), device, dtype), assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def full_size(device: str, dtype: torch.dtype, small: bool = False):
+    """A StableDiffusion of SD v1.4's size with random weights; `small`: a quarter of its width, for a trial run."""
+    from minisd import AutoencoderKL, CLIPTextConfig, CLIPTextModel, NoiseSchedule, UNet, UNetConfig, VAEConfig
+    from minisd import StableDiffusion
+    from minisd.checkpoint import SD_V1_SCHEDULE, locate
+
+    configs = (CLIPTextConfig(), UNetConfig(), VAEConfig())
+    if small:
+        configs = (
+            CLIPTextConfig(hidden_size=192, intermediate_size=768, num_hidden_layers=2, num_attention_heads=3),
+            UNetConfig(sample_size=32, block_out_channels=(64, 128, 256, 256), cross_attention_dim=192),
+            VAEConfig(block_out_channels=(32, 64, 64, 64), sample_size=256),
+        )
+    kinds = (CLIPTextModel, UNet, AutoencoderKL)
+    models = [random_model(kind, config, device, dtype) for kind, config in zip(kinds, configs)]
+    return StableDiffusion(locate("shapes").tokenizer, *models, NoiseSchedule.from_dict(SD_V1_SCHEDULE))
+
+
+def as_loaded(sd, compile=False, graph=False):
+    """The model as `minisd.load` would have it computed."""
+    from minisd.cuda_graph import Replay
+    from minisd.pipeline import make_quick
+
+    for model in (sd.text_encoder, sd.vae):
+        make_quick(model)
+    make_quick(sd.unet, compile).attention = "sdpa" if sd.device.type == "cpu" else "triton"
+    sd.unet.replay = Replay() if graph else None
+    return sd
+
+
+def one_step(predict, step, x):
+    """A function that takes one step as `denoise` does."""
+
+    @torch.no_grad()
+    def run():
+        return predict.graph(x, None, step)[0] if predict.graph else step.update(x, predict(x, step))
+
+    return run
+
+
+def random_weights(like: dict[str, torch.Tensor], device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Weights of variance 1 / inputs, cut from one pool of random numbers; norms are 1, biases 0."""
+    pool = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    out = {}
+    for name, tensor in like.items():
+        weight = torch.empty(tensor.shape, device=device, dtype=dtype)
+        if tensor.ndim == 1:
+            weight.fill_(name.endswith("weight"))
+        else:
+            flat, scale = weight.view(-1), tensor[0].numel() ** -0.5
+            for start in range(0, flat.numel(), pool.numel()):
+                part = flat[start : start + pool.numel()]
+                torch.mul(pool[: part.numel()], scale, out=part)
+        out[name] = weight
+    return out
 
 
 def matrix_peak(dtype: torch.dtype, device: str) -> float:
@@ -126,6 +300,30 @@ def matrix_peak(dtype: torch.dtype, device: str) -> float:
     n = 8192 if torch.device(device).type == "cuda" else 512
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     return 2 * n**3 / (interleave({"product": lambda: a @ b}, device, rounds=10)["product"]["ms"] * 1e-3)
+
+
+def options(doc: str, prog: str, arguments: list[str] | None = None, **more) -> argparse.Namespace:
+    """The command line that the benchmarks of the engine share; more: name -> type of further options."""
+    parser = argparse.ArgumentParser(prog=f"python -m {prog}", description=doc.split("\n\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, help="how often each contender is timed (default: 3 on a CPU, else 10)")
+    parser.add_argument("--quick", action="store_true", help="a trial run of a small model: nothing is written")
+    for name, kind in more.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind)
+    args = parser.parse_args(arguments)
+    args.rounds = args.rounds or (1 if args.quick else 3 if args.device == "cpu" else 10)
+    use_checkout()
+    return args
+
+
+def gigabytes(count: int | None) -> str:
+    return "-" if count is None else f"{count / 1e9:.2f} GB"
+
+
+def origin(record: dict) -> str:
+    """The line above a table: where its figures come from."""
+    threads = f", {record['threads']} threads" if record["device"] == "cpu" else ""
+    return f"{record['processor']}{threads}, torch {record['torch']}, commit {record['commit'][:12]}; `{record['command']}`"
 
 
 def save(name: str, rows: list[dict], device: str) -> Path:

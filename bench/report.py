@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from bench import attention, editing, harness, shapes
+from bench import attention, editing, editing_speed, harness, scaling, shapes, startup, txt2img, unet
 
 
 class Table(NamedTuple):
@@ -26,6 +26,11 @@ class Table(NamedTuple):
 
 TABLES = [
     Table("kernels/README.md", "bench.attention", "attention", attention.table),
+    Table("README.md", "bench.unet", "unet", unet.table),
+    Table("README.md", "bench.editing speed", "editing_speed", editing_speed.table),
+    Table("README.md", "bench.txt2img", "txt2img", txt2img.table),
+    Table("README.md", "bench.startup", "startup", startup.table),
+    Table("README.md", "bench.scaling", "scaling", scaling.table),
     Table("README.md", "prompt-to-prompt table: bench/editing.py", "editing", editing.table),
     Table("weights/README.md", "bench.shapes", "shapes", lambda record: shapes.table(record["scores"])),
 ]

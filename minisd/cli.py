@@ -17,7 +17,7 @@ from pathlib import Path
 from . import __version__
 
 SAMPLERS = ("dpm++", "dpm++ linspace", "ddim")  # the keys of pipeline.SAMPLERS
-DTYPES = ("float16", "bfloat16", "float32")
+DTYPES = ("float16", "bfloat16", "float32", "auto")
 ANIMATIONS = ("webp", "png", "gif", "mp4")  # trace.FORMATS
 # The text chunks of a PNG that are options of the command, under the option's name.
 OPTIONS = ("negative", "strength", "model", "variant", "revision", "tokenizer", "seed", "size", "steps", "guidance")
@@ -110,7 +110,7 @@ def add_drawing_options(parser, size_help):
     add("--guidance", type=float, default=7.5, help="guidance scale; 1 is none, and twice as fast")
     add("--sampler", choices=SAMPLERS, default="dpm++", help="dpm++ is DPM-Solver++ 2M on Karras' noise levels")
     add("--device", help="cpu, cuda, cuda:1, ...; without it, cuda if there is one")
-    add("--dtype", choices=DTYPES, help="without it, float16 on CUDA and float32 elsewhere")
+    add("--dtype", choices=DTYPES, help="without it, float16 on CUDA and float32 elsewhere; auto: bfloat16 on a CPU that computes in it")
     add("--variant", help="weight files of that variant, e.g. fp16")
     add("--revision", help="branch, tag or commit of a Hub repo")
     add("--tokenizer", metavar="DIR", help="folder with vocab.json and merges.txt, for a single file")

@@ -13,11 +13,12 @@ conditional group LAST, because an AttentionEdit addresses the last rows of the 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from .samplers import Step
+from .samplers import Coefficients, Step, advance
 
 Edits = Callable[[Step], Mapping]  # step -> {site name: AttentionEdit}
 Predict = Callable[[Tensor, Step], Tensor]
@@ -25,8 +26,7 @@ Predict = Callable[[Tensor, Step], Tensor]
 
 def conditional(unet, cond: Tensor, edits: Edits | None = None) -> Predict:
     """eps = e(cond). cond: (B, L, D), or (1, L, D) for every latent."""
-    call = _grouped(unet, [("cond", cond)], edits)
-    return lambda x, step: call(x, step)[0]
+    return _combined(_grouped(unet, [("cond", cond)], edits), "conditional", lambda c: c)
 
 
 def cfg(
@@ -40,12 +40,7 @@ def cfg(
     if scale == 1:
         return conditional(unet, cond, edits)
     call = _grouped(unet, [("uncond", uncond), ("cond", cond)], edits)
-
-    def predict(x, step):
-        u, c = call(x, step)
-        return u + scale * (c - u)
-
-    return predict
+    return _combined(call, ("cfg", scale), lambda u, c: u + scale * (c - u))
 
 
 def erase(
@@ -136,8 +131,9 @@ def _grouped(unet, groups: list[tuple[str, Tensor | Sequence[Tensor]]], edits: E
     """A call(x, step) -> one eps (B, 4, h, w) per group.
 
     Keys and values of the context are projected once, on the first call (unet.prepare), unless the context changes from
-    step to step or gradients are wanted.
+    step to step or gradients are wanted. A UNet with a `replay` (cuda_graph.py) is called through it.
     """
+    replay = getattr(unet, "replay", None)
     fixed = all(isinstance(rows, Tensor) for _, rows in groups)
     prepare = getattr(unet, "prepare", None)
     prepared = {}  # batch size -> prepared context
@@ -150,12 +146,41 @@ def _grouped(unet, groups: list[tuple[str, Tensor | Sequence[Tensor]]], edits: E
             prepared[batch] = prepare(torch.cat([_rows(name, rows, batch, step) for name, rows in groups]))
         return prepared[batch]
 
-    def call(x, step):
+    def inputs(x, step):
         t = torch.full((), step.t, device=x.device)
-        eps = unet(x, t, context_for(x, step), edits(step) if edits is not None else {})
-        return eps.chunk(len(groups))
+        return x, t, context_for(x, step), edits(step) if edits is not None else {}
 
+    def call(x, step):
+        if replay is None or torch.is_grad_enabled():
+            return unet(*inputs(x, step)).chunk(len(groups))
+        return replay("unet", unet, *inputs(x, step)).chunk(len(groups))
+
+    def whole(key, combine, x, x0_previous, step):
+        """x at the next level and x0: the UNet, `combine` and the sampler's `advance` as one CUDA graph."""
+
+        def function(x0_previous, k, *inputs):
+            eps = combine(*unet(*inputs).chunk(len(groups)))
+            return advance(inputs[0], eps, x0_previous, Coefficients(*k.unbind()))
+
+        k = torch.tensor(step.coefficients, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        x0_previous = torch.zeros_like(x, dtype=k.dtype) if x0_previous is None else x0_previous
+        return replay(key, function, x0_previous, k, *inputs(x, step))
+
+    call.whole = None if replay is None else whole
     return call
+
+
+def _combined(call, key, combine: Callable[..., Tensor]) -> Predict:
+    """predict(x, step) = combine(*call(x, step)); `predict.graph`, if there is one, takes the whole step (denoise).
+
+    key: says what `combine` computes.
+    """
+
+    def predict(x, step):
+        return combine(*call(x, step))
+
+    predict.graph = call.whole and partial(call.whole, key, combine)
+    return predict
 
 
 def _rows(name: str, rows: Tensor | Sequence[Tensor], batch: int, step: Step) -> Tensor:

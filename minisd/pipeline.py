@@ -14,12 +14,13 @@ from numbers import Integral, Real
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import checkpoint
+from . import checkpoint, onednn
 from .attention import IMPLEMENTATIONS
 from .clip import CLIPTextModel
+from .cuda_graph import Replay
 from .guidance import cfg
 from .images import to_pil, to_rgb, to_tensor
 from .samplers import DDIM, DPMpp2M, Sampler, Step, denoise
@@ -36,7 +37,7 @@ SAMPLERS = {
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
-@dataclass
+@dataclass(repr=False)
 class StableDiffusion:
     """The five parts, and the few functions that join them.
 
@@ -50,6 +51,11 @@ class StableDiffusion:
     vae: AutoencoderKL
     schedule: NoiseSchedule
 
+    def __repr__(self) -> str:
+        size = sum(p.numel() for model in (self.text_encoder, self.unet, self.vae) for p in model.parameters())
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"StableDiffusion({size / 1e6:.0f} M parameters, {dtype} on {self.device}, {self.unet.attention} attention)"
+
     @property
     def device(self) -> torch.device:
         return self.unet.conv_in.weight.device
@@ -61,7 +67,7 @@ class StableDiffusion:
     def to(self, device=None, dtype=None) -> "StableDiffusion":
         """Move the three models in place. `unet.attention` stays as it is: "triton" needs a CUDA device."""
         device = pick_device(self.device if device is None else device)
-        dtype = pick_dtype(self.dtype if dtype is None else dtype, None)
+        dtype = pick_dtype(self.dtype if dtype is None else dtype, device)
         for model in (self.text_encoder, self.unet, self.vae):
             model.to(device, dtype)
         return self
@@ -255,6 +261,8 @@ def load(
     device=None,
     dtype=None,
     attention: str = "auto",
+    compile: bool | str = False,
+    graph: bool = False,
     variant: str | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
@@ -264,8 +272,11 @@ def load(
     CompVis .safetensors file.
 
     device: None is "cuda" if there is one, else "cpu". dtype: a torch dtype or its name; None is float16 on CUDA, else
-    float32. attention: "triton", "sdpa" or "reference"; "auto" is triton on CUDA, else sdpa; `sd.unet.attention` shows
-    it. variant: "fp16" takes the files *.fp16.safetensors. revision: branch, tag or commit of a Hub repo.
+    float32; "auto" takes bfloat16 on a CPU that computes in it; `print(sd)` shows what it became. attention: "triton",
+    "sdpa" or "reference"; "auto" is triton on CUDA, else sdpa; `sd.unet.attention` shows it. compile: let torch.compile
+    make one graph of the UNet, with its default backend or the one named; slow at the first call for each size.
+    graph: CUDA only, replay each denoising step as a CUDA graph (cuda_graph.py). Both hold for all methods of drawing
+    and editing. variant: "fp16" takes the files *.fp16.safetensors. revision: branch, tag or commit of a Hub repo.
     local_files_only: do not ask the Hub, use its local cache. tokenizer: a folder with vocab.json and merges.txt, in
     place of the model's own. Raises CheckpointError, a ValueError, if the model cannot be found or read, if tensors are
     missing, unexpected or misshapen (one error that lists them all), or if a weight is not finite.
@@ -274,11 +285,30 @@ def load(
     dtype = pick_dtype(dtype, device)
     if attention not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(f"attention is {attention!r}, expected auto, {', '.join(IMPLEMENTATIONS)}")
+    if graph and device.type != "cuda":
+        raise ValueError(f"graph=True replays CUDA graphs and needs a CUDA device, got {device}")
     where = {"variant": variant, "revision": revision, "local_files_only": local_files_only, "tokenizer": tokenizer}
     found = checkpoint.locate(source, **where)
     sd = StableDiffusion(*checkpoint.load_parts(found, device, dtype))
     sd.unet.attention = ("triton" if device.type == "cuda" else "sdpa") if attention == "auto" else attention
+    make_quick(sd.text_encoder)
+    make_quick(sd.vae)
+    make_quick(sd.unet, compile)
+    if graph:
+        sd.unet.replay = Replay()
     return sd
+
+
+def make_quick(model: nn.Module, compile: bool | str = False) -> nn.Module:
+    """How `load` has a model computed: by oneDNN on a CPU, else in channels_last; one graph of torch.compile if asked."""
+    weight = next(model.parameters())
+    if weight.device.type == "cpu" and not compile and onednn.available(weight.dtype):
+        onednn.use_onednn(model)
+    else:
+        model.to(memory_format=torch.channels_last)
+    if compile:
+        model.compile(fullgraph=True, dynamic=False, **({"backend": compile} if isinstance(compile, str) else {}))
+    return model
 
 
 def pick_device(device) -> torch.device:
@@ -294,13 +324,19 @@ def pick_device(device) -> torch.device:
 
 
 def pick_dtype(dtype, device: torch.device) -> torch.dtype:
-    """A torch dtype from itself or its name, None being float16 on CUDA and float32 elsewhere."""
-    if dtype is None:
+    """A torch dtype from itself or its name, None being float16 on CUDA and float32 elsewhere.
+
+    "auto" is the same, but bfloat16 on a CPU whose instructions include products of bfloat16.
+    """
+    if dtype == "auto" and device.type == "cpu":
+        has = torch.cpu.get_capabilities().get
+        return torch.bfloat16 if has("avx512_bf16") or has("amx_bf16") or has("bf16") else torch.float32
+    if dtype in (None, "auto"):
         return torch.float16 if device.type == "cuda" else torch.float32
     if dtype in DTYPES.values():
         return dtype
     if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+        raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)} or auto")
     return DTYPES[dtype]
 
 

@@ -24,11 +24,36 @@ from torch import Tensor
 from .schedule import Level, NoiseSchedule
 
 
+class Coefficients(NamedTuple):
+    """The numbers of one step of `advance`; 0-d tensors in a CUDA graph, which so serves all steps."""
+
+    alpha: float
+    sigma: float
+    c: float
+    of_x: float
+    of_D: float
+    of_eps: float
+
+
+def advance(x: Tensor, eps: Tensor, x0_previous: Tensor | None, k: Coefficients) -> tuple[Tensor, Tensor]:
+    """One step of either sampler without noise: x at the next level, in x's dtype, and x0, both computed in fp32 or wider.
+
+        x0     = (x - sigma eps) / alpha
+        D      = x0 + c (x0 - x0_previous),          x0 itself without a previous one
+        x_next = of_x x + of_D D + of_eps eps
+    """
+    wide, eps = _wide(x), _wide(eps)
+    x0 = (wide - k.sigma * eps) / k.alpha
+    D = x0 + k.c * (x0 - (x0 if x0_previous is None else x0_previous))
+    return (k.of_x * wide + k.of_D * D + k.of_eps * eps).to(x.dtype), x0
+
+
 class Step(NamedTuple):
     """One step of a sampler, from level `now` to level `next`, with the UNet evaluated at timestep `t`.
 
     index counts in the full schedule: skip does not shift it.  update(x, eps) -> x at level `next`, in x's dtype but
     computed in fp32 or wider; call it once per step, because it may advance the sampler's history or draw noise.
+    coefficients: of the `advance` that update is, None where it also draws noise.
     """
 
     index: int
@@ -36,6 +61,7 @@ class Step(NamedTuple):
     now: Level
     next: Level
     update: Callable[[Tensor, Tensor], Tensor]
+    coefficients: Coefficients | None = None
 
 
 @dataclass(frozen=True)
@@ -105,13 +131,13 @@ class DDIM(Sampler):
         for index, (t, now, next) in reversed(steps) if self.inverse else steps:
             now, next = (next, now) if self.inverse else (now, next)
             s = self.eta * (next.sigma / now.sigma) * math.sqrt(1 - (now.alpha / next.alpha) ** 2) if self.eta else 0.0
-            yield Step(index, t, now, next, partial(_ddim_update, now=now, next=next, s=s, generator=generator))
+            k = Coefficients(now.alpha, now.sigma, 0.0, 0.0, next.alpha, math.sqrt(next.sigma**2 - s**2))
+            update = partial(_ddim_update, k=k, s=s, generator=generator)
+            yield Step(index, t, now, next, update, None if s else k)
 
 
-def _ddim_update(x, eps, now, next, s, generator):
-    wide, eps = _wide(x), _wide(eps)
-    x0 = (wide - now.sigma * eps) / now.alpha
-    x_next = next.alpha * x0 + math.sqrt(next.sigma**2 - s**2) * eps
+def _ddim_update(x, eps, k, s, generator):
+    x_next, _ = advance(_wide(x), eps, None, k)
     if s:
         x_next = x_next + s * torch.randn(x.shape, generator=generator).to(x_next)
     return x_next.to(x.dtype)
@@ -153,15 +179,15 @@ class DPMpp2M(Sampler):
             c = h / (2 * h_previous) if h_previous and next.sigma else 0.0
             h_previous = h
 
-            def update(x, eps, now=now, next=next, c=c):
-                nonlocal x0_previous
-                wide = _wide(x)
-                x0 = (wide - now.sigma * _wide(eps)) / now.alpha
-                D = x0 + c * (x0 - (x0 if x0_previous is None else x0_previous))
-                x0_previous = x0
-                return (next.sigma / now.sigma * wide + next.alpha * (1 - next.ratio / now.ratio) * D).to(x.dtype)
+            of_D = next.alpha * (1 - next.ratio / now.ratio)
+            k = Coefficients(now.alpha, now.sigma, c, next.sigma / now.sigma, of_D, 0.0)
 
-            yield Step(index, t, now, next, update)
+            def update(x, eps, k=k):
+                nonlocal x0_previous
+                x_next, x0_previous = advance(x, eps, x0_previous, k)
+                return x_next
+
+            yield Step(index, t, now, next, update, k)
 
 
 @torch.no_grad()
@@ -176,8 +202,12 @@ def denoise(
     Any iterable of steps will do (`tqdm(sampler)` shows progress). Without gradients: write the loop out to have them.
     """
     x = x.contiguous()  # as it is after the first step: other strides (`x.expand`) would cost a second compiled graph
+    graph, x0 = getattr(predict, "graph", None), None  # the whole step at once, if the UNet was loaded with graph=True
     for step in sampler:
-        x = step.update(x, predict(x, step))
+        if graph is not None and step.coefficients is not None:
+            x, x0 = graph(x, x0, step)
+        else:
+            x = step.update(x, predict(x, step))
         if after is not None:
             x = after(x, step)
     return x

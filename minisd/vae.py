@@ -6,11 +6,10 @@ AutoencoderKL, so its state dict loads strictly.
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import nn
 
 from .attention import Attention
-from .blocks import Downsample, ResnetBlock, Upsample
+from .blocks import Downsample, ResnetBlock, Upsample, add, norm_silu
 from .config import read_config
 
 NORM_EPS = 1e-6  # every GroupNorm of the VAE
@@ -60,7 +59,7 @@ class SpatialAttention(Attention):
 
     def forward(self, x):
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, h*w, C)
-        return x + super().forward(tokens).transpose(1, 2).unflatten(2, x.shape[2:])
+        return add(x, super().forward(tokens).transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
 class MidBlock(nn.Module):
@@ -111,7 +110,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(norm_silu(self.conv_norm_out, self.mid_block(x)))
 
 
 class Decoder(nn.Module):
@@ -134,7 +133,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(norm_silu(self.conv_norm_out, x))
 
 
 class AutoencoderKL(nn.Module):

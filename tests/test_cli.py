@@ -205,7 +205,7 @@ def test_help_shows_the_defaults(minisd_command):
 
 def test_choices_are_those_of_the_pipeline():
     assert cli.SAMPLERS == tuple(pipeline.SAMPLERS)
-    assert set(cli.DTYPES) <= set(pipeline.DTYPES)
+    assert set(cli.DTYPES) <= {*pipeline.DTYPES, "auto"}
 
 
 @pytest.mark.parametrize(

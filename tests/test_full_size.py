@@ -18,6 +18,7 @@ from transformers import CLIPTextConfig as ReferenceTextConfig
 from transformers import CLIPTextModel as ReferenceText
 
 from minisd import AutoencoderKL, CLIPTextConfig, CLIPTextModel, UNet, UNetConfig, VAEConfig
+from minisd.onednn import use_onednn
 
 pytestmark = pytest.mark.full
 BAR = 2e-5
@@ -70,6 +71,8 @@ def test_unet(record_property):
         with torch.no_grad():
             eps = reference(x, t, context).sample
             assert_equal(f"UNet {size}", ours(x, torch.tensor(t), context), eps, record_property)
+    with torch.no_grad():
+        assert_equal(f"UNet {size} by oneDNN", use_onednn(ours)(x, torch.tensor(t), context), eps, record_property)
 
 
 def test_vae(record_property):
@@ -84,7 +87,9 @@ def test_vae(record_property):
         mean, logvar = ours.encode(x)
         assert_equal("VAE encode, mean", mean, posterior.mean, record_property)
         assert_equal("VAE encode, logvar", logvar, posterior.logvar, record_property)
-        assert_equal("VAE decode", ours.decode(z), reference.decode(z).sample, record_property)
+        picture = reference.decode(z).sample
+        assert_equal("VAE decode", ours.decode(z), picture, record_property)
+        assert_equal("VAE decode by oneDNN", use_onednn(ours).decode(z), picture, record_property)
 
 
 def test_text(record_property):

@@ -21,7 +21,7 @@ MODELS = CONFIGS | {"attention", "blocks", "unet", "vae", "clip"}
 SOURCES_AND_FILES = {"sources", "tensor_file"}
 CHECKPOINT = MODELS | SOURCES_AND_FILES | {"names", "tokenizer", "schedule", "checkpoint"}
 SAMPLING = {"schedule", "samplers", "guidance"}
-PIPELINE = CHECKPOINT | SAMPLING | {"images", "pipeline"}
+PIPELINE = CHECKPOINT | SAMPLING | {"images", "onednn", "cuda_graph", "pipeline"}
 ALLOWED = {
     "attention": {"minisd_kernels"},
     "unet": {"config", "attention", "blocks"},
@@ -34,7 +34,6 @@ ALLOWED = {
     "pipeline": PIPELINE,
     "trace": PIPELINE,
     "visualize": PIPELINE | {"editing"},  # the maps that editing collects
-    "cuda_graph": PIPELINE,
     "training": PIPELINE | {"scenes", "visualize"},
     "editing": PIPELINE | {"editing"},
     "export": CHECKPOINT | {"images"},

@@ -1,0 +1,72 @@
+"""How a model is computed: dtype "auto", oneDNN, torch.compile; the pictures stay the same."""
+
+import p2p_model
+import pytest
+import torch
+
+import minisd
+from minisd import onednn
+from minisd.pipeline import pick_dtype
+
+PROMPTS = ["a cat on my mat", "a dog on my mat"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("engine")
+    p2p_model.load(folder)
+    return folder
+
+
+def drawn(sd):
+    """Latents of a run and pictures of an edit."""
+    last = {}
+    sd.txt2img(PROMPTS, steps=3, seed=1, progress=False, on_step=lambda x, step: last.update(x=x))
+    edited = minisd.edit_prompt(sd, *PROMPTS, steps=3, progress=False, reweight={"dog": 2.0}, local_blend=("cat", "dog"))
+    return torch.cat([last["x"], torch.cat([sd.encode_image(image) for image in edited])])
+
+
+def test_auto_is_bfloat16_where_the_processor_has_it(monkeypatch):
+    for has, dtype in (({}, torch.float32), ({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": 1}, torch.bfloat16)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {"avx512_bf16": False} | has)
+        assert pick_dtype("auto", torch.device("cpu")) == dtype
+    assert pick_dtype("auto", torch.device("cuda")) == torch.float16
+    assert pick_dtype(None, torch.device("cpu")) == torch.float32
+
+
+def test_the_choice_is_shown(folder):
+    sd = minisd.load(folder, device="cpu", dtype="auto")
+    assert str(sd.dtype).removeprefix("torch.") + " on cpu, sdpa attention" in repr(sd)
+    assert sd.dtype == pick_dtype("auto", sd.device)
+
+
+@pytest.mark.skipif(not onednn.available(torch.float32), reason="no oneDNN for this processor")
+def test_loaded_models_are_computed_by_onednn(folder, monkeypatch):
+    sd = minisd.load(folder, device="cpu")
+    for model in (sd.text_encoder, sd.unet, sd.vae):
+        kinds = {type(module) for module in model.modules()}
+        assert not kinds & {torch.nn.Linear, torch.nn.Conv2d} and onednn.Linear in kinds
+    ours = drawn(sd)
+    monkeypatch.setattr(onednn, "available", lambda dtype: False)
+    plain = minisd.load(folder, device="cpu")
+    assert torch.nn.Conv2d in {type(module) for module in plain.unet.modules()}
+    torch.testing.assert_close(ours, drawn(plain), rtol=1e-4, atol=1e-4 * ours.abs().max().item())
+
+
+def test_compile_is_one_graph_for_every_method(folder):
+    expected = drawn(minisd.load(folder, device="cpu"))
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    torch._dynamo.reset()
+    torch._dynamo.register_backend(backend, "counting")
+    sd = minisd.load(folder, device="cpu", compile="counting")
+    ours = drawn(sd)
+    assert len(graphs) == 2  # of txt2img and of the edit
+    drawn(sd)
+    assert len(graphs) == 2
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    torch._dynamo.reset()
