@@ -54,7 +54,7 @@ def erase(
 ) -> Predict:
     """Guidance away from concepts, eps = u + scale (c - u) - sum_i w_i (e_i - u), in one UNet call of 2 + n groups.
 
-    concepts: (n, L, D), each row for every latent.  erase_scale: w, one weight for all concepts or one each.
+    concepts: (n, L, D), each for every latent, or (n, B, L, D).  erase_scale: w, one weight for all or one each.
     """
     call, weights = _with_concepts(unet, uncond, cond, concepts, erase_scale, edits)
 
@@ -118,12 +118,13 @@ def _quantile(x: Tensor, q: float) -> Tensor:
 
 def _with_concepts(unet, uncond, cond, concepts: Tensor, erase_scale, edits: Edits | None):
     """A call(x, step) -> eps of uncond, of each concept and of cond, in one UNet call; and the concepts' weights."""
-    if concepts.ndim != 3:
-        raise ValueError(f"concepts has shape {tuple(concepts.shape)}, expected (n, L, D): one row per concept")
+    if concepts.ndim not in (3, 4):
+        raise ValueError(f"concepts has shape {tuple(concepts.shape)}, expected (n, L, D) or (n, B, L, D)")
     weights = torch.as_tensor(erase_scale, dtype=torch.float64)
     if weights.shape not in ((), (len(concepts),)) or not weights.isfinite().all():
         raise ValueError(f"erase_scale is {erase_scale!r}, expected one weight or one per concept ({len(concepts)})")
-    groups = [("uncond", uncond), *(("concepts", row[None]) for row in concepts), ("cond", cond)]
+    each = concepts[:, None] if concepts.ndim == 3 else concepts
+    groups = [("uncond", uncond), *(("concepts", rows) for rows in each), ("cond", cond)]
     return _grouped(unet, groups, edits), weights.expand(len(concepts)).tolist()
 
 

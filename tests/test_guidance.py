@@ -99,6 +99,14 @@ def test_erase(n, several):
     assert torch.equal(context, torch.stack(rows))
 
 
+def test_erase_with_concepts_of_their_own_for_each_latent():
+    both = torch.stack([CONCEPTS[:2], CONCEPTS[1:]], dim=1)  # (n, B, L, D)
+    got = erase(Recorder(), UNCOND, COND, both, 3.0, [4.0, -1.0])(X, STEPS[2])
+    for i in range(2):
+        alone = erase(Recorder(), UNCOND, COND[i : i + 1], CONCEPTS[i : i + 2], 3.0, [4.0, -1.0])
+        torch.testing.assert_close(got[i : i + 1], alone(X[i : i + 1], STEPS[2]), rtol=0, atol=1e-13)
+
+
 def test_defaults_are_the_published_scales():
     step = STEPS[0]
     u, c, e = (rowwise(X, step, rows) for rows in (UNCOND, COND, CONCEPTS[:1]))
