@@ -272,6 +272,8 @@ READING = [  # every command that reads a picture, at each place where it does
     ["blend", "PICTURE", "whole.png", "a"],
     ["blend", "whole.png", "PICTURE", "a"],
     ["erase", "a", "b", "--image", "PICTURE"],
+    ["invert", "PICTURE", "a"],
+    ["edit", "a cat", "a dog", "--image", "PICTURE"],
 ]
 
 
