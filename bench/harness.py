@@ -180,7 +180,7 @@ def contest(builders: dict[str, tuple], device: str, rounds: int) -> dict[str, d
     builders: process -> (function, *arguments); the function, of a module, is called in the new process and returns the
     contenders there, {name: what is timed}. One call of each warms up. bytes: at the peak of the calls, weights
     included, resident memory of the process on a CPU and allocated memory on CUDA; above: of it, what was not there
-    before the call. A process that fails is left out with a line that says why.
+    before the call. A process that fails or dies is left out with a line that says so.
     """
     context, workers = multiprocessing.get_context("spawn"), []
     for process_name, builder in builders.items():
@@ -196,18 +196,25 @@ def contest(builders: dict[str, tuple], device: str, rounds: int) -> dict[str, d
             print(f"  {process_name} left out: {names}", flush=True)
             process.join()
         else:
+            print(f"  ready: {', '.join(names)}", flush=True)
             workers.append((process, here, names))
     samples = {name: [] for *_, names in workers for name in names}
     for _ in range(rounds):
-        for _, here, names in workers:
-            for name in names:
-                here.send(name)
-                samples[name].append(here.recv())
+        for process, here, names in list(workers):
+            try:
+                for name in names:
+                    here.send(name)
+                    samples[name].append(here.recv())
+            except (EOFError, BrokenPipeError):
+                print(f"  the process of {', '.join(names)} died", flush=True)
+                workers.remove((process, here, names))
     for process, here, _ in workers:
         here.send(None)
         process.join()
     out = {}
     for name, of_name in samples.items():
+        if len(of_name) < rounds:
+            continue
         ms, peaks, above = zip(*of_name)
         out[name] = {**quartiles(list(ms)), "bytes": max(peaks), "above": max(above)}
     return out
