@@ -20,6 +20,7 @@ RESULTS = harness.ROOT / "bench/results/cpu/editing_real.json"
 PARTS = {
     "blend": ("bench.real_blend", "blend", "blended.png"),
     "erase": ("bench.real_blend", "erase", "erasure.png"),
+    "invert": ("bench.real_invert", "invert", "inversion.png"),
 }
 
 

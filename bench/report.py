@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from bench import attention, editing, editing_speed, harness, scaling, shapes, startup, txt2img, unet
+from bench import attention, editing, editing_speed, harness, real_invert, scaling, shapes, startup, txt2img, unet
 
 
 class Table(NamedTuple):
@@ -32,6 +32,7 @@ TABLES = [
     Table("README.md", "bench.startup", "startup", startup.table),
     Table("README.md", "bench.scaling", "scaling", scaling.table),
     Table("README.md", "prompt-to-prompt table: bench/editing.py", "editing", editing.table),
+    Table("README.md", "bench.editing real: invert", "editing_real", real_invert.table),
     Table("weights/README.md", "bench.shapes", "shapes", lambda record: shapes.table(record["scores"])),
 ]
 

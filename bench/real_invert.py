@@ -1,0 +1,188 @@
+"""Does inversion lead back to a real picture, and can that be edited? A part of `python -m bench.editing real`.
+
+The pictures are rendered scenes with captions that training never saw, so what they show is known to the pixel. In
+each, one thing is to get another colour; the caption says so, and the truth of the edit is known as well.
+
+way back    each method's reconstruction against the picture: PSNR, and how far it is below the PSNR of the VAE alone,
+            which encodes and decodes the picture and is the ceiling
+edits       prompt-to-prompt on the inverted picture, the same for every method. Colour: the thing has the colour said,
+            in the picture read by bench.scorer. Background (outside of the thing's box and a margin): PSNR, MSE, SSIM;
+            structure distance (bench.metrics)
+"""
+
+import random
+import sys
+from dataclasses import dataclass, replace
+from itertools import product
+
+import numpy as np
+import torch
+
+import minisd
+from bench.metrics import field, psnr, values
+from bench.scorer import judge, read
+from minisd import scenes
+from minisd.editing.prompt_to_prompt import PromptToPrompt, stack
+from minisd.visualize import contact_sheet
+
+SEED, TUNING = 3003, 100_000  # of the scenes; TUNING is added for those that the settings were chosen on
+STEPS, GUIDED_STEPS, GUIDANCE = 50, 20, 7.5  # of DDIM without guidance, and with it
+REFINE = 1
+NULL_TEXT, EDICT = 20, 10  # how many of the scenes the two expensive methods are measured on
+BATCH = 10
+MARGIN = 4.0  # around the box of the edited thing, in 1/64 of the picture: what is not background
+EDIT = {"default": 0.8}, 0.2, 0.4  # cross_steps, those of the new colour's word, self_steps
+ROWS = 4  # of the contact sheet
+METHODS = {"ddim": "DDIM", "null-text": "null-text", "negative-prompt": "negative-prompt", "direct": "direct"}
+SHOWN = {"vae": "VAE alone", "refined": "refined", "ddim guided": "DDIM, 7.5", "null-text guided": "null-text, 7.5"}
+WAYS = {  # name -> what the table calls it, its steps and guidance (or the record's keys of them)
+    "vae": ("VAE alone", "-", "-"),
+    "ddim": ("DDIM", "steps", 1),
+    "refined": ("DDIM, refined", "steps", 1),
+    "edict": ("EDICT, the last 80 % of the steps", "guided_steps", 3),
+    "ddim guided": ("DDIM", "guided_steps", "guidance"),
+    "negative-prompt guided": ("negative-prompt", "guided_steps", "guidance"),
+    "null-text guided": ("null-text", "guided_steps", "guidance"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A scene, and the description of it in which one thing, `edited`, has another colour."""
+
+    scene: scenes.Scene
+    wanted: scenes.Description
+    edited: int
+
+    @property
+    def prompts(self) -> tuple[str, str]:
+        return str(self.scene.said), str(self.wanted)
+
+    def mask(self, size: int) -> np.ndarray:
+        """(size, size) bool: the box of the edited thing, with the margin."""
+        box, at = self.scene.boxes[self.edited], (np.arange(size) + 0.5) * scenes.SIDE / size
+        across, down = (np.abs(at - centre) < box.side / 2 + MARGIN for centre in (box.x, box.y))
+        return down[:, None] & across[None, :]
+
+
+def cases(n: int, seed: int = SEED) -> list[Case]:
+    """n held-out scenes with held-out edits, half of one thing, half of two that differ in shape and colour."""
+    rng, found = random.Random(seed), []
+    while len(found) < n:
+        scene = scenes.sample(rng, "heldout")
+        things = scene.said.things
+        distinct = len({t.shape for t in things}) == len({t.colour for t in things}) == len(things)
+        if not distinct or len(things) != 1 + len(found) % 2:
+            continue
+        unused = [colour for colour in scenes.COLOURS if colour not in {thing.colour for thing in things}]
+        for edited, colour in rng.sample(choices := list(product(range(len(things)), unused)), len(choices)):
+            new = tuple(replace(t, colour=colour) if i == edited else t for i, t in enumerate(things))
+            wanted = replace(scene.said, things=new)
+            if scenes.split(wanted) == "heldout":
+                found.append(Case(scene, wanted, edited))
+                break
+    return found
+
+
+def batches(items: list):
+    return [items[i : i + BATCH] for i in range(0, len(items), BATCH)]
+
+
+def edited(sd, batch: list[Case], inversion) -> list:
+    """Prompt-to-prompt on inverted pictures, rows [source 1, target 1, source 2, ...] -> pictures of the targets."""
+    cross, own, self_steps = EDIT
+    p2p = stack(
+        *(
+            PromptToPrompt(
+                sd, *case.prompts, steps=inversion.steps, self_steps=self_steps,
+                cross_steps=cross | {case.wanted.things[case.edited].colour: own},
+            )
+            for case in batch
+        )
+    )  # fmt: skip
+    uncond = inversion.unconditional(sd)
+    if inversion.uncond is not None:
+        twice = [u.repeat_interleave(2, dim=0) for u in (uncond if isinstance(uncond, list) else [uncond])]
+        uncond = twice if isinstance(uncond, list) else twice[0]
+    predict = minisd.cfg(sd.unet, uncond, sd.encode_prompt(p2p.prompts), GUIDANCE, p2p)
+    x, after = inversion.latents.repeat_interleave(2, dim=0), inversion.after(slice(0, None, 2))
+    return sd.decode(minisd.denoise(x, minisd.DDIM(sd.schedule, inversion.steps), predict, after)[1::2])
+
+
+def way_back(sd, batch: list[Case], pictures, captions, null_text: bool, with_edict: bool):
+    """({method: latents}, {method: inversion to edit with}), the latents after the way back."""
+    quiet, common = {"progress": False}, {"trajectory": True, "progress": False}
+    plain = minisd.invert(sd, pictures, captions, STEPS, **quiet)
+    refined = minisd.invert(sd, pictures, captions, STEPS, refine=REFINE, **quiet)
+    back = {"vae": plain.z, "ddim": minisd.redraw(sd, plain, **quiet), "refined": minisd.redraw(sd, refined, **quiet)}
+    guided = {"ddim": minisd.invert(sd, pictures, captions, GUIDED_STEPS, **common)}
+    guided["negative-prompt"] = minisd.negative_prompt_inversion(sd, guided["ddim"])
+    guided["direct"] = minisd.direct_inversion(guided["ddim"])
+    if null_text:
+        guided["null-text"] = minisd.null_text(sd, guided["ddim"], GUIDANCE, **quiet)
+        for name in ("ddim", "null-text", "negative-prompt"):
+            back[f"{name} guided"] = minisd.redraw(sd, guided[name], guidance=GUIDANCE, **quiet)
+    if with_edict:
+        rows = [
+            minisd.edict(sd, picture, caption, caption, steps=GUIDED_STEPS, **quiet)
+            for picture, caption in zip(pictures, captions)
+        ]
+        back["edict"] = torch.cat(rows)
+    return back, guided
+
+
+def invert(sd, n: int) -> tuple[dict, object]:
+    """The figures of n scenes, and the contact sheet of the first."""
+    size, ways, edits, done = sd.unet.config.sample_size * sd.vae.factor, {}, {}, 0
+    page = None
+    for batch in batches(cases(n)):
+        pictures = [scenes.render(case.scene, size) for case in batch]
+        captions = [case.prompts[0] for case in batch]
+        latents, guided = way_back(sd, batch, pictures, captions, done < NULL_TEXT, done < EDICT)
+        back = {name: sd.decode(z) for name, z in latents.items()}
+        for name, images in back.items():
+            ways.setdefault(name, []).extend(round(psnr(values(p), values(i)), 3) for p, i in zip(pictures, images))
+        drawn = {name: edited(sd, batch, inversion) for name, inversion in guided.items()}
+        for name, images in drawn.items():
+            for case, picture, image in zip(batch, pictures, images):
+                figures = field(picture, image, case.mask(size))
+                right = {"colour": judge(read(image), case.wanted)["colour"]}
+                edits.setdefault(name, []).append(right | {k: round(v, 6) for k, v in figures.items()})
+        page = page or sheet(batch, pictures, back, drawn)
+        done += len(batch)
+        print(f"invert: {done} of {n} scenes", file=sys.stderr, flush=True)
+    about = {"n": n, "seed": SEED, "steps": STEPS, "guided_steps": GUIDED_STEPS, "guidance": GUIDANCE, "refine": REFINE}
+    return about | {"way_back": ways, "edits": edits}, page
+
+
+def sheet(batch, pictures, back, drawn):
+    """A row for each of the first scenes: the picture, what comes back of it, and its edits."""
+    images, captions = [], []
+    for i, case in list(enumerate(batch))[:ROWS]:
+        images += [pictures[i], *(back[name][i] for name in SHOWN), *(drawn[name][i] for name in METHODS)]
+        captions += [case.prompts[0], *SHOWN.values(), *(f"{METHODS[name]}: edit" for name in METHODS)]
+        captions[-len(METHODS)] = f"{METHODS['ddim']}: {case.prompts[1]}"
+    return contact_sheet(images, captions, columns=1 + len(SHOWN) + len(METHODS))
+
+
+def table(record: dict) -> str:
+    """The ways back and the edits, two Markdown tables."""
+    if "invert" not in record:
+        return "Not measured yet."
+    part = record["invert"]
+    ways, edits = part["way_back"], part["edits"]
+    lines = ["| way back | steps | guidance | pictures | PSNR | below the VAE alone |", "|---|---|---|---|---|---|"]
+    for name, (text, steps, guidance) in WAYS.items():
+        psnrs = ways[name]
+        below = np.mean(np.subtract(ways["vae"][: len(psnrs)], psnrs))
+        steps, guidance = part.get(steps, steps), part.get(guidance, guidance)
+        cells = [text, steps, guidance, len(psnrs), f"{np.mean(psnrs):.1f} dB", f"{below:.2f} dB"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += ["", "| edit after | colour right | background PSNR | MSE | SSIM | structure |", "|---" * 6 + "|"]
+    for name, text in METHODS.items():
+        mean = {key: np.mean([row[key] for row in edits[name]]) for key in edits[name][0]}
+        lines.append(
+            f"| {text} | {100 * mean['colour']:.0f} % of {len(edits[name])} | {mean['psnr']:.1f} dB | "
+            f"{1e4 * mean['mse']:.1f}e-4 | {mean['ssim']:.3f} | {1e3 * mean['structure']:.2f}e-3 |"
+        )
+    return "\n".join(lines)
