@@ -4,12 +4,11 @@ blend   In a rendered scene one thing is to become another: the mask is its box 
         what is wanted. Outside the mask no pixel may change; inside, the thing said has to be there. Beside it the same
         captions drawn by txt2img from the same noise: what the model can do without a mask.
 
-erase   texture      A rendered scene is redrawn after its own caption, which names a texture, at STRENGTH_TEXTURE. The
-                     concept is the textured thing, at the weight w, and the same thing without texture at -w.
-        background   A caption that leaves the background open is drawn from noise. The concept is the same caption on
-                     the background that guidance alone had drawn; as a control, on one that it had not drawn.
-        presence     pictures that show the texture, or that background, of those in which guidance alone shows it
-        rest         which attributes of the caption are right; of the texture's, with the thing said to be plain
+erase   A rendered scene is redrawn after its own caption, which names a texture, at ERASE_STRENGTH: by guidance alone,
+        and with two concepts, the textured thing at the weight w and the same thing without texture at -w. As a
+        control, on the first CONTROL scenes, the same with the texture that is not there.
+        present      pictures in which any object has the texture
+        the rest     which attributes of the caption are right, with the thing said to be plain
 
 Captions are those that training never saw (scenes.split "heldout"). Settings were chosen on other scenes: TUNING.
 """
@@ -19,21 +18,23 @@ import sys
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
 import minisd
 from bench.metrics import field
-from bench.scorer import judge, read
+from bench.scorer import Reading, judge, read
 from minisd import scenes
 from minisd.visualize import contact_sheet
 
-STEPS, GUIDANCE, STRENGTH = 20, 7.5, 0.95
+STEPS, GUIDANCE, STRENGTH = 16, 7.5, 0.95
 MARGIN = 4.0  # of the mask around the thing's box, in 1/64 of the picture
-STRENGTH_TEXTURE, WEIGHT = 0.8, {"texture": 7.5, "background": 4.0}
+ERASE_STRENGTH, WEIGHT = 0.8, 7.5
+CONTROL = 20  # scenes of the control
 SEED, TUNING = {"blend": 3001, "erase": 3002}, 100_000  # of the scenes; TUNING is added for those the settings are from
 BATCH = 10
-METHODS = {"guidance": "guidance alone", "erased": "erased", "control erased": "another background erased"}
+METHODS = {"guidance": "guidance alone", "erased": "erased", "control": "control: the other texture erased"}
 NAMES = ("colour", "shape", "size", "texture")
 REST = ("count", "texture", "colour", "shape", "size", "place", "background")
 
@@ -104,7 +105,7 @@ def blend(sd, n: int) -> tuple[dict, Image.Image]:
     for i in tqdm(range(0, n, BATCH), desc="blend", file=sys.stderr):
         cases = redraws(n, SEED["blend"])[i : i + BATCH]
         rows += (measured := blended(sd, cases, SEED["blend"] + i))[0]
-        shown += list(zip(cases, *measured[1:]))[: 8 - len(shown)]
+        shown += zip(cases, *measured[1:])
     images, captions = [], []
     for case, blend_image, plain in shown[:8]:
         images += [case.picture, Image.fromarray(case.mask).convert("RGB"), blend_image, plain]
@@ -169,102 +170,69 @@ def textured(n: int, seed: int) -> list[scenes.Scene]:
     return found
 
 
-def open_captions(n: int, seed: int) -> list[scenes.Description]:
-    """n descriptions with a place and no background."""
-    rng, found = random.Random(seed), []
-    while len(found) < n:
-        said = scenes.sample(rng, "heldout").said
-        if said.place and not said.background:
-            found.append(said)
-    return found
+def guided(sd, drawn: list[scenes.Scene], concepts: list[list[str]], seed: int) -> list[Image.Image]:
+    """The scenes redrawn after their captions, in one batch, without concepts[0] and with concepts[1]; [] is cfg.
 
-
-def guided(sd, said: list[scenes.Description], concepts: list[list[str]], weights, seed: int, pictures=None):
-    """Pictures of the captions without the concepts (each a list, one text for each caption); all in one batch."""
-    skip = 0 if pictures is None else STEPS - int(STEPS * STRENGTH_TEXTURE)
-    plan, noise = minisd.DPMpp2M(sd.schedule, STEPS, skip), sd.noise(seed, len(said))
-    uncond, cond = sd.encode_prompt([""]), sd.encode_prompt([str(each) for each in said])
-    away = sd.encode_prompt(sum(concepts, [])).unflatten(0, (len(concepts), -1)) if concepts else None
+    concepts: two lists with a text for each scene.
+    """
+    plan = minisd.DPMpp2M(sd.schedule, STEPS, skip=STEPS - int(STEPS * ERASE_STRENGTH))
+    z0 = sd.encode_image([scenes.render(scene) for scene in drawn])
+    uncond, cond = sd.encode_prompt([""]), sd.encode_prompt([str(scene.said) for scene in drawn])
     predict = minisd.cfg(sd.unet, uncond, cond, GUIDANCE)
     if concepts:
-        predict = minisd.erase(sd.unet, uncond, cond, away, GUIDANCE, weights)
-    x = noise if pictures is None else plan.start(sd.encode_image(pictures), noise)
-    return sd.decode(minisd.denoise(x, plan, predict))
+        both = torch.stack([sd.encode_prompt(texts) for texts in concepts])  # (2, B, L, D)
+        predict = minisd.erase(sd.unet, uncond, cond, both, GUIDANCE, [WEIGHT, -WEIGHT])
+    return sd.decode(minisd.denoise(plan.start(z0, sd.noise(seed, len(drawn))), plan, predict))
 
 
-def erase_texture(sd, batch: list[scenes.Scene], seed: int):
-    """(figures of each scene, pictures by guidance alone, pictures without the texture)."""
-    pictures, said = [scenes.render(scene) for scene in batch], [scene.said for scene in batch]
+def erased(sd, batch: list[scenes.Scene], seed: int, control: bool = True):
+    """(figures of each scene, {method: pictures})."""
+    said = [scene.said for scene in batch]
     things = [next(t for t in each.things if t.texture != "plain") for each in said]
-    bare = [replace(thing, texture="plain") for thing in things]
-    concepts, w = [[str(t) for t in things], [str(t) for t in bare]], WEIGHT["texture"]
-    alone = guided(sd, said, [], None, seed, pictures)
-    without = guided(sd, said, concepts, [w, -w], seed, pictures)
+    bare, other = ([str(replace(t, texture=name(t))) for t in things] for name in (lambda t: "plain", other_texture))
+    concepts = {"guidance": [], "erased": [[*map(str, things)], bare], "control": [other, bare]}
+    images = {name: guided(sd, batch, concepts[name], seed) for name in list(concepts)[: 3 if control else 2]}
     rows = []
-    for each, thing, *images in zip(said, things, alone, without):
+    for i, (each, thing) in enumerate(zip(said, things)):
         rest = replace(each, things=tuple(replace(t, texture="plain") for t in each.things))
+        readings = {name: read(pictures[i]) for name, pictures in images.items()}
         rows.append({"prompt": str(each), "concept": str(thing)} | {
-            name: {"present": any(o.texture == thing.texture for o in read(image).objects)} | right(image, rest)
-            for name, image in zip(("guidance", "erased"), images)
+            name: {"present": any(o.texture == thing.texture for o in reading.objects)} | right(reading, rest)
+            for name, reading in readings.items()
         })  # fmt: skip
-    return rows, alone, without
+    return rows, images
 
 
-def erase_background(sd, batch: list[scenes.Description], seed: int):
-    """(figures of each caption, pictures by guidance alone, pictures without the background)."""
-    alone = guided(sd, batch, [], None, seed)
-    drawn = [read(image).background or "white" for image in alone]
-    names = list(scenes.BACKGROUNDS)
-    others = [names[(names.index(name) + 1 + i % 3) % 4] for i, name in enumerate(drawn)]
-    concepts = ([str(replace(d, background=b)) for d, b in zip(batch, each)] for each in (drawn, others))
-    without, control = (guided(sd, batch, [texts], WEIGHT["background"], seed) for texts in concepts)
-    rows = []
-    for said, name, other, *images in zip(batch, drawn, others, alone, without, control):
-        rows.append({"prompt": str(said), "concept": f"{name} background", "control": f"{other} background"} | {
-            method: {"present": read(image).background == name} | right(image, said)
-            for method, image in zip(("guidance", "erased", "control erased"), images)
-        })  # fmt: skip
-    return rows, alone, without
+def other_texture(thing: scenes.Thing) -> str:
+    return {"striped": "dotted", "dotted": "striped"}[thing.texture]
 
 
-def right(image, said: scenes.Description) -> dict[str, bool | None]:
+def right(reading: Reading, said: scenes.Description) -> dict[str, bool | None]:
     """Which attributes of a caption are right; None where it says nothing of them."""
-    verdict = judge(read(image), said)
+    verdict = judge(reading, said)
     return {name: verdict[name] for name in REST}
 
 
 def erase(sd, n: int) -> tuple[dict, Image.Image]:
-    """The part `erase`: {"texture": [one dict each], "background": ..., ...} and a sheet of the first four of both."""
-    record = {
-        "steps": STEPS, "guidance": GUIDANCE, "sampler": "dpm++", "weights": WEIGHT, "seed": SEED["erase"],
-        "strength": {"texture": STRENGTH_TEXTURE, "background": None}, "texture": [], "background": [],
-    }  # fmt: skip
-    images, captions = [], []
-    for kind, cases, function in (
-        ("texture", textured(n, SEED["erase"]), erase_texture),
-        ("background", open_captions(n, SEED["erase"]), erase_background),
-    ):
-        for i in tqdm(range(0, n, BATCH), desc=f"erase: {kind}", file=sys.stderr):
-            rows, alone, without = function(sd, cases[i : i + BATCH], SEED["erase"] + i)
-            record[kind] += rows
-            for row, *pair in list(zip(rows, alone, without))[: 4 if i == 0 else 0]:
-                images += pair
-                captions += [row["prompt"], f"without: {row['concept']}"]
-    return record, contact_sheet(images, captions, 8)
+    """The part `erase`: {"scenes": one dict each, ...} and a sheet of the first eight."""
+    cases, rows, images, captions = textured(n, SEED["erase"]), [], [], []
+    for i in tqdm(range(0, n, BATCH), desc="erase", file=sys.stderr):
+        figures, drawn = erased(sd, cases[i : i + BATCH], SEED["erase"] + i, control=i < CONTROL)
+        rows += figures
+        for case, row, *pair in list(zip(cases, figures, drawn["guidance"], drawn["erased"]))[: 8 if i == 0 else 0]:
+            images += [scenes.render(case), *pair]
+            captions += [row["prompt"], "redrawn by guidance alone", f"without: {row['concept']}"]
+    settings = {"steps": STEPS, "guidance": GUIDANCE, "strength": ERASE_STRENGTH, "weight": WEIGHT, "sampler": "dpm++"}
+    return settings | {"seed": SEED["erase"], "scenes": rows}, contact_sheet(images, captions, 6)
 
 
 def erase_table(part: dict) -> str:
     """The part `erase` as Markdown."""
-    lines = [
-        f"| concept | method | present | lower by | {' | '.join(REST)} |",
-        "|---|---|---|---" + "|---" * len(REST) + "|",
-    ]
-    for kind in ("texture", "background"):
-        rows = part[kind]
-        before = sum(row["guidance"]["present"] for row in rows)
-        for method in (name for name in ("guidance", "erased", "control erased") if name in rows[0]):
-            present = sum(row[method]["present"] for row in rows)
-            lower = "-" if method == "guidance" else f"{100 * (1 - present / before):.0f} %"
-            cells = [share([row[method][name] for row in rows]) for name in REST]
-            lines.append(f"| {kind} | {METHODS[method]} | {present} of {len(rows)} | {lower} | {' | '.join(cells)} |")
+    lines = [f"| | present | lower by | {' | '.join(REST)} |", "|---|---|---" + "|---" * len(REST) + "|"]
+    for method, name in METHODS.items():
+        rows = [row for row in part["scenes"] if method in row]
+        before, present = (sum(row[which]["present"] for row in rows) for which in ("guidance", method))
+        lower = "-" if method == "guidance" else f"{100 * (1 - present / before):.0f} %"
+        cells = [share([row[method][attribute] for row in rows]) for attribute in REST]
+        lines.append(f"| {name} | {present} of {len(rows)} | {lower} | {' | '.join(cells)} |")
     return "\n".join(lines)

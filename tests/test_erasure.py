@@ -170,6 +170,9 @@ def test_weights_lead_away_or_towards(sd, rows):
     (dict(guide=partial(sega, threshold=90)), "threshold is 90 and beta 0.4, expected 0 to 1"),
     (dict(image=[picture()] * 2, prompt=["a"] * 3), "2 pictures for 3 prompts"),
     (dict(prompt=[]), "0 prompts"),
+    (dict(seed=[1, 2]), "2 seeds for 1 pictures"),
+    (dict(image=[picture()] * 3, prompt=["a"] * 3, seed=[1, 2]), "2 seeds for 3 pictures"),
+    (dict(image=None, seed=[1, 2]), "2 seeds for 1 pictures"),
     (dict(sampler="euler"), "sampler is 'euler'"),
 ])  # fmt: skip
 def test_arguments_that_are_refused(sd, arguments, message):

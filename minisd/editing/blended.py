@@ -118,6 +118,8 @@ class Background:
 def noises(sd, seed: int | Sequence[int], batch: int, height: int, width: int) -> tuple[Tensor, Tensor]:
     """The noise that the pictures start from, that of `sd.noise`, and the noise of their backgrounds."""
     start = sd.noise(seed, batch, height, width)
+    if len(start) != batch:
+        raise ValueError(f"got {len(start)} seeds for {batch} pictures, expected one for each")
     seeds = seed if isinstance(seed, (list, tuple)) else [seed + i for i in range(batch)]
     return start, sd.noise([(each + BACKGROUND_SEED) % 2**63 for each in seeds], batch, height, width)
 

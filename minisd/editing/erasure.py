@@ -60,14 +60,17 @@ def erase_concepts(
     uncond, cond = sd.condition(prompts, negative_prompt, guidance)
     predict = guide(sd.unet, uncond, cond, sd.encode_prompt(concepts), guidance, erase_scale)
 
-    if image is None:
-        x = sd.noise(seed, len(prompts), height, width)
-    else:
+    rows, size = len(prompts), (height, width)
+    if image is not None:
         pictures = sd.pixels(image, height, width)
-        rows = max(len(pictures), len(prompts))
+        rows, size = max(len(pictures), len(prompts)), pictures.shape[2:]
         if not {len(pictures), len(prompts)} <= {1, rows}:
             raise ValueError(f"got {len(pictures)} pictures for {len(prompts)} prompts, expected one or one for each")
         if len(plan) == 0:
             return to_pil(pictures.expand(rows, -1, -1, -1))
-        x = plan.start(sd.encode_image(pictures), sd.noise(seed, rows, *pictures.shape[2:]))
+    x = sd.noise(seed, rows, *size)
+    if len(x) != rows:
+        raise ValueError(f"got {len(x)} seeds for {rows} pictures, expected one for each")
+    if image is not None:
+        x = plan.start(sd.encode_image(pictures), x)
     return sd.decode(denoise_shown(x, plan, predict, on_step, progress))
