@@ -75,7 +75,7 @@ class Recipe:
 
 
 RECIPES = {
-    "small": Recipe(  # two CPU cores, about two hours
+    "small": Recipe(  # two CPU cores, about four hours
         image_size=64,
         vae=VAEConfig(block_out_channels=(32, 64, 64), layers_per_block=1, norm_num_groups=8, sample_size=64),
         text=dict(hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4),
@@ -91,7 +91,7 @@ RECIPES = {
         ),
         autoencoder=Stage(steps=2600, batch=24, lr=1e-3, pool=20_000, ema=0.99),
         text_encoder=Stage(steps=2000, batch=48, lr=2e-3, pool=20_000, ema=0.99),
-        diffusion=Stage(steps=7000, batch=32, lr=1e-3, pool=60_000, ema=0.999),
+        diffusion=Stage(steps=12_000, batch=32, lr=1e-3, pool=60_000, ema=0.999),
         kl_weight=1e-5,
         max_weight=100.0,
         noisy_share=0.3,
