@@ -42,7 +42,7 @@ ONLY = {
     "rescale_betas_zero_snr": False,
     "use_flow_sigmas": False,
 }
-WHOLE_NUMBERS = {"num_train_timesteps": 1, "steps_offset": 0}  # and the least that each may be
+WHOLE_NUMBERS = {"num_train_timesteps": (1, 100_000), "steps_offset": (0, 100_000)}  # and what each may be
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,9 +75,11 @@ class NoiseSchedule:
         spacing = config.get("timestep_spacing")
         if spacing not in (None, *SPACINGS):
             raise ValueError(f"scheduler config: timestep_spacing is {spacing!r}, expected {', '.join(SPACINGS)}")
-        for key, least in WHOLE_NUMBERS.items():
-            if type(config.get(key, least)) is not int or config.get(key, least) < least:
-                raise ValueError(f"scheduler config: {key} is {config[key]!r}, expected a whole number from {least}")
+        for key, (least, most) in WHOLE_NUMBERS.items():
+            if type(value := config.get(key, least)) is not int or not least <= value <= most:
+                raise ValueError(f"scheduler config: {key} is {value!r:.80}, expected a whole number, {least} to {most}")
+        if type(last := config.get("set_alpha_to_one", True)) is not bool:
+            raise ValueError(f"scheduler config: set_alpha_to_one is {last!r:.80}, expected true or false")
         return cls(
             torch.cumprod(1 - betas(config), dim=0),
             config.get("steps_offset", 0),
@@ -136,8 +138,9 @@ def betas(config: dict) -> Tensor:
     n, kind = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
     ends = config.get("trained_betas")
     ends = [start, end] if ends is None else ends
-    if not ends or not all(isinstance(beta, (int, float)) and 0 < beta < 1 for beta in ends):
-        raise ValueError(f"scheduler config: betas are {ends!r}, expected numbers between 0 and 1")
+    is_list = isinstance(ends, (list, tuple)) and 0 < len(ends) <= WHOLE_NUMBERS["num_train_timesteps"][1]
+    if not is_list or not all(isinstance(beta, (int, float)) and 0 < beta < 1 for beta in ends):
+        raise ValueError(f"scheduler config: betas are {ends!r:.80}, expected numbers between 0 and 1")
     if config.get("trained_betas") is not None:
         return torch.tensor(config["trained_betas"], dtype=torch.float32)
     if kind == "linear":

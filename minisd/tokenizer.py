@@ -132,7 +132,7 @@ class CLIPTokenizer:
         A text that is longer is cut, and a UserWarning shows the part that was cut. A bare string is a TypeError.
         """
         if isinstance(texts, str):
-            raise TypeError(f"expected a list of prompts, got the single string {texts!r}; write [{texts!r}]")
+            raise TypeError(f"expected a list of prompts, got the single string {(text := shortened(texts))}; write [{text}]")
         return torch.tensor(list(map(self._padded, texts)), dtype=torch.long).reshape(-1, self.max_length)
 
     def _padded(self, text: str) -> list[int]:
@@ -140,7 +140,8 @@ class CLIPTokenizer:
         ids, room = encoding.ids, self.max_length - 2
         if len(ids) > room:
             cut = text[encoding.offsets[room][0] :]
-            warnings.warn(f"the prompt has {len(ids)} tokens and {room} fit; this part was cut: {cut!r}", stacklevel=3)
+            cut = shortened(cut)
+            warnings.warn(f"the prompt has {len(ids)} tokens and {room} fit; this part was cut: {cut}", stacklevel=3)
         ids = [self.bos_id, *ids[:room], self.eos_id]
         return ids + [self.pad_id] * (self.max_length - len(ids))
 
@@ -148,7 +149,7 @@ class CLIPTokenizer:
         if not isinstance(text, str):
             raise TypeError(f"expected a prompt (str), got {type(text).__name__}: {text!r}")
         if any("\ud800" <= c <= "\udfff" for c in text):
-            raise ValueError(f"expected a prompt of valid Unicode, got lone surrogates in {text!r}")
+            raise ValueError(f"expected a prompt of valid Unicode, got lone surrogates in {shortened(text)}")
         return self._bpe.encode(text, add_special_tokens=False)
 
     def encode(self, text: str) -> list[int]:
@@ -186,6 +187,11 @@ def build_vocabulary(texts: Iterable[str], size: int = 49408) -> tuple[dict[str,
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     pieces = dict.fromkeys([*base, *(a + b for a, b in merges), BOS, EOS])
     return {piece: i for i, piece in enumerate(pieces)}, merges
+
+
+def shortened(text: str, most: int = 1000) -> str:
+    """A text in quotes for a message, at most 1000 characters of it."""
+    return repr(text) if len(text) <= most else f"{text[:most]!r} and {len(text) - most} characters more"
 
 
 def _read_json(path: Path) -> dict:
