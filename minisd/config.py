@@ -23,12 +23,12 @@ def read_config(cls, values, neutral, harmless=()):
             taken[key] = value
             if not fits(value, kinds[key]):
                 kind = kinds[key].__name__ if isinstance(kinds[key], type) else kinds[key]
-                faults.append(f"{key}: got {value!r}, expected {kind}")
+                faults.append(f"{key}: got {value!r:.200}, expected {kind}")
         elif key in neutral:
             if value != neutral[key]:
-                faults.append(f"{key}: got {value!r}, supported is {neutral[key]!r}")
+                faults.append(f"{key}: got {value!r:.200}, supported is {neutral[key]!r:.200}")
         elif not key.startswith("_") and key not in harmless and value is not None and value is not False:
-            faults.append(f"{key}: got {value!r}, but this key is unknown")
+            faults.append(f"{key:.200}: got {value!r:.200}, but this key is unknown")
     if faults:
         raise ValueError(f"{cls.__name__} cannot be built from this config: " + "; ".join(faults))
     return cls(**taken)

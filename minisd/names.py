@@ -63,13 +63,12 @@ def to_ldm(part: str, name: str, config) -> str:
 
 
 def _exchange_start(name: str, table: dict[str, str]) -> str:
-    """Replace the longest start of a dotted name that is in the table."""
-    start = name
-    while start not in table:
-        start, dot, _ = start.rpartition(".")
-        if not dot:
-            return name
-    return table[start] + name.removeprefix(start)
+    """Replace the longest start of a dotted name that is in the table, whose longest have six pieces."""
+    pieces = name.split(".", 6)
+    for n in range(6, 0, -1):
+        if (start := ".".join(pieces[:n])) in table:
+            return table[start] + name.removeprefix(start)
+    return name
 
 
 @lru_cache

@@ -47,6 +47,8 @@ def read_header(path: Path) -> dict[str, Entry]:
             if length > MAX_HEADER:
                 raise ValueError(f"its header is {length} bytes long, expected at most {MAX_HEADER}")
             header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_without_repeats)
+        if not isinstance(header, dict):
+            raise ValueError(f"its header is a {type(header).__name__}, expected a JSON object")
         header.pop("__metadata__", None)
         entries = {name: _entry(name, value, 8 + length) for name, value in header.items()}
         end = 8 + length

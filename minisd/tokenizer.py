@@ -23,6 +23,10 @@ WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p
 
 def byte_pair_encoder(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
     """The text -> pieces part: normaliser, word pattern, bytes and merges, without special tokens and padding."""
+    for first, second in merges:  # `tokenizers` panics on some of these
+        if unknown := [piece for piece in (first, second, first + second) if piece not in vocab]:
+            merge = shortened(f"{first} {second}")
+            raise ValueError(f"vocabulary and merges do not fit: no {shortened(unknown[0])}, needed by the merge {merge}")
     unk = EOS if EOS in vocab else None
     try:
         model = models.BPE(vocab, merges, end_of_word_suffix=WORD_END, continuing_subword_prefix="", unk_token=unk)
@@ -132,7 +136,8 @@ class CLIPTokenizer:
         A text that is longer is cut, and a UserWarning shows the part that was cut. A bare string is a TypeError.
         """
         if isinstance(texts, str):
-            raise TypeError(f"expected a list of prompts, got the single string {(text := shortened(texts))}; write [{text}]")
+            text = shortened(texts)
+            raise TypeError(f"expected a list of prompts, got the single string {text}; write [{text}]")
         return torch.tensor(list(map(self._padded, texts)), dtype=torch.long).reshape(-1, self.max_length)
 
     def _padded(self, text: str) -> list[int]:
