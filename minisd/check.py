@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .checkpoint import Checkpoint, fit
+from .checkpoint import Checkpoint, fit, is_finite
 from .guidance import cfg
 from .pipeline import StableDiffusion
 from .samplers import DDIM, denoise
@@ -69,7 +69,7 @@ def check_files(found: Checkpoint, digests: dict[Path, str], repo: str | None) -
         return
     for part, tensors in entries.items():
         yield True, f"{part}: {len(tensors)} tensors, all names and shapes"
-        bad = [name for name, tensor in read_tensors(found.files[part], tensors) if not tensor.isfinite().all()]
+        bad = [name for name, tensor in read_tensors(found.files[part], tensors) if not is_finite(tensor)]
         shown = f"{', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}"
         yield not bad, f"{part}: NaN or infinite values in {len(bad)}: {shown}" if bad else f"{part}: all values finite"
     yield from check_vocabulary(found.tokenizer)
