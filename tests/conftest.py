@@ -5,6 +5,10 @@ import sys
 import pytest
 
 
+def pytest_addoption(parser):
+    parser.addoption("--model", help="of `-m weights`: the real v1.4 weights, as for minisd.load")
+
+
 @pytest.fixture(scope="session")
 def original(tmp_path_factory):
     """The folder of a tiny random model in diffusers layout."""

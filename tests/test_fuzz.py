@@ -8,6 +8,7 @@ import io
 import json
 import os
 import struct
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -105,15 +106,10 @@ HEADERS = st.dictionaries(st.text(max_size=6) | st.just("__metadata__"), ENTRIES
 
 
 @fuzz(header=HEADERS, data=st.binary(max_size=40), lie=st.integers(-3, 3) | st.integers(0, 2**64 - 1) | st.just(0))
-def test_headers(header, data, lie, folder=[]):  # noqa: B006  one folder for all examples
-    import tempfile
-
-    folder = folder or [Path(tempfile.mkdtemp(prefix="minisd-fuzz-"))]
+def test_headers(header, data, lie):
     text = json.dumps(header).encode("utf-8", "surrogatepass")
-    length = (len(text) + lie) % 2**64
-    header_is_read_or_refused(struct.pack("<Q", length) + text + data, folder[0])
-    (folder[0] / "a.safetensors").unlink()
-    folder[0].rmdir()
+    with tempfile.TemporaryDirectory() as folder:
+        header_is_read_or_refused(struct.pack("<Q", (len(text) + lie) % 2**64) + text + data, Path(folder))
 
 
 def damaged(contents, places):
@@ -142,8 +138,6 @@ SMALL = struct.pack("<Q", len(SMALL)) + SMALL + bytes(32)
 
 @fuzz(places=PLACES)
 def test_damaged_headers(places):
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         header_is_read_or_refused(damaged(SMALL, places), Path(folder))
 
@@ -181,8 +175,6 @@ def config_is_read_or_refused(part, values, folder):
     changes=st.tuples(like(UNetConfig), like(VAEConfig), like(CLIPTextConfig)),
 )
 def test_configs(part, changes):
-    import tempfile
-
     own = json.loads((SHAPES / part / "config.json").read_text())
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, about layers without weights
@@ -261,8 +253,6 @@ def vocabulary_is_read_or_refused(vocab, merges, folder):
     whole=st.booleans(),
 )
 def test_vocabularies(vocab, merges, whole):
-    import tempfile
-
     if whole and isinstance(vocab, dict):
         vocab = {"<|startoftext|>": 100, "<|endoftext|>": 101, "a": 1, "b</w>": 2, "ab</w>": 3} | vocab
     with tempfile.TemporaryDirectory() as folder:
@@ -334,8 +324,6 @@ PICTURES = pictures()
 
 @fuzz(kind=st.sampled_from(sorted(PICTURES)), places=PLACES)
 def test_pictures(kind, places):
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         picture_is_read_or_refused(damaged(PICTURES[kind], places), Path(folder))
 

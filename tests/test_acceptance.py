@@ -1,0 +1,41 @@
+"""The real Stable Diffusion v1.4 weights, where they are at hand: pytest -m weights --model PATH."""
+
+import pytest
+import torch
+
+import minisd
+from minisd import check, sources
+from minisd.check import ACCEPTANCE, TOLERANCE, acceptance
+
+
+@pytest.mark.weights
+def test_v1_4_draws_the_values_that_diffusers_publishes(request, record_property):
+    model = request.config.getoption("--model")
+    if model is None:
+        pytest.skip("needs --model: sd-v1-4, or a folder or file with its weights")
+    sd = minisd.load(model, dtype="float32")
+    _, values = acceptance(sd)
+    off = (values - torch.tensor(ACCEPTANCE)).abs().max().item()
+    record_property("v1.4's acceptance values, max |difference|", off)
+    assert off <= TOLERANCE[torch.float32]
+
+
+def test_the_acceptance_picture_of_the_bundled_model():
+    """Its nine values are those of the lower right corner, the last channel, row by row, of what cfg and DDIM draw."""
+    sd = minisd.load("shapes", device="cpu")
+    picture, values = acceptance(sd)
+    assert picture.shape == (1, 3, 64, 64) and values.shape == (9,)
+    for i, value in enumerate(values):
+        assert value == picture[0, 2, 61 + i // 3, 61 + i % 3]
+    assert 0 <= picture.min() and picture.max() <= 1
+    wrong = [line for verdict, line in check.check_picture(sd, is_v1_4=True) if verdict is False]
+    assert len(wrong) == 1 and "v1.4's acceptance values: off by" in wrong[0]  # another model does not pass for it
+
+
+def test_what_is_taken_for_v1_4():
+    unet, vae, text = ("145a07e0f05ec5bb", "4fbcf0ebe55a0984", "7b3a12df205cb3c7")
+    full = {start: next(sha for sha in check.PUBLISHED if sha.startswith(start)) for start in (unet, vae, text)}
+    assert check.is_v1_4(full)
+    assert not check.is_v1_4(full | {unet: next(sha for sha in check.PUBLISHED if sha.startswith("ac3d1bff"))})  # not EMA
+    assert not check.is_v1_4(full | {text: "0" * 64})
+    assert set(check.PUBLISHED.values()) >= {(sources.SHORT_NAMES["sd-v1-4"], part) for part in ("unet", "vae", "text_encoder")}
