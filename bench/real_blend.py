@@ -135,9 +135,11 @@ def blended(sd, cases: list[Redraw], seed: int):
     return rows, images, plain
 
 
-def blend_table(part: dict) -> str:
+def blend_table(record: dict) -> str:
     """The part `blend` as Markdown."""
-    rows = part["scenes"]
+    if "blend" not in record:
+        return "Not measured yet."
+    rows = record["blend"]["scenes"]
     lines = [
         "| | pixels changed outside the mask | colour | shape | size | texture | all four | whole caption |",
         "|---|---|---|---|---|---|---|---|",
@@ -226,11 +228,13 @@ def erase(sd, n: int) -> tuple[dict, Image.Image]:
     return settings | {"seed": SEED["erase"], "scenes": rows}, contact_sheet(images, captions, 6)
 
 
-def erase_table(part: dict) -> str:
+def erase_table(record: dict) -> str:
     """The part `erase` as Markdown."""
+    if "erase" not in record:
+        return "Not measured yet."
     lines = [f"| | present | lower by | {' | '.join(REST)} |", "|---|---|---" + "|---" * len(REST) + "|"]
     for method, name in METHODS.items():
-        rows = [row for row in part["scenes"] if method in row]
+        rows = [row for row in record["erase"]["scenes"] if method in row]
         before, present = (sum(row[which]["present"] for row in rows) for which in ("guidance", method))
         lower = "-" if method == "guidance" else f"{100 * (1 - present / before):.0f} %"
         cells = [share([row[method][attribute] for row in rows]) for attribute in REST]

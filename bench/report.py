@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from bench import attention, editing, editing_speed, harness, real_invert, scaling, shapes, startup, txt2img, unet
+from bench import attention, editing, editing_speed, harness, real_blend, real_invert
+from bench import scaling, shapes, startup, txt2img, unet
 
 
 class Table(NamedTuple):
@@ -33,6 +34,8 @@ TABLES = [
     Table("README.md", "bench.scaling", "scaling", scaling.table),
     Table("README.md", "prompt-to-prompt table: bench/editing.py", "editing", editing.table),
     Table("README.md", "bench.editing real: invert", "editing_real", real_invert.table),
+    Table("README.md", "bench.editing real: blend", "editing_real", real_blend.blend_table),
+    Table("README.md", "bench.editing real: erase", "editing_real", real_blend.erase_table),
     Table("weights/README.md", "bench.shapes", "shapes", lambda record: shapes.table(record["scores"])),
 ]
 
