@@ -27,7 +27,7 @@ H, TEXT = 8, 77
 GRID_512 = ((4096, 40), (1024, 80), (256, 160), (64, 160))  # (queries, head dim)
 GRID_768 = ((9216, 40), (2304, 80), (576, 160), (144, 160))
 SHAPES = [(N, N, D) for N, D in GRID_512] + [(N, TEXT, D) for N, D in GRID_512] + [(N, N, D) for N, D in GRID_768]
-CROSS_EDITS = ("replace", "reweight", "refine", "inject", "save_mean", "save")
+CROSS_EDITS = ("replace", "reweight", "refine", "inject", "save_mean", "save", "refine, save_mean")
 SELF_EDITS = ("self-injection",)
 
 # What the design asks for, as ratios of time. Rival / ours, at least; edited / plain, at most; eager / ours, at least.
@@ -45,15 +45,19 @@ def make_edit(form: str, B: int, heads: int, N: int, L: int, D: int, dtype, devi
         return torch.rand(*shape, device=device)
 
     row = torch.arange(S, device=device) // 2 * 2
+    def refine(**more):
+        return AttentionEdit(source_row=row, token_map=weights(S, L, L) / L, blend=weights(S, L), **more)
+
     return {
         "plain": lambda: None,
         "self-injection": lambda: AttentionEdit(source_row=row),
         "replace": lambda: AttentionEdit(source_row=row),
         "reweight": lambda: AttentionEdit(reweight=weights(S, L)),
-        "refine": lambda: AttentionEdit(source_row=row, token_map=weights(S, L, L) / L, blend=weights(S, L)),
+        "refine": refine,
         "inject": lambda: AttentionEdit(inject=torch.softmax(weights(S, heads, N, L), -1).to(dtype)),
         "save_mean": lambda: AttentionEdit(save_mean=torch.zeros(S, N, L, device=device)),
         "save": lambda: AttentionEdit(save=torch.empty(S, heads, N, L, dtype=dtype, device=device)),
+        "refine, save_mean": lambda: refine(save_mean=torch.zeros(S, N, L, device=device)),
     }[form]()
 
 
@@ -137,7 +141,7 @@ def best_rival(row: dict) -> tuple[str, float]:
 
 def describe(row: dict) -> str:
     name, ratio = best_rival(row)
-    text = f"B{row['B']} N{row['N']} L{row['L']} D{row['D']} {row['dtype']:<9}{row['form']:<10}"
+    text = f"B{row['B']} N{row['N']} L{row['L']} D{row['D']} {row['dtype']:<9}{row['form']:<18}"
     for contender, t in row["times"].items():
         text += f" {contender} {t['ms']:.4f} ms"
     if "minisd" in row["times"]:

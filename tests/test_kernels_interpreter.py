@@ -348,13 +348,13 @@ if INTERPRETED:
         monkeypatch.setattr(bench.harness, "peak_memory", lambda *args: 0)
         rows = bench.bench_shape(4, 1, 7, 5, 8, torch.float32, "cpu", ("plain", *bench.CROSS_EDITS), 1, 1e12)
         rows += bench.bench_shape(4, 1, 7, 7, 8, torch.float32, "cpu", ("plain", *bench.SELF_EDITS), 1, 1e12)
-        assert len(rows) == 9 and all(row["error_over_budget"] <= 1 for row in rows)
+        assert len(rows) == 10 and all(row["error_over_budget"] <= 1 for row in rows)
         # as quick as the others: too slow beside SDPA, eager (4 forms) and, sharing a map, plain
         assert [text[:4] for text in bench.misses(rows)] == ["SLOW"] * 6
         rows[0]["error_over_budget"] = 1.1
         assert [text[:5] for text in bench.misses(rows)].count("WRONG") == 1
         provenance = dict.fromkeys(("device", "torch", "triton", "commit", "command"), "x")
-        assert len(bench.table(provenance | {"rows": rows}).splitlines()) == 4 + 9
+        assert len(bench.table(provenance | {"rows": rows}).splitlines()) == 4 + 10
 
     @torch.no_grad()
     def test_the_recipe_for_diffusers():
