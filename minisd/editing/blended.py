@@ -3,7 +3,7 @@
 Before the UNet sees the latent x, at every step, all of it outside the mask becomes the picture's own latent z0 at that
 step's noise level, with the same noise every time; after the last step, z0 itself:
 
-    x  <-  m x + (1 - m) (alpha z0 + sigma noise),        m (B, 1, h, w) in {0, 1}
+    x  <-  m x + (1 - m) (alpha z0 + sigma noise),        m (B, 1, h, w) in {0, 1},  z0 the mode of the VAE's posterior
 
 This keeps the latents outside the mask, not the pixels: the decoder's convolutions, and the attention in its middle,
 mix all positions. So the decoded picture is then pasted through the mask into the picture that was given.
