@@ -83,6 +83,10 @@ def locate(source, *, variant=None, revision=None, local_files_only=False, token
         if value is not None and not (isinstance(value, str) and re.fullmatch(pattern, value)):
             raise ValueError(f"{name} is {value!r}, expected a name such as {'fp16' if name == 'variant' else 'main'}")
     path = Path(source)
+    try:
+        path.exists()
+    except OSError as error:  # too long a name, no right to look
+        raise CheckpointError(f"the model {str(source)!r:.200} cannot be looked for: {error.strerror}") from error
     if (repo := hub_repo(source)) is not None:
         try:
             folder = download(repo, variant, revision, local_files_only)
@@ -95,7 +99,7 @@ def locate(source, *, variant=None, revision=None, local_files_only=False, token
                 f"{SIZES['fp16']}); --model shapes draws with the model that comes with minisd"
             ) from error
     if revision is not None:
-        raise ValueError(f"revision={revision!r} is for Hub repos, and {str(source)!r} is not one")
+        raise ValueError(f"revision={revision!r} is for Hub repos, and {str(source)!r:.200} is not one")
     if source in (models := bundled()):
         return from_folder(models[source], variant, tokenizer, local_files_only)
     if path.is_dir():
@@ -109,7 +113,7 @@ def locate(source, *, variant=None, revision=None, local_files_only=False, token
     if path.is_file():
         raise CheckpointError(f"{path} is not a .safetensors file")
     raise CheckpointError(
-        f"there is no model {str(source)!r}: it is neither bundled ({', '.join(models) or 'no model is'}), nor a "
+        f"there is no model {str(source)!r:.200}: it is neither bundled ({', '.join(models) or 'no model is'}), nor a "
         f"folder, nor a .safetensors file, nor a Hub repo id (owner/name, or {', '.join(SHORT_NAMES)})"
     )
 

@@ -21,7 +21,7 @@ class Hub:
 
     def __init__(self, repos: dict[str, Path]):
         self.repos, self.faults, self.log, self.blobs = repos, {}, [], {}
-        self.private, self.gated = set(), set()
+        self.private, self.gated, self.revisions = set(), set(), []
         self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), self._handler(host)) for host in ("hub", "cdn")]
         self.url, self.cdn = (f"http://127.0.0.1:{server.server_port}" for server in self.servers)
 
@@ -62,6 +62,7 @@ class Hub:
                 repo, _, rest = self.path.removeprefix("/").partition("/resolve/")
                 revision, _, name = rest.partition("/")
                 self.note(name)
+                hub.revisions.append(revision)
                 folder = hub.repos.get(repo)
                 token = self.headers.get("Authorization")
                 if token not in (None, "Bearer right"):

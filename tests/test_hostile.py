@@ -171,6 +171,16 @@ def test_an_index_of_shards_is_not_followed(folder, tmp_path):
     assert "neither shards with an index nor .bin pickles" in told
 
 
+SOURCES = ["a" * 300, "a/" * 100_000, "a" * 10**6, "a\0b", "\ud800", "\x1b[2J", "..", "//", "hf://owner/name", "a b/c", "owner/na/me"]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=range(len(SOURCES)))
+def test_names_that_are_no_model(source):
+    with frugal(), pytest.raises(checkpoint.CheckpointError) as caught:
+        minisd.load(source, device="cpu")
+    assert len(str(caught.value)) < 1000 and str(caught.value).isprintable()
+
+
 # configs
 
 

@@ -100,6 +100,7 @@ def test_a_download_takes_the_needed_files_of_one_commit(hub):
     assert set(asked) == NEEDED
     weights = [name for name in asked if name.endswith(".safetensors")]
     assert len(weights) == 3 and asked[-3:] == weights  # the large ones last
+    assert hub.revisions[:2] == ["main"] * 2 and set(hub.revisions[2:]) == {COMMIT}  # HEAD and GET of the first file
     assert not any(token for *_, token in hub.log)
 
 
