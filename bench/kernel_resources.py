@@ -71,8 +71,7 @@ DISTINCT = ("fold", "flash routed", "replace", "two terms", "inject", "inject + 
 def cases(archs, everything: bool) -> list[Case]:
     """The SD v1.x specialisations, one per head dim and without repetition; with `everything`, all forms in all dtypes.
 
-    float16 of everything, the other dtypes of three forms, float32 of all forms at the widest head dim on sm_90, and
-    sizes that are no multiple of the tile. sm_89 has the instructions and the tiles of sm_80: of it, one dtype of each
+    float16 of everything, the other dtypes of three forms, and sizes that are no multiple of the tile. sm_89 has the instructions and the tiles of sm_80: of it, one dtype of each
     form at the widest head dim, and the others at the narrowest.
     """
     out = []
@@ -87,8 +86,6 @@ def cases(archs, everything: bool) -> list[Case]:
                     out.append(Case(arch, form, D, N, keys, "float16"))
                 if everything or form in ("flash routed", "two terms", "save, refine") and (D == 40 or not short):
                     out += [Case(arch, form, D, N, keys, dtype) for dtype in ("bfloat16", "float32")]
-                elif D == 160 and arch == 90:
-                    out.append(Case(arch, form, D, N, keys, "float32"))
         if not short:
             out.append(Case(arch, "flash", 40, 4096, 4096, "float16"))  # "flash routed" shares maps there
             for D, N in UGLY.items():

@@ -18,7 +18,6 @@ pytest.importorskip("triton")
 
 SHARED_PER_BLOCK = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # CUDA C++ Programming Guide, compute capabilities
 
-MAY_SPILL = {("save_mean, refine", "float32"): 32}  # bytes of stack, at head dim 160: the mean, two maps, their product
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +49,7 @@ def test_every_specialisation_is_there(table):
 
 def test_nothing_spills(table):
     """Stack bytes and STL / LDL instructions; cuobjdump's LOCAL:0 would not show a spill."""
-    spilling = [r for r in table if max(r["stack"], r["spills"]) > MAY_SPILL.get((r["form"], r["dtype"]), 0)]
-    fail_with(spilling, "registers are spilled")
+    fail_with([r for r in table if r["stack"] or r["spills"]], "registers are spilled")
 
 
 def test_shared_memory_is_within_the_limit(table):
