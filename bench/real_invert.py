@@ -148,7 +148,8 @@ def invert(sd, n: int) -> tuple[dict, object]:
                 figures = field(picture, image, case.mask(size))
                 right = {"colour": judge(read(image), case.wanted)["colour"]}
                 edits.setdefault(name, []).append(right | {k: round(v, 6) for k, v in figures.items()})
-        page = page or sheet(batch, pictures, back, drawn)
+        if page is None:
+            page = sheet(batch, pictures, back, drawn)
         done += len(batch)
         print(f"invert: {done} of {n} scenes", file=sys.stderr, flush=True)
     about = {"n": n, "seed": SEED, "steps": STEPS, "guided_steps": GUIDED_STEPS, "guidance": GUIDANCE, "refine": REFINE}

@@ -122,3 +122,4 @@ def differentiable(unet, recompute: bool):
         yield
     finally:
         unet.attention, unet.recompute = before
+        unet.to(unet.conv_in.weight.device)  # convolutions may again keep their weights in oneDNN's order (onednn.py)
