@@ -94,26 +94,35 @@ def plain(q, k, v, impl):
 
 
 def folded(q, k, v, edit, attend):
-    """The edited attention in at most two calls of `attend`, without a map: out = P_own V_own + P_source V_source."""
+    """The edited attention in at most three calls of `attend`, without a map.
+
+        V' = reweight * V;   out = P_own V' + [P_source (token_map @ (blend * V')) - P_own (blend * V')]
+
+    Taking the whole own map first and then exchanging columns, instead of adding two parts, makes equal rows come out
+    as they would without an edit, to the last bit.
+    """
     if not number_of_rows(edit):
         return attend(q, k, v)
     first = q.shape[0] - number_of_rows(edit)
     has_source = edit.source_row is not None or edit.inject is not None or edit.inject_qk is not None
-    v_own, v_source = ops.fold(v[first:], has_source, edit.token_map, edit.blend, edit.reweight)
     if not has_source:
-        return attend(q, k, torch.cat([v[:first], v_own]))
+        whole, _ = ops.fold(v[first:], False, None, None, edit.reweight)
+        return attend(q, k, torch.cat([v[:first], whole]))
 
+    _, v_source = ops.fold(v[first:], True, edit.token_map, edit.blend, edit.reweight)
     if edit.inject is not None:
         source = edit.inject.to(v.dtype) @ v_source
     else:
         q_source, k_source = edit.inject_qk or (q[first:][edit.source_row], k[first:][edit.source_row])
-        if v_own is None:  # one term: the rows differ in q, k and v only
+        if edit.blend is None:  # one term: the rows differ in q, k and v only
             return attend(*(torch.cat([x[:first], s]) for x, s in zip((q, k, v), (q_source, k_source, v_source))))
         source = attend(q_source, k_source, v_source)
-    if v_own is not None:
-        out = attend(q, k, torch.cat([v[:first], v_own]))
-        return torch.cat([out[:first], out[first:] + source])
-    return torch.cat([attend(q[:first], k[:first], v[:first]), source]) if first else source
+    if edit.blend is None:
+        return torch.cat([attend(q[:first], k[:first], v[:first]), source]) if first else source
+    whole, _ = ops.fold(v[first:], False, None, None, edit.reweight)
+    _, v_exchanged = ops.fold(v[first:], True, None, edit.blend, edit.reweight)
+    out = attend(q, k, torch.cat([v[:first], whole]))
+    return torch.cat([out[:first], out[first:] + (source - attend(q[first:], k[first:], v_exchanged))])
 
 
 def number_of_rows(edit: AttentionEdit) -> int:

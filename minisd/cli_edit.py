@@ -27,6 +27,7 @@ def add_commands(command) -> None:
     add("target", nargs="*", help="prompts to edit it to; none with --reweight: the source prompt itself")
     when = "FRACTION of the steps, START:END, or WORD=... for a word of the target (repeat)"
     add("--cross", metavar="WHEN", type=schedule, action="append", help=f"take the source's cross-attention: {when}")
+    add("--sweep", metavar="FRACTIONS", type=fractions, help="draw the one target with each as --cross: 0,0.25,0.5,1")
     add("--self", metavar="WHEN", type=interval, default=0.4, dest="own", help="take its self-attention: as --cross")
     add("--kind", choices=("replace", "refine"), help="words swapped, or added and removed; without it, by the prompts")
     add("--reweight", metavar="WORD=FACTOR", type=factor, action="append", help="scale a word's attention (repeat)")
@@ -68,6 +69,14 @@ def schedule(text: str):
     return (word if equals else "default", interval(when))
 
 
+def fractions(text: str) -> list[float]:
+    """ "0,0.5,1" -> [0.0, 0.5, 1.0]."""
+    try:
+        return [float(value) for value in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected fractions of the steps, e.g. 0,0.5,1") from None
+
+
 def factor(text: str) -> tuple[str, float]:
     word, _, value = text.rpartition("=")
     try:
@@ -100,6 +109,11 @@ def edit(args) -> None:
 
     image = read_image(args)
     targets = args.target or [args.source]
+    if args.sweep:
+        if len(args.target) != 1 or args.cross:
+            raise ValueError(f"--sweep: expected one target and no --cross, got {len(args.target)} targets")
+        targets = args.target = args.target * len(args.sweep)
+        options["cross_steps"] = args.sweep
     each = 1 + len(targets)
     pictures = [] if args.output is None and args.sheet else output_paths(args.output or ".", args.n * each)
     sheets = output_paths(args.sheet, args.n) if args.sheet else []
@@ -110,19 +124,23 @@ def edit(args) -> None:
     for i in range(args.n):
         seed = args.seed + i
         with tracing(args, sd, seed) as on_step:
-            shared = drawing_options(args, seed) | {"on_step": on_step, "baseline": bool(sheets)}
+            shared = drawing_options(args, seed) | {"on_step": on_step, "baseline": bool(sheets and not args.sweep)}
             shared |= edit_options(args, sd, image)
             drawn = edit_prompt(sd, args.source, *args.target, **shared, **options)
-        images, baseline = drawn if sheets else (drawn, None)
+        images, baseline = drawn if shared["baseline"] else (drawn, None)
         settings = {"arguments": shlex.join(args.argv)}
         for path, image, prompt in zip(pictures[i * each :], images, [args.source, *targets]):
             texts = {"source": args.source, "prompt": prompt}
             write_png(path, image, text_chunks(args, sd, seed, image, texts, settings))
             print(path)
         if sheets:
-            rows = [[images[0], plain, edited] for plain, edited in zip(baseline[1:], images[1:])]
-            captions = [[args.source, f"without edit: {target}", f"edit: {target}"] for target in targets]
-            sheet = contact_sheet(sum(rows, []), sum(captions, []), columns=3)
+            if args.sweep:
+                captions = [args.source, *(f"{fraction:.0%}: {targets[0]}" for fraction in args.sweep)]
+                sheet = contact_sheet(images, captions, columns=len(images))
+            else:
+                rows = [[images[0], plain, edited] for plain, edited in zip(baseline[1:], images[1:])]
+                captions = [[args.source, f"without edit: {target}", f"edit: {target}"] for target in targets]
+                sheet = contact_sheet(sum(rows, []), sum(captions, []), columns=3)
             write_png(sheets[i], sheet, text_chunks(args, sd, seed, images[0], {"source": args.source}, settings))
             print(sheets[i])
 

@@ -93,7 +93,7 @@ def test_saved_maps_and_queries_are_those_used(source, mix, impl):
 def test_sdpa_is_as_exact_as_eager(source, mix, dtype):
     """Error against float64 <= max(2 x same-dtype eager, 4 eps x max|reference|), more than 128 keys included."""
     for seed, keys in ((0, 77), (1, 130)):
-        q, k, v, edit = inputs(source, mix, dtype, n=33, keys=keys, seed=seed)
+        q, k, v, edit = inputs(source, mix, dtype, n=257, keys=keys, seed=seed)
         want, _ = oracle(q, k, v, edit)
         error, eager = ((attention(q, k, v, edit, impl).double() - want).abs().max() for impl in ("sdpa", "reference"))
         assert error <= max(2 * eager, 4 * torch.finfo(dtype).eps * want.abs().max())

@@ -55,6 +55,18 @@ def test_edit_draws_again(minisd_command, here):
     assert all((pixels(again) == before).all() for again, before in zip(out.split(), first))
 
 
+def test_a_sweep_of_the_steps(minisd_command, here):
+    """The source, and the target with the source's maps in 0 to 100 % of the steps."""
+    code, out, _ = minisd_command("edit", SOURCE, SWAP, "--sweep", "0,0.5,1", "--sheet", "s.png", *TINY)
+    assert code == 0 and out == "s.png\n"
+    images = minisd.edit_prompt(
+        minisd.load("tiny", device="cpu"), SOURCE, SWAP, SWAP, SWAP, steps=3, seed=4, height=24, width=40,
+        cross_steps=[0, 0.5, 1], progress=False,
+    )
+    captions = [SOURCE, f"0%: {SWAP}", f"50%: {SWAP}", f"100%: {SWAP}"]
+    assert (pixels("s.png") == pixels(minisd.contact_sheet(images, captions, 4))).all()
+
+
 def test_only_the_sheet(minisd_command, here):
     code, out, _ = minisd_command("edit", SOURCE, "--reweight", "cat=3", "--sheet", "new/s.png", *TINY)
     assert code == 0 and out == "new/s.png\n" and names(here) == ["new"]
@@ -81,6 +93,8 @@ def test_heatmap(minisd_command, here):
         (["edit", SOURCE, SWAP, "--self", "0:0.5:1"], "got '0:0.5:1'"),
         (["edit", SOURCE, REFINED, "--kind", "replace"], "same number of words, got 5 and 6"),
         (["edit", SOURCE, SWAP, "--subtract", "dog"], "--subtract: expected --local-blend"),
+        (["edit", SOURCE, SWAP, "--sweep", "0,half"], "got '0,half', expected fractions of the steps"),
+        (["edit", SOURCE, SWAP, REFINED, "--sweep", "0,1"], "--sweep: expected one target and no --cross, got 2"),
         (["edit", SOURCE, SWAP, "--sites", "32x32"], "no cross-attention site is picked by '32x32'"),
         (["heatmap", SOURCE, "--words", "dog"], "the word 'dog' is not in the prompt"),
     ],

@@ -239,8 +239,9 @@ def edit_prompt(
     the result is then (images, the same without edits).
     To edit a real picture: latents, x_T of its inversion (1, C, h, w), one for each row (S, C, h, w); uncond, the
     unconditional embedding (1, L, D) in place of negative_prompt's, or a list with one for each step; after(x, step)
-    -> x, called after each step and before the blend. on_step(x, step): called last, with all rows of the edited run;
-    may return new latents. ValueError for what does not fit.
+    -> x, called after each step and before the blend (SpatialReplace of the published code is `x[:1].expand_as(x)` in
+    the first steps, and x after them). on_step(x, step): called last, with all rows of the edited run; may return new
+    latents. ValueError for what does not fit.
     """
     if latents is not None:
         height, width = (side * sd.vae.factor for side in latents.shape[-2:])
