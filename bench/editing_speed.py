@@ -1,6 +1,6 @@
 """What prompt-to-prompt costs: one guided step of two prompts at SD v1.4's size with random weights.
 
-    python -m bench.editing speed [--device cuda] [--rounds 3] [--quick]
+    python -m bench.editing speed [--device cuda] [--rounds 3] [--size 512] [--quick]
 
     plain          the engine's own run of the same two prompts, not edited
     lockstep       prompt-to-prompt: cross maps refined and reweighted, self maps injected at 16x16
@@ -8,7 +8,8 @@
     record, replay the first prompt alone with its maps kept; the second alone with them injected
     eager          diffusers with attention processors that form every map: bmm, softmax, edit, bmm
 
-In turns, eager in a process of its own; memory is resident on a CPU, allocated on CUDA. Writes bench/results/<device>/editing_speed.json.
+In turns, eager in a process of its own; memory is resident on a CPU, allocated on CUDA. Writes
+bench/results/<device>/editing_speed.json.
 """
 
 import sys
@@ -22,7 +23,7 @@ PROMPTS = ("a red circle on a white background", "a big red square on a white ba
 EDIT = dict(cross_steps=0.8, self_steps=0.4, reweight={"red": 2.0})
 
 
-def ours(suffix: str, device: str, dtype: torch.dtype, small: bool, kinds: tuple[str, ...], **options):
+def ours(suffix: str, device: str, dtype: torch.dtype, small: bool, size, kinds: tuple[str, ...], **options):
     """minisd's steps of these kinds, on one copy of the weights."""
     from minisd import DDIM, PromptToPrompt, cfg
     from minisd.editing.recording import Recorder, Replay
@@ -30,17 +31,18 @@ def ours(suffix: str, device: str, dtype: torch.dtype, small: bool, kinds: tuple
     sd = harness.as_loaded(harness.full_size(device, dtype, small), **options)
     uncond, cond = sd.encode_prompt([""]), sd.encode_prompt(list(PROMPTS))
     step = next(iter(DDIM(sd.schedule, 50)))
-    p2p, with_maps = (PromptToPrompt(sd, *PROMPTS, steps=50, **EDIT) for _ in range(2))
+    sd.text_encoder, sd.vae = None, sd.vae.to("meta")  # not timed, and not to count as memory
+    p2p, with_maps = (PromptToPrompt(sd, *PROMPTS, steps=50, height=size, width=size, **EDIT) for _ in range(2))
     with_maps.maps  # summed from the first time on that they are read
 
     def timed(edits, rows, store=lambda x, step: x):
-        x = sd.noise(0).repeat(len(rows), 1, 1, 1)
+        x = sd.noise(0, height=size, width=size).repeat(len(rows), 1, 1, 1)
         run = harness.one_step(cfg(sd.unet, uncond, rows, 7.5, edits), step, x)
         return lambda: store(run(), step)
 
     steps = {"plain": timed(None, cond), "lockstep": timed(p2p, cond), "with maps": timed(with_maps, cond)}
     if "record" in kinds:
-        recorder = Recorder(sd, PROMPTS[0], 1)
+        recorder = Recorder(sd, PROMPTS[0], 1, height=size, width=size)
         recorder.recording.t[0] = step.t
         steps["record"] = timed(recorder, cond[:1], recorder.store)
         steps["replay"] = timed(Replay(sd, recorder.recording, PROMPTS[1], **EDIT), cond[1:])
@@ -59,14 +61,15 @@ class EagerProcessor:
         P = torch.baddbmm(q.new_empty(1), q, k.mT, beta=0, alpha=attn.scale).softmax(-1).unflatten(0, (len(x), -1))
         source, own = P[2:]  # (heads, N, L) each; the first two rows are unconditional
         if self.is_cross:
-            M, blend, factors = (t[1].to(P.dtype) for t in (self.p2p.token_map, self.p2p.blend[0], self.p2p.reweight[0]))
+            p2p = self.p2p
+            M, blend, factors = (t[1].to(P.dtype) for t in (p2p.token_map, p2p.blend[0], p2p.reweight[0]))
             P[3] = factors * (blend * (source @ M) + (1 - blend) * own)
         elif self.injects:
             P[3] = source
         return attn.to_out[0](attn.batch_to_head_dim(torch.bmm(P.flatten(0, 1), v)))
 
 
-def eager(name: str, device: str, dtype: torch.dtype, small: bool):
+def eager(name: str, device: str, dtype: torch.dtype, small: bool, size):
     from diffusers import DDIMScheduler, UNet2DConditionModel
 
     from bench.unet import FULL, SMALL
@@ -74,15 +77,16 @@ def eager(name: str, device: str, dtype: torch.dtype, small: bool):
     from minisd.checkpoint import SD_V1_SCHEDULE
 
     sd = harness.full_size(device, dtype, small)
-    cond, x = sd.encode_prompt(list(PROMPTS)), sd.noise(0).expand(2, -1, -1, -1)
+    cond, x = sd.encode_prompt(list(PROMPTS)), sd.noise(0, height=size, width=size).repeat(2, 1, 1, 1)
     context = torch.cat([sd.encode_prompt([""]).expand_as(cond), cond])
-    p2p = PromptToPrompt(sd, *PROMPTS, steps=50, **EDIT)
+    p2p = PromptToPrompt(sd, *PROMPTS, steps=50, height=size, width=size, **EDIT)
     with torch.device("meta"):
         unet = UNet2DConditionModel(attention_head_dim=8, **(SMALL if small else FULL))
     unet.load_state_dict(sd.unet.state_dict(), assign=True)
     unet.eval().requires_grad_(False)
-    unet.set_attn_processor({site: EagerProcessor(p2p, site.removesuffix(".processor")) for site in unet.attn_processors})
-    p2p.sd = sd = None  # the other two models' memory
+    sites = [name.removesuffix(".processor") for name in unet.attn_processors]
+    unet.set_attn_processor({f"{site}.processor": EagerProcessor(p2p, site) for site in sites})
+    p2p.sd = sd = None  # the memory of the other two models
     scheduler = DDIMScheduler(clip_sample=False, **SD_V1_SCHEDULE)
     scheduler.set_timesteps(50)
     t = scheduler.timesteps[0]
@@ -95,18 +99,21 @@ def eager(name: str, device: str, dtype: torch.dtype, small: bool):
     return {name: step}
 
 
-def processes(device: str, small: bool) -> dict[str, tuple]:
+def processes(device: str, small: bool, size: int | None) -> dict[str, tuple]:
     """What `harness.contest` takes."""
     kinds = ("plain", "lockstep", "with maps", "record", "replay")
     if device == "cpu":
         fp32, bf16 = torch.float32, torch.bfloat16
         return {
-            "minisd fp32": (ours, " fp32", device, fp32, small, kinds[:2]),
-            "eager fp32": (eager, "eager fp32", device, fp32, small),
-            "minisd bf16": (ours, " bf16", device, bf16, small, kinds),
+            "minisd fp32": (ours, " fp32", device, fp32, small, size, kinds[:2]),
+            "eager fp32": (eager, "eager fp32", device, fp32, small, size),
+            "minisd bf16": (ours, " bf16", device, bf16, small, size, kinds),
         }
     half = torch.float16
-    return {"minisd": (partial(ours, graph=True), "", device, half, small, kinds), "eager": (eager, "eager", device, half, small)}
+    return {
+        "minisd": (partial(ours, graph=True), "", device, half, small, size, kinds),
+        "eager": (eager, "eager", device, half, small, size),
+    }
 
 
 def table(record: dict) -> str:
@@ -114,22 +121,22 @@ def table(record: dict) -> str:
     times = record["rows"][0]["times"]
     plain = {name.removeprefix("plain"): t["ms"] for name, t in times.items() if name.startswith("plain")}
     eager = next((t["ms"] for name, t in times.items() if name.startswith("eager")), None)
-    lines = [
-        harness.origin(record), "", "| | ms a step | quartiles | peak above the weights | time / plain | eager / time |",
-        "|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    size = record["rows"][0]["size"]
+    heads = [f"{size} x {size}", "ms a step", "quartiles", "peak above the weights", "time / plain", "eager / time"]
+    lines = [harness.origin(record), "", f"| {' | '.join(heads)} |", "|---|---|---|---|---|---|"]
     for name, t in times.items():
         own = next((ms for suffix, ms in plain.items() if name.endswith(suffix)), None)
-        lines.append(
-            f"| {name} | {t['ms']:.0f} | {t['low']:.0f} - {t['high']:.0f} | {harness.gigabytes(t['above'])} | "
-            f"{'-' if own is None else format(t['ms'] / own, '.2f')} | {'-' if eager is None else format(eager / t['ms'], '.2f')} |"
-        )
+        ratios = [None if own is None else t["ms"] / own, None if eager is None else eager / t["ms"]]
+        cells = [name, f"{t['ms']:.0f}", f"{t['low']:.0f} - {t['high']:.0f}", harness.gigabytes(t["above"])]
+        cells += ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main(arguments=None) -> int:
-    args = harness.options(__doc__, "bench.editing speed", arguments)
-    rows = [{"times": harness.contest(processes(args.device, args.quick), args.device, args.rounds)}]
+    args = harness.options(__doc__, "bench.editing speed", arguments, size=int)
+    contenders = processes(args.device, args.quick, args.size)
+    rows = [{"size": args.size or 512, "times": harness.contest(contenders, args.device, args.rounds)}]
     print(table({**harness.provenance(args.device), "rows": rows}))
     if not args.quick:
         print(f"wrote {harness.save('editing_speed', rows, args.device)}")

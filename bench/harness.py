@@ -330,7 +330,8 @@ def gigabytes(count: int | None) -> str:
 def origin(record: dict) -> str:
     """The line above a table: where its figures come from."""
     threads = f", {record['threads']} threads" if record["device"] == "cpu" else ""
-    return f"{record['processor']}{threads}, torch {record['torch']}, commit {record['commit'][:12]}; `{record['command']}`"
+    versions = f"torch {record['torch']}, commit {record['commit'][:12]}"
+    return f"{record['processor']}{threads}, {versions}; `{record['command']}`"
 
 
 def save(name: str, rows: list[dict], device: str) -> Path:

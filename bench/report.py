@@ -2,9 +2,9 @@
 
     python -m bench.report [--check]
 
-A table stands between the lines `<!-- NAME -->` and `<!-- end -->`. TABLES says for each which JSON files it comes from and which
-function makes Markdown of one of them; devices that have measured it follow one another. Where no JSON is there, the
-block's own text stays. --check writes nothing, and exits with 1 if a table is not what its JSON says.
+A table stands between the lines `<!-- NAME -->` and `<!-- end -->`. TABLES says for each which JSON files it comes from
+and which function makes Markdown of one of them; devices that have measured it follow one another. Where no JSON is
+there, the block's own text stays. --check writes nothing, and exits with 1 if a table is not what its JSON says.
 """
 
 import argparse

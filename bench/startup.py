@@ -1,6 +1,6 @@
 """How long until minisd draws: imports, the command's help, loading from disk, the first picture.
 
-    python -m bench.startup [--device cuda] [--rounds 5] [--quick]
+    python -m bench.startup [--device cuda] [--rounds 3] [--quick]
 
 Each figure is of fresh processes, in turns. Loading is of a folder of SD v1.4's size with random weights (float32 on
 a CPU, else float16) that lies in the page cache, beside reading its files into memory. Writes
@@ -71,7 +71,7 @@ def table(record: dict) -> str:
 
 def main() -> int:
     args = harness.options(__doc__, "bench.startup")
-    rounds, device = args.rounds if args.quick else max(args.rounds, 5), torch.device(args.device).type
+    rounds, device = args.rounds, torch.device(args.device).type
     with tempfile.TemporaryDirectory() as folder:
         write_folder(Path(folder), device, args.quick)
         load = "import minisd; minisd.load({!r}, device={!r})"
@@ -85,7 +85,7 @@ def main() -> int:
             "read the files": (READ.format(folder=folder), "", None),
             "minisd.load of them": (load.format(folder, device), "import minisd.pipeline", "read the files"),
             "shapes: load and the first picture, imports included": (
-                "import minisd; minisd.load('shapes', device={!r}).txt2img('a red circle', progress=False)".format(device),
+                f"import minisd; minisd.load('shapes', device={device!r}).txt2img('a red circle', progress=False)",
                 "", None),
         }  # fmt: skip
         times = {what: [] for what in cases}

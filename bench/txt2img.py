@@ -45,8 +45,9 @@ def theirs(name, device, dtype, sampler, steps, small, compile=False):
         theirs.load_state_dict(mine.state_dict(), assign=True)
         theirs.eval().requires_grad_(False)
     kind, extra = (DDIMScheduler, {"clip_sample": False}) if sampler == "ddim" else (DPMSolverMultistepScheduler, {})
+    tokenizer = CLIPTokenizer.from_pretrained(bundled()["shapes"] / "tokenizer")
     pipe = StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, unet=unet, tokenizer=CLIPTokenizer.from_pretrained(bundled()["shapes"] / "tokenizer"),
+        vae=vae, text_encoder=text_encoder, unet=unet, tokenizer=tokenizer,
         scheduler=kind.from_config(SD_V1_SCHEDULE | extra | ({} if sampler == "ddim" else {"use_karras_sigmas": True})),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip

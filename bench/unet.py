@@ -4,7 +4,7 @@
 
 A step is the UNet on the unconditional and the conditional rows of `batch` latents, guidance and the update of DDIM.
 Contenders have processes of their own, take turns, and compute with the same weights. CPU: batch 1, float32 and
-bfloat16; CUDA: batches 1, 2 and 8 in float16, also compiled and as a CUDA graph. Writes
+bfloat16, in groups that fit into 12 GB; CUDA: batches 1, 2 and 8 in float16, also compiled and as a CUDA graph. Writes
 bench/results/<device>/unet.json.
 """
 
@@ -69,22 +69,24 @@ def theirs(name: str, device: str, dtype: torch.dtype, batch: int, small: bool, 
     return {name: step}
 
 
-def contenders(device: str) -> dict[str, tuple]:
-    """name -> (function(name, device, dtype, batch, small), dtype)."""
+def groups(device: str) -> list[dict[str, tuple]]:
+    """Contenders that are in memory together: name -> (function(name, device, dtype, batch, small), dtype)."""
     channels_last = partial(theirs, channels_last=True)
     if device == "cpu":
         fp32, bf16 = torch.float32, torch.bfloat16
-        return {
-            "minisd fp32": (ours, fp32), "diffusers fp32": (theirs, fp32),
-            "diffusers fp32 channels_last": (channels_last, fp32),
-            "minisd bf16": (ours, bf16), "diffusers bf16 channels_last": (channels_last, bf16),
-        }  # fmt: skip
+        rival = {"diffusers fp32": (theirs, fp32)}
+        return [
+            {"minisd fp32": (ours, fp32), **rival},
+            {"minisd bf16": (ours, bf16), "diffusers bf16 channels_last": (channels_last, bf16), **rival},
+            {"minisd fp32": (ours, fp32), "diffusers fp32 channels_last": (channels_last, fp32)},
+        ]
     half = torch.float16
-    return {
+    return [{
         "minisd": (ours, half), "minisd graph": (partial(ours, graph=True), half),
-        "minisd compiled, graph": (partial(ours, compile=True, graph=True), half), "diffusers": (theirs, half), "diffusers channels_last": (channels_last, half),
+        "minisd compiled, graph": (partial(ours, compile=True, graph=True), half), "diffusers": (theirs, half),
+        "diffusers channels_last": (channels_last, half),
         "diffusers compiled": (partial(channels_last, compile=True), half),
-    }  # fmt: skip
+    }]  # fmt: skip
 
 
 def table(record: dict) -> str:
@@ -94,7 +96,7 @@ def table(record: dict) -> str:
         times = row["times"]
         rivals = [name for name in times if not name.startswith("minisd")]
         lines += [
-            f"| batch {row['batch']} | ms a step | quartiles | peak memory | " + " | ".join(f"x {n}" for n in rivals) + " |",
+            f"| batch {row['batch']} | ms a step | quartiles | peak memory | {' | '.join(f'x {n}' for n in rivals)} |",
             "|---|---|---|---|" + "---|" * len(rivals),
         ]
         for name, t in times.items():
@@ -110,15 +112,18 @@ def main() -> int:
     device = torch.device(args.device).type
     rows = []
     for batch in [args.batch] if args.batch else [1] if args.quick or device == "cpu" else [1, 2, 8]:
-        builders = {
-            name: (function, name, args.device, dtype, batch, args.quick)
-            for name, (function, dtype) in contenders(device).items()
-            if batch == 1 and not args.quick or "compiled" not in name  # minutes each
-        }
-        rows.append({"batch": batch, "times": harness.contest(builders, args.device, args.rounds)})
-        print(table({**harness.provenance(args.device), "rows": rows[-1:]}), flush=True)
+        for group in groups(device):
+            builders = {
+                name: (function, name, args.device, dtype, batch, args.quick)
+                for name, (function, dtype) in group.items()
+                if batch == 1 and not args.quick or "compiled" not in name  # minutes each
+            }
+            rows.append({"batch": batch, "times": harness.contest(builders, args.device, args.rounds)})
+            print(table({**harness.provenance(args.device), "rows": rows[-1:]}), flush=True)
+            if not args.quick:
+                path = harness.save("unet", rows, args.device)
     if not args.quick:
-        print(f"wrote {harness.save('unet', rows, args.device)}")
+        print(f"wrote {path}")
     return 0
 
 

@@ -53,8 +53,8 @@ class StableDiffusion:
 
     def __repr__(self) -> str:
         size = sum(p.numel() for model in (self.text_encoder, self.unet, self.vae) for p in model.parameters())
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"StableDiffusion({size / 1e6:.0f} M parameters, {dtype} on {self.device}, {self.unet.attention} attention)"
+        what = f"{str(self.dtype).removeprefix('torch.')} on {self.device}, {self.unet.attention} attention"
+        return f"StableDiffusion({size / 1e6:.0f} M parameters, {what})"
 
     @property
     def device(self) -> torch.device:
@@ -300,7 +300,7 @@ def load(
 
 
 def make_quick(model: nn.Module, compile: bool | str = False) -> nn.Module:
-    """How `load` has a model computed: by oneDNN on a CPU, else in channels_last; one graph of torch.compile if asked."""
+    """How `load` has a model computed: by oneDNN on a CPU, else in channels_last; one compiled graph if asked."""
     weight = next(model.parameters())
     if weight.device.type == "cpu" and not compile and onednn.available(weight.dtype):
         onednn.use_onednn(model)

@@ -36,7 +36,7 @@ class Coefficients(NamedTuple):
 
 
 def advance(x: Tensor, eps: Tensor, x0_previous: Tensor | None, k: Coefficients) -> tuple[Tensor, Tensor]:
-    """One step of either sampler without noise: x at the next level, in x's dtype, and x0, both computed in fp32 or wider.
+    """One step of either sampler without noise: x at the next level, in x's dtype, and x0; both in fp32 or wider.
 
         x0     = (x - sigma eps) / alpha
         D      = x0 + c (x0 - x0_previous),          x0 itself without a previous one

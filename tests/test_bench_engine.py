@@ -6,7 +6,7 @@ import torch
 from bench import editing_speed, harness, report, scaling, txt2img, unet
 
 TIMES = {"ms": 2000.0, "low": 1900.0, "high": 2100.0, "bytes": 3_400_000_000, "above": 500_000_000}
-RECORD = {"device": "cpu", "processor": "a CPU", "threads": 2, "torch": "2.13", "commit": "0" * 40, "command": "python -m x"}
+RECORD = {"device": "cpu", "processor": "a CPU", "threads": 2, "torch": "2.13", "commit": "0" * 40, "command": "x"}
 
 
 def same(ours, theirs, bar=1e-4):
@@ -23,7 +23,7 @@ def test_a_step_is_diffusers_step():
 
 
 def test_an_edited_step_is_the_eager_step():
-    arguments = ("cpu", torch.float32, True)
+    arguments = ("cpu", torch.float32, True, None)
     ours = editing_speed.ours("", *arguments, ("plain", "lockstep", "with maps", "record", "replay"))
     [eager] = editing_speed.eager("eager", *arguments).values()
     expected = eager()
@@ -61,7 +61,7 @@ def test_tables():
     table = txt2img.table({**RECORD, "rows": [{"sampler": "ddim", "steps": 2, "times": times}]})
     assert "| ddim, 2 steps | diffusers fp32 | 3 | 1.9 - 2.1 | 3.40 GB |" in table
     times = {"plain fp32": TIMES, "lockstep fp32": {**TIMES, "ms": 2100.0}, "eager fp32": {**TIMES, "ms": 4200.0}}
-    table = editing_speed.table({**RECORD, "rows": [{"times": times}]})
+    table = editing_speed.table({**RECORD, "rows": [{"size": 384, "times": times}]})
     assert "| lockstep fp32 | 2100 | 1900 - 2100 | 0.50 GB | 1.05 | 2.00 |" in table
     rows = [
         {"what": "step", "size": size, "batch": batch, "along": along, "ms": ms, "bytes": 1000 * ms}

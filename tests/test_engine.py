@@ -22,7 +22,8 @@ def drawn(sd):
     """Latents of a run and pictures of an edit."""
     last = {}
     sd.txt2img(PROMPTS, steps=3, seed=1, progress=False, on_step=lambda x, step: last.update(x=x))
-    edited = minisd.edit_prompt(sd, *PROMPTS, steps=3, progress=False, reweight={"dog": 2.0}, local_blend=("cat", "dog"))
+    how = {"reweight": {"dog": 2.0}, "local_blend": ("cat", "dog")}
+    edited = minisd.edit_prompt(sd, *PROMPTS, steps=3, progress=False, **how)
     return torch.cat([last["x"], torch.cat([sd.encode_image(image) for image in edited])])
 
 
