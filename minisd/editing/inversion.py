@@ -289,7 +289,7 @@ def redraw(
     keep = Snapshots(visual_steps or (), len(sampler))
     predict = cfg(sd.unet, inversion.unconditional(sd, negative_prompt), embed(sd, prompts), guidance)
 
-    x = inversion.latents.to(sd.device)
+    x = inversion.latents.to(sd.device).contiguous()  # one order of the memory, one result: files keep none
     for number, step in enumerate(tqdm(sampler, disable=not progress)):
         x = step.update(x, predict(x.to(sd.dtype), step))
         if after is not None:
