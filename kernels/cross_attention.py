@@ -241,8 +241,8 @@ def config(D: int, itemsize: int, arch: int, all_heads: bool = False) -> dict:
         tile = {"BLOCK_N": 16, "WIDEST": widest, "WIDEST_KEYS": 16, "REREAD": 16, "num_warps": 4}
     elif arch >= 90:  # wgmma takes 64 rows and 4 warps, and its operands from shared memory
         tile = {"BLOCK_N": 64, "REREAD": 64 if D > 160 else 0, "num_warps": 4}
-        if all_heads and D > 80:
-            tile |= {"WIDEST": 32, "WIDEST_KEYS": 32, "REREAD": 32}
+        if all_heads:
+            tile |= {"WIDEST": 32, "WIDEST_KEYS": 32, "REREAD": 32} if D > 80 else {"WIDEST_KEYS": 32}
     elif all_heads and D > 80:
         tile = {"BLOCK_N": 16, "WIDEST": 32, "WIDEST_KEYS": 32, "REREAD": 32, "num_warps": 4}
     elif D > 80:
