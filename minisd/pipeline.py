@@ -212,7 +212,8 @@ class StableDiffusion:
             raise ValueError(f"guidance is {guidance!r}, expected a finite number (1: no guidance)")
         if not (isinstance(num_images, Integral) and num_images >= 1):
             raise ValueError(f"num_images is {num_images!r}, expected a whole number, at least 1")
-        return [_per_image(self.encode_prompt(texts), len(prompts), num_images) for texts in (negatives, prompts)]
+        context = self.encode_prompt(negatives + prompts).split([len(negatives), len(prompts)])  # at once, as a user would
+        return [_per_image(rows, len(prompts), num_images) for rows in context]
 
     def _noise_for(self, batch: int, seed, latents, height, width) -> Tensor:
         """The given latents, or else the seed's noise, (batch, C, h, w)."""

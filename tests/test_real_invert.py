@@ -67,10 +67,10 @@ def test_the_example_of_the_readme(tmp_path, monkeypatch):
     readme = (harness.ROOT / "README.md").read_text(encoding="utf-8")
     [block] = [code for code in re.findall(r"```python\n(.+?)```", readme, re.S) if "invert(" in code]
     monkeypatch.chdir(tmp_path)
-    scenes.render(real_invert.cases(1)[0].scene).save("photo.png")
+    scenes.render(real_invert.cases(1)[0].scene).save("picture.png")
     names = {}
     exec(block.replace("steps=25", "steps=3"), names)
     sd, inversion = names["sd"], names["inversion"]
     assert (np.asarray(names["same"]) == np.asarray(sd.decode(inversion.z)[0])).all()
-    assert {path.name for path in tmp_path.iterdir()} == {"photo.png", "back.png", "photo.safetensors", "edited.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"picture.png", "back.png", "photo.safetensors", "edited.png"}
     assert (minisd.Inversion.load("photo.safetensors").trajectory == inversion.trajectory).all()
