@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import expect
 from .config import read_config
 
 
@@ -18,6 +19,8 @@ def quick_gelu(x):
 
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+# Where transformers' defaults are others than the numbers of ViT-L/14.
+ABSENT = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class CLIPTextConfig:
         if "text_config" in values:
             raise ValueError("this is the config of a whole CLIP; expected that of its text model, its text_config")
         names = {field.name for field in fields(cls)}
-        return read_config(cls, {key: value for key, value in values.items() if key in names}, neutral={})
+        return read_config(cls, {key: value for key, value in values.items() if key in names}, {}, ABSENT)
 
 
 class Embeddings(nn.Module):
@@ -139,8 +142,7 @@ class CLIPTextModel(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, ids):
-        if ids.ndim != 2 or ids.shape[1] > self.config.max_position_embeddings:
-            raise ValueError(
-                f"token ids must be (batch, at most {self.config.max_position_embeddings}), got {tuple(ids.shape)}"
-            )
+        expect.shape("token ids", ids, "B", "L")
+        if ids.shape[1] > (most := self.config.max_position_embeddings):
+            raise ValueError(f"token ids: got {ids.shape[1]} in a row, expected at most {most}")
         return self.final_layer_norm(self.encoder(self.embeddings(ids)))

@@ -5,10 +5,12 @@ from types import UnionType
 from typing import get_args, get_origin
 
 
-def read_config(cls, values, neutral, harmless=()):
+def read_config(cls, values, neutral, absent, harmless=()):
     """Build dataclass `cls` from the JSON object `values`.
 
-    A key that is a field of `cls` is taken (lists become tuples) and has to be of the annotated kind. A key in
+    A key that is a field of `cls` is taken (lists become tuples) and has to be of the annotated kind. Where it is not
+    there, it has the value in `absent`, or else the field's default: together, what the library that wrote the file
+    takes, for a file may leave out what is that library's default. A key in
     `neutral` names maths that the model does not have: it must hold the neutral value given there. `harmless` keys and
     those that start with `_` say nothing about the maths and are ignored. Any other key is unknown: it is ignored
     where it is null or false, which is off, and an error otherwise.
@@ -31,7 +33,7 @@ def read_config(cls, values, neutral, harmless=()):
             faults.append(f"{key:.200}: got {value!r:.200}, but this key is unknown")
     if faults:
         raise ValueError(f"{cls.__name__} cannot be built from this config: " + "; ".join(faults))
-    return cls(**taken)
+    return cls(**absent | taken)
 
 
 def fits(value, kind):

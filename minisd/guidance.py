@@ -18,6 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from . import expect
 from .samplers import Coefficients, Step, advance
 
 Edits = Callable[[Step], Mapping]  # step -> {site name: AttentionEdit}
@@ -37,6 +38,7 @@ def cfg(
     cond: (B, L, D) or (1, L, D).  uncond: the same, or a list with one such tensor per step of the full schedule
     (entry step.index is used; null-text inversion makes such a list).
     """
+    expect.number("guidance scale", scale)
     if scale == 1:
         return conditional(unet, cond, edits)
     call = _grouped(unet, [("uncond", uncond), ("cond", cond)], edits)
@@ -56,7 +58,7 @@ def erase(
 
     concepts: (n, L, D), each for every latent, or (n, B, L, D).  erase_scale: w, one weight for all or one each.
     """
-    call, weights = _with_concepts(unet, uncond, cond, concepts, erase_scale, edits)
+    call, weights = _with_concepts(unet, uncond, cond, concepts, scale, erase_scale, edits)
 
     def predict(x, step):
         u, *concept_eps, c = call(x, step)
@@ -89,9 +91,11 @@ def sega(
 
     warmup counts in the full schedule, as step.index does. A negative weight leads towards a concept.
     """
-    call, weights = _with_concepts(unet, uncond, cond, concepts, erase_scale, edits)
-    if not (0 <= threshold <= 1 and 0 <= beta <= 1):
-        raise ValueError(f"threshold is {threshold!r} and beta {beta!r}, expected 0 to 1 for both")
+    call, weights = _with_concepts(unet, uncond, cond, concepts, scale, erase_scale, edits)
+    expect.number("threshold", threshold, 0, 1)
+    expect.whole_number("warmup", warmup, 0)
+    expect.number("momentum", momentum)
+    expect.number("beta", beta, 0, 1)
     v, last = None, 0
 
     def predict(x, step):
@@ -116,16 +120,19 @@ def _quantile(x: Tensor, q: float) -> Tensor:
     return x.flatten(2).quantile(q, dim=2)[:, :, None, None]
 
 
-def _with_concepts(unet, uncond, cond, concepts: Tensor, erase_scale, edits: Edits | None):
+def _with_concepts(unet, uncond, cond, concepts: Tensor, scale, erase_scale, edits: Edits | None):
     """A call(x, step) -> eps of uncond, of each concept and of cond, in one UNet call; and the concepts' weights."""
+    expect.number("guidance scale", scale)
     if concepts.ndim not in (3, 4):
         raise ValueError(f"concepts has shape {tuple(concepts.shape)}, expected (n, L, D) or (n, B, L, D)")
-    weights = torch.as_tensor(erase_scale, dtype=torch.float64)
-    if weights.shape not in ((), (len(concepts),)) or not weights.isfinite().all():
+    weights = list(erase_scale) if isinstance(erase_scale, (list, tuple)) else [erase_scale] * len(concepts)
+    if len(weights) != len(concepts):
         raise ValueError(f"erase_scale is {erase_scale!r}, expected one weight or one per concept ({len(concepts)})")
+    for weight in weights:
+        expect.number("erase_scale", weight)
     each = concepts[:, None] if concepts.ndim == 3 else concepts
     groups = [("uncond", uncond), *(("concepts", rows) for rows in each), ("cond", cond)]
-    return _grouped(unet, groups, edits), weights.expand(len(concepts)).tolist()
+    return _grouped(unet, groups, edits), weights
 
 
 def _grouped(unet, groups: list[tuple[str, Tensor | Sequence[Tensor]]], edits: Edits | None):

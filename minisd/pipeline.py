@@ -7,17 +7,16 @@ Rombach et al. 2022, https://arxiv.org/abs/2112.10752; classifier-free guidance,
 https://arxiv.org/abs/2207.12598; img2img, Meng et al. 2022 (SDEdit), https://arxiv.org/abs/2108.01073.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral, Real
+from numbers import Integral
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import checkpoint, onednn
+from . import checkpoint, expect, onednn
 from .attention import IMPLEMENTATIONS
 from .clip import CLIPTextModel
 from .cuda_graph import Replay
@@ -31,7 +30,7 @@ from .vae import AutoencoderKL
 
 SAMPLERS = {
     "dpm++": DPMpp2M,  # DPM-Solver++ 2M on Karras' noise levels
-    "dpm++ linspace": lambda schedule, steps, skip=0: DPMpp2M(schedule, steps, skip, karras=False),
+    "dpm++ linspace": lambda schedule, steps: DPMpp2M(schedule, steps, karras=False),
     "ddim": DDIM,
 }
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -92,24 +91,26 @@ class StableDiffusion:
     @torch.no_grad()
     def decode(self, z: Tensor, as_tensor: bool = False) -> list[Image.Image] | Tensor:
         """The pictures of latents z: PIL images, or one tensor (B, 3, H, W) in [-1, 1]."""
-        if z.ndim != 4 or z.shape[1] != self.vae.config.latent_channels:
-            raise ValueError(f"got latents {tuple(z.shape)}, expected (B, {self.vae.config.latent_channels}, h, w)")
+        expect.shape("latents", z, "B", self.vae.config.latent_channels, "h", "w")
         z = z.to(self.device, self.dtype) / self.vae.config.scaling_factor
         # One by one: at 512 x 512 the decoder's activations are the largest of all.
         image = torch.cat([self.vae.decode(row) for row in z.split(1)])
         return image.clamp(-1, 1) if as_tensor else to_pil(image)
 
-    def noise(self, seed: int | Sequence[int], batch: int = 1, height=None, width=None) -> Tensor:
+    def noise(self, seed: int | Sequence[int], batch: int | None = None, height=None, width=None) -> Tensor:
         """x_T ~ N(0, 1), (B, C, height / factor, width / factor); the size is in pixels, default the model's own.
 
-        Row i is drawn with seed + i, whatever the batch; a list gives each row its seed. Drawn on the CPU in float32,
-        so that it is the same on every device.
+        Row i is drawn with seed + i, whatever the batch (None: one row); a list gives each row its seed. Drawn on the
+        CPU in float32, so that it is the same on every device.
         """
-        seeds = [seed + i for i in range(batch)] if isinstance(seed, Integral) else seed
+        if batch is not None:
+            expect.whole_number("batch", batch, 1)
+        seeds = [seed + i for i in range(batch or 1)] if isinstance(seed, Integral) else seed
         if not (isinstance(seeds, (list, tuple)) and seeds and all(map(is_seed, seeds))):
-            raise ValueError(
-                f"got seeds {seeds!r}, expected a whole number or a list of them, at least one, from -2**63 to 2**64 - 1"
-            )
+            expected = "a whole number or a list of them, at least one, from -2**63 to 2**64 - 1"
+            raise ValueError(f"got seeds {seeds!r}, expected {expected}")
+        if batch not in (None, len(seeds)):
+            raise ValueError(f"got {len(seeds)} seeds for {batch} pictures, expected one for each")
         shape = (1, self.unet.config.in_channels, *self.latent_size(height, width))
         rows = [torch.randn(shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds]
         return torch.cat(rows).to(self.device, self.dtype)
@@ -159,7 +160,7 @@ class StableDiffusion:
         """
         prompts = as_list(prompt)
         plan = make_sampler(sampler, self.schedule, steps)
-        predict = cfg(self.unet, *self.condition(prompts, negative_prompt, guidance, num_images), guidance)
+        predict = cfg(self.unet, *self.condition(prompts, negative_prompt, num_images), guidance)
         x = self._noise_for(len(prompts) * num_images, seed, latents, height, width)
         return self.decode(denoise_shown(x, plan, predict, on_step, progress))
 
@@ -187,9 +188,8 @@ class StableDiffusion:
         returned. latents: noise (B, C, h, w) in place of the seed's. The rest is as in `txt2img`.
         """
         prompts = as_list(prompt)
-        plan = make_sampler(sampler, self.schedule, steps)
-        plan = replace(plan, skip=strength_to_skip(steps, strength))
-        predict = cfg(self.unet, *self.condition(prompts, negative_prompt, guidance, num_images), guidance)
+        plan = make_sampler(sampler, self.schedule, steps, strength)
+        predict = cfg(self.unet, *self.condition(prompts, negative_prompt, num_images), guidance)
         pictures = self.pixels(image, height, width)
         if len(pictures) not in (1, len(prompts)):
             raise ValueError(f"got {len(pictures)} pictures for {len(prompts)} prompts, expected one or one for each")
@@ -200,7 +200,7 @@ class StableDiffusion:
         z = _per_image(self.encode_image(pictures), len(prompts), num_images)
         return self.decode(denoise_shown(plan.start(z, noise), plan, predict, on_step, progress))
 
-    def condition(self, prompts: list[str], negative_prompt, guidance: float, num_images: int = 1):
+    def condition(self, prompts: list[str], negative_prompt, num_images: int = 1):
         """(uncond, cond), the embeddings of all pictures, (B, 77, D) each, those of one prompt standing together."""
         negatives = as_list(negative_prompt)
         if not prompts or len(negatives) not in (1, len(prompts)):
@@ -208,11 +208,9 @@ class StableDiffusion:
                 f"got {len(prompts)} prompts and {len(negatives)} negative prompts, expected at least one prompt, and "
                 "one negative prompt or one for each"
             )
-        if not (isinstance(guidance, Real) and math.isfinite(guidance)):
-            raise ValueError(f"guidance is {guidance!r}, expected a finite number (1: no guidance)")
-        if not (isinstance(num_images, Integral) and num_images >= 1):
-            raise ValueError(f"num_images is {num_images!r}, expected a whole number, at least 1")
-        context = self.encode_prompt(negatives + prompts).split([len(negatives), len(prompts)])  # at once, as a user would
+        expect.whole_number("num_images", num_images, 1)
+        context = self.encode_prompt(negatives + prompts)  # at once, as a user would
+        context = context.split([len(negatives), len(prompts)])
         return [_per_image(rows, len(prompts), num_images) for rows in context]
 
     def _noise_for(self, batch: int, seed, latents, height, width) -> Tensor:
@@ -336,23 +334,18 @@ def pick_dtype(dtype, device: torch.device) -> torch.dtype:
         return torch.float16 if device.type == "cuda" else torch.float32
     if dtype in DTYPES.values():
         return dtype
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)} or auto")
     return DTYPES[dtype]
 
 
-def make_sampler(name: str, schedule: NoiseSchedule, steps: int, skip: int = 0) -> Sampler:
-    """The sampler of that name; ValueError names the choices."""
-    if name not in SAMPLERS:
+def make_sampler(name: str, schedule: NoiseSchedule, steps: int, strength: float = 1.0) -> Sampler:
+    """The sampler of that name, of whose steps the last int(steps * strength) are run (diffusers' rule)."""
+    if not isinstance(name, str) or name not in SAMPLERS:
         raise ValueError(f"sampler is {name!r}, expected one of {', '.join(map(repr, SAMPLERS))}")
-    return SAMPLERS[name](schedule, steps, skip)
-
-
-def strength_to_skip(steps: int, strength: float) -> int:
-    """The `skip` of an image-to-image run: of the steps, the last int(steps * strength) are run (diffusers' rule)."""
-    if not (isinstance(strength, Real) and 0 <= strength <= 1):
-        raise ValueError(f"strength is {strength!r}, expected 0 (the input is returned) to 1 (only its noise level)")
-    return steps - min(int(steps * strength), steps)
+    whole = SAMPLERS[name](schedule, steps)
+    expect.number("strength", strength, 0, 1)
+    return replace(whole, skip=steps - int(steps * strength))
 
 
 def denoise_shown(x: Tensor, sampler: Sampler, predict, on_step, progress: bool) -> Tensor:

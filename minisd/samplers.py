@@ -10,17 +10,16 @@ DDIMInverseScheduler and DPMSolverMultistepScheduler built from the same schedul
 """
 
 import math
-import operator
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from . import expect
 from .schedule import Level, NoiseSchedule
 
 
@@ -73,8 +72,8 @@ class Sampler:
     skip: int = 0
 
     def __post_init__(self):
-        _check_int("steps", self.steps, 1, len(self.schedule))
-        _check_int("skip", self.skip, 0, self.steps)
+        expect.whole_number("steps", self.steps, 1, len(self.schedule))
+        expect.whole_number("skip", self.skip, 0, self.steps)
         self.plan()
 
     def plan(self) -> list[tuple[int, Level, Level]]:
@@ -109,8 +108,8 @@ class DDIM(Sampler):
 
     def __post_init__(self):
         super().__post_init__()
-        if not (isinstance(self.eta, Real) and 0 <= self.eta <= 1):
-            raise ValueError(f"eta is {self.eta!r}, expected 0 (deterministic) to 1")
+        expect.number("eta", self.eta, 0, 1)
+        expect.whole_number("seed", self.seed, -(2**63), 2**64 - 1)
         if self.inverse and self.eta:
             raise ValueError(f"eta is {self.eta!r} with inverse=True, expected 0: only eta 0 can be run backwards")
 
@@ -216,12 +215,3 @@ def denoise(
 def _wide(x: Tensor) -> Tensor:
     """x in at least fp32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _check_int(name: str, value, low: int, high: int) -> None:
-    try:
-        ok = low <= operator.index(value) <= high and not isinstance(value, bool)
-    except TypeError:
-        ok = False
-    if not ok:
-        raise ValueError(f"{name} is {value!r}, expected a whole number from {low} to {high}")

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from . import expect
 from .attention import IMPLEMENTATIONS, Attention
 from .blocks import Downsample, ResnetBlock, Upsample, add, norm_silu, repeat_rows
 from .config import read_config
@@ -38,6 +39,8 @@ NEUTRAL = {
     "conv_out_kernel": 3,
     "attention_type": "default",
 }
+# Where diffusers' defaults are others than Stable Diffusion v1's numbers.
+ABSENT = {"sample_size": None, "cross_attention_dim": 1280}
 HARMLESS = ("addition_embed_type_num_heads",)  # read by diffusers only where addition_embed_type, unknown here, is set
 
 
@@ -75,7 +78,7 @@ class UNetConfig:
     @classmethod
     def from_dict(cls, values):
         """Read the checkpoint's unet/config.json (a dict). ValueError for maths that this UNet does not have."""
-        return read_config(cls, values, NEUTRAL, HARMLESS)
+        return read_config(cls, values, NEUTRAL, ABSENT, HARMLESS)
 
     @property
     def heads(self):
@@ -339,6 +342,7 @@ class UNet(nn.Module):
         context (R, L, cross_attention_dim) -> {site: (k, v)}, each (R, heads, L, head_dim); `forward` takes it in place
         of the context.
         """
+        expect.shape("context", context, "R", "L", self.config.cross_attention_dim)
         return {name: self._sites[name].project(context) for name in self.sites("cross")}
 
     def forward(self, x, t, context, edits=None):
@@ -349,20 +353,22 @@ class UNet(nn.Module):
         {site: AttentionEdit}. Returns (R, out_channels, h, w).
 
         The G groups see the same x and t, so they are one until the first site where they can differ, a cross site or
-        one with an edit; from there on the rows are repeated. ValueError for an unknown site or a mismatch of rows.
+        one with an edit; from there on the rows are repeated. ValueError for an unknown site and for shapes that do not
+        fit.
         """
+        expect.shape("x", x, "B", self.config.in_channels, "h", "w")
+        if not (torch.is_tensor(t) and t.shape in ((), (1,), x.shape[:1])):
+            got = tuple(t.shape) if torch.is_tensor(t) else f"{t!r:.80}"
+            raise ValueError(f"t: got {got}, expected a tensor, 0-d or with one value for each latent, ({len(x)},)")
         edits = {} if edits is None else edits
         unknown = [name for name in edits if name not in self._sites]
         if unknown:
             raise ValueError(f"no attention site is called {', '.join(unknown)}; unet.sites() lists the names")
-        if torch.is_tensor(context):
+        if not isinstance(context, dict):
             context = self.prepare(context)
         rows = next(iter(context.values()))[0].shape[0]
-        if rows % x.shape[0] or t.ndim > 1 or (t.ndim == 1 and t.shape[0] not in (1, x.shape[0])):
-            raise ValueError(
-                f"the context must have a multiple of the latents' rows and t one value or one for each latent, got "
-                f"latents {tuple(x.shape)}, context of {rows} rows, t {tuple(t.shape)}"
-            )
+        if rows % len(x):
+            raise ValueError(f"context: got {rows} rows for {len(x)} latents, expected a multiple of the latents' rows")
 
         config = self.config
         sinusoids = timestep_embedding(

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from . import expect
 from .attention import Attention
 from .blocks import Downsample, ResnetBlock, Upsample, add, norm_silu
 from .config import read_config
 
 NORM_EPS = 1e-6  # every GroupNorm of the VAE
+# Where diffusers' defaults are others than Stable Diffusion v1's numbers.
+ABSENT = {"block_out_channels": (64,), "layers_per_block": 1, "sample_size": 32}
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class VAEConfig:
     @classmethod
     def from_dict(cls, values):
         """Read the checkpoint's vae/config.json (a dict). ValueError for maths that this VAE does not have."""
-        depth = len(values.get("block_out_channels", cls.block_out_channels))
+        depth = len(values.get("block_out_channels", ABSENT["block_out_channels"]))
         neutral = {
             "act_fn": "silu",
             "down_block_types": ("DownEncoderBlock2D",) * depth,
@@ -43,7 +46,7 @@ class VAEConfig:
             "use_post_quant_conv": True,
             "mid_block_add_attention": True,
         }
-        return read_config(cls, values, neutral, harmless=("force_upcast",))
+        return read_config(cls, values, neutral, ABSENT, harmless=("force_upcast",))
 
     @property
     def factor(self):
@@ -157,9 +160,11 @@ class AutoencoderKL(nn.Module):
     def encode(self, x):
         """Picture in [-1, 1], (B, 3, H, W) -> mean, logvar, each (B, latent_channels, H // factor, W // factor);
         logvar is clamped to [-30, 20]."""
+        expect.shape("picture", x, "B", self.config.in_channels, "H", "W")
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, z):
         """Unscaled latent (B, latent_channels, h, w) -> picture (B, 3, h * factor, w * factor), roughly in [-1, 1]."""
+        expect.shape("latents", z, "B", self.config.latent_channels, "h", "w")
         return self.decoder(self.post_quant_conv(z))

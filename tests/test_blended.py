@@ -240,13 +240,13 @@ def test_files_of_masks_that_are_refused(sd, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (dict(strength=1.5), "strength is 1.5, expected 0"),
-    (dict(feather=-1), "feather is -1, expected a whole number of pixels, at least 0"),
+    (dict(strength=1.5), "strength is 1.5, expected a number from 0 to 1"),
+    (dict(feather=-1), "feather is -1, expected a whole number, at least 0"),
     (dict(feather=1.5), "feather is 1.5"),
     (dict(seed=[1, 2]), "2 seeds for 1 pictures"),
     (dict(mask=[box(), box()], prompt=["a", "b", "c"]), "1 pictures, 2 masks and 3 prompts, expected one for all"),
     (dict(image=[picture(), picture(80, 48)]), r"sizes \[\(40, 24\), \(80, 48\)\], expected one size"),
-    (dict(guidance=float("nan")), "guidance is nan"),
+    (dict(guidance=float("nan")), "guidance scale is nan"),
     (dict(sampler="euler"), "sampler is 'euler'"),
     (dict(prompt=[]), "0 prompts"),
 ])  # fmt: skip

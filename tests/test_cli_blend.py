@@ -68,7 +68,7 @@ def test_erase(minisd_command):
     (["blend", "in.png", "none.png", "a"], "none.png"),
     (["blend", "cut.png", "mask.png", "a"], "cut.png cannot be read as a picture"),
     (["blend", "in.png", "cut.png", "a"], "cut.png cannot be read as a picture"),
-    (["blend", "in.png", "mask.png", "a", "--strength", "2"], "strength is 2.0, expected 0"),
+    (["blend", "in.png", "mask.png", "a", "--strength", "2"], "strength is 2.0, expected a number from 0 to 1"),
     (["blend", "in.png", "mask.png", "a", "--feather", "-1"], "feather is -1"),
     (["erase", "a"], "the following arguments are required: concept"),
     (["erase", "a", "b", "--strength", "0.5"], "strength is 0.5, but there is no picture"),

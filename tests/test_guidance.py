@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from minisd.guidance import cfg, conditional, erase
+from minisd.guidance import cfg, conditional, erase, sega
 from minisd.samplers import DDIM, denoise
 from minisd.schedule import NoiseSchedule
 from minisd.unet import UNet, UNetConfig
@@ -156,6 +156,10 @@ def test_gradients_reach_the_embedding_after_a_run_without_them():
         assert grad.abs().max() > 0
 
 
+def semantic(**options):
+    return sega(Recorder(), UNCOND, COND, CONCEPTS, **options)
+
+
 @pytest.mark.parametrize(
     ("predict", "words"),
     [
@@ -166,6 +170,14 @@ def test_gradients_reach_the_embedding_after_a_run_without_them():
         (lambda: erase(Recorder(), UNCOND, COND, CONCEPTS[0]), r"concepts has shape \(7, 6\), expected \(n, L, D\)"),
         (lambda: erase(Recorder(), UNCOND, COND, CONCEPTS, 7.5, [1.0, 2.0]), "one weight or one per concept"),
         (lambda: erase(Recorder(), UNCOND, COND, CONCEPTS, 7.5, [1.0]), "one weight or one per concept"),
+        (lambda: erase(Recorder(), UNCOND, COND, CONCEPTS, 7.5, "10"), "erase_scale is '10', expected a finite number"),
+        (lambda: erase(Recorder(), UNCOND, COND, CONCEPTS, "3"), "guidance scale is '3', expected a finite number"),
+        (lambda: cfg(Recorder(), UNCOND, COND, "3"), "guidance scale is '3', expected a finite number"),
+        (lambda: cfg(Recorder(), UNCOND, COND, True), "guidance scale is True"),
+        (lambda: semantic(threshold="0.9"), "threshold is '0.9', expected a number from 0 to 1"),
+        (lambda: semantic(warmup=1.5), "warmup is 1.5, expected a whole number, at least 0"),
+        (lambda: semantic(momentum=None), "momentum is None, expected a finite number"),
+        (lambda: semantic(beta=2), "beta is 2, expected a number from 0 to 1"),
     ],
 )
 def test_bad_arguments(predict, words):
@@ -200,4 +212,4 @@ def test_with_the_unet():
 def test_guidance_loads_no_model():
     code = "import sys, minisd.guidance; print(*(m for m in sys.modules if m.startswith('minisd')))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert set(loaded) == {"minisd", "minisd.guidance", "minisd.samplers", "minisd.schedule"}
+    assert set(loaded) == {"minisd", "minisd.expect", "minisd.guidance", "minisd.samplers", "minisd.schedule"}

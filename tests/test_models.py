@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import CROSS_DOWN, CROSS_UP, ReferenceVAE, UNet2DConditionModel, difference, text_pair, unet_pair, vae_pair
+from oracle import CROSS_DOWN, CROSS_UP, difference, text_pair, unet_pair, vae_pair
+from oracle import ReferenceTextConfig, ReferenceVAE, UNet2DConditionModel
 
 import minisd.clip
 import minisd.unet
@@ -357,12 +358,33 @@ def test_unet_errors(pair):
         ours(x, t, context, {"attn7": AttentionEdit()})
     with pytest.raises(ValueError, match="multiple of the latents' rows"):
         ours(x, t, context[:1])
-    with pytest.raises(ValueError, match="one for each latent"):
-        ours(x, torch.tensor([1, 2, 3]), context)
+    for t_given, got in ((torch.tensor([1, 2, 3]), r"\(3,\)"), (5, "5"), (torch.ones(2, 1), r"\(2, 1\)")):
+        with pytest.raises(ValueError, match=rf"t: got {got}, expected a tensor, 0-d or with one value for each latent"):
+            ours(x, t_given, context)
+    for wrong in (x[:, :3], x[0], x[:0], None):
+        with pytest.raises(ValueError, match=r"x: got .*, expected a tensor \(B, 4, h, w\)"):
+            ours(wrong, t, context)
+    for wrong in (context[..., :5], context[0], context[:, :0], "a cat"):
+        with pytest.raises(ValueError, match=r"context: got .*, expected a tensor \(R, L, 24\)"):
+            ours(x, t, wrong)
     with pytest.raises(ValueError, match='"self", "cross" or None, got \'both\''):
         ours.sites("both")
-    with pytest.raises(ValueError, match="at most 77"):
-        minisd.clip.CLIPTextModel(CLIPTextConfig(hidden_size=8, num_attention_heads=1, vocab_size=9))(torch.zeros(1, 78).long())
+
+
+def test_vae_and_text_encoder_errors():
+    vae = minisd.vae.AutoencoderKL(VAEConfig(block_out_channels=(4, 4), norm_num_groups=2))
+    for wrong in (torch.zeros(1, 4, 8, 8), torch.zeros(3, 8, 8), None):
+        with pytest.raises(ValueError, match=r"picture: got .*, expected a tensor \(B, 3, H, W\)"):
+            vae.encode(wrong)
+    for wrong in (torch.zeros(1, 3, 8, 8), torch.zeros(4, 8, 8), torch.zeros(1, 4, 0, 8)):
+        with pytest.raises(ValueError, match=r"latents: got .*, expected a tensor \(B, 4, h, w\)"):
+            vae.decode(wrong)
+    text = minisd.clip.CLIPTextModel(CLIPTextConfig(hidden_size=8, num_attention_heads=1, vocab_size=9))
+    with pytest.raises(ValueError, match="token ids: got 78 in a row, expected at most 77"):
+        text(torch.zeros(1, 78).long())
+    for wrong in (torch.zeros(77).long(), [[1, 2]]):
+        with pytest.raises(ValueError, match=r"token ids: got .*, expected a tensor \(B, L\)"):
+            text(wrong)
 
 
 def test_the_time_embedding_is_the_formula():
@@ -421,6 +443,21 @@ def test_every_option_of_diffusers_is_either_read_or_refused(config, reference, 
     for key in unread:
         with pytest.raises(ValueError, match=f"{key}: got"):
             config.from_dict(defaults | {key: other_value(defaults[key])})
+
+
+@pytest.mark.parametrize(
+    ("config", "reference"),
+    [
+        (UNetConfig, UNet2DConditionModel),
+        (VAEConfig, ReferenceVAE),
+        (CLIPTextConfig, ReferenceTextConfig),
+    ],
+)
+def test_an_absent_key_is_the_reference_s_default(config, reference):
+    parameters = inspect.signature(reference.__init__).parameters
+    defaults = {name: parameters[name].default for name in config.__dataclass_fields__}
+    assert vars(config.from_dict({})) == defaults
+    assert vars(config()) != defaults  # of Stable Diffusion v1
 
 
 def test_models_build_without_memory():

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*ROOT.glob("minisd/**/*.py"), *ROOT.glob("kernels/*.py")])
 
 # DESIGN 3: who may import whom. A module that is not listed is a leaf that stands on nothing of minisd's.
-CONFIGS = {"config"}
+CONFIGS = {"config", "expect"}
 MODELS = CONFIGS | {"attention", "blocks", "unet", "vae", "clip"}
 SOURCES_AND_FILES = {"sources", "tensor_file"}
 CHECKPOINT = MODELS | SOURCES_AND_FILES | {"names", "tokenizer", "schedule", "checkpoint"}
@@ -24,11 +24,11 @@ SAMPLING = {"schedule", "samplers", "guidance"}
 PIPELINE = CHECKPOINT | SAMPLING | {"images", "onednn", "cuda_graph", "pipeline"}
 ALLOWED = {
     "attention": {"minisd_kernels"},
-    "unet": {"config", "attention", "blocks"},
-    "vae": {"config", "attention", "blocks"},
-    "clip": {"config"},
-    "samplers": {"schedule"},
-    "guidance": {"schedule", "samplers"},  # and no model: the UNet comes as a callable
+    "unet": CONFIGS | {"attention", "blocks"},
+    "vae": CONFIGS | {"attention", "blocks"},
+    "clip": CONFIGS,
+    "samplers": {"expect", "schedule"},
+    "guidance": {"expect", "schedule", "samplers"},  # and no model: the UNet comes as a callable
     "tensor_file": {"sources"},
     "checkpoint": CHECKPOINT,
     "pipeline": PIPELINE,

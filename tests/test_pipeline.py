@@ -145,6 +145,12 @@ def test_the_same_seed_gives_the_same_bits(sd):
 
 def test_picture_i_is_drawn_with_seed_plus_i(sd):
     assert torch.equal(sd.noise(5, batch=3), torch.cat([sd.noise(5), sd.noise(6), sd.noise(7)]))
+    assert torch.equal(sd.noise(5, batch=3), sd.noise([5, 6, 7])) and torch.equal(sd.noise([5], batch=1), sd.noise(5))
+    with pytest.raises(ValueError, match="got 2 seeds for 3 pictures, expected one for each"):
+        sd.noise([1, 2], batch=3)
+    for batch in (0, 1.0, "3"):
+        with pytest.raises(ValueError, match="batch is .*, expected a whole number, at least 1"):
+            sd.noise(0, batch=batch)
     assert torch.equal(sd.noise([5, 9]), torch.cat([sd.noise(5), sd.noise(9)]))
     assert torch.equal(sd.noise(5), torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(5)))
 
@@ -284,7 +290,7 @@ def test_the_models_are_for_inference(sd):
         (dict(steps=1001), "steps is 1001"),
         (dict(height=30), "32 x 30 pixels, expected positive multiples of 4"),
         (dict(width=0), "0 x 32 pixels"),
-        (dict(guidance=float("nan")), "guidance is nan"),
+        (dict(guidance=float("nan")), "guidance scale is nan"),
         (dict(num_images=0), "num_images is 0"),
         (dict(seed=2**64), "from -2..63 to 2..64 - 1"),
         (dict(seed=None), "got seeds None, expected a whole number or a list"),
@@ -293,12 +299,13 @@ def test_the_models_are_for_inference(sd):
         (dict(seed=[]), r"got seeds \[\]"),
         (dict(height=32.0), "32 x 32.0 pixels"),
         (dict(num_images=2.0), "num_images is 2.0"),
-        (dict(guidance="7"), "guidance is '7'"),
+        (dict(guidance="7"), "guidance scale is '7', expected a finite number"),
+        (dict(sampler=["ddim"]), r"sampler is \['ddim'\], expected one of"),
         (dict(latents=torch.zeros(1, 4, 8, 8, dtype=torch.int64)), "latents are torch.int64"),
         (dict(latents=np.zeros((1, 4, 8, 8))), "latents are ndarray, expected a tensor of floats"),
         (dict(on_step=lambda x, step: x[:, :2]), r"on_step returned \(1, 2, 8, 8\), expected None or .* \(1, 4, 8, 8\)"),
         (dict(on_step=lambda x, step: 3), "on_step returned int"),
-        (dict(seed=[1, 2]), r"shape \(2, 4, 8, 8\), expected \(1, 4, 8, 8\)"),
+        (dict(seed=[1, 2]), "2 seeds for 1 pictures, expected one for each"),
         (dict(latents=torch.zeros(2, 4, 8, 8)), r"shape \(2, 4, 8, 8\), expected \(1, 4, 8, 8\)"),
         (dict(latents=torch.zeros(1, 4, 8, 8), height=16), r"expected \(1, 4, 4, 8\)"),
     ],
@@ -311,7 +318,7 @@ def test_txt2img_refuses(sd, arguments, message):
 @pytest.mark.parametrize(
     ("image", "arguments", "message"),
     [
-        (picture(), dict(strength=1.5), "strength is 1.5, expected 0"),
+        (picture(), dict(strength=1.5), "strength is 1.5, expected a number from 0 to 1"),
         (picture(), dict(strength=-0.1), "strength is -0.1"),
         (picture(), dict(strength="0.5"), "strength is '0.5'"),
         (picture(), dict(steps="4"), "steps is '4', expected a whole number from 1 to 1000"),
@@ -334,15 +341,16 @@ def test_img2img_refuses(sd, image, arguments, message):
 
 def test_latents_have_a_batch_and_channels(sd):
     for shape in ((4, 8, 8), (1, 3, 8, 8)):
-        with pytest.raises(ValueError, match=rf"got latents \({shape[0]}, .*, expected \(B, 4, h, w\)"):
+        with pytest.raises(ValueError, match=rf"latents: got \({shape[0]}, .*, expected a tensor \(B, 4, h, w\)"):
             sd.decode(torch.zeros(shape))
 
 
 def test_no_device_and_no_dtype_is_not_the_present_one(sd):
     with pytest.raises(ValueError, match="device '' cannot be used here"):
         sd.to("")
-    with pytest.raises(ValueError, match="dtype is '', expected one of"):
-        sd.to(dtype="")
+    for dtype in ("", ["float32"]):
+        with pytest.raises(ValueError, match="dtype is .*, expected one of"):
+            sd.to(dtype=dtype)
 
 
 @pytest.mark.parametrize("texts", [dict(prompt=None), dict(prompt=3), dict(prompt="a", negative_prompt=None)])

@@ -368,6 +368,8 @@ def test_local_blend_refuses(sd):
         ([REFINED], dict(edit="replace"), "same number of words"),
         ([SWAP], dict(compat="diffusers"), "compat is 'diffusers'"),
         ([SWAP], dict(steps=0), "steps is 0"),
+        ([SWAP], dict(steps="50"), "steps is '50', expected a whole number, at least 1"),
+        ([SWAP], dict(reweight={"dog": "2"}), "factor of 'dog' is '2', expected a finite number"),
         ([SWAP], dict(self_sites="nowhere"), "no self-attention site"),
         ([], {}, "expected at least one target prompt"),
     ],

@@ -119,6 +119,23 @@ def test_save_and_load(sd, tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="other.safetensors is not a recording"):
         Recording.load(tmp_path / "other.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "maps.safetensors").read_bytes()[:-1])
+    with pytest.raises(ValueError, match="cut.safetensors cannot be read as safetensors"):
+        Recording.load(tmp_path / "cut.safetensors")
+
+
+def test_a_save_that_fails_leaves_the_older_file(tmp_path, monkeypatch):
+    def disk_is_full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("no space left")
+
+    kept = Recording(SOURCE, 1, (1, 1), torch.zeros(1), {})
+    kept.save(tmp_path / "maps.safetensors")
+    monkeypatch.setattr("minisd.editing.recording.save_file", disk_is_full)
+    with pytest.raises(OSError, match="no space left"):
+        kept.save(tmp_path / "maps.safetensors")
+    assert Recording.load(tmp_path / "maps.safetensors").prompt == SOURCE
+    assert [path.name for path in tmp_path.iterdir()] == ["maps.safetensors"]
 
 
 def test_the_size_is_worked_out_first(sd):
@@ -126,6 +143,8 @@ def test_the_size_is_worked_out_first(sd):
     assert recorder.bytes == sum(x.numel() * x.itemsize for x in recorder.recording.maps.values())
     with pytest.raises(MemoryError, match="7 cross- and 4 self-attention sites over 50 steps .* GB, the limit is 1e-06"):
         Recorder(sd, SOURCE, 50, limit=1000)
+    with pytest.raises(ValueError, match="steps is '50', expected a whole number, at least 1"):
+        Recorder(sd, SOURCE, "50")
 
 
 def test_size_of_stable_diffusion(sd):

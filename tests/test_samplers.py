@@ -404,8 +404,14 @@ def test_bad_skip(make, skip):
 
 @pytest.mark.parametrize("eta", [-0.1, 1.1, math.nan, math.inf, "1", None])
 def test_bad_eta(eta):
-    with pytest.raises(ValueError, match=r"eta is .*, expected 0 .* to 1"):
+    with pytest.raises(ValueError, match=r"eta is .*, expected a number from 0 to 1"):
         DDIM(SCHEDULE, 5, eta=eta)
+
+
+@pytest.mark.parametrize("seed", [None, "x", 1.5, 2**64])
+def test_bad_seed(seed):
+    with pytest.raises(ValueError, match="seed is .*, expected a whole number from -9223372036854775808 to"):
+        DDIM(SCHEDULE, 5, eta=1.0, seed=seed)
 
 
 def test_inverse_has_no_noise_and_no_start():

@@ -34,6 +34,20 @@ def test_heatmap(sd):
     assert early.count == 2 and set(early.grids.values()) == {(3, 6)}
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(until=1.5), "until is 1.5, expected a number from 0 to 1"),
+        (dict(steps="25"), "steps is '25', expected a whole number, at least 1"),
+        (dict(guidance="7"), "guidance scale is '7'"),
+        (dict(height="32"), "32 x '32' pixels"),
+    ],
+)
+def test_heatmap_refuses(sd, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        heatmap(sd, PROMPT, **wrong)
+
+
 def test_sheets(sd):
     image, maps = heatmap(sd, PROMPT, steps=2, progress=False)
     assert image.size == (32, 32)

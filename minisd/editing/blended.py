@@ -14,7 +14,7 @@ pixels in the end, by fitting the decoder or by Poisson blending; pasting is exa
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from .. import expect
 from ..guidance import cfg
 from ..images import read_picture, to_pil, to_rgb
-from ..pipeline import as_list, denoise_shown, make_sampler, strength_to_skip
+from ..pipeline import as_list, denoise_shown, make_sampler
 from ..samplers import Step
 from ..schedule import Level
 
@@ -60,11 +61,9 @@ def blend(
     on_step sees the latent with its background. The rest is as in `sd.txt2img`. ValueError for what does not fit.
     """
     prompts, masks = as_list(prompt), [read_mask(each) for each in (mask if isinstance(mask, list) else [mask])]
-    plan = make_sampler(sampler, sd.schedule, steps)
-    plan = replace(plan, skip=strength_to_skip(steps, strength))
-    if not (isinstance(feather, int) and feather >= 0):
-        raise ValueError(f"feather is {feather!r}, expected a whole number of pixels, at least 0")
-    predict = cfg(sd.unet, *sd.condition(prompts, negative_prompt, guidance), guidance)
+    plan = make_sampler(sampler, sd.schedule, steps, strength)
+    expect.whole_number("feather", feather, 0)
+    predict = cfg(sd.unet, *sd.condition(prompts, negative_prompt), guidance)
 
     x0 = sd.pixels(image, height, width)
     given = to_pil(x0)
@@ -118,8 +117,6 @@ class Background:
 def noises(sd, seed: int | Sequence[int], batch: int, height: int, width: int) -> tuple[Tensor, Tensor]:
     """The noise that the pictures start from, that of `sd.noise`, and the noise of their backgrounds."""
     start = sd.noise(seed, batch, height, width)
-    if len(start) != batch:
-        raise ValueError(f"got {len(start)} seeds for {batch} pictures, expected one for each")
     seeds = seed if isinstance(seed, (list, tuple)) else [seed + i for i in range(batch)]
     return start, sd.noise([(each + BACKGROUND_SEED) % 2**63 for each in seeds], batch, height, width)
 

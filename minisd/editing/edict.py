@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .. import expect
 from ..guidance import cfg
-from ..pipeline import strength_to_skip
+from ..pipeline import make_sampler
 from ..samplers import DDIM, Step
 from .inversion import embed
 
@@ -84,9 +85,10 @@ def edict(
     Returns latents z (B, C, h, w) for sd.decode; the picture's own, but for rounding, where target is source. The
     last int(steps * strength) steps are run, both ways. image, height, width: what `sd.encode_image` takes.
     """
+    expect.number("p", p)
     if not 0.5 < p <= 1:
         raise ValueError(f"p is {p!r}, expected above 0.5, where the mixing can be undone, to 1 (none)")
-    sampler = DDIM(sd.schedule, steps, strength_to_skip(steps, strength))
+    sampler = make_sampler("ddim", sd.schedule, steps, strength)
     z = sd.encode_image(image, None, height, width).double()
     uncond, pair = sd.encode_prompt([negative_prompt]), (z, z)
     for prompt, run in ((source, edict_invert), (target, edict_denoise)):

@@ -11,14 +11,13 @@ fine-tuning; Brack et al. 2023 (SEGA, arXiv 2301.12247).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from PIL import Image
 from torch import Tensor
 
 from ..guidance import Predict, erase
 from ..images import to_pil
-from ..pipeline import as_list, denoise_shown, make_sampler, strength_to_skip
+from ..pipeline import as_list, denoise_shown, make_sampler
 from ..samplers import Step
 
 
@@ -52,12 +51,12 @@ def erase_concepts(
     prompts, concepts = as_list(prompt), as_list(concepts)
     if not concepts:
         raise ValueError("got no concepts, expected at least one text that says what to leave out")
-    plan = make_sampler(sampler, sd.schedule, steps)
-    if image is not None:
-        plan = replace(plan, skip=strength_to_skip(steps, 0.3 if strength is None else strength))
-    elif strength is not None:
+    if image is None and strength is not None:
         raise ValueError(f"strength is {strength!r}, but there is no picture that it could say how far to leave")
-    uncond, cond = sd.condition(prompts, negative_prompt, guidance)
+    if strength is None:
+        strength = 1.0 if image is None else 0.3
+    plan = make_sampler(sampler, sd.schedule, steps, strength)
+    uncond, cond = sd.condition(prompts, negative_prompt)
     predict = guide(sd.unet, uncond, cond, sd.encode_prompt(concepts), guidance, erase_scale)
 
     rows, size = len(prompts), (height, width)
@@ -69,8 +68,6 @@ def erase_concepts(
         if len(plan) == 0:
             return to_pil(pictures.expand(rows, -1, -1, -1))
     x = sd.noise(seed, rows, *size)
-    if len(x) != rows:
-        raise ValueError(f"got {len(x)} seeds for {rows} pictures, expected one for each")
     if image is not None:
         x = plan.start(sd.encode_image(pictures), x)
     return sd.decode(denoise_shown(x, plan, predict, on_step, progress))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import expect
 from .alignment import find_word, missing_word
 from .maps import Maps
 
@@ -36,8 +37,9 @@ class LocalBlend:
         start: float = 0.2,
     ):
         self.maps, self.threshold, self.subtract_threshold = maps, threshold, subtract_threshold
-        if not 0 <= start <= 1:
-            raise ValueError(f"start is {start!r}, expected a fraction of the steps, 0 to 1")
+        expect.number("start", start, 0, 1)
+        expect.number("threshold", threshold)
+        expect.number("subtract_threshold", subtract_threshold)
         self.first = int(start * maps.steps)
         self.words = self.pick(words)
         self.subtract = self.pick(subtract) if len(subtract) else None

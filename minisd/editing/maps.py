@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import expect
 from ..attention import AttentionEdit
 from .alignment import find_word, missing_word
 from .sites import coarsest, select_sites
@@ -39,6 +40,8 @@ class Maps:
         until: float = 1.0,
         source_row: Tensor | None = None,
     ):
+        expect.whole_number("steps", steps, 1)
+        expect.number("until", until, 0, 1)
         size = sd.latent_size(height, width)
         if where is None:
             most = coarsest(sd.unet, size)

@@ -15,8 +15,6 @@ Source: Hertz et al. 2022, "Prompt-to-Prompt Image Editing with Cross Attention 
 """
 
 import copy
-import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
@@ -24,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .. import expect
 from ..attention import AttentionEdit
 from ..guidance import cfg
 from ..pipeline import make_sampler
@@ -47,9 +46,9 @@ class PromptToPrompt:
                  fractions, or one of these for each word of the target, {"default": 0.8, "square": (0, 0.2)} (without
                  "default": 1.0). Step s is in (start, end) if int(start * steps) <= s < int(end * steps).
                  {"default": 0, "cat": 1} keeps the object of one word and lets the rest change.
-    self_steps   the same for self-attention, without words edit         "replace" (words swapped one by one),
-    "refine" (words added or removed), None: what the prompts suggest reweight     {word: factor}, scales the maps of
-    words of the target, new ones too, while cross_steps lasts; factors
+    self_steps   the same for self-attention, without words
+    edit         "replace" (words swapped one by one), "refine" (words added or removed), None: what the prompts suggest
+    reweight     {word: factor}, scales the maps of words of the target, new ones too, while cross_steps lasts; factors
                  may be negative. Without targets it is the source prompt that is reweighted.
     cross_sites, self_sites, map_sites   where, see `select_sites`. None: all cross sites; the self sites up to the
                  coarsest resolution of the down and up blocks; for `maps` the cross sites of that resolution
@@ -79,8 +78,7 @@ class PromptToPrompt:
     ):
         if compat not in (None, "google"):
             raise ValueError(f'compat is {compat!r}, expected None or "google"')
-        if operator.index(steps) < 1:
-            raise ValueError(f"steps is {steps}, expected the number of the sampler's steps, at least 1")
+        expect.whole_number("steps", steps, 1)
         if not targets:
             if reweight is None:
                 raise ValueError("expected at least one target prompt, or reweight for the source prompt itself")
@@ -117,8 +115,7 @@ class PromptToPrompt:
         factors = torch.ones(1 + len(targets), L)
         for row, words in per_target("reweight", reweight):
             for word, factor in (words or {}).items():
-                if not math.isfinite(factor):
-                    raise ValueError(f"reweight: the factor of {word!r} is {factor}, expected a finite number")
+                expect.number(f"reweight: the factor of {word!r}", factor)
                 factors[row, columns(row, reweight)(word)] = factor
         self_row = torch.arange(1 + len(targets)).repeat(steps, 1)
         for row, schedule in per_target("self_steps", self_steps):

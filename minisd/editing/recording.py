@@ -10,16 +10,17 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from .. import expect
 from ..attention import AttentionEdit
 from ..guidance import cfg
+from ..images import whole
 from ..pipeline import make_sampler
 from ..samplers import denoise
 from .prompt_to_prompt import PromptToPrompt
@@ -43,18 +44,22 @@ class Recording:
     maps: dict[str, Tensor]
 
     def save(self, path) -> None:
-        """Write to one safetensors file; `load` reads it back."""
+        """Write one safetensors file, under its name only when it is whole; `load` reads it back."""
         about = {"prompt": self.prompt, "steps": self.steps, "size": self.size}
-        save_file({"t": self.t, **self.maps}, path, {"minisd_recording": json.dumps(about)})
+        with whole(path) as part:
+            save_file({"t": self.t, **self.maps}, part, {"minisd_recording": json.dumps(about)})
 
     @classmethod
     def load(cls, path) -> "Recording":
         """Read a file that `save` wrote; ValueError if it is another."""
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get("minisd_recording", "null"))
-            if about is None:
-                raise ValueError(f"{Path(path)} is not a recording that minisd has saved")
-            maps = {name: file.get_tensor(name) for name in file.keys()}
+        try:
+            with safe_open(path, "pt") as file:
+                about = json.loads((file.metadata() or {}).get("minisd_recording", "null"))
+                maps = {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+        if about is None:
+            raise ValueError(f"{path} is not a recording that minisd has saved")
         return cls(about["prompt"], about["steps"], tuple(about["size"]), maps.pop("t"), maps)
 
 
@@ -79,6 +84,7 @@ class Recorder:
         height: int | None = None,
         width: int | None = None,
     ):
+        expect.whole_number("steps", steps, 1)
         size = sd.latent_size(height, width)
         self.cross_sites = select_sites(sd.unet, "cross", cross_sites, size)
         self_sites = coarsest(sd.unet, size) if self_sites is None else self_sites

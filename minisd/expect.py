@@ -1,0 +1,34 @@
+"""What public functions expect of an argument: a ValueError says what was got and what was expected."""
+
+import math
+import operator
+from numbers import Real
+
+from torch import Tensor
+
+
+def whole_number(name: str, value, low: int, high: float = math.inf) -> None:
+    """low <= value <= high, an int or what stands for one (NumPy's), but no bool."""
+    try:
+        fits = low <= operator.index(value) <= high and not isinstance(value, bool)
+    except TypeError:
+        fits = False
+    if not fits:
+        bounds = f", at least {low}" if high == math.inf else f" from {low} to {high}"
+        raise ValueError(f"{name} is {value!r}, expected a whole number{bounds}")
+
+
+def number(name: str, value, low: float = -math.inf, high: float = math.inf) -> None:
+    """low <= value <= high and finite, an int or a float, but no bool."""
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    if not (real and low <= value <= high and -math.inf < value < math.inf):
+        kind = "a finite number" if low == -math.inf else f"a number from {low} to {high}"
+        raise ValueError(f"{name} is {value!r}, expected {kind}")
+
+
+def shape(name: str, x, *sizes: int | str) -> None:
+    """x is a tensor of these sizes; a letter stands for any size from 1 on. Reads no value, so no device waits."""
+    fits = isinstance(x, Tensor) and x.ndim == len(sizes)
+    if not (fits and all(n == size or isinstance(size, str) and n > 0 for n, size in zip(x.shape, sizes))):
+        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name}: got {got}, expected a tensor ({', '.join(map(str, sizes))})")
