@@ -24,17 +24,19 @@ def norm_silu(norm, x):
 
 
 def add(x, h):
-    """x + h, in the memory of h."""
-    return x + h if torch.is_grad_enabled() or x.dtype != h.dtype else h.add_(x)
+    """x + h, in the memory of h; where x has fewer rows they count for every group of h."""
+    groups = h.unflatten(0, (-1, x.shape[0]))
+    return (x + groups).flatten(0, 1) if torch.is_grad_enabled() or x.dtype != h.dtype else groups.add_(x).flatten(0, 1)
 
 
 class ResnetBlock(nn.Module):
     """h = conv2(silu(norm2(conv1(silu(norm1(x))) + time))), out = h + shortcut(x).
 
-    x: (B, in, h, w) -> (B, out, h, w). `time = time_emb_proj(silu(emb))` is added per channel if the block was built
-    with `time_channels`; emb: (1, time_channels) or one row for each of the first rows of x, repeated group after
-    group.
+    x: (B, in, h, w) -> (B, out, h, w). time: (1, out), or a row for each latent of a group of x, what `project` made
+    of the time's embedding; None in a block that was built without `time_channels`. `name` is the block's own.
     """
+
+    name = None
 
     def __init__(self, in_channels, out_channels, groups, eps, time_channels=None):
         super().__init__()
@@ -46,11 +48,14 @@ class ResnetBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, x, emb=None):
+    def project(self, emb):
+        """(n, time_channels) -> (n, out), what each of n times adds per channel."""
+        return self.time_emb_proj(F.silu(emb))
+
+    def forward(self, x, time=None):
         h = self.conv1(norm_silu(self.norm1, x))
-        if emb is not None:
-            time = self.time_emb_proj(F.silu(emb))  # (1 or B, out)
-            h = add(repeat_rows(time, h.shape[0])[:, :, None, None], h)
+        if time is not None:
+            h = add(time[:, :, None, None], h)
         h = self.conv2(norm_silu(self.norm2, h))
         return add(x if self.conv_shortcut is None else self.conv_shortcut(x), h)
 

@@ -10,6 +10,8 @@ follows Brack et al. 2023 (arXiv 2301.12247). All groups of rows go through the 
 conditional group LAST, because an AttentionEdit addresses the last rows of the batch. The UNet is any callable
 
     unet(x (B, 4, h, w), t (0-d tensor), context (G*B, L, D), edits) -> eps (G*B, 4, h, w)
+
+and where it has `prepare` and `prepare_times` (unet.py), the context and t are given as these have made them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -139,12 +141,13 @@ def _grouped(unet, groups: list[tuple[str, Tensor | Sequence[Tensor]]], edits: E
     """A call(x, step) -> one eps (B, 4, h, w) per group.
 
     Keys and values of the context are projected once, on the first call (unet.prepare), unless the context changes from
-    step to step or gradients are wanted. A UNet with a `replay` (cuda_graph.py) is called through it.
+    step to step, and times once for all steps (unet.prepare_times), unless gradients are wanted. A UNet with a `replay`
+    (cuda_graph.py) is called through it.
     """
     replay = getattr(unet, "replay", None)
     fixed = all(isinstance(rows, Tensor) for _, rows in groups)
-    prepare = getattr(unet, "prepare", None)
-    prepared = {}  # batch size -> prepared context
+    prepare, prepare_times = getattr(unet, "prepare", None), getattr(unet, "prepare_times", None)
+    prepared, times = {}, {}  # batch size -> prepared context; t -> its row of prepare_times
 
     def context_for(x, step):
         batch = len(x)
@@ -154,9 +157,16 @@ def _grouped(unet, groups: list[tuple[str, Tensor | Sequence[Tensor]]], edits: E
             prepared[batch] = prepare(torch.cat([_rows(name, rows, batch, step) for name, rows in groups]))
         return prepared[batch]
 
+    def time_for(x, step):
+        if prepare_times is None or torch.is_grad_enabled():
+            return torch.full((), step.t, device=x.device)
+        if step.t not in times:
+            run = tuple(dict.fromkeys((*step.times, step.t)))
+            times.update(zip(run, prepare_times(torch.tensor(run, device=x.device)).split(1)))
+        return times[step.t]
+
     def inputs(x, step):
-        t = torch.full((), step.t, device=x.device)
-        return x, t, context_for(x, step), edits(step) if edits is not None else {}
+        return x, time_for(x, step), context_for(x, step), edits(step) if edits is not None else {}
 
     def call(x, step):
         if replay is None or torch.is_grad_enabled():

@@ -52,7 +52,8 @@ class Step(NamedTuple):
 
     index counts in the full schedule: skip does not shift it.  update(x, eps) -> x at level `next`, in x's dtype but
     computed in fp32 or wider; call it once per step, because it may advance the sampler's history or draw noise.
-    coefficients: of the `advance` that update is, None where it also draws noise.
+    coefficients: of the `advance` that update is, None where it also draws noise. times: t of every step of the full
+    schedule, so that what depends on t alone can be computed for all steps at once.
     """
 
     index: int
@@ -61,6 +62,7 @@ class Step(NamedTuple):
     next: Level
     update: Callable[[Tensor, Tensor], Tensor]
     coefficients: Coefficients | None = None
+    times: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -126,13 +128,14 @@ class DDIM(Sampler):
 
     def __iter__(self) -> Iterator[Step]:
         generator = torch.Generator().manual_seed(self.seed)
-        steps = list(enumerate(self.plan()))[self.skip :]
+        plan = self.plan()
+        times, steps = tuple(t for t, *_ in plan), list(enumerate(plan))[self.skip :]
         for index, (t, now, next) in reversed(steps) if self.inverse else steps:
             now, next = (next, now) if self.inverse else (now, next)
             s = self.eta * (next.sigma / now.sigma) * math.sqrt(1 - (now.alpha / next.alpha) ** 2) if self.eta else 0.0
             k = Coefficients(now.alpha, now.sigma, 0.0, 0.0, next.alpha, math.sqrt(next.sigma**2 - s**2))
             update = partial(_ddim_update, k=k, s=s, generator=generator)
-            yield Step(index, t, now, next, update, None if s else k)
+            yield Step(index, t, now, next, update, None if s else k, times)
 
 
 def _ddim_update(x, eps, k, s, generator):
@@ -173,7 +176,9 @@ class DPMpp2M(Sampler):
 
     def __iter__(self) -> Iterator[Step]:
         x0_previous = h_previous = None
-        for index, (t, now, next) in list(enumerate(self.plan()))[self.skip :]:
+        plan = self.plan()
+        times = tuple(t for t, *_ in plan)
+        for index, (t, now, next) in list(enumerate(plan))[self.skip :]:
             h = math.log(now.ratio / next.ratio) if next.sigma else math.inf
             c = h / (2 * h_previous) if h_previous and next.sigma else 0.0
             h_previous = h
@@ -186,7 +191,7 @@ class DPMpp2M(Sampler):
                 x_next, x0_previous = advance(x, eps, x0_previous, k)
                 return x_next
 
-            yield Step(index, t, now, next, update, k)
+            yield Step(index, t, now, next, update, k, times)
 
 
 @torch.no_grad()

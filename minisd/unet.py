@@ -174,7 +174,7 @@ class Transformer(nn.Module):
         for block in self.transformer_blocks:
             tokens = block(tokens, context, edits)
         out = self.proj_out(tokens.transpose(1, 2).unflatten(2, x.shape[2:]))
-        return add(repeat_rows(x, out.shape[0]), out)
+        return add(x, out)
 
 
 class Stage(nn.Module):
@@ -202,26 +202,26 @@ class Stage(nn.Module):
             return checkpoint(self.compute, *arguments, use_reentrant=False, preserve_rng_state=False)
         return self.compute(*arguments)
 
-    def compute(self, i, x, emb, context, edits):
-        x = self.resnets[i](x, emb)
+    def compute(self, i, x, times, context, edits):
+        x = self.resnets[i](x, times[self.resnets[i].name])
         return self.attentions[i](x, context, edits) if self.attentions else x
 
-    def down(self, x, emb, context, edits):
+    def down(self, x, times, context, edits):
         """-> x and the list of skips: the output of each layer and of the downsampler."""
         skips = []
         for i in range(len(self.resnets)):
-            x = self.layer(i, x, emb, context, edits)
+            x = self.layer(i, x, times, context, edits)
             skips.append(x)
         for downsample in self.downsamplers:
             x = downsample(x)
             skips.append(x)
         return x, skips
 
-    def up(self, x, skips, emb, context, edits):
+    def up(self, x, skips, times, context, edits):
         """Takes one skip off the end of `skips` for each layer; upsamples to the size of the skip that comes next."""
         for i in range(len(self.resnets)):
             x = torch.cat([x, repeat_rows(skips.pop(), x.shape[0])], dim=1)
-            x = self.layer(i, x, emb, context, edits)
+            x = self.layer(i, x, times, context, edits)
         for upsample in self.upsamplers:
             x = upsample(x, skips[-1].shape[2:])
         return x
@@ -240,9 +240,10 @@ class MidBlock(nn.Module):
             [Transformer(channels, heads, config.cross_attention_dim, config.norm_num_groups)]
         )
 
-    def forward(self, x, emb, context, edits):
-        x = self.attentions[0](self.resnets[0](x, emb), context, edits)
-        return self.resnets[1](x, emb)
+    def forward(self, x, times, context, edits):
+        first, second = self.resnets
+        x = self.attentions[0](first(x, times[first.name]), context, edits)
+        return second(x, times[second.name])
 
 
 class UNet(nn.Module):
@@ -283,8 +284,9 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
         self._sites = {name: module for name, module in self.named_modules() if isinstance(module, Attention)}
-        for name, site in self._sites.items():
-            site.name = name
+        self._resnets = {name: module for name, module in self.named_modules() if isinstance(module, ResnetBlock)}
+        for name, module in (*self._sites.items(), *self._resnets.items()):
+            module.name = name
 
     @property
     def attention(self):
@@ -345,19 +347,31 @@ class UNet(nn.Module):
         expect.shape("context", context, "R", "L", self.config.cross_attention_dim)
         return {name: self._sites[name].project(context) for name in self.sites("cross")}
 
+    def prepare_times(self, t):
+        """Project times to what they add at every resnet, for all steps at once.
+
+        t: integers (n,) -> (n, T), the channels of all resnets side by side; `forward` takes rows of it in place of t.
+        """
+        config, dtype = self.config, self.time_embedding.linear_1.weight.dtype
+        sinusoids = timestep_embedding(t, config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift)
+        emb = self.time_embedding(sinusoids.to(dtype))  # (n, 4 * block_out_channels[0])
+        return torch.cat([resnet.project(emb) for resnet in self._resnets.values()], dim=1)
+
     def forward(self, x, t, context, edits=None):
         """eps for every row of the context.
 
-        x: (B, in_channels, h, w); t: integer tensor, 0-d or (B,); context: (R, L, cross_attention_dim) with R = G * B
-        for G guidance groups, group-major (all B rows of a group stand together), or what `prepare` made of it; edits:
-        {site: AttentionEdit}. Returns (R, out_channels, h, w).
+        x: (B, in_channels, h, w); t: integer tensor, 0-d or (B,), or 1 or B rows of what `prepare_times` made of it;
+        context: (R, L, cross_attention_dim) with R = G * B for G guidance groups, group-major (all B rows of a group
+        stand together), or what `prepare` made of it; edits: {site: AttentionEdit}. Returns (R, out_channels, h, w).
 
         The G groups see the same x and t, so they are one until the first site where they can differ, a cross site or
         one with an edit; from there on the rows are repeated. ValueError for an unknown site and for shapes that do not
         fit.
         """
         expect.shape("x", x, "B", self.config.in_channels, "h", "w")
-        if not (torch.is_tensor(t) and t.shape in ((), (1,), x.shape[:1])):
+        widths = [resnet.conv1.out_channels for resnet in self._resnets.values()]
+        shapes = ((), *((n, *row) for n in (1, len(x)) for row in ((), (sum(widths),))))
+        if not (torch.is_tensor(t) and t.shape in shapes):
             got = tuple(t.shape) if torch.is_tensor(t) else f"{t!r:.80}"
             raise ValueError(f"t: got {got}, expected a tensor, 0-d or with one value for each latent, ({len(x)},)")
         edits = {} if edits is None else edits
@@ -369,19 +383,16 @@ class UNet(nn.Module):
         rows = next(iter(context.values()))[0].shape[0]
         if rows % len(x):
             raise ValueError(f"context: got {rows} rows for {len(x)} latents, expected a multiple of the latents' rows")
-
-        config = self.config
-        sinusoids = timestep_embedding(
-            t.reshape(-1), config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift
-        )
-        emb = self.time_embedding(sinusoids.to(x.dtype))  # (1 or B, 4 * block_out_channels[0])
+        if t.ndim < 2:
+            t = self.prepare_times(t.reshape(-1))
+        times = dict(zip(self._resnets, t.split(widths, dim=1)))  # resnet -> (1 or B, its channels)
 
         x = self.conv_in(x)
         skips = [x]
         for block in self.down_blocks:
-            x, new = block.down(x, emb, context, edits)
+            x, new = block.down(x, times, context, edits)
             skips += new
-        x = self.mid_block(x, emb, context, edits)
+        x = self.mid_block(x, times, context, edits)
         for block in self.up_blocks:
-            x = block.up(x, skips, emb, context, edits)
+            x = block.up(x, skips, times, context, edits)
         return self.conv_out(norm_silu(self.conv_norm_out, x))

@@ -41,6 +41,24 @@ def test_the_choice_is_shown(folder):
     assert sd.dtype == pick_dtype("auto", sd.device)
 
 
+def test_a_run_embeds_its_times_and_its_text_once(folder):
+    """The times of all steps in one call, whatever the method."""
+    sd, rows, texts = minisd.load(folder, device="cpu"), [], []
+    sd.unet.time_embedding.register_forward_hook(lambda module, args, out: rows.append(len(out)))
+    site = dict(sd.unet.named_modules())[sd.unet.sites("cross")[0]]
+    site.to_k.register_forward_hook(lambda module, args, out: texts.append(len(out)))
+    for sampler in ("ddim", "dpm++"):
+        sd.txt2img(PROMPTS, steps=5, sampler=sampler, progress=False)
+    assert rows == [5, 5] and texts == [4, 4]
+    minisd.edit_prompt(sd, *PROMPTS, steps=4, progress=False)
+    assert rows == [5, 5, 4]
+    predict, x = minisd.conditional(sd.unet, sd.encode_prompt(PROMPTS[:1])), sd.noise(0)
+    inverse = minisd.denoise(x, minisd.DDIM(sd.schedule, 6, inverse=True), predict)
+    assert rows == [5, 5, 4, 6]
+    again = minisd.denoise(inverse, minisd.DDIM(sd.schedule, 3, skip=1), predict)  # other times: a second table
+    assert rows == [5, 5, 4, 6, 3] and again.isfinite().all()
+
+
 @pytest.mark.skipif(not onednn.available(torch.float32), reason="no oneDNN for this processor")
 def test_loaded_models_are_computed_by_onednn(folder, monkeypatch):
     sd = minisd.load(folder, device="cpu")

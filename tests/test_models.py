@@ -324,6 +324,24 @@ def test_guidance_groups_share_their_prefix(pair):
         assert rows == [2, 6]  # an edit at the first site separates the groups before it
 
 
+def test_times_of_all_steps_at_once(pair):
+    """Rows of what `prepare_times` makes of many times stand for each of them."""
+    reference, ours = pair
+    torch.manual_seed(1)
+    x, context, times = torch.randn(2, 4, 9, 6), torch.randn(4, 5, 24), torch.tensor([981, 700, 3, 0])
+    with torch.no_grad():
+        rows = ours.prepare_times(times)
+        assert rows.shape == (4, sum(m.conv1.out_channels for m in ours.modules() if hasattr(m, "time_emb_proj")))
+        for i in range(4):
+            assert difference(ours(x, rows[i : i + 1], context), ours(x, times[i], context)) <= 1e-6
+        expected = reference(x.repeat(2, 1, 1, 1), times[1:3].repeat(2), context).sample
+        assert difference(ours(x, rows[1:3], context), expected) <= BAR
+        assert difference(ours(x, rows[2:3], context), ours(x, times[1], context)) > 1e-2
+        for wrong in (rows, rows[:1, 1:], rows[None, :1]):
+            with pytest.raises(ValueError, match="one value for each latent"):
+                ours(x, wrong, context)
+
+
 def test_sites(pair):
     _, ours = pair
     modules = dict(ours.named_modules())
