@@ -270,11 +270,11 @@ def is_finite(tensor: torch.Tensor) -> bool:
 def load_tensors(path: Path, entries: dict[str, Entry], device, dtype) -> dict[str, torch.Tensor]:
     """The tensors on their device, in `dtype`. CheckpointError where a value is not finite, or not any more in it."""
     tensors = {}
-    for name, tensor in read_tensors(path, entries):
-        tensors[name] = tensor.to(device, dtype)
-        if not is_finite(tensors[name]):
-            kind = f"{tensor.dtype} in the file, {dtype} wanted".replace("torch.", "")
+    for name, tensor in read_tensors(path, entries, device, dtype):
+        if not is_finite(tensor):
+            kind = f"{FLOATS[entries[name].dtype]} in the file, {dtype} wanted".replace("torch.", "")
             raise CheckpointError(f"{path}: {name} has NaN or infinite values ({kind})")
+        tensors[name] = tensor
     return tensors
 
 

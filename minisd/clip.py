@@ -63,8 +63,10 @@ class Embeddings(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        # nn.Embedding's own initial values; made by itself on the meta device, they import all of torch._dynamo.
+        token, position = (config.vocab_size, config.hidden_size), (config.max_position_embeddings, config.hidden_size)
+        self.token_embedding = nn.Embedding.from_pretrained(torch.randn(token), freeze=False)
+        self.position_embedding = nn.Embedding.from_pretrained(torch.randn(position), freeze=False)
 
     def forward(self, ids):
         return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]

@@ -277,7 +277,8 @@ def load(
     graph: CUDA only, replay each denoising step as a CUDA graph (cuda_graph.py). Both hold for all methods of drawing
     and editing. variant: "fp16" takes the files *.fp16.safetensors. revision: branch, tag or commit of a Hub repo.
     local_files_only: do not ask the Hub, use its local cache. tokenizer: a folder with vocab.json and merges.txt, in
-    place of the model's own. Raises CheckpointError, a ValueError, if the model cannot be found or read, if tensors are
+    place of the model's own. On a CPU, weights that keep their dtype stay mapped from their files: such a file may be
+    replaced meanwhile, but not overwritten in place. Raises CheckpointError, a ValueError, if the model cannot be found or read, if tensors are
     missing, unexpected or misshapen (one error that lists them all), or if a weight is not finite.
     """
     device = pick_device(device)

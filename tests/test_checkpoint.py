@@ -344,8 +344,27 @@ def test_tensors_at_odd_places_of_the_file_are_aligned_in_memory(original, folde
     sd = load(folder)
     assert_same_weights(sd, load(original))
     assert all(tensor.data_ptr() % 16 == 0 for state in states(sd).values() for tensor in state.values())
-    # Each in memory of its own: the file may be replaced, and no tensor keeps another alive.
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux' list of mapped files")
+def test_tensors_in_place_are_mapped_and_private(original, folder):
+    files = {part: folder / name for part, name in (("unet", UNET_FILE), ("vae", VAE_FILE), ("text_encoder", TEXT_FILE))}
+    before = {part: path.read_bytes() for part, path in files.items()}
+    sd = load(folder)
+    assert str(files["unet"]) in Path("/proc/self/maps").read_text()
+    # One tensor is one storage, so that saving one saves no other; what is written into it does not reach the file.
     assert all(t.untyped_storage().nbytes() == t.nbytes for state in states(sd).values() for t in state.values())
+    with torch.no_grad():
+        for model in (sd.unet, sd.vae, sd.text_encoder):
+            for weight in model.parameters():
+                weight.zero_()
+    assert {part: path.read_bytes() for part, path in files.items()} == before
+
+    sd = load(folder)
+    for path in files.values():  # a file that takes the place of another leaves the mapped one as it was
+        (folder / "new").write_bytes(bytes(path.stat().st_size))
+        (folder / "new").replace(path)
+    assert_same_weights(sd, load(original))
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux' peak memory counters")

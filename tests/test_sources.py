@@ -355,7 +355,7 @@ def test_check(tmp_path, capsys):
 
     broken = Path(shutil.copytree(SHAPES, tmp_path / "broken"))
     entries = read_header(broken / VAE)
-    tensors = dict(read_tensors(broken / VAE, entries))
+    tensors = {name: tensor.clone() for name, tensor in read_tensors(broken / VAE, entries)}  # the file is overwritten
     tensors["decoder.conv_in.bias"][3] = float("nan")
     ordered = {name: entry.shape for name, entry in entries.items()}
     write_tensors(broken / VAE, ordered, "F16", [tensors[name] for name in ordered])
