@@ -51,7 +51,8 @@ def check_files(found: Checkpoint, digests: dict[Path, str], repo: str | None) -
     """Compare the files with what was published, their tensors with the models, the vocabulary with itself.
 
     Yields (verdict, line): True it is right, False it is not, None there is nothing to compare it with.
-    repo: the Hub repo that the files are said to come from.
+    repo: the Hub repo that the files are said to come from. Of a repo that is not in PUBLISHED (v1.5's folder is not)
+    the Hub's cache knows the sums that the Hub gave when the files came.
     """
     ours = {sha: name for folder in bundled().values() for name, sha in listed(folder).items()}
     for path, sha in digests.items():
@@ -60,8 +61,10 @@ def check_files(found: Checkpoint, digests: dict[Path, str], repo: str | None) -
             yield True, f"{path} is {what} of {whose}"
         elif repo == V1_4 or path.parent.parent in bundled().values():
             yield False, f"{path} is not a file of {repo or 'minisd'} that is known: sha256 {sha}"
+        elif repo is not None and (blob := blob_name(path)):
+            yield blob == sha, f"{path}: sha256 {sha}, {repo} has {blob} there"
         else:
-            yield None, f"{path}: sha256 {sha} is of no published file that minisd knows"
+            yield None, f"{path}: minisd knows no sha256 of {repo or 'this source'} to compare it with; it is {sha}"
     try:
         _, entries = fit(found)
     except CheckpointError as error:
@@ -110,6 +113,12 @@ def acceptance(sd: StableDiffusion) -> tuple[torch.Tensor, torch.Tensor]:
     x = denoise(x, DDIM(sd.schedule, 3), cfg(sd.unet, uncond, cond, 7.5))
     picture = sd.decode(x, as_tensor=True) / 2 + 0.5
     return picture, picture[0, -1, -3:, -3:].flatten().float().cpu()
+
+
+def blob_name(path: Path) -> str | None:
+    """The sha256 by which the Hub's cache keeps a file: snapshots/COMMIT/FILE is a link to blobs/SHA256."""
+    name = path.resolve().name
+    return name if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", name) else None
 
 
 def published(sha: str) -> tuple[str, str] | None:

@@ -1,6 +1,9 @@
 """What several tests of the command need; and, below pytest's summary, the measured figures."""
 
+import shutil
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +43,37 @@ def minisd_command(capsys):
         return code, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def repo(tmp_path):
+    """A copy of the bundled model that a test may change, with what published repos hold beside."""
+    from minisd.sources import bundled
+
+    folder = Path(shutil.copytree(bundled()["shapes"], tmp_path / "repo"))
+    unet = "unet/diffusion_pytorch_model"
+    for name in (f"{unet}.non_ema.safetensors", f"{unet}.bin", "v1.ckpt"):
+        (folder / name).write_bytes(b"not needed")
+    (folder / "safety_checker").mkdir()
+    (folder / "safety_checker" / "model.safetensors").write_bytes(b"not needed")
+    return folder
+
+
+@pytest.fixture
+def hub(repo, tmp_path, monkeypatch):
+    """A Hub with the repo owner/shapes; huggingface_hub asks it, and keeps its cache in tmp_path."""
+    import huggingface_hub.constants
+    from hub_server import Hub
+
+    with Hub({"owner/shapes": repo}) as hub:
+        constants = huggingface_hub.constants
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)  # huggingface_hub waits between its attempts
+        yield hub
 
 
 def pytest_terminal_summary(terminalreporter):

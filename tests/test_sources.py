@@ -15,7 +15,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
-from hub_server import COMMIT, Hub
+from hub_server import COMMIT
 
 import minisd
 from minisd import checkpoint, cli, export, sources
@@ -27,31 +27,6 @@ NEEDED = {
     "scheduler/scheduler_config.json", "unet/config.json", "vae/config.json", "text_encoder/config.json",
     "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/tokenizer_config.json", UNET, VAE, TEXT,
 }  # fmt: skip
-
-
-@pytest.fixture
-def repo(tmp_path):
-    """A copy of the bundled model that a test may change, with what published repos hold beside."""
-    folder = Path(shutil.copytree(SHAPES, tmp_path / "repo"))
-    for name in (UNET.replace(".safetensors", ".non_ema.safetensors"), UNET.replace(".safetensors", ".bin"), "v1.ckpt"):
-        (folder / name).write_bytes(b"not needed")
-    (folder / "safety_checker").mkdir()
-    (folder / "safety_checker" / "model.safetensors").write_bytes(b"not needed")
-    return folder
-
-
-@pytest.fixture
-def hub(repo, tmp_path, monkeypatch):
-    """A Hub with the repo owner/shapes; huggingface_hub asks it, and keeps its cache in tmp_path."""
-    with Hub({"owner/shapes": repo}) as hub:
-        constants = huggingface_hub.constants
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.setattr(time, "sleep", lambda seconds: None)  # huggingface_hub waits between its attempts
-        yield hub
 
 
 def load(source="owner/shapes", **arguments):
@@ -365,6 +340,26 @@ def test_check(tmp_path, capsys):
     assert err == f"minisd: error: {broken}: 1 of these are wrong\n"
     told = refusal(broken)
     assert "decoder.conv_in.bias has NaN or infinite values (float16 in the file, float32 wanted)" in told
+
+
+def test_check_of_a_source_whose_sums_are_not_known(hub, repo, tmp_path, capsys):
+    """Such as v1.5's folder: the sums are those that the Hub gave; of a folder there are none, and check says so."""
+    for name in (UNET, VAE, TEXT):  # the same values in files of other sums
+        tensors = dict(read_tensors(repo / name, read_header(repo / name)))
+        shapes = {key: tuple(tensor.shape) for key, tensor in reversed(tensors.items())}
+        write_tensors(repo / name, shapes, "F16", reversed(tensors.values()))
+    hub.repos[sources.SHORT_NAMES["sd-v1-5"]] = repo
+    assert cli.main(["check", "sd-v1-5"]) == 0
+    out = capsys.readouterr().out
+    assert out.count(", stable-diffusion-v1-5/stable-diffusion-v1-5 has ") == out.count("ok    /") == 3
+    assert cli.main(["check", str(repo)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("-     /") == out.count(": minisd knows no sha256 of this source to compare it with; it is ") == 3
+    vae = next((tmp_path / "cache").glob(f"*/snapshots/*/{VAE}")).resolve()  # a bit of it flips on the disk
+    vae.write_bytes(vae.read_bytes()[:-1] + bytes([vae.read_bytes()[-1] ^ 1]))
+    assert cli.main(["check", "sd-v1-5", "--local-files-only"]) == 2
+    out = capsys.readouterr().out
+    assert re.search(f"WRONG /.*{VAE}: sha256 .*, stable-diffusion-v1-5/.* has {vae.name} there", out)
 
 
 def test_weights_that_do_not_fit_the_dtype(tmp_path):

@@ -1,6 +1,5 @@
 """Tracing: what is kept and written, the linear preview against the decoder, and animations read back by Pillow."""
 
-import re
 import sys
 from pathlib import Path
 
@@ -207,17 +206,6 @@ def test_mp4(frames, tmp_path):
     for got, frame in zip(shown, [*frames, *[frames[-1]] * 5]):
         assert np.abs(got[5:15, 5:25] - values(frame)[0, 0]).max() <= 16
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_the_example_of_the_readme(tmp_path, monkeypatch):
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    [code] = [code for code in re.findall(r"```python\n(.+?)```", readme, re.S) if "Trace(" in code]
-    monkeypatch.chdir(tmp_path)
-    exec(code, {})
-    assert files(tmp_path) == ["process.webp", "trace.png"] and count("process.webp") == 8
-    with Image.open("trace.png") as sheet:
-        assert sheet.width == 8 * (2 * 64 + 6) + 6  # eight columns, and three rows with captions
-        assert 3 * (2 * 64 + 6) + 6 < sheet.height < 3 * (2 * 64 + 6) + 6 + 3 * 40
 
 
 # the command
