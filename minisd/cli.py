@@ -1,6 +1,7 @@
 """The `minisd` command: txt2img, img2img, info.
 
-cli_edit.py adds edit and heatmap, cli_invert.py invert, cli_blend.py blend and erase, cli_models.py what is about models.
+cli_edit.py adds edit and heatmap, cli_invert.py invert, cli_blend.py blend and erase, cli_models.py what is about
+models.
 
 torch is imported inside the commands, so that `minisd --help` and `minisd info picture.png` answer at once.
 """
@@ -20,8 +21,8 @@ SAMPLERS = ("dpm++", "dpm++ linspace", "ddim")  # the keys of pipeline.SAMPLERS
 DTYPES = ("float16", "bfloat16", "float32", "auto")
 ANIMATIONS = ("webp", "png", "gif", "mp4")  # trace.FORMATS
 # The text chunks of a PNG that are options of the command, under the option's name.
-OPTIONS = ("negative", "strength", "model", "variant", "revision", "tokenizer", "seed", "size", "steps", "guidance")
-OPTIONS += ("sampler",) + ("dtype", "device")
+OPTIONS = ("negative", "strength", "model", "variant", "revision", "tokenizer")
+OPTIONS += ("seed", "size", "steps", "guidance", "sampler", "dtype", "device")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -110,7 +111,8 @@ def add_drawing_options(parser, size_help):
     add("--guidance", type=float, default=7.5, help="guidance scale; 1 is none, and twice as fast")
     add("--sampler", choices=SAMPLERS, default="dpm++", help="dpm++ is DPM-Solver++ 2M on Karras' noise levels")
     add("--device", help="cpu, cuda, cuda:1, ...; without it, cuda if there is one")
-    add("--dtype", choices=DTYPES, help="without it, float16 on CUDA and float32 elsewhere; auto: bfloat16 on a CPU that computes in it")
+    dtype = "without it, float16 on CUDA and float32 elsewhere; auto: bfloat16 on a CPU that computes in it"
+    add("--dtype", choices=DTYPES, help=dtype)
     add("--variant", help="weight files of that variant, e.g. fp16")
     add("--revision", help="branch, tag or commit of a Hub repo")
     add("--tokenizer", metavar="DIR", help="folder with vocab.json and merges.txt, for a single file")
@@ -267,6 +269,21 @@ def text_chunks(args, sd, seed: int, picture, prompt: dict, settings: dict) -> d
         "dtype": str(sd.dtype).removeprefix("torch."),
         "device": sd.device,
     }
+
+
+def whole_line(args) -> str:
+    """The command line for the PNG of a command whose options are not all text chunks.
+
+    Without --trace and its kin: the picture is the same, and a second time their folder would not be empty.
+    """
+    kept, rest = [], list(args.argv)
+    while rest and rest[0] != "--":
+        word = rest.pop(0)
+        if not word.startswith("--trace"):
+            kept.append(word)
+        elif "=" not in word and not word.startswith("--trace-p"):  # --trace-preview alone takes no value
+            rest = rest[1:]
+    return shlex.join(kept + rest)
 
 
 def output_paths(output: str, n: int) -> list[Path]:

@@ -1,9 +1,8 @@
 """The commands `minisd blend` (blended latent diffusion) and `minisd erase` (concept erasure)."""
 
-import shlex
 from pathlib import Path
 
-from .cli import add_drawing_options, draw, read_picture
+from .cli import add_drawing_options, draw, read_picture, whole_line
 
 
 def add_commands(command) -> None:
@@ -42,7 +41,7 @@ def settings(args, **files: str) -> dict:
     from hashlib import sha256
 
     hashes = {f"{name}_sha256": sha256(Path(path).read_bytes()).hexdigest() for name, path in files.items()}
-    return {**files, **hashes, "arguments": shlex.join(args.argv)}
+    return {**files, **hashes, "arguments": whole_line(args)}
 
 
 def blend(args) -> None:

@@ -1,7 +1,6 @@
 """The commands `minisd edit` (prompt-to-prompt) and `minisd heatmap`."""
 
 import argparse
-import shlex
 
 from .cli import (
     add_drawing_options,
@@ -11,10 +10,10 @@ from .cli import (
     output_paths,
     text_chunks,
     tracing,
+    whole_line,
     write_png,
 )
 from .cli_invert import add_inversion_options, edit_options, read_image
-
 
 SITES = "in down, mid or up, on a grid (16x16), or with at most so many positions (256)"
 
@@ -128,7 +127,7 @@ def edit(args) -> None:
             shared |= edit_options(args, sd, image)
             drawn = edit_prompt(sd, args.source, *args.target, **shared, **options)
         images, baseline = drawn if shared["baseline"] else (drawn, None)
-        settings = {"arguments": shlex.join(args.argv)}
+        settings = {"arguments": whole_line(args)}
         for path, image, prompt in zip(pictures[i * each :], images, [args.source, *targets]):
             texts = {"source": args.source, "prompt": prompt}
             write_png(path, image, text_chunks(args, sd, seed, image, texts, settings))
@@ -158,4 +157,4 @@ def heatmap(args) -> None:
             return [token_sheet(image, maps)]
         return [word_sheet(image, maps, args.words)]
 
-    draw(args, {"arguments": shlex.join(args.argv)}, run)
+    draw(args, {"arguments": whole_line(args)}, run)

@@ -1,10 +1,9 @@
 """The command `minisd invert`, and what `minisd edit --image` shares with it: the four ways to invert a picture."""
 
 import argparse
-import shlex
 from pathlib import Path
 
-from .cli import add_drawing_options, draw, positive, read_picture
+from .cli import add_drawing_options, draw, positive, read_picture, whole_line
 
 METHODS = ("ddim", "null-text", "negative-prompt", "direct")  # editing.inversion.METHODS
 DEFAULTS = {"inversion": "direct", "refine": 0, "inner": 10}
@@ -105,4 +104,4 @@ def invert(args) -> None:
         z = redraw(sd, inversion, prompt, args.guidance, negative_prompt=negative_prompt, on_step=on_step)
         return sd.decode(z)
 
-    draw(args, {"arguments": shlex.join(args.argv)}, run)
+    draw(args, {"arguments": whole_line(args)}, run)

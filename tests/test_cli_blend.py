@@ -1,5 +1,6 @@
 """`minisd blend` and `minisd erase`: what they draw and write, and how they fail."""
 
+import shlex
 from functools import partial
 
 import numpy as np
@@ -43,9 +44,14 @@ def test_blend(minisd_command):
 
 
 def test_blend_with_traces(minisd_command, here):
-    assert minisd_command("blend", "in.png", "mask.png", "a", "--trace", "steps", "-o", "b.png", *TINY)[0] == 0
+    trace = ["--trace", "steps", "--trace-every=1", "--trace-f", "gif", "--trace-p"]
+    given = ["-o", "b.png", *TINY, "--", "in.png", "mask.png", "--trace"]
+    assert minisd_command("blend", *trace, *given)[0] == 0
     names = sorted(path.name[:9] for path in (here / "steps").glob("step_*.png"))
     assert names == ["step_0001", "step_0002"]  # strength 0.95 of 3 steps
+    line = minisd_command("info", "b.png")[1].splitlines()[-1]
+    assert line == shlex.join(["minisd", "blend", *given])  # the folder of the trace is not empty any more
+    assert minisd_command(*shlex.split(line)[1:])[0] == 0
 
 
 def test_erase(minisd_command):
