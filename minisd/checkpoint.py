@@ -112,6 +112,9 @@ def locate(source, *, variant=None, revision=None, local_files_only=False, token
         return from_single_file(path, tokenizer, local_files_only)
     if path.is_file():
         raise CheckpointError(f"{path} is not a .safetensors file")
+    if not isinstance(source, str) and (str(source) in models or hub_repo(str(source))):
+        kind = "bundled model" if str(source) in models else "Hub repo"
+        raise CheckpointError(f"{source!r} is a path, and nothing is there; the {kind} is the string {str(source)!r}")
     raise CheckpointError(
         f"there is no model {str(source)!r:.200}: it is neither bundled ({', '.join(models) or 'no model is'}), nor a "
         f"folder, nor a .safetensors file, nor a Hub repo id (owner/name, or {', '.join(SHORT_NAMES)})"

@@ -90,11 +90,15 @@ def _fetch(repo, needed, revision, local_files_only, optional=(), to=None) -> Pa
 
     folder = to
     elsewhere = {} if to is None else {"local_dir": to}
+    reached = local_files_only
     for name in [*needed, *optional]:
         try:
             before = None if to else try_to_load_from_cache(repo, name, revision=revision)
             if before is _CACHED_NO_EXIST and name in optional:
                 continue
+            if before is None and not reached and not (to is not None and (Path(to) / name).exists()):
+                _reach(repo, name, revision)
+                reached = True
             found = hf_hub_download(repo, name, revision=revision, local_files_only=local_files_only, **elsewhere)
             path = Path(found)
             if name.endswith(".safetensors") and found != before and not local_files_only:
@@ -118,6 +122,20 @@ def _fetch(repo, needed, revision, local_files_only, optional=(), to=None) -> Pa
             folder = path.parents[name.count("/")]
             revision = folder.name  # the snapshot's commit: the other files come from the same one
     return folder
+
+
+def _reach(repo: str, name: str, revision: str | None) -> None:
+    """Ask the Hub once for a file. Without a network that fails at once, and huggingface_hub's download, which has no
+    setting for it, would try again for 20 seconds; whatever else goes wrong is left to the download to try again."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    try:
+        get_hf_file_metadata(hf_hub_url(repo, name, revision=revision))
+    except Exception as error:
+        # The HTTP client's: of httpx ConnectError, of requests, which older releases use, ConnectionError.
+        if any(cls.__name__ in ("ConnectError", "ConnectionError") for cls in type(error).__mro__):
+            why = f"is not in the local Hub cache, and the Hub was not reached: {_reason(error, revision)}"
+            raise CheckpointError(f"Hub repo {repo}: {name} {why}") from error
 
 
 def _verify(path: Path, repo: str, name: str, revision: str | None) -> None:

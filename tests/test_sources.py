@@ -75,7 +75,7 @@ def test_a_download_takes_the_needed_files_of_one_commit(hub):
     assert set(asked) == NEEDED
     weights = [name for name in asked if name.endswith(".safetensors")]
     assert len(weights) == 3 and asked[-3:] == weights  # the large ones last
-    assert hub.revisions[:2] == ["main"] * 2 and set(hub.revisions[2:]) == {COMMIT}  # HEAD and GET of the first file
+    assert hub.revisions[:3] == ["main"] * 3 and set(hub.revisions[3:]) == {COMMIT}  # two HEAD and GET of the first file
     assert not any(token for *_, token in hub.log)
 
 
@@ -97,7 +97,11 @@ def test_the_cache_serves_without_the_network(hub, tmp_path, monkeypatch):
         server.socket.close()
     huggingface_hub.close_session()  # a connection that was kept alive would still be answered
     assert_is_shapes(load())
-    assert "scheduler/scheduler_config.json is not in the local Hub cache" in refusal("owner/other")
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    told = refusal("owner/other")
+    assert "scheduler/scheduler_config.json is not in the local Hub cache, and the Hub was not reached: [Errno" in told
+    assert not waits  # where huggingface_hub would have waited 23 seconds in all
     (tmp_path / f"cache/models--owner--shapes/snapshots/{COMMIT}" / VAE).unlink()
     assert refusal(local_files_only=True) == f"Hub repo owner/shapes: {VAE} is not in the local Hub cache"
 
@@ -180,6 +184,16 @@ def test_short_names_and_moved_repos(monkeypatch, tmp_path):
         assert sources.hub_repo(other) is None
     (tmp_path / "sd-v1-4").mkdir()
     assert sources.hub_repo("sd-v1-4") is None  # a folder of that name goes first
+
+
+def test_a_path_is_no_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for path, kind in ((Path("shapes"), "bundled model"), (Path("sd-v1-4"), "Hub repo"), (Path("owner/name"), "Hub repo")):
+        told = refusal(path)
+        assert told == f"{path!r} is a path, and nothing is there; the {kind} is the string {str(path)!r}"
+    assert refusal(Path("nothing")).startswith("there is no model 'nothing': it is neither bundled (shapes)")
+    shutil.copytree(SHAPES, tmp_path / "shapes")
+    assert_is_shapes(load(Path("shapes")))
 
 
 def test_the_default_model_that_cannot_be_had_names_the_ways_out(hub, capsys):
@@ -345,9 +359,8 @@ def test_check(tmp_path, capsys):
 def test_check_of_a_source_whose_sums_are_not_known(hub, repo, tmp_path, capsys):
     """Such as v1.5's folder: the sums are those that the Hub gave; of a folder there are none, and check says so."""
     for name in (UNET, VAE, TEXT):  # the same values in files of other sums
-        tensors = dict(read_tensors(repo / name, read_header(repo / name)))
-        shapes = {key: tuple(tensor.shape) for key, tensor in reversed(tensors.items())}
-        write_tensors(repo / name, shapes, "F16", reversed(tensors.values()))
+        tensors = [(key, tensor.clone()) for key, tensor in read_tensors(repo / name, read_header(repo / name))][::-1]
+        write_tensors(repo / name, {key: t.shape for key, t in tensors}, "F16", [t for _, t in tensors])
     hub.repos[sources.SHORT_NAMES["sd-v1-5"]] = repo
     assert cli.main(["check", "sd-v1-5"]) == 0
     out = capsys.readouterr().out
