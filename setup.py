@@ -1,4 +1,4 @@
-"""Packaging. kernels/ installs as `minisd_kernels` and weights/ as `minisd_weights`: the plain names belong to others."""
+"""Packaging. kernels/ installs as `minisd_kernels` and weights/ as `minisd_weights`: plain names belong to others."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,11 @@ setup(
     # Explicit, because kernels/ has no __init__.py and would not be found.
     packages=["minisd", "minisd.editing", "minisd_kernels", "minisd_weights"],
     package_dir={"minisd": "minisd", "minisd_kernels": "kernels", "minisd_weights": "weights"},
-    package_data={"minisd": ["py.typed"], "minisd_kernels": ["*.md"], "minisd_weights": ["*.md", "shapes/*", "shapes/*/*"]},
+    package_data={
+        "minisd": ["py.typed"],
+        "minisd_kernels": ["*.md"],
+        "minisd_weights": ["*.md", "shapes/*", "shapes/*/*"],
+    },
     install_requires=[
         "torch>=2.10",
         "triton; platform_system == 'Linux'",

@@ -77,13 +77,17 @@ class NoiseSchedule:
             raise ValueError(f"scheduler config: timestep_spacing is {spacing!r}, expected {', '.join(SPACINGS)}")
         for key, (least, most) in WHOLE_NUMBERS.items():
             if type(value := config.get(key, least)) is not int or not least <= value <= most:
-                raise ValueError(f"scheduler config: {key} is {value!r:.80}, expected a whole number, {least} to {most}")
+                raise ValueError(
+                    f"scheduler config: {key} is {value!r:.80}, expected a whole number, {least} to {most}"
+                )
         if type(last := config.get("set_alpha_to_one", True)) is not bool:
             raise ValueError(f"scheduler config: set_alpha_to_one is {last!r:.80}, expected true or false")
         alphas_cumprod = torch.cumprod(1 - betas(config), dim=0)
         first, last = alphas_cumprod[0].item(), alphas_cumprod[-1].item()
         if not (first < 1 and last > 1e-30):  # sigma / alpha has to be above 0 and finite
-            raise ValueError(f"scheduler config: alphas_cumprod run from {first} to {last}, expected below 1 and above 0")
+            raise ValueError(
+                f"scheduler config: alphas_cumprod run from {first} to {last}, expected below 1 and above 0"
+            )
         return cls(
             alphas_cumprod,
             config.get("steps_offset", 0),

@@ -26,7 +26,9 @@ def byte_pair_encoder(vocab: dict[str, int], merges: list[tuple[str, str]]) -> T
     for first, second in merges:  # `tokenizers` panics on some of these
         if unknown := [piece for piece in (first, second, first + second) if piece not in vocab]:
             merge = shortened(f"{first} {second}")
-            raise ValueError(f"vocabulary and merges do not fit: no {shortened(unknown[0])}, needed by the merge {merge}")
+            raise ValueError(
+                f"vocabulary and merges do not fit: no {shortened(unknown[0])}, needed by the merge {merge}"
+            )
     unk = EOS if EOS in vocab else None
     try:
         model = models.BPE(vocab, merges, end_of_word_suffix=WORD_END, continuing_subword_prefix="", unk_token=unk)

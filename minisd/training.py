@@ -2,15 +2,15 @@
 
 Its stages share one run folder; each resumes where it was stopped:
 
-    python -m minisd.training autoencoder --run RUN     L = |x - decode(z)| + kl_weight KL(q(z|x) || N(0, 1)),  z ~ q(z|x)
-    python -m minisd.training text --run RUN            L = summary_loss: ends and pads tell which words the caption has
-    python -m minisd.training diffusion --run RUN       L = w_t |eps - eps_theta(alpha_t z + sigma_t eps, t, text)|^2
-    python -m minisd.training export --run RUN --to weights/shapes        the folder in diffusers layout, float16
+    python -m minisd.training autoencoder --run RUN   L = |x - decode(z)| + kl_weight KL(q(z|x) || N(0, 1)),  z ~ q(z|x)
+    python -m minisd.training text --run RUN          L = summary_loss: ends and pads tell which words the caption has
+    python -m minisd.training diffusion --run RUN     L = w_t |eps - eps_theta(alpha_t z + sigma_t eps, t, text)|^2
+    python -m minisd.training export --run RUN --to weights/shapes     the folder in diffusers layout, float16
 
-The objective is that of Rombach et al. 2022, https://arxiv.org/abs/2112.10752 (eq. 2, with the text encoder trained along as
-in its section 4.3), Ho et al. 2020; the caption is dropped from a tenth of the samples so that guidance can be used (Ho and
-Salimans 2022). The learning rate is constant after a warm-up and falls to zero over the last fifth, so a run that was given
-more steps goes on from its checkpoint as if it had been planned so.
+The objective is that of Rombach et al. 2022, https://arxiv.org/abs/2112.10752 (eq. 2, with the text encoder trained
+along as in its section 4.3), Ho et al. 2020; the caption is dropped from a tenth of the samples so that guidance can be
+used (Ho and Salimans 2022). The learning rate is constant after a warm-up and falls to zero over the last fifth, so a
+run that was given more steps goes on from its checkpoint as if it had been planned so.
 """
 
 import argparse
@@ -143,9 +143,10 @@ def autoencoder_loss(vae, x, noise, kl_weight):
 def diffusion_loss(unet, schedule, z, noise, t, context, max_weight=1.0):
     """mean w_t |noise - unet(alpha_t z + sigma_t noise, t, context)|^2,  w_t = min(1 / alpha_t^2, max_weight).
 
-    With max_weight 1 this is the simplified objective of Ho et al. 2020, eq. 14. An error in the noise is an error in the
-    picture times alpha / sigma, so that objective hardly sees the noisiest times, where nothing but the text tells what to
-    draw; 1 / alpha^2 is the weight that predicting v gives them (Salimans and Ho 2022, https://arxiv.org/abs/2202.00512).
+    With max_weight 1 this is the simplified objective of Ho et al. 2020, eq. 14. An error in the noise is an error in
+    the picture times alpha / sigma, so that objective hardly sees the noisiest times, where nothing but the text tells
+    what to draw; 1 / alpha^2 is the weight that predicting v gives them (Salimans and Ho 2022,
+    https://arxiv.org/abs/2202.00512).
 
     z, noise: (B, C, h, w); t: (B,) integers from 0; context: (B, L, D).
     """
@@ -158,10 +159,10 @@ def diffusion_loss(unet, schedule, z, noise, t, context, max_weight=1.0):
 def layout_loss(features, head, boxes):
     """Binary cross-entropy of head(features) with the boxes: which cells does the first thing cover, which the second?
 
-    A helper at training, not exported. Where things go is decided at times so noisy that the diffusion loss hardly sees it,
-    and convolutions see absolute positions only through the zero padding at the border, so place words stay unused for
-    long. features: (B, C, h, w); head: C -> 2 channels; boxes: (B, 2, 3) centre x, y and side as shares of the picture,
-    side 0 for no thing.
+    A helper at training, not exported. Where things go is decided at times so noisy that the diffusion loss hardly sees
+    it, and convolutions see absolute positions only through the zero padding at the border, so place words stay unused
+    for long. features: (B, C, h, w); head: C -> 2 channels; boxes: (B, 2, 3) centre x, y and side as shares of the
+    picture, side 0 for no thing.
     """
     h, w = features.shape[2:]
     y, x = ((torch.arange(n, device=features.device) + 0.5) / n for n in (h, w))
@@ -171,11 +172,11 @@ def layout_loss(features, head, boxes):
 
 
 def summary_loss(context, ids, end, head):
-    """Binary cross-entropy, summed over the vocabulary: which tokens are in the caption, told from each end token and pad?
+    """Binary cross-entropy, summed over the vocabulary: which tokens the caption has, told from each end token and pad.
 
-    A helper at training, not exported. It stands in for CLIP's pretraining, which gathers the caption at its end: of the 77
-    tokens the UNet looks at, most are ends and pads, and what they do not hold is found late. context: (B, L, D);
-    ids: (B, L); end: the id of the end token, which also pads; head: D -> size of the vocabulary.
+    A helper at training, not exported. It stands in for CLIP's pretraining, which gathers the caption at its end: of
+    the 77 tokens the UNet looks at, most are ends and pads, and what they do not hold is found late. context: (B, L,
+    D); ids: (B, L); end: the id of the end token, which also pads; head: D -> size of the vocabulary.
     """
     rows, positions = (ids == end).nonzero(as_tuple=True)
     logits = head(context[rows, positions]).float()  # (ends and pads of all captions, vocabulary)
@@ -196,8 +197,8 @@ def silence(context, empty, ids, end, rows):
 def draw_times(batch, steps, noisy_share, generator):
     """t (batch,) from 0 to steps - 1: uniform, or with probability noisy_share uniform over the last quarter.
 
-    By the inverse of the distribution function at evenly spaced points with one random offset, so that every batch covers
-    the times evenly (Kingma et al. 2021, https://arxiv.org/abs/2107.00630, appendix I.1).
+    By the inverse of the distribution function at evenly spaced points with one random offset, so that every batch
+    covers the times evenly (Kingma et al. 2021, https://arxiv.org/abs/2107.00630, appendix I.1).
     """
     u = (torch.arange(batch) + torch.rand(1, generator=generator)) / batch
     plain = 1 - noisy_share
@@ -235,8 +236,11 @@ def make_tokenizer():
 
 @torch.no_grad()
 def encode_pool(vae, recipe, tokenizer, seed, device):
-    """Draw the diffusion stage's pool and encode it once: mean and std of every latent, (n, C, h, w) float16, the token
-    ids of every caption, (n, L), its boxes, the factor that makes the latents' standard deviation 1, and the VAE used."""
+    """Draw the diffusion stage's pool and encode it once.
+
+    Keeps mean and std of every latent, (n, C, h, w) float16, the token ids of every caption, (n, L), its boxes, the
+    factor that makes the latents' standard deviation 1, and the VAE used.
+    """
     pictures, captions, boxes = draw_scenes(recipe.diffusion.pool, recipe.image_size, seed)
     means, stds = [], []
     for chunk in tqdm(pictures.split(250), desc="encoding", file=sys.stderr):
@@ -267,8 +271,8 @@ def fit(model, loss, stage, path, seed, device):
     """Minimise loss(generator) over the parameters of `model`, and keep their exponential moving average.
 
     `loss` draws what is random from the generator, which is seeded by (seed, step), so that a resumed run sees what an
-    unbroken one would have seen. Every SAVE_EVERY steps and at the end, `path` gets the state dicts "model", "average" and
-    "optimizer" and the number of steps done.
+    unbroken one would have seen. Every SAVE_EVERY steps and at the end, `path` gets the state dicts "model", "average"
+    and "optimizer" and the number of steps done.
     """
     optimizer = torch.optim.AdamW(model.parameters(), stage.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     average, first = copy.deepcopy(model).requires_grad_(False), 0
@@ -278,7 +282,9 @@ def fit(model, loss, stage, path, seed, device):
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
-    bar = tqdm(range(first, stage.steps), initial=first, total=stage.steps, desc=path.stem, file=sys.stderr, mininterval=5)
+    bar = tqdm(
+        range(first, stage.steps), initial=first, total=stage.steps, desc=path.stem, file=sys.stderr, mininterval=5
+    )
     smooth = None
     for step in bar:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -368,8 +374,11 @@ def fit_diffusion(recipe, run, seed, device):
 
 
 def build_diffusion(recipe, tokenizer, seed):
-    """UNet, text encoder and the heads of the helper losses at their starting point: torch's default layers, small embeddings as in CLIP, and zeros where a
-    block or the network ends, so that each starts as the identity or as zero (as the published code does)."""
+    """UNet, text encoder and the heads of the helper losses at their starting point.
+
+    torch's default layers, small embeddings as in CLIP, and zeros where a block or the network ends, so that each
+    starts as the identity or as zero (as the published code does).
+    """
     torch.manual_seed(seed)
     text = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer.vocab), **recipe.text))
     nn.init.normal_(text.embeddings.token_embedding.weight, std=0.02)
@@ -449,13 +458,17 @@ def main(arguments=None):
     )
     parser.add_argument("stage", choices=("autoencoder", "text", "diffusion", "export"))
     parser.add_argument("--run", type=Path, required=True, help="folder of the run: checkpoints, encoded pool")
-    parser.add_argument("--recipe", choices=RECIPES, default="small", help="small: 64x64, for a CPU; large: 128x128, for a GPU")
+    parser.add_argument(
+        "--recipe", choices=RECIPES, default="small", help="small: 64x64, for a CPU; large: 128x128, for a GPU"
+    )
     parser.add_argument("--steps", type=int, help="train to this many steps instead of the recipe's")
     parser.add_argument("--max-weight", type=float, help="diffusion: cap of the loss's weight instead of the recipe's")
     parser.add_argument("--noisy-share", type=float, help="diffusion: share of the samples that are drawn very noisy")
     parser.add_argument("--layout-weight", type=float, help="diffusion: weight of the layout loss")
     parser.add_argument("--summary-weight", type=float, help="diffusion: weight of the summary loss")
-    parser.add_argument("--silent-share", type=float, help="diffusion: share of the samples whose words alone must tell")
+    parser.add_argument(
+        "--silent-share", type=float, help="diffusion: share of the samples whose words alone must tell"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--to", type=Path, help="export: the folder to write")
@@ -466,7 +479,9 @@ def main(arguments=None):
     needed = {"diffusion": ("autoencoder.pt", "text.pt"), "export": ("pool.pt", "diffusion.pt")}.get(args.stage, ())
     for name in needed:
         if not (args.run / name).exists():
-            parser.error(f"{args.run / name} is not there: the stages run in order, autoencoder, text, diffusion, export")
+            parser.error(
+                f"{args.run / name} is not there: the stages run in order, autoencoder, text, diffusion, export"
+            )
     args.run.mkdir(parents=True, exist_ok=True)
     if args.stage == "export":
         return export(recipe, args.run, args.to)

@@ -1,9 +1,10 @@
 """A Hugging Face Hub on loopback: the routes, headers and redirects that huggingface_hub's downloads use.
 
-HEAD and GET /{repo}/resolve/{revision}/{file}: small files come at once with their git blob id as ETag; .safetensors are
-redirected, with X-Linked-Etag (sha256) and X-Linked-Size, to a second server that stands for the CDN and knows Range.
-Errors carry X-Error-Code. What shall go wrong is put into `faults`, file name -> list of faults, taken one by one:
-an HTTP status, "cut" (the connection ends halfway), "short" (half of the file, said to be all), "damaged" (a byte flipped).
+HEAD and GET /{repo}/resolve/{revision}/{file}: small files come at once with their git blob id as ETag; .safetensors
+are redirected, with X-Linked-Etag (sha256) and X-Linked-Size, to a second server that stands for the CDN and knows
+Range. Errors carry X-Error-Code. What shall go wrong is put into `faults`, file name -> list of faults, taken one by
+one: an HTTP status, "cut" (the connection ends halfway), "short" (half of the file, said to be all), "damaged" (a byte
+flipped).
 """
 
 import hashlib

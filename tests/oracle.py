@@ -1,4 +1,4 @@
-"""Pairs of a random diffusers / transformers model and ours with the same weights, and how far apart their outputs are."""
+"""Pairs of a random diffusers / transformers model and ours with the same weights, and how far apart they are."""
 
 from diffusers import AutoencoderKL as ReferenceVAE
 from diffusers import UNet2DConditionModel
@@ -51,6 +51,6 @@ def load(ours, reference):
 
 
 def difference(ours, reference):
-    """max |ours - reference| / max |reference|; a NaN or infinity anywhere gives NaN or infinity, which no bar passes."""
+    """max |ours - reference| / max |reference|; a NaN or infinity anywhere gives one, which no bar passes."""
     assert ours.shape == reference.shape, f"shape {tuple(ours.shape)} instead of {tuple(reference.shape)}"
     return ((ours.double() - reference.double()).abs().max() / reference.double().abs().max()).item()

@@ -36,6 +36,8 @@ def test_what_is_taken_for_v1_4():
     unet, vae, text = ("145a07e0f05ec5bb", "4fbcf0ebe55a0984", "7b3a12df205cb3c7")
     full = {start: next(sha for sha in check.PUBLISHED if sha.startswith(start)) for start in (unet, vae, text)}
     assert check.is_v1_4(full)
-    assert not check.is_v1_4(full | {unet: next(sha for sha in check.PUBLISHED if sha.startswith("ac3d1bff"))})  # not EMA
+    not_ema = next(sha for sha in check.PUBLISHED if sha.startswith("ac3d1bff"))
+    assert not check.is_v1_4(full | {unet: not_ema})
     assert not check.is_v1_4(full | {text: "0" * 64})
-    assert set(check.PUBLISHED.values()) >= {(sources.SHORT_NAMES["sd-v1-4"], part) for part in ("unet", "vae", "text_encoder")}
+    parts = ("unet", "vae", "text_encoder")
+    assert set(check.PUBLISHED.values()) >= {(sources.SHORT_NAMES["sd-v1-4"], part) for part in parts}

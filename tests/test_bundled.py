@@ -1,4 +1,4 @@
-"""The bundled model `shapes`: the files that were described and measured, and a model that diffusers can run as well."""
+"""The bundled model `shapes`: the files that were described and measured, and a model that diffusers can run too."""
 
 import json
 import re

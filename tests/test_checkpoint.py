@@ -208,8 +208,8 @@ def test_pickles_are_refused_with_the_way_out(folder, tmp_path):
             (tmp_path / name).write_bytes(b"\x80\x02")
         message = refusal(tmp_path / name)
         assert message == (
-            f"minisd does not read the pickle {tmp_path / name}: reading one runs whatever code its author put into it; "
-            "take the .safetensors file of the same model"
+            f"minisd does not read the pickle {tmp_path / name}: reading one runs whatever code its author put into "
+            "it; take the .safetensors file of the same model"
         )
 
 
@@ -348,7 +348,9 @@ def test_tensors_at_odd_places_of_the_file_are_aligned_in_memory(original, folde
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux' list of mapped files")
 def test_tensors_in_place_are_mapped_and_private(original, folder):
-    files = {part: folder / name for part, name in (("unet", UNET_FILE), ("vae", VAE_FILE), ("text_encoder", TEXT_FILE))}
+    files = {
+        part: folder / name for part, name in (("unet", UNET_FILE), ("vae", VAE_FILE), ("text_encoder", TEXT_FILE))
+    }
     before = {part: path.read_bytes() for part, path in files.items()}
     sd = load(folder)
     assert str(files["unet"]) in Path("/proc/self/maps").read_text()

@@ -123,7 +123,11 @@ print(json.dumps({"weights": weights, "peak": memory("VmHWM") - before}))
 def folder(tmp_path_factory):
     """A full-size checkpoint of fp16 files in diffusers' layout."""
     tmp_path = tmp_path_factory.mktemp("full")
-    for part, name in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
+    for part, name in (
+        ("unet", "diffusion_pytorch_model"),
+        ("vae", "diffusion_pytorch_model"),
+        ("text_encoder", "model"),
+    ):
         reference = build_reference(part.removesuffix("_encoder")).half()
         (tmp_path / part).mkdir()
         save_file(reference.state_dict(), tmp_path / part / f"{name}.safetensors")

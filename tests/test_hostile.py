@@ -69,7 +69,9 @@ def twice(name):
 LIES = {
     "nothing": (b"", "unpack requires a buffer of 8 bytes"),
     "half a length": (b"\1\2\3", "unpack requires a buffer of 8 bytes"),
-    "a length beyond the file": (raw({}, length=2**63), "its header would be 9223372036854775808 bytes long, the file is 10"),
+    "a length beyond the file": (
+        raw({}, length=2**63), "its header would be 9223372036854775808 bytes long, the file is 10"
+    ),
     "one byte too long": (raw({}, length=3), "its header would be 3 bytes long, the file is 10"),
     "a length that is negative": (struct.pack("<q", -1) + b"{}", "its header would be 18446744073709551615 bytes long"),
     "no JSON": (raw(b"{"), "Expecting property name"),
@@ -96,12 +98,14 @@ LIES = {
     "a dtype that is a list": (raw({"a": entry(dtype=["F32"])}, bytes(8)), "expected printable names"),
     "a shape of another size": (raw({"a": entry(shape=(3,))}, bytes(8)), "a has 8 bytes, expected 12"),
     "a negative shape": (raw({"a": entry(shape=(-1, -2))}, bytes(8)), "a has shape [-1, -2]"),
-    "a shape of 100000 axes": (raw({"a": entry(shape=[2**39] * 100_000)}, bytes(8)), "expected at most 8 whole numbers"),
+    "a shape of 100000 axes": (raw({"a": entry(shape=[2**39] * 10**5)}, bytes(8)), "expected at most 8 whole numbers"),
     "a shape of true": (raw({"a": entry(shape=[True, 2])}, bytes(8)), "a has shape [True, 2]"),
     "a name twice": (raw(twice("a"), bytes(8)), "'a' is in the header twice"),
     "a key of an entry twice": (raw(b'{"a": {"dtype": "F32", "dtype": "F16"}}'), "'dtype' is in the header twice"),
-    "a name that steers terminals": (raw({"\x1b[2J": entry()}, bytes(8)), "'\\x1b[2J' of dtype 'F32', expected printable"),
-    "a name with a surrogate": (raw(b'{"\\ud800": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', bytes(8)), "'\\ud800'"),
+    "a name that steers terminals": (raw({"\x1b[2J": entry()}, bytes(8)), "'\\x1b[2J' of dtype 'F32', expected print"),
+    "a name with a surrogate": (
+        raw(b'{"\\ud800": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', bytes(8)), "'\\ud800'"
+    ),
 }  # fmt: skip
 
 
@@ -151,7 +155,8 @@ def test_weights_of_a_dtype_that_is_no_float(folder, kind, message):
     refused(folder, message)
 
 
-NAMES = ["input_blocks." * 50_000, "decoder.up." + "9" * 5000 + ".block.0", "", ".", "input_blocks.٣.0.bias", "…", "conv_in"]
+NAMES = ["input_blocks." * 50_000, "decoder.up." + "9" * 5000 + ".block.0", "input_blocks.٣.0.bias"]
+NAMES += ["", ".", "…", "conv_in"]
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
@@ -171,7 +176,8 @@ def test_an_index_of_shards_is_not_followed(folder, tmp_path):
     assert "neither shards with an index nor .bin pickles" in told
 
 
-SOURCES = ["a" * 300, "a/" * 100_000, "a" * 10**6, "a\0b", "\ud800", "\x1b[2J", "..", "//", "hf://owner/name", "a b/c", "owner/na/me"]
+SOURCES = ["a" * 300, "a/" * 100_000, "a" * 10**6, "a\0b", "\ud800", "\x1b[2J", "..", "//"]
+SOURCES += ["hf://owner/name", "a b/c", "owner/na/me"]
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=range(len(SOURCES)))
@@ -206,7 +212,7 @@ ABSURD = [
     ("text_encoder", {"num_hidden_layers": 10**9}, "num_hidden_layers: got 1000000000"),
     ("text_encoder", {"vocab_size": 10**12}, "vocab_size: got 1000000000000"),
     ("text_encoder", {"hidden_size": 0}, "hidden_size: got 0"),
-    ("scheduler", {"num_train_timesteps": 10**12}, "num_train_timesteps is 1000000000000, expected a whole number, 1 to 100000"),
+    ("scheduler", {"num_train_timesteps": 10**12}, "steps is 1000000000000, expected a whole number, 1 to 100000"),
     ("scheduler", {"steps_offset": 10**30}, "steps_offset is 1000000000"),
     ("scheduler", {"beta_end": float("nan")}, "betas are [0.00085, nan], expected numbers between 0 and 1"),
     ("scheduler", {"beta_start": "0.1"}, "betas are ['0.1', 0.012]"),
@@ -217,7 +223,9 @@ ABSURD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("part", "change", "message"), ABSURD, ids=[f"{part}-{message[:40]}" for part, _, message in ABSURD])
+@pytest.mark.parametrize(
+    ("part", "change", "message"), ABSURD, ids=[f"{part}-{message[:40]}" for part, _, message in ABSURD]
+)
 def test_configs_with_absurd_numbers(folder, part, change, message):
     path = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
@@ -225,7 +233,9 @@ def test_configs_with_absurd_numbers(folder, part, change, message):
         assert len(refused(folder, message)) < 3000 or "do not fit" in message
 
 
-@pytest.mark.parametrize("text", ["[" * 200_000, "{" * 200_000, '{"a": ' + "9" * 5000 + "}", "[]", "null", "\ud800", " " * 2_000_000])
+@pytest.mark.parametrize(
+    "text", ["[" * 200_000, "{" * 200_000, '{"a": ' + "9" * 5000 + "}", "[]", "null", "\ud800", " " * 2_000_000]
+)
 def test_configs_that_are_no_config(folder, text):
     (folder / "vae" / "config.json").write_text(text, errors="surrogatepass")
     with frugal():
@@ -300,7 +310,9 @@ def test_prompts_of_nothing_are_the_empty_prompt(tokenizer, prompt):
     assert torch.equal(tokenizer([prompt]), tokenizer([""]))
 
 
-@pytest.mark.parametrize("prompt", ["a\0red\0circle", "\0", "مربع أحمر", "\u202ea red circle\u202c", "ﷺ", "\ufeff", "a\x1b[2Jb"])
+@pytest.mark.parametrize(
+    "prompt", ["a\0red\0circle", "\0", "مربع أحمر", "\u202ea red circle\u202c", "ﷺ", "\ufeff", "a\x1b[2Jb"]
+)
 def test_prompts_of_any_characters_are_drawn(tokenizer, prompt):
     ids = tokenizer.encode(prompt)
     assert tokenizer.encode(tokenizer.decode(ids)) == ids  # nothing is lost that the ids hold

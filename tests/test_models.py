@@ -1,7 +1,8 @@
 """UNet, VAE and CLIP text encoder equal diffusers' and transformers' on tiny random models.
 
-The bar is max |difference| <= 1e-5 max |reference| in fp32. Every parameter is random, norms and biases too. Mistakes that a
-looser test would not see (epsilon of a GroupNorm, tanh GELU, swapped norms ...) are made on purpose below, and have to fail.
+The bar is max |difference| <= 1e-5 max |reference| in fp32. Every parameter is random, norms and biases too. Mistakes
+that a looser test would not see (epsilon of a GroupNorm, tanh GELU, swapped norms ...) are made on purpose below, and
+have to fail.
 """
 
 import inspect
@@ -27,12 +28,18 @@ UNETS = {  # name: config, latent size
     "one head of 8": (dict(block_out_channels=(8, 16), layers_per_block=1, attention_head_dim=1), (8, 8)),
     "head dim 40 and 80": (dict(block_out_channels=(80, 160), layers_per_block=1, attention_head_dim=2), (6, 10)),
     "head dim 160": (dict(block_out_channels=(160, 160), layers_per_block=1, attention_head_dim=1), (5, 4)),
-    "three levels, ragged latent": (dict(block_out_channels=(16, 24, 32), layers_per_block=2, attention_head_dim=2), (9, 13)),
+    "three levels, ragged latent": (
+        dict(block_out_channels=(16, 24, 32), layers_per_block=2, attention_head_dim=2),
+        (9, 13),
+    ),
     "four levels, heads per block": (
         dict(block_out_channels=(16, 24, 32, 48), layers_per_block=1, attention_head_dim=[2, 3, 4, 6]),
         (16, 8),
     ),
-    "four levels, latent of 3x5": (dict(block_out_channels=(8, 8, 16, 16), layers_per_block=2, attention_head_dim=1), (3, 5)),
+    "four levels, latent of 3x5": (
+        dict(block_out_channels=(8, 8, 16, 16), layers_per_block=2, attention_head_dim=1),
+        (3, 5),
+    ),
     "cross attention in every block": (
         dict(
             block_out_channels=(16, 32),
@@ -74,7 +81,12 @@ VAES = {
     "depth 1": dict(block_out_channels=(16,), layers_per_block=1, norm_num_groups=4),
     "depth 3": dict(block_out_channels=(8, 16, 24), layers_per_block=2, norm_num_groups=8),
     "depth 4, other channels": dict(
-        block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=8, latent_channels=3, in_channels=1, out_channels=1
+        block_out_channels=(8, 8, 16, 16),
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=3,
+        in_channels=1,
+        out_channels=1,
     ),
 }
 TEXTS = {
@@ -133,7 +145,8 @@ def vae_case(config, size=(24, 40), scale=1.0):
 def text_case(config, scale=1.0):
     reference, ours = text_pair(**config)
     shrink(scale, reference, ours)
-    ids = torch.randint(0, 99, (4, config.get("max_position_embeddings", 77)), generator=torch.Generator().manual_seed(1))
+    length = config.get("max_position_embeddings", 77)
+    ids = torch.randint(0, 99, (4, length), generator=torch.Generator().manual_seed(1))
     lengths = (1, 7, ids.shape[1])
     with torch.no_grad():
         expected = [reference(ids[:, :n]).last_hidden_state for n in lengths]
@@ -183,7 +196,9 @@ def swapped_norms(self, x, context, edits, forward=minisd.unet.TransformerBlock.
 
 
 def sinusoids(**change):
-    return lambda t, dim, flip, shift: timestep_embedding(t, dim, **({"flip_sin_to_cos": flip, "freq_shift": shift} | change))
+    return lambda t, dim, flip, shift: timestep_embedding(
+        t, dim, **({"flip_sin_to_cos": flip, "freq_shift": shift} | change)
+    )
 
 
 def reads(cls, **change):
@@ -256,7 +271,8 @@ def test_reduced_precision(dtype):
     """Ours in bf16 or fp16 errs at most twice as much against the fp32 reference as the reference itself does."""
     ids, t = torch.arange(20).reshape(2, 10), torch.tensor([0, 900])
     torch.manual_seed(0)
-    x, context, picture, z = torch.randn(2, 4, 8, 8), torch.randn(2, 11, 24), torch.randn(2, 3, 24, 16), torch.randn(2, 4, 6, 4)
+    x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 11, 24)
+    picture, z = torch.randn(2, 3, 24, 16), torch.randn(2, 4, 6, 4)
 
     def cast(*tensors):
         return [tensor.to(dtype) for tensor in tensors]
@@ -377,7 +393,7 @@ def test_unet_errors(pair):
     with pytest.raises(ValueError, match="multiple of the latents' rows"):
         ours(x, t, context[:1])
     for t_given, got in ((torch.tensor([1, 2, 3]), r"\(3,\)"), (5, "5"), (torch.ones(2, 1), r"\(2, 1\)")):
-        with pytest.raises(ValueError, match=rf"t: got {got}, expected a tensor, 0-d or with one value for each latent"):
+        with pytest.raises(ValueError, match=f"t: got {got}, expected a tensor, 0-d or with one value for each latent"):
             ours(x, t_given, context)
     for wrong in (x[:, :3], x[0], x[:0], None):
         with pytest.raises(ValueError, match=r"x: got .*, expected a tensor \(B, 4, h, w\)"):

@@ -303,7 +303,10 @@ def test_the_models_are_for_inference(sd):
         (dict(sampler=["ddim"]), r"sampler is \['ddim'\], expected one of"),
         (dict(latents=torch.zeros(1, 4, 8, 8, dtype=torch.int64)), "latents are torch.int64"),
         (dict(latents=np.zeros((1, 4, 8, 8))), "latents are ndarray, expected a tensor of floats"),
-        (dict(on_step=lambda x, step: x[:, :2]), r"on_step returned \(1, 2, 8, 8\), expected None or .* \(1, 4, 8, 8\)"),
+        (
+            dict(on_step=lambda x, step: x[:, :2]),
+            r"on_step returned \(1, 2, 8, 8\), expected None or .* \(1, 4, 8, 8\)",
+        ),
         (dict(on_step=lambda x, step: 3), "on_step returned int"),
         (dict(seed=[1, 2]), "2 seeds for 1 pictures, expected one for each"),
         (dict(latents=torch.zeros(2, 4, 8, 8)), r"shape \(2, 4, 8, 8\), expected \(1, 4, 8, 8\)"),

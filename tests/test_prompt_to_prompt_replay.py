@@ -113,9 +113,7 @@ def test_save_and_load(sd, tmp_path):
     assert (again.prompt, again.steps, again.size) == (SOURCE, STEPS, (6, 11))
     assert all(torch.equal(x, again.maps[name]) for name, x in recorder.recording.maps.items())
     assert all(x.dtype == torch.float16 for x in again.maps.values())
-    assert torch.equal(
-        run(sd, [SWAP], Replay(sd, again, SWAP)), run(sd, [SWAP], Replay(sd, recorder.recording, SWAP))
-    )
+    assert torch.equal(run(sd, [SWAP], Replay(sd, again, SWAP)), run(sd, [SWAP], Replay(sd, recorder.recording, SWAP)))
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="other.safetensors is not a recording"):
         Recording.load(tmp_path / "other.safetensors")
@@ -141,7 +139,9 @@ def test_a_save_that_fails_leaves_the_older_file(tmp_path, monkeypatch):
 def test_the_size_is_worked_out_first(sd):
     _, recorder = recorded(sd)
     assert recorder.bytes == sum(x.numel() * x.itemsize for x in recorder.recording.maps.values())
-    with pytest.raises(MemoryError, match="7 cross- and 4 self-attention sites over 50 steps .* GB, the limit is 1e-06"):
+    with pytest.raises(
+        MemoryError, match="7 cross- and 4 self-attention sites over 50 steps .* GB, the limit is 1e-06"
+    ):
         Recorder(sd, SOURCE, 50, limit=1000)
     with pytest.raises(ValueError, match="steps is '50', expected a whole number, at least 1"):
         Recorder(sd, SOURCE, "50")
@@ -174,9 +174,7 @@ def test_record_and_replay_of_pictures(sd):
     options = dict(seed=3, progress=False)
     image, recording = record(sd, SOURCE, steps=STEPS, **SIZE, **options)
     images = replay(sd, recording, SWAP, REFINED, injection_ratio=0.6, self_ratio=0.2, **options)
-    together = edit_prompt(
-        sd, SOURCE, SWAP, REFINED, steps=STEPS, cross_steps=0.6, self_steps=0.2, **SIZE, **options
-    )
+    together = edit_prompt(sd, SOURCE, SWAP, REFINED, steps=STEPS, cross_steps=0.6, self_steps=0.2, **SIZE, **options)
     assert len(images) == 2 and images[0].size == (44, 24)
     for mine, other in zip([image, *images], together, strict=True):
         a, b = (torch.frombuffer(bytearray(i.tobytes()), dtype=torch.uint8).int() for i in (mine, other))

@@ -26,7 +26,9 @@ def test_every_block_belongs_to_a_table(file):
 
 def test_a_figure_that_was_changed_is_noticed(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(harness, "ROOT", tmp_path)
-    monkeypatch.setattr(report, "TABLES", [report.Table("README.md", "a", "times", lambda record: f"{record['ms']} ms")])
+    monkeypatch.setattr(
+        report, "TABLES", [report.Table("README.md", "a", "times", lambda record: f"{record['ms']} ms")]
+    )
     monkeypatch.setattr(report.rewritten, "__defaults__", (tmp_path,))
     for device, ms in (("cpu", 7), ("nvidia-h200", 5)):
         (tmp_path / device).mkdir()

@@ -116,7 +116,9 @@ def states(pipe):
 def assert_same(got, expected):
     for part, state in expected.items():
         own = got[part] if isinstance(got, dict) else getattr(got, part).state_dict()
-        assert own.keys() == state.keys() and all(torch.equal(own[name], tensor.to(own[name].dtype)) for name, tensor in state.items())
+        assert own.keys() == state.keys() and all(
+            torch.equal(own[name], tensor.to(own[name].dtype)) for name, tensor in state.items()
+        )
 
 
 def load_half(source, **arguments):
@@ -203,5 +205,7 @@ def test_every_layout_there_and_back(build, tmp_path, monkeypatch, record_proper
     with torch.no_grad():
         ours = minisd.denoise(x, minisd.DDIM(sd.schedule, 2), minisd.cfg(sd.unet, uncond, cond, 7.5))
     far = difference(ours, theirs)
-    record_property(f"round trip, {build.__name__.split('_')[0]} size, latents: max |difference| / max |reference|", far)
+    record_property(
+        f"round trip, {build.__name__.split('_')[0]} size, latents: max |difference| / max |reference|", far
+    )
     assert far <= 1e-4

@@ -39,7 +39,7 @@ def trajectory(sampler, x):
 
 
 def reference(scheduler, steps, x, **kwargs):
-    """The latents and timesteps of a diffusers scheduler, run as its pipelines run it; steps: a slice of the schedule."""
+    """The latents and timesteps of a diffusers scheduler, run as its pipelines do; steps: a slice of the schedule."""
     timesteps, latents = scheduler.timesteps[steps], []
     if isinstance(scheduler, DPMSolverMultistepScheduler):
         scheduler.set_begin_index(steps.start)

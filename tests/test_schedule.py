@@ -128,7 +128,9 @@ def test_betas_are_between_0_and_1(change):
 
 def test_schedulers_without_betas_are_refused():
     with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler without beta_start"):
-        NoiseSchedule.from_dict(dict(FlowMatchEulerDiscreteScheduler().config) | {"_class_name": "FlowMatchEulerDiscreteScheduler"})
+        NoiseSchedule.from_dict(
+            dict(FlowMatchEulerDiscreteScheduler().config) | {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+        )
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, PNDMScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler])

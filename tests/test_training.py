@@ -1,4 +1,4 @@
-"""The training objectives against their formulas, resuming, and a tiny run from first step to a checkpoint that loads."""
+"""The training objectives against their formulas, resuming, and a tiny run up to a checkpoint that loads."""
 
 from dataclasses import replace
 
@@ -43,7 +43,8 @@ def tiny(monkeypatch):
 def test_diffusion_loss_is_the_formula():
     schedule = NoiseSchedule.from_dict(training.SCHEDULE)
     torch.manual_seed(0)
-    z, noise, context, t = torch.randn(3, 4, 5, 6), torch.randn(3, 4, 5, 6), torch.randn(3, 7, 8), torch.tensor([0, 500, 999])
+    z, noise = torch.randn(3, 4, 5, 6), torch.randn(3, 4, 5, 6)
+    context, t = torch.randn(3, 7, 8), torch.tensor([0, 500, 999])
 
     def unet(x, t, context):
         return torch.sin(3 * x) + t[:, None, None, None] / 1000 + context.mean()
@@ -110,7 +111,7 @@ def test_silenced_rows_keep_their_words_alone():
 
 
 def test_times_are_drawn_as_said():
-    """In the noisiest quarter lie a quarter of the samples, or noisy_share plus a quarter of the rest; all are reached."""
+    """In the noisiest quarter lie a quarter of the samples, or noisy_share plus a quarter of the rest; all occur."""
     for share in (0.0, 0.6):
         generator = torch.Generator().manual_seed(0)
         t = torch.cat([training.draw_times(32, 1000, share, generator) for _ in range(2000)])
@@ -201,7 +202,9 @@ def test_training_makes_a_checkpoint_that_minisd_and_diffusers_load(tiny, tmp_pa
 
 def test_training_learns(tiny, tmp_path, monkeypatch):
     """60 steps on two pictures: the reconstruction error falls to less than half."""
-    monkeypatch.setitem(RECIPES, "tiny", replace(TINY, autoencoder=replace(TINY.autoencoder, pool=2, lr=1e-2), kl_weight=0.0))
+    monkeypatch.setitem(
+        RECIPES, "tiny", replace(TINY, autoencoder=replace(TINY.autoencoder, pool=2, lr=1e-2), kl_weight=0.0)
+    )
     monkeypatch.setattr(training, "WARMUP", 5)
     losses = []
 
