@@ -125,7 +125,8 @@ def _give_back(data: mmap.mmap, start: int, stop: int) -> None:
 def write_tensors(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str, tensors: Iterable[Tensor]) -> None:
     """Write a file of one dtype, tensor by tensor, so that only one of them is in memory at a time.
 
-    shapes: name -> shape; tensors: in the same order, axes of length 1 aside. The header says {"format": "pt"}, which diffusers asks for.
+    shapes: name -> shape; tensors: in the same order, axes of length 1 aside. The header says {"format": "pt"}, which
+    diffusers asks for.
     """
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in shapes.items():
