@@ -28,6 +28,8 @@ OPTIONS += ("seed", "size", "steps", "guidance", "sampler", "dtype", "device")
 def main(argv: list[str] | None = None) -> int:
     """Run the command; the exit code is 0, 2 after an error (one line on stderr), 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
+    if getattr(sys.stdout, "errors", None) == "strict":  # a name or prompt that the terminal cannot show is no error
+        sys.stdout.reconfigure(errors="backslashreplace")
     args = build_parser().parse_args(argv, argparse.Namespace(argv=argv))
     try:
         with warnings.catch_warnings():

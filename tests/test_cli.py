@@ -175,6 +175,13 @@ def test_ctrl_c_leaves_nothing_behind(here):
 # models
 
 
+def test_what_the_terminal_cannot_show_is_escaped(here):
+    cli.write_png(here / "a.png", Image.new("RGB", (8, 8)), {"version": "minisd 0", "prompt": "雪 red"})
+    run = [sys.executable, "-m", "minisd", "info", "a.png"]
+    done = subprocess.run(run, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii:strict"})
+    assert done.returncode == 0 and rb"prompt:          \u96ea red" in done.stdout
+
+
 def test_info_of_a_model(minisd_command):
     code, out, err = minisd_command("info", "tiny")
     assert code == 0 and err == ""

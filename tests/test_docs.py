@@ -129,6 +129,15 @@ def test_each_command_of_the_readme_has_its_output():
     assert sum((PICTURES / name).stat().st_size for name in kept) < 300_000
 
 
+def test_readme_and_knobs_name_every_option():
+    text = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/knobs.md"))
+    [commands] = [action.choices for action in cli.build_parser()._actions if isinstance(action.choices, dict)]
+    for name, parser in commands.items():
+        options = {option for action in parser._actions for option in action.option_strings[-1:]} - {"--help"}
+        missing = [option for option in options if not re.search(rf"`[^`]*{option}(?![\w-])", text)]
+        assert len(options) >= 1 and not missing, f"{name}: neither page names {missing}"
+
+
 def test_a_changed_picture_or_text_is_noticed():
     red = frames(PICTURES / "circle.png")
     assert (np.abs(red - frames(PICTURES / "redrawn.png")) > 16).mean() > 0.02
