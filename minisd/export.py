@@ -19,6 +19,7 @@ from .names import to_ldm
 from .schedule import NoiseSchedule
 from .sources import CheckpointError, weights_file
 from .tensor_file import FLOATS, read_tensors, write_tensors
+from .tokenizer import CLIPTokenizer
 
 DTYPES = {str(dtype).removeprefix("torch."): name for name, dtype in FLOATS.items()}  # "float16" -> "F16"
 PIPELINE = {
@@ -48,18 +49,16 @@ def export(checkpoint: Checkpoint, folder, dtype: str | None = None) -> None:
         try:
             for part, module in modules.items():
                 path = part_folder / weights_file(part, None)
-                path.parent.mkdir(parents=True)
-                _write_json(path.parent / "config.json", config_json(part, checkpoint))
+                config = config_json(part, checkpoint.configs[part], checkpoint.tokenizer)
+                write_json(path.parent / "config.json", config)
                 shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
                 tensors = _in_order(checkpoint, part, found[part], shapes)
                 prefix = "text_model." if part == "text_encoder" else ""
                 written = {prefix + name: shape for name, shape in shapes.items()}
                 write_tensors(path, written, _dtype(dtype, found[part]), tensors)
             scheduler = {"_class_name": "DDIMScheduler", "clip_sample": False} | checkpoint.scheduler
-            (part_folder / "scheduler").mkdir()
-            _write_json(part_folder / "scheduler" / "scheduler_config.json", scheduler)
-            index = PIPELINE | {"scheduler": ["diffusers", scheduler["_class_name"]]}
-            _write_json(part_folder / "model_index.json", index)
+            write_json(part_folder / "scheduler" / "scheduler_config.json", scheduler)
+            write_json(part_folder / "model_index.json", model_index(scheduler))
             checkpoint.tokenizer.save(part_folder / "tokenizer")
             os.replace(part_folder, folder)
         finally:
@@ -97,9 +96,8 @@ def export_single_file(checkpoint: Checkpoint, path, dtype: str | None = None) -
         write_tensors(part_path, shapes, _dtype(dtype, entries), tensors)
 
 
-def config_json(part: str, checkpoint: Checkpoint) -> dict:
+def config_json(part: str, config, tokenizer: CLIPTokenizer) -> dict:
     """A part's config.json, as diffusers and transformers read it."""
-    config, tokenizer = checkpoint.configs[part], checkpoint.tokenizer
     values = asdict(config)
     if part == "unet":
         return values | {"_class_name": "UNet2DConditionModel"}
@@ -109,6 +107,11 @@ def config_json(part: str, checkpoint: Checkpoint) -> dict:
         return values | blocks | {"_class_name": "AutoencoderKL"}
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     return values | ids | {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
+
+
+def model_index(scheduler: dict) -> dict:
+    """model_index.json: the classes with which diffusers reads the parts."""
+    return PIPELINE | {"scheduler": ["diffusers", scheduler["_class_name"]]}
 
 
 def _in_order(checkpoint: Checkpoint, part: str, entries, names) -> Iterator[Tensor]:
@@ -127,5 +130,6 @@ def _dtype(dtype: str | None, entries) -> str:
     return DTYPES[dtype]
 
 
-def _write_json(path: Path, values: dict) -> None:
+def write_json(path: Path, values: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

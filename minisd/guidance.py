@@ -149,12 +149,18 @@ def _grouped(unet, groups: list[tuple[str, Tensor | Sequence[Tensor]]], edits: E
     prepare, prepare_times = getattr(unet, "prepare", None), getattr(unet, "prepare_times", None)
     prepared, times = {}, {}  # batch size -> prepared context; t -> its row of prepare_times
 
-    def context_for(x, step):
-        batch = len(x)
+    def context_for(batch, step):
+        parts = [_rows(name, rows, batch, step) for name, rows in groups]
+        if len({part.shape for part in parts}) > 1:
+            got = ", ".join(f"{name} {tuple(part.shape)}" for (name, _), part in zip(groups, parts))
+            raise ValueError(f"the texts differ in shape: {got}, expected one (L, D) for all")
+        return torch.cat(parts)
+
+    def prepared_for(batch, step):
         if not fixed or prepare is None or torch.is_grad_enabled():
-            return torch.cat([_rows(name, rows, batch, step) for name, rows in groups])
+            return context_for(batch, step)
         if batch not in prepared:
-            prepared[batch] = prepare(torch.cat([_rows(name, rows, batch, step) for name, rows in groups]))
+            prepared[batch] = prepare(context_for(batch, step))
         return prepared[batch]
 
     def time_for(x, step):
@@ -166,7 +172,7 @@ def _grouped(unet, groups: list[tuple[str, Tensor | Sequence[Tensor]]], edits: E
         return times[step.t]
 
     def inputs(x, step):
-        return x, time_for(x, step), context_for(x, step), edits(step) if edits is not None else {}
+        return x, time_for(x, step), prepared_for(len(x), step), edits(step) if edits is not None else {}
 
     def call(x, step):
         if replay is None or torch.is_grad_enabled():

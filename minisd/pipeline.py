@@ -161,7 +161,7 @@ class StableDiffusion:
         prompts = as_list(prompt)
         plan = make_sampler(sampler, self.schedule, steps)
         predict = cfg(self.unet, *self.condition(prompts, negative_prompt, num_images), guidance)
-        x = self._noise_for(len(prompts) * num_images, seed, latents, height, width)
+        x = self.starting_noise(len(prompts) * num_images, seed, latents, height, width)
         return self.decode(denoise_shown(x, plan, predict, on_step, progress))
 
     def img2img(
@@ -194,7 +194,7 @@ class StableDiffusion:
         if len(pictures) not in (1, len(prompts)):
             raise ValueError(f"got {len(pictures)} pictures for {len(prompts)} prompts, expected one or one for each")
         height, width = pictures.shape[2:]
-        noise = self._noise_for(len(prompts) * num_images, seed, latents, height, width)
+        noise = self.starting_noise(len(prompts) * num_images, seed, latents, height, width)
         if len(plan) == 0:
             return to_pil(_per_image(pictures, len(prompts), num_images))
         z = _per_image(self.encode_image(pictures), len(prompts), num_images)
@@ -213,8 +213,11 @@ class StableDiffusion:
         context = context.split([len(negatives), len(prompts)])
         return [_per_image(rows, len(prompts), num_images) for rows in context]
 
-    def _noise_for(self, batch: int, seed, latents, height, width) -> Tensor:
-        """The given latents, or else the seed's noise, (batch, C, h, w)."""
+    def starting_noise(self, batch: int | None, seed, latents, height=None, width=None) -> Tensor:
+        """The given latents, or else the seed's noise, (batch, C, h, w); batch None: as many as are given, or one.
+
+        ValueError for latents of another number or another size than height x width pixels.
+        """
         if latents is None:
             latents = self.noise(seed, batch, height, width)
         elif not (isinstance(latents, Tensor) and latents.is_floating_point() and latents.ndim == 4):
@@ -222,7 +225,7 @@ class StableDiffusion:
             raise ValueError(f"the latents are {got}, expected a tensor of floats (B, C, h, w)")
         elif height is None and width is None:
             height, width = (side * self.vae.factor for side in latents.shape[-2:])
-        expected = (batch, self.unet.config.in_channels, *self.latent_size(height, width))
+        expected = (batch or len(latents), self.unet.config.in_channels, *self.latent_size(height, width))
         if tuple(latents.shape) != expected:
             raise ValueError(f"the latents have shape {tuple(latents.shape)}, expected {expected}")
         return latents.to(self.device, self.dtype)

@@ -146,8 +146,7 @@ class CLIPTokenizer:
         encoding = self._encode(text)
         ids, room = encoding.ids, self.max_length - 2
         if len(ids) > room:
-            cut = text[encoding.offsets[room][0] :]
-            cut = shortened(cut)
+            cut = shortened(text[encoding.offsets[room][0] :])
             warnings.warn(f"the prompt has {len(ids)} tokens and {room} fit; this part was cut: {cut}", stacklevel=3)
         ids = [self.bos_id, *ids[:room], self.eos_id]
         return ids + [self.pad_id] * (self.max_length - len(ids))

@@ -42,7 +42,7 @@ class Trace:
     def __init__(
         self, sd, every: int | Collection[int] = 1, folder: str | Path | None = None, view: View | None = None
     ):
-        if not (every >= 1 if isinstance(every, Integral) else isinstance(every, Collection)):
+        if isinstance(every, str) or not (every >= 1 if isinstance(every, Integral) else isinstance(every, Collection)):
             raise ValueError(f"every is {every!r}, expected a whole number, at least 1, or the indices of steps")
         self.sd, self.every, self.folder, self.view = sd, every, folder, sd.decode if view is None else view
         self.steps: list[Step] = []

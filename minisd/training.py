@@ -15,11 +15,10 @@ run that was given more steps goes on from its checkpoint as if it had been plan
 
 import argparse
 import copy
-import json
 import os
 import random
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +31,7 @@ from tqdm import tqdm
 from . import scenes
 from .checkpoint import SD_V1_SCHEDULE, weights_file
 from .clip import CLIPTextConfig, CLIPTextModel
+from .export import config_json, model_index, write_json
 from .schedule import NoiseSchedule
 from .tokenizer import CLIPTokenizer, build_vocabulary
 from .unet import CROSS_DOWN, CROSS_UP, PLAIN_DOWN, PLAIN_UP, UNet, UNetConfig
@@ -403,53 +403,19 @@ def export(recipe, run, folder):
     tokenizer = make_tokenizer()
     pool = torch.load(run / "pool.pt", map_location="cpu", mmap=True)
     averages = torch.load(run / "diffusion.pt", map_location="cpu", mmap=True)["average"]
-    text = CLIPTextConfig(vocab_size=len(tokenizer.vocab), **recipe.text)
-    vae = asdict(recipe.vae) | {
-        "_class_name": "AutoencoderKL",
-        "scaling_factor": pool["scaling_factor"],
-        "down_block_types": ["DownEncoderBlock2D"] * len(recipe.vae.block_out_channels),
-        "up_block_types": ["UpDecoderBlock2D"] * len(recipe.vae.block_out_channels),
+    configs = {
+        "vae": replace(recipe.vae, scaling_factor=pool["scaling_factor"]),
+        "unet": recipe.unet,
+        "text_encoder": CLIPTextConfig(vocab_size=len(tokenizer.vocab), **recipe.text),
     }
-    text_config = asdict(text) | {
-        "architectures": ["CLIPTextModel"],
-        "model_type": "clip_text_model",
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-        "pad_token_id": tokenizer.pad_id,
-    }
-    model_index = {
-        "_class_name": "StableDiffusionPipeline",
-        "scheduler": ["diffusers", SCHEDULE["_class_name"]],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-        "safety_checker": [None, None],
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-    }
-
-    def part(prefix):
-        return {key.removeprefix(prefix): value for key, value in averages.items() if key.startswith(prefix)}
-
-    write_part(folder, "vae", vae, pool["vae"])
-    unet = asdict(recipe.unet) | {"_class_name": "UNet2DConditionModel"}
-    write_part(folder, "unet", unet, part("unet."))
-    write_part(folder, "text_encoder", text_config, part("text_encoder."))
+    for part, config in configs.items():
+        prefix, state = ("", pool["vae"]) if part == "vae" else (f"{part}.", averages)
+        halves = {k.removeprefix(prefix): x.half().contiguous() for k, x in state.items() if k.startswith(prefix)}
+        write_json(folder / part / "config.json", config_json(part, config, tokenizer))
+        save_file(halves, folder / weights_file(part, None), metadata={"format": "pt"})
     write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULE)
-    write_json(folder / "model_index.json", model_index)
+    write_json(folder / "model_index.json", model_index(SCHEDULE))
     tokenizer.save(folder / "tokenizer")
-
-
-def write_part(folder, part, config, weights):
-    write_json(folder / part / "config.json", config)
-    halves = {key: value.half().contiguous() for key, value in weights.items()}
-    save_file(halves, folder / weights_file(part, None), metadata={"format": "pt"})
-
-
-def write_json(path, values):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def main(arguments=None):

@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from . import expect
 from .editing.maps import Maps
 from .editing.recording import Recording
 from .guidance import cfg
@@ -49,10 +50,9 @@ def heatmap(
     steps only, 0.2 for the first fifth, in which the layout forms. latents, uncond: as in `edit_prompt`; on_step: as in
     `StableDiffusion.txt2img`.
     """
-    if latents is not None:
-        height, width = (side * sd.vae.factor for side in latents.shape[-2:])
+    x = sd.starting_noise(1, seed, latents, height, width)
+    height, width = (side * sd.vae.factor for side in x.shape[2:])
     maps = Maps(sd, [prompt], steps, sd.unet.sites("cross") if where is None else where, height, width, until)
-    x = sd.noise(seed, 1, height, width) if latents is None else latents.to(sd.device, sd.dtype)
     uncond = sd.encode_prompt([negative_prompt]) if uncond is None else uncond
     plan = make_sampler(sampler, sd.schedule, steps)
     predict = cfg(sd.unet, uncond, sd.encode_prompt([prompt]), guidance, maps)
@@ -141,6 +141,7 @@ def contact_sheet(
     if captions is not None and len(captions) != len(images):
         raise ValueError(f"got {len(captions)} captions for {len(images)} pictures")
     columns = min(len(images), 8) if columns is None else columns
+    expect.whole_number("columns", columns, 1)
     zoom = math.ceil(128 / max(images[0].size))
     width, height = (side * zoom for side in images[0].size)
     font = ImageFont.load_default(FONT_SIZE)

@@ -174,6 +174,7 @@ def semantic(**options):
         (lambda: erase(Recorder(), UNCOND, COND, CONCEPTS, "3"), "guidance scale is '3', expected a finite number"),
         (lambda: cfg(Recorder(), UNCOND, COND, "3"), "guidance scale is '3', expected a finite number"),
         (lambda: cfg(Recorder(), UNCOND, COND, True), "guidance scale is True"),
+        (lambda: cfg(Recorder(), UNCOND[:, :5], COND), r"the texts differ in shape: uncond \(2, 5, 6\), cond \(2, 7, 6\)"),
         (lambda: semantic(threshold="0.9"), "threshold is '0.9', expected a number from 0 to 1"),
         (lambda: semantic(warmup=1.5), "warmup is 1.5, expected a whole number, at least 0"),
         (lambda: semantic(momentum=None), "momentum is None, expected a finite number"),

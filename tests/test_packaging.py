@@ -34,7 +34,7 @@ ALLOWED = {
     "pipeline": PIPELINE,
     "trace": PIPELINE,
     "visualize": PIPELINE | {"editing"},  # the maps that editing collects
-    "training": PIPELINE | {"scenes", "visualize"},
+    "training": PIPELINE | {"scenes", "export"},
     "editing": PIPELINE | {"editing"},
     "export": CHECKPOINT | {"images"},
     "check": PIPELINE,

@@ -463,5 +463,11 @@ def test_a_sweep_of_factors(sd):
 def test_edit_prompt_refuses(sd):
     with pytest.raises(ValueError, match="got 3 latents, expected 1 or one for each prompt, 2"):
         edit_prompt(sd, SOURCE, SWAP, steps=2, latents=sd.noise(0, 3))
+    with pytest.raises(ValueError, match="the latents are list, expected a tensor of floats"):
+        edit_prompt(sd, SOURCE, SWAP, steps=2, latents=[0.0])
+    with pytest.raises(ValueError, match=r"the latents have shape .*, expected \(1, 4, 4, 8\)"):
+        edit_prompt(sd, SOURCE, SWAP, steps=2, latents=sd.noise(0), height=16)
+    with pytest.raises(ValueError, match="on_step returned int, expected None or latents of shape"):
+        edit_prompt(sd, SOURCE, SWAP, steps=2, on_step=lambda x, step: 3, progress=False)
     with pytest.raises(TypeError, match="cross_step"):
         edit_prompt(sd, SOURCE, SWAP, steps=2, cross_step=0.3)

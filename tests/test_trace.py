@@ -65,8 +65,8 @@ def test_it_keeps_the_steps_that_are_named_as_copies_in_both_directions(sd):
     assert torch.equal(x, kept)
     x.zero_()
     assert torch.equal(trace.latents[-1], kept)
-    for every in (0, 2.5):
-        with pytest.raises(ValueError, match=f"every is {every}, expected a whole number, at least 1"):
+    for every in (0, 2.5, "5"):
+        with pytest.raises(ValueError, match=f"every is {every!r}, expected a whole number, at least 1"):
             Trace(sd, every=every)
 
 

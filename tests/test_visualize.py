@@ -41,6 +41,9 @@ def test_heatmap(sd):
         (dict(steps="25"), "steps is '25', expected a whole number, at least 1"),
         (dict(guidance="7"), "guidance scale is '7'"),
         (dict(height="32"), "32 x '32' pixels"),
+        (dict(latents=torch.zeros(4, 8, 8)), r"latents are torch.float32 \(4, 8, 8\), expected a tensor of floats"),
+        (dict(latents=torch.zeros(2, 4, 8, 8)), r"latents have shape \(2, 4, 8, 8\), expected \(1, 4, 8, 8\)"),
+        (dict(latents=torch.zeros(1, 4, 8, 8), height=64), r"latents have shape .*, expected \(1, 4, 16, 8\)"),
     ],
 )
 def test_heatmap_refuses(sd, wrong, message):
@@ -87,6 +90,8 @@ def test_contact_sheet():
     assert big.size == (312, 212)
     with pytest.raises(ValueError, match="one size"):
         contact_sheet([pictures[0], Image.new("RGB", (1, 1))])
+    with pytest.raises(ValueError, match="columns is 0, expected a whole number, at least 1"):
+        contact_sheet([Image.new("RGB", (8, 8))], columns=0)
     with pytest.raises(ValueError, match="1 captions for 3 pictures"):
         contact_sheet(pictures, ["a"])
 

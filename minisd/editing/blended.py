@@ -60,7 +60,8 @@ def blend(
     edge fades over that many pixels. paste_back: False returns what was decoded, in which no pixel is the input's.
     on_step sees the latent with its background. The rest is as in `sd.txt2img`. ValueError for what does not fit.
     """
-    prompts, masks = as_list(prompt), [read_mask(each) for each in (mask if isinstance(mask, list) else [mask])]
+    prompts = as_list(prompt)
+    masks = [read_mask(each) for each in (mask if isinstance(mask, (list, tuple)) else [mask])]
     plan = make_sampler(sampler, sd.schedule, steps, strength)
     expect.whole_number("feather", feather, 0)
     predict = cfg(sd.unet, *sd.condition(prompts, negative_prompt), guidance)

@@ -20,13 +20,11 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .. import expect
 from ..attention import AttentionEdit
 from ..guidance import cfg
-from ..pipeline import make_sampler
-from ..samplers import denoise
+from ..pipeline import denoise_shown, make_sampler
 from .alignment import find_word, missing_word, token_map
 from .local_blend import LocalBlend
 from .maps import Maps
@@ -240,10 +238,9 @@ def edit_prompt(
     the first steps, and x after them). on_step(x, step): called last, with all rows of the edited run; may return new
     latents. ValueError for what does not fit.
     """
-    if latents is not None:
-        height, width = (side * sd.vae.factor for side in latents.shape[-2:])
+    x = sd.starting_noise(None, seed, latents, height, width)
+    height, width = (side * sd.vae.factor for side in x.shape[2:])
     p2p = PromptToPrompt(sd, source, *targets, steps=steps, height=height, width=width, **edit)
-    x = sd.noise(seed, 1, height, width) if latents is None else latents.to(sd.device, sd.dtype)
     if len(x) not in (1, len(p2p.prompts)):
         raise ValueError(f"got {len(x)} latents, expected 1 or one for each prompt, {len(p2p.prompts)}")
     x = x.expand(len(p2p.prompts), -1, -1, -1)
@@ -265,7 +262,7 @@ def edit_prompt(
 
         plan = make_sampler(sampler, sd.schedule, steps)
         predict = cfg(sd.unet, uncond, cond, guidance, edits)
-        return sd.decode(denoise(x, tqdm(plan, disable=not progress), predict, after_step))
+        return sd.decode(denoise_shown(x, plan, predict, after_step if afters else None, progress))
 
     images = run(p2p, steps_after)
     return (images, run(None, [])) if baseline else images

@@ -15,14 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from .. import expect
 from ..attention import AttentionEdit
 from ..guidance import cfg
 from ..images import whole
-from ..pipeline import make_sampler
-from ..samplers import denoise
+from ..pipeline import denoise_shown, make_sampler
 from .prompt_to_prompt import PromptToPrompt
 from .sites import coarsest, select_sites
 
@@ -187,14 +185,13 @@ def record(
     what: the other arguments of `Recorder`. latents, uncond: as in `edit_prompt`. The size is worked out before the
     run: MemoryError above `limit`.
     """
-    if latents is not None:
-        what["height"], what["width"] = (side * sd.vae.factor for side in latents.shape[-2:])
+    x = sd.starting_noise(1, seed, latents, what.get("height"), what.get("width"))
+    what["height"], what["width"] = (side * sd.vae.factor for side in x.shape[2:])
     recorder = Recorder(sd, prompt, steps, **what)
-    x = sd.noise(seed, 1, what.get("height"), what.get("width")) if latents is None else latents.to(sd.device, sd.dtype)
     uncond = sd.encode_prompt([negative_prompt]) if uncond is None else uncond
     predict = cfg(sd.unet, uncond, sd.encode_prompt([prompt]), guidance, recorder)
     plan = make_sampler(sampler, sd.schedule, steps)
-    x = denoise(x, tqdm(plan, disable=not progress), predict, recorder.store)
+    x = denoise_shown(x, plan, predict, recorder.store, progress)
     return sd.decode(x)[0], recorder.recording
 
 
@@ -221,9 +218,8 @@ def replay(
     """
     edits = Replay(sd, recording, *targets, cross_steps=injection_ratio, self_steps=self_ratio, **edit)
     height, width = (side * sd.vae.factor for side in recording.size)
-    x = sd.noise(seed, 1, height, width) if latents is None else latents.to(sd.device, sd.dtype)
+    x = sd.starting_noise(1, seed, latents, height, width)
     uncond = sd.encode_prompt([negative_prompt]) if uncond is None else uncond
     predict = cfg(sd.unet, uncond, sd.encode_prompt(edits.prompts), guidance, edits)
     plan = make_sampler(sampler, sd.schedule, recording.steps)
-    x = denoise(x.expand(len(edits.prompts), -1, -1, -1), tqdm(plan, disable=not progress), predict)
-    return sd.decode(x)
+    return sd.decode(denoise_shown(x.expand(len(edits.prompts), -1, -1, -1), plan, predict, None, progress))
