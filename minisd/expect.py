@@ -15,7 +15,7 @@ def whole_number(name: str, value, low: int, high: float = math.inf) -> None:
         fits = False
     if not fits:
         bounds = f", at least {low}" if high == math.inf else f" from {low} to {high}"
-        raise ValueError(f"{name} is {value!r}, expected a whole number{bounds}")
+        raise ValueError(f"{name} is {value!r:.80}, expected a whole number{bounds}")
 
 
 def number(name: str, value, low: float = -math.inf, high: float = math.inf) -> None:
@@ -23,7 +23,7 @@ def number(name: str, value, low: float = -math.inf, high: float = math.inf) -> 
     real = isinstance(value, Real) and not isinstance(value, bool)
     if not (real and low <= value <= high and -math.inf < value < math.inf):
         kind = "a finite number" if low == -math.inf else f"a number from {low} to {high}"
-        raise ValueError(f"{name} is {value!r}, expected {kind}")
+        raise ValueError(f"{name} is {value!r:.80}, expected {kind}")
 
 
 def shape(name: str, x, *sizes: int | str) -> None:

@@ -125,7 +125,7 @@ def test_variant_files(original, tmp_path):
     assert_same_weights(load(tmp_path, variant="fp16"), load(original))
     message = refusal(tmp_path)
     assert "diffusion_pytorch_model.safetensors is missing" in message
-    assert "beside it: diffusion_pytorch_model.fp16.safetensors" in message and "variant='fp16'" in message
+    assert "beside it: diffusion_pytorch_model.fp16.safetensors" in message and "variant fp16 takes" in message
     assert "diffusion_pytorch_model.fp16.safetensors is missing" in refusal(original, variant="fp16")
 
 
@@ -498,7 +498,7 @@ def test_single_file(original, single_file):
     reference = minisd.NoiseSchedule.from_dict(tiny.SCHEDULER)
     assert torch.equal(sd.schedule.alphas_cumprod, reference.alphas_cumprod)
     assert (sd.schedule.steps_offset, sd.schedule.set_alpha_to_one) == (1, False)
-    assert "variant='fp16' is for folders" in refusal(single_file, variant="fp16")
+    assert "variant 'fp16' is for folders" in refusal(single_file, variant="fp16")
     shutil.move(single_file.parent / "tokenizer", single_file.parent / "elsewhere")
     sd = load(single_file, tokenizer=single_file.parent / "elsewhere")
     assert sd.tokenizer.vocab == json.loads((original / "tokenizer" / "vocab.json").read_text())

@@ -67,8 +67,8 @@ def twice(name):
 
 
 LIES = {
-    "nothing": (b"", "unpack requires a buffer of 8 bytes"),
-    "half a length": (b"\1\2\3", "unpack requires a buffer of 8 bytes"),
+    "nothing": (b"", "it is 0 bytes long, expected at least 8"),
+    "half a length": (b"\1\2\3", "it is 3 bytes long, expected at least 8"),
     "a length beyond the file": (
         raw({}, length=2**63), "its header would be 9223372036854775808 bytes long, the file is 10"
     ),

@@ -159,6 +159,7 @@ def test_half_precision(tmp_path):
     [
         (False, {}, "null-text needs the trajectory"),
         (True, {"guidance": 1}, "guidance is 1"),
+        (True, {"guidance": float("nan")}, "guidance is nan, expected a finite number"),
         (True, {"inner_steps": -1}, "got inner_steps -1"),
         (True, {"lr": 0}, "lr 0"),
         (True, {"early_stop": -1}, "early_stop -1"),

@@ -349,6 +349,8 @@ def test_latents_have_a_batch_and_channels(sd):
 
 
 def test_no_device_and_no_dtype_is_not_the_present_one(sd):
+    with pytest.raises(ValueError, match="device 'meta' cannot be used here: it holds no values"):
+        sd.to("meta")
     with pytest.raises(ValueError, match="device '' cannot be used here"):
         sd.to("")
     for dtype in ("", ["float32"]):

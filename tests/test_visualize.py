@@ -38,6 +38,7 @@ def test_heatmap(sd):
     ("wrong", "message"),
     [
         (dict(until=1.5), "until is 1.5, expected a number from 0 to 1"),
+        (dict(until=0.03), "until is 0.03 of 25 steps, expected at least the first of them"),
         (dict(steps="25"), "steps is '25', expected a whole number, at least 1"),
         (dict(guidance="7"), "guidance scale is '7'"),
         (dict(height="32"), "32 x '32' pixels"),

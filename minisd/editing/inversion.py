@@ -19,6 +19,7 @@ Sources: Song et al. 2020 (arXiv 2010.02502), section 4.3; Garibi et al. 2024, R
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -28,9 +29,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from .. import expect
 from ..guidance import cfg, conditional
 from ..images import whole
-from ..pipeline import as_list
+from ..pipeline import DTYPES, as_list
 from ..samplers import DDIM, Step
 
 METHODS = ("ddim", "null-text", "negative-prompt", "direct")
@@ -71,23 +73,29 @@ class Inversion:
     snapshots: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
+        expect.whole_number("steps", self.steps, 1)
+        expect.whole_number("skip", self.skip, 0, self.steps - 1)
+        for name, kind in (("prompts", str), ("timesteps", int)):
+            value = getattr(self, name)
+            if not (isinstance(value, tuple) and value and all(type(each) is kind for each in value)):
+                raise ValueError(f"{name}: got {value!r:.80}, expected a tuple of {kind.__name__}, at least one")
+        if len(self.timesteps) != self.steps:
+            raise ValueError(f"got {len(self.timesteps)} timesteps, expected one for each of {self.steps} steps")
         if self.method not in METHODS:
-            raise ValueError(f"the method is {self.method!r}, expected one of {', '.join(METHODS)}")
-        if not 0 <= self.skip < self.steps or len(self.timesteps) != self.steps:
-            raise ValueError(f"got steps {self.steps}, skip {self.skip} and {len(self.timesteps)} timesteps")
+            raise ValueError(f"the method is {self.method!r:.80}, expected one of {', '.join(METHODS)}")
+        if self.guidance is not None:
+            expect.number("guidance", self.guidance)
         if missing := [name for name in NEEDED.get(self.method, ()) if getattr(self, name) is None]:
             raise ValueError(f"{self.method} inversion needs {missing[0]}, which is missing")
-        B, shapes = len(self.prompts), {name: tuple(x.shape) for name, x in self.tensors().items()}
-        shape = (B, *shapes["z"][1:])
-        expected = dict.fromkeys(shapes, shape) | {"trajectory": (self.steps - self.skip + 1, *shape)}
-        if "losses" in shapes:
-            expected["losses"] = (self.steps, *shapes["losses"][1:2], B)
-        if "uncond" in shapes:
-            each = (self.steps,) if len(shapes["uncond"]) == 4 else ()
-            expected["uncond"] = (*each, B, *shapes["uncond"][-2:])
-        for name, got in shapes.items():
-            if got != expected[name] or len(shapes["z"]) != 4 or 0 in got:
-                raise ValueError(f"{name} has shape {got}, expected {expected[name]}, (B, C, h, w) of {B} pictures")
+        B, steps = len(self.prompts), self.steps
+        expect.shape("z", self.z, B, "C", "h", "w")
+        each = (steps,) if self.uncond is not None and self.uncond.ndim == 4 else ()
+        others = {"trajectory": (steps - self.skip + 1, *self.z.shape), "losses": (steps, "inner", B)}
+        others["uncond"] = (*each, B, "L", "D")
+        for number in self.snapshots:
+            expect.whole_number("the number of a snapshot", number, 0, steps - self.skip - 1)
+        for name, x in self.tensors().items():
+            expect.shape(name, x, *others.get(name, self.z.shape))
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors that there are, by name."""
@@ -111,14 +119,15 @@ class Inversion:
     def check(self, sd) -> None:
         """ValueError unless the inversion is one of this model's: its timesteps, channels and embeddings."""
         timesteps = tuple(t for t, _, _ in DDIM(sd.schedule, self.steps).plan())
-        channels, width = sd.unet.config.in_channels, sd.unet.config.cross_attention_dim
+        channels = sd.unet.config.in_channels
         if timesteps != self.timesteps or self.z.shape[1] != channels:
             raise ValueError(
                 f"the inversion is of {self.z.shape[1]} channels at timesteps {self.timesteps[:2]}..., the model has "
                 f"{channels} channels and timesteps {timesteps[:2]}...: it was made with another model"
             )
-        if self.uncond is not None and self.uncond.shape[-1] != width:
-            raise ValueError(f"the embeddings are {self.uncond.shape[-1]} wide, the model's are {width}")
+        text = (sd.tokenizer.max_length, sd.unet.config.cross_attention_dim)
+        if self.uncond is not None and self.uncond.shape[-2:] != text:
+            raise ValueError(f"the embeddings are {tuple(self.uncond.shape[-2:])} for each text, the model's are {text}")
 
     def unconditional(self, sd, negative_prompt: str = "") -> Tensor | list[Tensor]:
         """What `cfg` takes: (1 or B, L, D), or a list of (B, L, D) with one for each step."""
@@ -164,24 +173,27 @@ class Inversion:
             with safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {}).get(FORMAT, "null"))
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # not mapped: it may change
-        except (SafetensorError, ValueError) as error:
+        except (SafetensorError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
         if not isinstance(about, dict):
             raise ValueError(f"{path} is not an inversion that minisd has saved")
-        named = [name for name in tensors if name.startswith("snapshot.") and name[9:].isdecimal()]
+        about |= {name: tuple(value) for name, value in about.items() if isinstance(value, list)}
+        wrong = [
+            name for name, x in tensors.items()
+            if x.dtype not in DTYPES.values() or (name != "losses" and not x.isfinite().all())
+        ]  # fmt: skip
+        named = [name for name in tensors if re.fullmatch(r"snapshot\.(0|[1-9][0-9]{0,3})", name)]
         snapshots = {int(name[9:]): tensors.pop(name) for name in named}
         missing = (set(ABOUT) - set(about)) | ({"latents", "z"} - set(tensors))
         unknown = (set(about) - set(ABOUT)) | (set(tensors) - set(TENSORS))
-        wrong = [n for n, x in tensors.items() if not (x.is_floating_point() and (n == "losses" or x.isfinite().all()))]
         if missing or unknown or wrong:
             raise ValueError(
-                f"{path} is no whole inversion: missing {sorted(missing)}, unknown {sorted(unknown)}, "
-                f"not finite {wrong}"
+                f"{path} is no whole inversion: missing {sorted(missing)}, unknown {sorted(unknown)!r:.200}, "
+                f"not finite {wrong!r:.200}"
             )
-        about["prompts"], about["timesteps"] = tuple(about["prompts"]), tuple(about["timesteps"])
         try:
             return cls(**about, **tensors, snapshots=snapshots)
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise ValueError(f"{path} is no whole inversion: {error}") from error
 
 
