@@ -73,6 +73,8 @@ def test_every_tensor_of_the_folder_is_in_its_place(original):
         tensors = {rename_diffusers(part, name): tensor for name, tensor in load_file(original / file).items()}
         state = getattr(sd, part).state_dict()
         assert state.keys() == tensors.keys() and all(torch.equal(state[name], tensors[name]) for name in state)
+        model = getattr(sd, part)
+        assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
     assert sd.unet.config.block_out_channels == (16, 32) and len(sd.schedule) == 1000
 
 

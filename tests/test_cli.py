@@ -210,6 +210,13 @@ def test_help_shows_the_defaults(minisd_command):
         assert command in minisd_command("--help")[1]
 
 
+def test_the_model_is_v1_4_where_none_is_named():
+    [commands] = [action.choices for action in cli.build_parser()._actions if isinstance(action.choices, dict)]
+    taking = {name: parser for name, parser in commands.items() if "--model" in parser._option_string_actions}
+    assert set(taking) == {"txt2img", "img2img", "edit", "heatmap", "invert", "blend", "erase", "export"}
+    assert {parser.get_default("model") for parser in taking.values()} == {"sd-v1-4"}
+
+
 def test_choices_are_those_of_the_pipeline():
     assert cli.SAMPLERS == tuple(pipeline.SAMPLERS)
     assert set(cli.DTYPES) <= {*pipeline.DTYPES, "auto"}

@@ -208,6 +208,8 @@ ABSURD = [
     ("vae", {"scaling_factor": float("nan")}, "scaling_factor: got nan"),
     ("vae", {"scaling_factor": -1e400}, "scaling_factor: got -inf"),
     ("vae", {"block_out_channels": [32] * 100_000}, "down_block_types: got ('DownEncoderBlock2D', "),
+    ("vae", {"block_out_channels": [32] * 17, "down_block_types": ["DownEncoderBlock2D"] * 17,
+             "up_block_types": ["UpDecoderBlock2D"] * 17}, "block_out_channels: got (32, 32"),
     ("vae", {"latent_channels": 10**6}, "tensors do not fit the models"),
     ("text_encoder", {"num_hidden_layers": 10**9}, "num_hidden_layers: got 1000000000"),
     ("text_encoder", {"vocab_size": 10**12}, "vocab_size: got 1000000000000"),
@@ -276,9 +278,11 @@ def test_vocabularies_that_lie(folder, name, text, message):
 
 def test_a_vocabulary_with_ids_that_the_text_encoder_does_not_have(folder):
     path = folder / "tokenizer" / "vocab.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"<|endoftext|>": 2**31}))
-    with frugal(megabytes=50):
-        refused(folder, "the text encoder takes at most 77 ids below 616")
+    vocabulary = json.loads(path.read_text())
+    for number in (616, 2**31):
+        path.write_text(json.dumps(vocabulary | {"<|endoftext|>": number}))
+        with frugal(megabytes=50):
+            refused(folder, f"makes 77 ids up to {number}, the text encoder takes at most 77 ids below 616")
 
 
 # prompts
