@@ -108,7 +108,7 @@ def locate(source, *, variant=None, revision=None, local_files_only=False, token
         raise CheckpointError(f"minisd does not read the pickle {path}: {WHY_NO_PICKLES}")
     if path.is_file() and path.suffix == ".safetensors":
         if variant is not None:
-            raise ValueError(f"variant={variant!r} is for folders and Hub repos, and {path} is one file")
+            raise ValueError(f"variant {variant!r} is for folders and Hub repos, and {path} is one file")
         return from_single_file(path, tokenizer, local_files_only)
     if path.is_file():
         raise CheckpointError(f"{path} is not a .safetensors file")
@@ -134,7 +134,7 @@ def from_folder(folder: Path, variant: str | None = None, tokenizer=None, local_
             beside = sorted(p.name for p in path.parent.glob("*") if p.name != "config.json")
             raise CheckpointError(
                 f"{path} is missing; beside it: {', '.join(beside[:20]) or 'nothing'}. minisd reads whole .safetensors "
-                f"files, neither shards with an index nor .bin pickles ({WHY_NO_PICKLES}); variant='fp16' takes the "
+                f"files, neither shards with an index nor .bin pickles ({WHY_NO_PICKLES}); variant fp16 takes the "
                 "files *.fp16.safetensors"
             )
     configs = {part: _config(part, path.parent / "config.json") for part, path in paths.items() if path.is_file()}

@@ -40,7 +40,8 @@ def read_header(path: Path) -> dict[str, Entry]:
     with the bytes of its shape and dtype.
     """
     try:
-        size = path.stat().st_size
+        if (size := path.stat().st_size) < 8:
+            raise ValueError(f"it is {size} bytes long, expected at least 8")
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > size - 8:

@@ -42,6 +42,8 @@ class Maps:
     ):
         expect.whole_number("steps", steps, 1)
         expect.number("until", until, 0, 1)
+        if int(until * steps) == 0:
+            raise ValueError(f"until is {until} of {steps} steps, expected at least the first of them")
         size = sd.latent_size(height, width)
         if where is None:
             most = coarsest(sd.unet, size)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .. import expect
 from ..samplers import DDIM, Step
 from .inversion import Inversion, embed
 
@@ -49,6 +50,7 @@ def null_text(
     inversion.check(sd)
     if inversion.trajectory is None:
         raise ValueError("null-text needs the trajectory: invert(..., trajectory=True)")
+    expect.number("guidance", guidance)
     if guidance == 1:
         raise ValueError("guidance is 1, at which the unconditional embedding has no effect: expected another scale")
     if inner_steps < 0 or not lr > 0 or not early_stop >= 0:
