@@ -33,6 +33,9 @@ setup(
         "pillow",
         "tqdm",
     ],
-    extras_require={"video": ["imageio-ffmpeg"], "test": ["pytest", "hypothesis", "diffusers", "transformers"]},
+    extras_require={
+        "video": ["imageio-ffmpeg"],
+        "test": ["pytest", "hypothesis", "diffusers", "transformers", "imageio-ffmpeg"],
+    },
     entry_points={"console_scripts": ["minisd = minisd.cli:main"]},
 )

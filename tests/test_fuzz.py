@@ -18,9 +18,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 
 from minisd import checkpoint, sources
 from minisd.clip import CLIPTextConfig
+from minisd.editing.inversion import FORMAT, METHODS, TENSORS, Inversion
 from minisd.images import read_picture, to_tensor
 from minisd.samplers import DDIM, DPMpp2M
 from minisd.schedule import NoiseSchedule
@@ -289,6 +291,36 @@ def test_prompts(text):
 @corpus("prompt")
 def test_prompts_that_once_broke_it(path):
     prompt_is_encoded_or_refused(json.loads(path.read_text()))
+
+
+# saved inversions
+
+ABOUT = {"prompts": ["a"], "steps": 2, "skip": 0, "timesteps": [1, 501], "method": "ddim", "guidance": None}
+SIDES = st.lists(st.integers(0, 2), max_size=4) | st.sampled_from([[1, 4, 2, 2], [2, 1, 3, 5], [3, 1, 4, 2, 2], [2, 4, 1]])
+KINDS = st.sampled_from([torch.float32, torch.float16, torch.int64, torch.bool, torch.float8_e4m3fn])
+
+
+@fuzz(
+    about=st.dictionaries(st.sampled_from([*ABOUT, "a"]), JSON | st.sampled_from(METHODS), max_size=3) | JSON,
+    tensors=st.dictionaries(
+        st.sampled_from([*TENSORS, "snapshot.0", "snapshot.9", "snapshot.x", "a"]), st.tuples(SIDES, KINDS), max_size=3
+    ),
+)
+def test_inversions(about, tensors):
+    about = ABOUT | about if isinstance(about, dict) else about
+    whole = {"latents": ([1, 4, 2, 2], torch.float32), "z": ([1, 4, 2, 2], torch.float32)} | tensors
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.safetensors"
+        contents = {name: torch.zeros(shape).to(kind) for name, (shape, kind) in whole.items()}
+        save_file(contents, path, {FORMAT: json.dumps(about)})
+        try:
+            inversion = Inversion.load(path)
+        except ValueError as error:
+            assert str(path) in str(error) and len(str(error)) < 2000
+            return
+        assert inversion[0].tensors().keys() == whole.keys()
+        inversion.save(path)
+        assert Inversion.load(path).timesteps == inversion.timesteps
 
 
 # pictures

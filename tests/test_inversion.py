@@ -1,5 +1,7 @@
 """DDIM inversion, its refinement, the two remedies that need no optimisation, EDICT: against the eager oracle."""
 
+import dataclasses
+import json
 import os
 
 import oracle_invert
@@ -14,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import minisd
 from minisd import DDIM, Inversion, cfg, edit_prompt, invert, redraw
 from minisd.editing.edict import edict, edict_denoise, edict_invert
-from minisd.editing.inversion import direct_inversion, negative_prompt_inversion
+from minisd.editing.inversion import FORMAT, direct_inversion, negative_prompt_inversion
 from minisd.editing.prompt_to_prompt import PromptToPrompt
 
 SOURCE, SWAP = "a cat on my mat", "a dog on my mat"
@@ -200,6 +202,9 @@ def test_what_does_not_fit_is_refused(pair, tmp_path):
         invert(sd, picture(8), SOURCE, 3, skip=1, **QUIET).edit_options(sd)
     other = minisd.StableDiffusion(sd.tokenizer, sd.text_encoder, sd.unet, sd.vae, sd.schedule)
     other.schedule = minisd.NoiseSchedule.from_dict(tiny.SCHEDULER | {"steps_offset": 0})
+    short = torch.zeros(1, 5, sd.unet.config.cross_attention_dim)
+    with pytest.raises(ValueError, match=r"the embeddings are \(5, 24\) for each text, the model's are \(77, 24\)"):
+        redraw(sd, dataclasses.replace(inversion, uncond=short), **QUIET)
     for use in (redraw, lambda sd, inversion: inversion.edit_options(sd), negative_prompt_inversion):
         with pytest.raises(ValueError, match="made with another model"):
             use(other, inversion)
@@ -257,15 +262,37 @@ def test_a_bad_file_is_refused(saved):
         "unknown .'y'.": {"y": tensors["z"].clone()},
         "not finite .'z'.": {"z": tensors["z"].long()},
         "not finite .'latents'.": {"latents": tensors["latents"] * torch.nan},
-        "trajectory has shape": {"trajectory": tensors["trajectory"][1:].contiguous()},
-        "latents has shape": {"latents": tensors["latents"][:1].contiguous()},
-        "uncond has shape": {"uncond": tensors["uncond"][:1].contiguous()},
-        "snapshot.2 has shape": {"snapshot.2": tensors["latents"][:, :1].contiguous()},
+        r"trajectory: got \(3, .*, expected a tensor \(4, 2, 4, 8, 8\)": {"trajectory": tensors["trajectory"][1:].contiguous()},
+        r"latents: got \(1, ": {"latents": tensors["latents"][:1].contiguous()},
+        r"uncond: got \(1, .*, expected a tensor \(2, L, D\)": {"uncond": tensors["uncond"][:1].contiguous()},
+        r"snapshot.2: got \(2, 1, ": {"snapshot.2": tensors["latents"][:, :1].contiguous()},
         "needs uncond": {"uncond": None},
+        r"uncond: got \(3, 2, 0, 24\), expected a tensor \(3, 2, L, D\)": {"uncond": torch.zeros(3, 2, 0, 24)},
+        "not finite .'latents'": {"latents": tensors["latents"].to(torch.float8_e4m3fn)},
+        "not finite .'snapshot.2'": {"snapshot.2": tensors["latents"] / 0},
+        "number of a snapshot is 3, expected a whole number from 0 to 2": {"snapshot.3": tensors["latents"].clone()},
+        "unknown .'snapshot.٣'": {"snapshot.٣": tensors["latents"].clone()},
     }
     for message, change in changes.items():
         save_file({k: v for k, v in (tensors | change).items() if v is not None}, path, about)
-        refused(message)
+        refused(rf"a.safetensors is no whole inversion: .*{message}")
+    texts = {
+        "prompts: got 5, expected a tuple of str": {"prompts": 5},
+        "prompts: got 'ab', expected a tuple of str": {"prompts": "ab"},
+        "steps is 3.0, expected a whole number, at least 1": {"steps": 3.0},
+        "skip is 0.5, expected a whole number from 0 to 2": {"skip": 0.5},
+        "timesteps: got .*, expected a tuple of int": {"timesteps": [0, 1.5, 2]},
+        "got 1 timesteps, expected one for each of 3 steps": {"timesteps": [0]},
+        "guidance is 'x', expected a finite number": {"guidance": "x"},
+        "guidance is nan": {"guidance": float("nan")},
+        "the method is .*, expected one of ddim": {"method": ["ddim"]},
+        r"z: got \(2, 4, 8, 8\), expected a tensor \(3, C, h, w\)": {"prompts": ["a", "b", "c"]},
+    }
+    for message, change in texts.items():
+        save_file(tensors, path, {FORMAT: json.dumps(json.loads(about[FORMAT]) | change)})
+        refused(f"a.safetensors is no whole inversion: {message}")
+    save_file(tensors, path, {FORMAT: "[" * 100_000})
+    refused("a.safetensors cannot be read as safetensors: .*recursion")
     with pytest.raises(FileNotFoundError):
         Inversion.load(path.parent / "nothing.safetensors")
 
