@@ -265,6 +265,9 @@ def test_fetch_to_a_folder(hub, tmp_path, capsys):
     hub.log.clear()
     assert cli.main(["fetch", "owner/shapes", "--to", str(tmp_path / "to")]) == 0
     assert not [name for name in hub.asked() if name.endswith(".safetensors")]  # all there
+    hub.log.clear()
+    sources.download("owner/shapes", local_files_only=True, to=tmp_path / "to")
+    assert not hub.log
     hub.faults[UNET] = ["damaged"]
     assert cli.main(["fetch", "owner/shapes", "--to", str(tmp_path / "again")]) == 2
     assert "the damaged file was removed, try again" in capsys.readouterr().err
