@@ -14,15 +14,14 @@ def whole_number(name: str, value, low: int, high: float = math.inf) -> None:
     except TypeError:
         fits = False
     if not fits:
-        bounds = f", at least {low}" if high == math.inf else f" from {low} to {high}"
-        raise ValueError(f"{name} is {value!r:.80}, expected a whole number{bounds}")
+        raise ValueError(f"{name} is {value!r:.80}, expected a whole number{_bounds(low, high)}")
 
 
 def number(name: str, value, low: float = -math.inf, high: float = math.inf) -> None:
     """low <= value <= high and finite, an int or a float, but no bool."""
     real = isinstance(value, Real) and not isinstance(value, bool)
     if not (real and low <= value <= high and -math.inf < value < math.inf):
-        kind = "a finite number" if low == -math.inf else f"a number from {low} to {high}"
+        kind = "a finite number" if low == -math.inf else f"a number{_bounds(low, high)}"
         raise ValueError(f"{name} is {value!r:.80}, expected {kind}")
 
 
@@ -32,3 +31,7 @@ def shape(name: str, x, *sizes: int | str) -> None:
     if not (fits and all(n == size or isinstance(size, str) and n > 0 for n, size in zip(x.shape, sizes))):
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{name}: got {got}, expected a tensor ({', '.join(map(str, sizes))})")
+
+
+def _bounds(low: float, high: float) -> str:
+    return f", at least {low}" if high == math.inf else f" from {low} to {high}"

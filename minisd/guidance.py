@@ -209,10 +209,11 @@ def _combined(call, key, combine: Callable[..., Tensor]) -> Predict:
 
 def _rows(name: str, rows: Tensor | Sequence[Tensor], batch: int, step: Step) -> Tensor:
     """The (batch, L, D) rows of one group at this step."""
-    if not isinstance(rows, Tensor):
+    if isinstance(rows, (list, tuple)):
         if step.index >= len(rows):
             raise ValueError(f"{name} is a list of {len(rows)} entries, but step {step.index} needs one entry per step")
         rows = rows[step.index]
-    if rows.ndim != 3 or rows.shape[0] not in (1, batch):
-        raise ValueError(f"{name} has shape {tuple(rows.shape)}, expected (1, L, D) or one per latent, ({batch}, L, D)")
+    if not (isinstance(rows, Tensor) and rows.ndim == 3 and len(rows) in (1, batch)):
+        got = f"has shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else f"is {rows!r:.80}"
+        raise ValueError(f"{name} {got}, expected (1, L, D) or one per latent, ({batch}, L, D)")
     return rows.expand(batch, -1, -1)

@@ -164,6 +164,8 @@ def semantic(**options):
     ("predict", "words"),
     [
         (lambda: conditional(Recorder(), randn(3, 7, 6)), r"cond has shape \(3, 7, 6\), expected .*\(2, L, D\)"),
+        (lambda: conditional(Recorder(), "a cat"), r"cond is 'a cat', expected \(1, L, D\)"),
+        (lambda: cfg(Recorder(), [None] * 4, COND), r"uncond is None, expected \(1, L, D\)"),
         (lambda: conditional(Recorder(), COND[0]), r"cond has shape \(7, 6\), expected \(1, L, D\)"),
         (lambda: cfg(Recorder(), randn(4, 7, 6), COND), r"uncond has shape \(4, 7, 6\)"),
         (lambda: cfg(Recorder(), [UNCOND] * 3, COND), "uncond is a list of 3 entries, but step 3 needs one entry"),
@@ -174,7 +176,7 @@ def semantic(**options):
         (lambda: erase(Recorder(), UNCOND, COND, CONCEPTS, "3"), "guidance scale is '3', expected a finite number"),
         (lambda: cfg(Recorder(), UNCOND, COND, "3"), "guidance scale is '3', expected a finite number"),
         (lambda: cfg(Recorder(), UNCOND, COND, True), "guidance scale is True"),
-        (lambda: cfg(Recorder(), UNCOND[:, :5], COND), r"the texts differ in shape: uncond \(2, 5, 6\), cond \(2, 7, 6\)"),
+        (lambda: cfg(Recorder(), UNCOND[:, :5], COND), r"texts differ in shape: uncond \(2, 5, 6\), cond \(2, 7, 6\)"),
         (lambda: semantic(threshold="0.9"), "threshold is '0.9', expected a number from 0 to 1"),
         (lambda: semantic(warmup=1.5), "warmup is 1.5, expected a whole number, at least 0"),
         (lambda: semantic(momentum=None), "momentum is None, expected a finite number"),

@@ -160,9 +160,10 @@ def test_half_precision(tmp_path):
         (False, {}, "null-text needs the trajectory"),
         (True, {"guidance": 1}, "guidance is 1"),
         (True, {"guidance": float("nan")}, "guidance is nan, expected a finite number"),
-        (True, {"inner_steps": -1}, "got inner_steps -1"),
-        (True, {"lr": 0}, "lr 0"),
-        (True, {"early_stop": -1}, "early_stop -1"),
+        (True, {"inner_steps": -1}, "inner_steps is -1, expected a whole number, at least 0"),
+        (True, {"inner_steps": 1.5}, "inner_steps is 1.5"),
+        (True, {"lr": "0.01"}, "lr is '0.01', expected a number, at least 0"),
+        (True, {"early_stop": -1}, "early_stop is -1"),
     ],
 )
 def test_bad_arguments(sd, kept, arguments, message):

@@ -143,6 +143,8 @@ def test_the_size_is_worked_out_first(sd):
         MemoryError, match="7 cross- and 4 self-attention sites over 50 steps .* GB, the limit is 1e-06"
     ):
         Recorder(sd, SOURCE, 50, limit=1000)
+    with pytest.raises(ValueError, match="dtype is 'half', expected one of float16"):
+        Recorder(sd, SOURCE, 50, dtype="half")
     with pytest.raises(ValueError, match="steps is '50', expected a whole number, at least 1"):
         Recorder(sd, SOURCE, "50")
 
@@ -153,7 +155,8 @@ def test_size_of_stable_diffusion(sd):
 
     with torch.device("meta"):
         unet = UNet(UNetConfig())
-    real = type("SD", (), {"unet": unet, "tokenizer": sd.tokenizer, "latent_size": lambda *_: (64, 64)})()
+    parts = {"unet": unet, "tokenizer": sd.tokenizer, "device": sd.device, "latent_size": lambda *_: (64, 64)}
+    real = type("SD", (), parts)()
     with pytest.raises(MemoryError, match="16 cross- and 0 self-attention sites over 50 steps takes 1.66 GB"):
         Recorder(real, SOURCE, 50, self_sites=[], limit=1e9)
     with pytest.raises(MemoryError, match="0 cross- and 6 self-attention sites over 50 steps takes 0.344 GB"):

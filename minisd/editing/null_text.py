@@ -53,8 +53,9 @@ def null_text(
     expect.number("guidance", guidance)
     if guidance == 1:
         raise ValueError("guidance is 1, at which the unconditional embedding has no effect: expected another scale")
-    if inner_steps < 0 or not lr > 0 or not early_stop >= 0:
-        raise ValueError(f"got inner_steps {inner_steps}, lr {lr} and early_stop {early_stop}, expected none negative")
+    expect.whole_number("inner_steps", inner_steps, 0)
+    expect.number("lr", lr, 0)
+    expect.number("early_stop", early_stop, 0)
     path, steps, skip = inversion.trajectory.to(sd.device), inversion.steps, inversion.skip
     cond = embed(sd, inversion.prompts)
     phi = sd.encode_prompt([""]).float().repeat(len(cond), 1, 1)

@@ -112,6 +112,8 @@ class PromptToPrompt:
             on[:, row] = cross_table(schedule, steps, L, columns(row, cross_steps), google)
         factors = torch.ones(1 + len(targets), L)
         for row, words in per_target("reweight", reweight):
+            if not (words is None or isinstance(words, Mapping)):
+                raise ValueError(f"reweight: got {words!r}, expected {{word: factor}}, or a list of these")
             for word, factor in (words or {}).items():
                 expect.number(f"reweight: the factor of {word!r}", factor)
                 factors[row, columns(row, reweight)(word)] = factor

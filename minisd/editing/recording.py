@@ -20,7 +20,7 @@ from .. import expect
 from ..attention import AttentionEdit
 from ..guidance import cfg
 from ..images import whole
-from ..pipeline import denoise_shown, make_sampler
+from ..pipeline import denoise_shown, make_sampler, pick_dtype
 from .prompt_to_prompt import PromptToPrompt
 from .sites import coarsest, select_sites
 
@@ -83,6 +83,7 @@ class Recorder:
         width: int | None = None,
     ):
         expect.whole_number("steps", steps, 1)
+        dtype = pick_dtype(dtype, sd.device)
         size = sd.latent_size(height, width)
         self.cross_sites = select_sites(sd.unet, "cross", cross_sites, size)
         self_sites = coarsest(sd.unet, size) if self_sites is None else self_sites

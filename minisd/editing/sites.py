@@ -1,9 +1,9 @@
 """Choosing attention sites, by place, by resolution or by name."""
 
 import math
-import operator
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from numbers import Integral
 
 from ..unet import UNet
 
@@ -29,12 +29,13 @@ def select_sites(unet: UNet, kind: str, where: str | int | Sequence[str | int] |
     if where is None:
         return sites
     picked = set()
-    for entry in [where] if isinstance(where, (str, int)) else where:
+    for entry in where if isinstance(where, (list, tuple, set)) else [where]:
+        new = set()
         if isinstance(entry, str):
             pattern = f"{entry}_block*" if entry in ("down", "mid", "up") else entry
             new = {s for s in sites if fnmatchcase(s, pattern) or "x".join(map(str, unet.grid(s, size))) == entry}
-        else:
-            new = {site for site in sites if math.prod(unet.grid(site, size)) <= operator.index(entry)}
+        elif isinstance(entry, Integral):
+            new = {site for site in sites if math.prod(unet.grid(site, size)) <= entry}
         if not new:
             grids = dict.fromkeys("{}x{}".format(*unet.grid(site, size)) for site in sites)
             raise ValueError(
