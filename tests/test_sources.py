@@ -75,7 +75,8 @@ def test_a_download_takes_the_needed_files_of_one_commit(hub):
     assert set(asked) == NEEDED
     weights = [name for name in asked if name.endswith(".safetensors")]
     assert len(weights) == 3 and asked[-3:] == weights  # the large ones last
-    assert hub.revisions[:3] == ["main"] * 3 and set(hub.revisions[3:]) == {COMMIT}  # two HEAD and GET of the first file
+    assert hub.revisions[:3] == ["main"] * 3  # two HEAD and GET of the first file
+    assert set(hub.revisions[3:]) == {COMMIT}
     assert not any(token for *_, token in hub.log)
 
 
@@ -122,7 +123,7 @@ def test_the_hub_that_is_busy_is_asked_again(hub):
 @pytest.mark.parametrize(
     ("faults", "message"),
     [
-        ({"unet/config.json": [429] * 9}, "the Hub was not reached (it answered 429: too many requests, wait a few minutes)"),
+        ({"unet/config.json": [429] * 9}, "not reached (it answered 429: too many requests, wait a few minutes)"),
         ({"unet/config.json": [500] * 9}, "(it answered 500: an error of the Hub's own, try again later)"),
         ({VAE: [503] * 99}, f"{VAE} is not in the local Hub cache, and the Hub was not reached (it answered 503"),
         ({UNET: ["short"]}, f"{UNET} did not come: Consistency check failed: file should be of size"),
@@ -177,8 +178,8 @@ def test_variants(hub, repo):
 
 def test_short_names_and_moved_repos(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    v1_5 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    assert sources.hub_repo("sd-v1-4") == "CompVis/stable-diffusion-v1-4" == sources.hub_repo("CompVis/stable-diffusion-v1-4")
+    v1_4, v1_5 = "CompVis/stable-diffusion-v1-4", "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert sources.hub_repo("sd-v1-4") == v1_4 == sources.hub_repo(v1_4)
     assert sources.hub_repo("sd-v1-5") == v1_5 == sources.hub_repo("runwayml/stable-diffusion-v1-5")
     for other in ("shapes", "sd-v1-6", "a/b/c", "owner/file.safetensors", "../owner", "/owner/name", None, Path("a/b")):
         assert sources.hub_repo(other) is None
@@ -188,8 +189,8 @@ def test_short_names_and_moved_repos(monkeypatch, tmp_path):
 
 def test_a_path_is_no_name(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    for path, kind in ((Path("shapes"), "bundled model"), (Path("sd-v1-4"), "Hub repo"), (Path("owner/name"), "Hub repo")):
-        told = refusal(path)
+    for name, kind in (("shapes", "bundled model"), ("sd-v1-4", "Hub repo"), ("owner/name", "Hub repo")):
+        told = refusal(path := Path(name))
         assert told == f"{path!r} is a path, and nothing is there; the {kind} is the string {str(path)!r}"
     assert refusal(Path("nothing")).startswith("there is no model 'nothing': it is neither bundled (shapes)")
     shutil.copytree(SHAPES, tmp_path / "shapes")
@@ -200,7 +201,8 @@ def test_the_default_model_that_cannot_be_had_names_the_ways_out(hub, capsys):
     assert cli.main(["txt2img", "a cat"]) == 2
     told = capsys.readouterr().err.splitlines()[-1]
     assert told.startswith("minisd: error: sd-v1-4: Hub repo CompVis/stable-diffusion-v1-4: ")
-    assert "`minisd fetch sd-v1-4` downloads it (4.3 GB, with --variant fp16 2.1 GB)" in told and "--model shapes" in told
+    assert "`minisd fetch sd-v1-4` downloads it (4.3 GB, with --variant fp16 2.1 GB)" in told
+    assert "--model shapes" in told
     hub.repos["CompVis/stable-diffusion-v1-4"] = hub.repos["owner/shapes"]
     assert_is_shapes(load("sd-v1-4"))
 
@@ -211,8 +213,10 @@ def test_the_default_model_that_cannot_be_had_names_the_ways_out(hub, capsys):
 def whole_clip(folder):
     """A repo with the bundled text encoder inside a whole CLIP, and its vocabulary."""
     entries = read_header(SHAPES / TEXT)
-    tensors = {name if "text_model." in name else f"text_model.{name}": t for name, t in read_tensors(SHAPES / TEXT, entries)}
-    tensors |= {name: torch.ones(2) for name in ("logit_scale", "vision_model.post_layernorm.bias", "text_projection.weight")}
+    own = read_tensors(SHAPES / TEXT, entries)
+    tensors = {name if "text_model." in name else f"text_model.{name}": tensor for name, tensor in own}
+    others = ("logit_scale", "vision_model.post_layernorm.bias", "text_projection.weight")
+    tensors |= {name: torch.ones(2) for name in others}
     folder.mkdir()
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     write_tensors(folder / "model.safetensors", shapes, "F16", tensors.values())
@@ -232,6 +236,19 @@ def test_text_encoder_and_vocabulary_of_clip_where_a_model_has_none(hub, repo, t
         sd = load(source)
         assert torch.equal(sd.encode_prompt(["a red circle"]), load("shapes").encode_prompt(["a red circle"]))
     assert load(repo, tokenizer=SHAPES / "tokenizer").tokenizer.vocab == sd.tokenizer.vocab
+
+
+def test_a_vocabulary_that_transformers_5_saved(hub, repo):
+    tokenizer = checkpoint.locate("shapes").tokenizer
+    for name in ("vocab.json", "merges.txt"):
+        (repo / "tokenizer" / name).unlink()
+    special = ("<|startoftext|>", "<|endoftext|>")
+    added = [{"content": each, "id": tokenizer.vocab[each], "normalized": True} for each in special]
+    saved = {"model": {"vocab": tokenizer.vocab, "merges": tokenizer.merges}, "added_tokens": added}
+    (repo / "tokenizer/tokenizer.json").write_text(json.dumps(saved))
+    found = checkpoint.locate("owner/shapes").tokenizer
+    assert torch.equal(found(["a Red circle"]), tokenizer(["a Red circle"]))
+    assert "tokenizer/tokenizer.json" in hub.asked()
 
 
 # the commands
@@ -296,6 +313,12 @@ def test_models_lists_what_is_here_where_and_how_large(hub, repo, tmp_path, caps
     # What the first column says is what the commands take.
     assert cli.main(["info", v1_4.split()[0], "--variant", "fp16"]) == 2  # its main branch was not fetched
     assert_is_shapes(load("CompVis/stable-diffusion-v1-4", revision=COMMIT, variant="fp16", local_files_only=True))
+    # What is no model, or half of one, is not in the list.
+    shutil.copytree(cache / "models--owner--shapes", cache / "datasets--owner--shapes", symlinks=True)
+    capsys.readouterr()
+    assert cli.main(["models"]) == 0 and capsys.readouterr().out.count("owner/shapes\t") == 1
+    (cache / "models--owner--shapes/snapshots" / COMMIT / VAE).unlink()
+    assert cli.main(["models"]) == 0 and "owner/shapes\t" not in capsys.readouterr().out
 
 
 # export and check
@@ -394,5 +417,6 @@ def test_the_published_list_is_well_formed():
     assert all(re.fullmatch(r"[0-9a-f]{12}([0-9a-f]{52})?", sha) for sha in PUBLISHED)
     assert published("6ce0161689b3" + "0" * 52)[0] == "v1-5-pruned-emaonly.safetensors" and published("0" * 64) is None
     named = listed(SHAPES)
-    assert {UNET, VAE, TEXT} <= named.keys() and all(sources.sha256(SHAPES / name) == sha for name, sha in named.items())
+    assert {UNET, VAE, TEXT} <= named.keys()
+    assert all(sources.sha256(SHAPES / name) == sha for name, sha in named.items())
     assert set(FLOATS) == {"F64", "F32", "F16", "BF16"}
