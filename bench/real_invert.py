@@ -1,13 +1,16 @@
 """Does inversion lead back to a real picture, and can that be edited? A part of `python -m bench.editing real`.
 
-The pictures are rendered scenes with captions that training never saw, so what they show is known to the pixel. In
-each, one thing is to get another colour; the caption says so, and the truth of the edit is known as well.
+The pictures are rendered scenes that training never saw, so what they show is known to the pixel. A picture is inverted
+after a prompt that says what it shows: a caption that training never saw and, where that leaves a size or the
+background open, those of the scene. In each, one thing is to get another colour; the prompt says so, and the truth of
+the edit is known as well.
 
 way back    each method's reconstruction against the picture: PSNR, and how far it is below the PSNR of the VAE alone,
-            which encodes and decodes the picture and is the ceiling
-edits       prompt-to-prompt on the inverted picture, the same for every method. Colour: the thing has the colour said,
-            in the picture read by bench.scorer. Background (outside of the thing's box and a margin): PSNR, MSE, SSIM;
-            structure distance (bench.metrics)
+            which encodes and decodes the picture and is the ceiling. `open` is DDIM after the caption as it stands:
+            where it leaves something open the model decides it on the way back, now and then otherwise
+edits       prompt-to-prompt on the inverted picture, with the same schedule for every method. Colour: the thing has
+            the colour said, in the picture read by bench.scorer. Background (outside of the thing's box and a margin):
+            PSNR, MSE, SSIM; structure distance (bench.metrics)
 """
 
 import random
@@ -27,17 +30,29 @@ from minisd.visualize import contact_sheet
 
 SEED, TUNING = 3003, 100_000  # of the scenes; TUNING is added for those that the settings were chosen on
 STEPS, GUIDED_STEPS, GUIDANCE = 50, 20, 7.5  # of DDIM without guidance, and with it
+# The guidance of the edits that lead away from the source's prompt, not from "": eps moves by scale (target - source),
+# and at 7.5 the colour goes past the one that is said: blue for purple, green for red.
+LOW = 1.5
 REFINE = 1
 NULL_TEXT, EDICT = 20, 10  # how many of the scenes the two expensive methods are measured on
 BATCH = 10
 MARGIN = 4.0  # around the box of the edited thing, in 1/64 of the picture: what is not background
 EDIT = {"default": 0.8}, 0.2, 0.4  # cross_steps, those of the new colour's word, self_steps
 ROWS = 4  # of the contact sheet
-METHODS = {"ddim": "DDIM", "null-text": "null-text", "negative-prompt": "negative-prompt", "direct": "direct"}
+EDITS = {  # name -> what the table calls it and its guidance
+    "ddim": ("DDIM", GUIDANCE),
+    "null-text": ("null-text", GUIDANCE),
+    "null-text low": ("null-text", LOW),
+    "negative-prompt": ("negative-prompt", GUIDANCE),
+    "negative-prompt low": ("negative-prompt", LOW),
+    "direct": ("direct", GUIDANCE),
+}
+DRAWN = ("ddim", "null-text low", "negative-prompt low", "direct")  # of these, what the contact sheet shows
 SHOWN = {"vae": "VAE alone", "refined": "refined", "ddim guided": "DDIM, 7.5", "null-text guided": "null-text, 7.5"}
 WAYS = {  # name -> what the table calls it, its steps and guidance (or the record's keys of them)
     "vae": ("VAE alone", "-", "-"),
     "ddim": ("DDIM", "steps", 1),
+    "open": ("DDIM, captions that leave things open", "steps", 1),
     "refined": ("DDIM, refined", "steps", 1),
     "edict": ("EDICT, the last 80 % of the steps", "guided_steps", 3),
     "ddim guided": ("DDIM", "guided_steps", "guidance"),
@@ -48,11 +63,12 @@ WAYS = {  # name -> what the table calls it, its steps and guidance (or the reco
 
 @dataclass(frozen=True)
 class Case:
-    """A scene, and the description of it in which one thing, `edited`, has another colour."""
+    """A scene, the description of it in which one thing, `edited`, has another colour, and the caption it came from."""
 
     scene: scenes.Scene
     wanted: scenes.Description
     edited: int
+    caption: str
 
     @property
     def prompts(self) -> tuple[str, str]:
@@ -65,8 +81,15 @@ class Case:
         return down[:, None] & across[None, :]
 
 
+def filled(said: scenes.Description, scene: scenes.Scene) -> scenes.Description:
+    """The description with the sizes and the background that the scene has, where it leaves them open."""
+    sizes = [min(scenes.SIZES, key=lambda size: abs(scenes.SIZES[size] - box.side)) for box in scene.boxes]
+    things = tuple(replace(thing, size=thing.size or size) for thing, size in zip(said.things, sizes))
+    return replace(said, things=things, background=scene.background)
+
+
 def cases(n: int, seed: int = SEED) -> list[Case]:
-    """n held-out scenes with held-out edits, half of one thing, half of two that differ in shape and colour."""
+    """n scenes of held-out captions with held-out edits, half of one thing, half of two of other shape and colour."""
     rng, found = random.Random(seed), []
     while len(found) < n:
         scene = scenes.sample(rng, "heldout")
@@ -79,7 +102,8 @@ def cases(n: int, seed: int = SEED) -> list[Case]:
             new = tuple(replace(t, colour=colour) if i == edited else t for i, t in enumerate(things))
             wanted = replace(scene.said, things=new)
             if scenes.split(wanted) == "heldout":
-                found.append(Case(scene, wanted, edited))
+                whole = replace(scene, said=filled(scene.said, scene))
+                found.append(Case(whole, filled(wanted, scene), edited, str(scene.said)))
                 break
     return found
 
@@ -88,7 +112,7 @@ def batches(items: list):
     return [items[i : i + BATCH] for i in range(0, len(items), BATCH)]
 
 
-def edited(sd, batch: list[Case], inversion) -> list:
+def edited(sd, batch: list[Case], inversion, guidance: float) -> list:
     """Prompt-to-prompt on inverted pictures, rows [source 1, target 1, source 2, ...] -> pictures of the targets."""
     cross, own, self_steps = EDIT
     p2p = stack(
@@ -104,22 +128,28 @@ def edited(sd, batch: list[Case], inversion) -> list:
     if inversion.uncond is not None:
         twice = [u.repeat_interleave(2, dim=0) for u in (uncond if isinstance(uncond, list) else [uncond])]
         uncond = twice if isinstance(uncond, list) else twice[0]
-    predict = minisd.cfg(sd.unet, uncond, sd.encode_prompt(p2p.prompts), GUIDANCE, p2p)
+    predict = minisd.cfg(sd.unet, uncond, sd.encode_prompt(p2p.prompts), guidance, p2p)
     x, after = inversion.latents.repeat_interleave(2, dim=0), inversion.after(slice(0, None, 2))
     return sd.decode(minisd.denoise(x, minisd.DDIM(sd.schedule, inversion.steps), predict, after)[1::2])
 
 
-def way_back(sd, batch: list[Case], pictures, captions, null_text: bool, with_edict: bool):
-    """({method: latents}, {method: inversion to edit with}), the latents after the way back."""
-    quiet, common = {"progress": False}, {"trajectory": True, "progress": False}
+def way_back(sd, batch: list[Case], pictures, null_text: bool, with_edict: bool):
+    """({way: latents after the way back}, {edit: inversion to edit with})."""
+    quiet, captions = {"progress": False}, [case.prompts[0] for case in batch]
     plain = minisd.invert(sd, pictures, captions, STEPS, **quiet)
     refined = minisd.invert(sd, pictures, captions, STEPS, refine=REFINE, **quiet)
-    back = {"vae": plain.z, "ddim": minisd.redraw(sd, plain, **quiet), "refined": minisd.redraw(sd, refined, **quiet)}
-    guided = {"ddim": minisd.invert(sd, pictures, captions, GUIDED_STEPS, **common)}
-    guided["negative-prompt"] = minisd.negative_prompt_inversion(sd, guided["ddim"])
-    guided["direct"] = minisd.direct_inversion(guided["ddim"])
+    unsaid = minisd.invert(sd, pictures, [case.caption for case in batch], STEPS, **quiet)
+    back = {"vae": plain.z} | {
+        name: minisd.redraw(sd, inversion, **quiet)
+        for name, inversion in (("ddim", plain), ("open", unsaid), ("refined", refined))
+    }
+    path = minisd.invert(sd, pictures, captions, GUIDED_STEPS, trajectory=True, **quiet)
+    negative = minisd.negative_prompt_inversion(sd, path)
+    guided = {"ddim": path, "negative-prompt": negative, "negative-prompt low": negative}
+    guided["direct"] = minisd.direct_inversion(path)
     if null_text:
-        guided["null-text"] = minisd.null_text(sd, guided["ddim"], GUIDANCE, **quiet)
+        guided["null-text"] = minisd.null_text(sd, path, GUIDANCE, **quiet)
+        guided["null-text low"] = minisd.null_text(sd, path, LOW, **quiet)
         for name in ("ddim", "null-text", "negative-prompt"):
             back[f"{name} guided"] = minisd.redraw(sd, guided[name], guidance=GUIDANCE, **quiet)
     if with_edict:
@@ -137,12 +167,11 @@ def invert(sd, n: int) -> tuple[dict, object]:
     page = None
     for batch in batches(cases(n)):
         pictures = [scenes.render(case.scene, size) for case in batch]
-        captions = [case.prompts[0] for case in batch]
-        latents, guided = way_back(sd, batch, pictures, captions, done < NULL_TEXT, done < EDICT)
+        latents, guided = way_back(sd, batch, pictures, done < NULL_TEXT, done < EDICT)
         back = {name: sd.decode(z) for name, z in latents.items()}
         for name, images in back.items():
             ways.setdefault(name, []).extend(round(psnr(values(p), values(i)), 3) for p, i in zip(pictures, images))
-        drawn = {name: edited(sd, batch, inversion) for name, inversion in guided.items()}
+        drawn = {name: edited(sd, batch, inversion, EDITS[name][1]) for name, inversion in guided.items()}
         for name, images in drawn.items():
             for case, picture, image in zip(batch, pictures, images):
                 figures = field(picture, image, case.mask(size))
@@ -152,7 +181,8 @@ def invert(sd, n: int) -> tuple[dict, object]:
             page = sheet(batch, pictures, back, drawn)
         done += len(batch)
         print(f"invert: {done} of {n} scenes", file=sys.stderr, flush=True)
-    about = {"n": n, "seed": SEED, "steps": STEPS, "guided_steps": GUIDED_STEPS, "guidance": GUIDANCE, "refine": REFINE}
+    about = {"n": n, "seed": SEED, "steps": STEPS, "guided_steps": GUIDED_STEPS, "guidance": GUIDANCE, "low": LOW}
+    about["refine"] = REFINE
     return about | {"way_back": ways, "edits": edits}, page
 
 
@@ -160,10 +190,14 @@ def sheet(batch, pictures, back, drawn):
     """A row for each of the first scenes: the picture, what comes back of it, and its edits."""
     images, captions = [], []
     for i, case in list(enumerate(batch))[:ROWS]:
-        images += [pictures[i], *(back[name][i] for name in SHOWN), *(drawn[name][i] for name in METHODS)]
-        captions += [case.prompts[0], *SHOWN.values(), *(f"{METHODS[name]}: edit" for name in METHODS)]
-        captions[-len(METHODS)] = f"{METHODS['ddim']}: {case.prompts[1]}"
-    return contact_sheet(images, captions, columns=1 + len(SHOWN) + len(METHODS))
+        images += [pictures[i], *(back[name][i] for name in SHOWN), *(drawn[name][i] for name in DRAWN)]
+        captions += [
+            case.prompts[0],
+            *SHOWN.values(),
+            *(f"{EDITS[name][0]}, {EDITS[name][1]:g}: edit" for name in DRAWN),
+        ]
+        captions[-len(DRAWN)] = f"{EDITS['ddim'][0]}: {case.prompts[1]}"
+    return contact_sheet(images, captions, columns=1 + len(SHOWN) + len(DRAWN))
 
 
 def table(record: dict) -> str:
@@ -173,18 +207,19 @@ def table(record: dict) -> str:
     part = record["invert"]
     ways, edits = part["way_back"], part["edits"]
     lines = ["| way back | steps | guidance | pictures | PSNR | below the VAE alone | median |", "|---" * 7 + "|"]
-    for name, (text, steps, guidance) in WAYS.items():
+    for name, (text, steps, guidance) in ((name, WAYS[name]) for name in WAYS if name in ways):
         psnrs = ways[name]
         below = np.subtract(ways["vae"][: len(psnrs)], psnrs)
         steps, guidance = part.get(steps, steps), part.get(guidance, guidance)
         far = [f"{function(below):.2f} dB" for function in (np.mean, np.median)]
         cells = [text, steps, guidance, len(psnrs), f"{np.mean(psnrs):.1f} dB", *far]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    lines += ["", "| edit after | colour right | background PSNR | MSE | SSIM | structure |", "|---" * 6 + "|"]
-    for name, text in METHODS.items():
+    lines += ["", "| edit after | guidance | colour right | background PSNR | MSE | SSIM | structure |"]
+    lines.append("|---" * 7 + "|")
+    for name, (text, guidance) in ((name, EDITS[name]) for name in EDITS if name in edits):
         mean = {key: np.mean([row[key] for row in edits[name]]) for key in edits[name][0]}
         lines.append(
-            f"| {text} | {100 * mean['colour']:.0f} % of {len(edits[name])} | {mean['psnr']:.1f} dB | "
+            f"| {text} | {guidance:g} | {100 * mean['colour']:.0f} % of {len(edits[name])} | {mean['psnr']:.1f} dB | "
             f"{1e4 * mean['mse']:.1f}e-4 | {mean['ssim']:.3f} | {1e3 * mean['structure']:.2f}e-3 |"
         )
     return "\n".join(lines)

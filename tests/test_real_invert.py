@@ -23,7 +23,11 @@ def test_the_mask_holds_all_that_the_edit_should_change():
     found = real_invert.cases(10)
     assert found[:4] == real_invert.cases(4) and {len(case.scene.said.things) for case in found} == {1, 2}
     for case in found:
-        assert {scenes.split(prompt) for prompt in case.prompts} == {"heldout"} and len(set(case.prompts)) == 2
+        assert scenes.split(case.caption) == "heldout" and len(set(case.prompts)) == 2
+        for said in map(scenes.parse, case.prompts):  # all is said, and as it was where the caption had said it
+            assert said.background == case.scene.background and None not in [thing.size for thing in said.things]
+            assert [box.side < 22 for box in case.scene.boxes] == [thing.size == "small" for thing in said.things]
+        assert set(case.caption.split()) <= set(case.prompts[0].split())
         truth = scenes.render(scenes.Scene(case.wanted, case.scene.boxes, case.scene.background))
         change = (values(truth) != values(scenes.render(case.scene))).any(axis=2)
         mask = case.mask(64)
@@ -38,14 +42,14 @@ def test_a_small_run(sd, monkeypatch):
     record = {"invert": json.loads(json.dumps(record))}
     ways, edits = record["invert"]["way_back"], record["invert"]["edits"]
     assert {name: len(rows) for name, rows in edits.items()} == {
-        "ddim": 2, "negative-prompt": 2, "direct": 2, "null-text": 1
+        "ddim": 2, "negative-prompt": 2, "negative-prompt low": 2, "direct": 2, "null-text": 1, "null-text low": 1
     }  # fmt: skip
     assert ways.keys() == real_invert.WAYS.keys() and len(ways["vae"]) == 2 and len(ways["null-text guided"]) == 1
     assert ways["edict"][0] == pytest.approx(ways["vae"][0], abs=0.1)
     assert all(np.isfinite(list(row.values())).all() for rows in edits.values() for row in rows)
     lines = real_invert.table(record).splitlines()
     assert lines[2].startswith("| VAE alone | - | - | 2 |") and lines[2].endswith("| 0.00 dB |")
-    assert sum(line.startswith("| ") for line in lines) == 2 + len(real_invert.WAYS) + len(real_invert.METHODS)
+    assert sum(line.startswith("| ") for line in lines) == 2 + len(real_invert.WAYS) + len(real_invert.EDITS)
     assert page.width == 9 * (128 + 6) + 6
 
 
