@@ -344,7 +344,7 @@ def save(name: str, rows: list[dict], device: str) -> Path:
 
 def put(text: str, name: str, table: str) -> str:
     """`text` with what stands between the lines `<!-- name -->` and `<!-- end ... -->` replaced by the table."""
-    block = re.compile(rf"(?<=<!-- {re.escape(name)} -->\n).*?(?=<!-- end)", re.DOTALL)
+    block = re.compile(rf"(?<=<!-- {re.escape(name)} -->\n)(?:(?!<!--).)*(?=<!-- end)", re.DOTALL)
     if len(block.findall(text)) != 1:
         raise ValueError(f"expected one block from <!-- {name} --> to <!-- end -->, found {len(block.findall(text))}")
     return block.sub(lambda _: f"{table}\n", text)

@@ -371,7 +371,7 @@ def test_local_blend_refuses(sd):
         ([SWAP], dict(steps="50"), "steps is '50', expected a whole number, at least 1"),
         ([SWAP], dict(reweight={"dog": "2"}), "factor of 'dog' is '2', expected a finite number"),
         ([SWAP], dict(self_sites="nowhere"), "no self-attention site"),
-        ([SWAP], dict(cross_sites=[1.5]), "no cross-attention site is picked by 1.5; expected down, mid, up"),
+        ([SWAP], dict(cross_sites=[20.5]), "no cross-attention site is picked by 20.5; expected down, mid, up"),
         ([SWAP], dict(reweight=("dog", 2)), r"reweight: got \('dog', 2\), expected {word: factor}, or a list"),
         ([], {}, "expected at least one target prompt"),
     ],

@@ -42,7 +42,8 @@ def test_a_figure_that_was_changed_is_noticed(monkeypatch, tmp_path, capsys):
 
 
 def test_a_table_without_a_place_is_an_error():
-    for text in ("no block", "<!-- a -->\n", "<!-- a -->\nx\n<!-- end -->\n<!-- a -->\ny\n<!-- end -->"):
+    unclosed = "<!-- a -->\n<!-- b -->\ny\n<!-- end -->"  # b's block is not a's
+    for text in ("no block", "<!-- a -->\n", unclosed, "<!-- a -->\nx\n<!-- end -->\n<!-- a -->\ny\n<!-- end -->"):
         with pytest.raises(ValueError, match="expected one block from <!-- a -->"):
             harness.put(text, "a", "7 ms")
     assert harness.put("<!-- a -->\n<!-- end -->", "a", r"\1 | \d") == "<!-- a -->\n\\1 | \\d\n<!-- end -->"
