@@ -8,6 +8,7 @@ torch is imported inside the commands, so that `minisd --help` and `minisd info 
 
 import argparse
 import os
+import re
 import shlex
 import sys
 import warnings
@@ -331,7 +332,10 @@ def info(args) -> None:
 
 
 def print_picture(path: str) -> None:
-    """The settings that a PNG carries, and the command that draws it again."""
+    """The settings that a PNG carries, and the command that draws it again.
+
+    Whoever made the PNG wrote them: what would steer the terminal is escaped, and each argument is quoted for the shell.
+    """
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -349,12 +353,11 @@ def print_picture(path: str) -> None:
     texts = [chunks[key] for key in ("image", "prompt") if key in chunks]
     dashes = any(text.startswith("-") for text in texts)  # argparse would take them for options
     arguments = [*options, "--", *texts] if dashes else [*texts, *options]
-    for key, value in chunks.items():
-        print(f"{key + ':':16} {value}")
+    line = [chunks.get("command", "txt2img"), *arguments]
     if "arguments" in chunks:  # commands of several pictures keep their whole line
-        print(f"\nminisd {chunks['arguments']}")
-        return
-    print(f"\n{shlex.join(['minisd', chunks.get('command', 'txt2img'), *arguments])}")
+        line = shlex.split(chunks["arguments"])
+    told = "\n".join([*(f"{key + ':':16} {value}" for key, value in chunks.items()), "", shlex.join(["minisd", *line])])
+    print(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda control: ascii(control[0])[1:-1], told))
 
 
 def print_model(source: str, variant: str | None) -> None:

@@ -182,6 +182,16 @@ def test_what_the_terminal_cannot_show_is_escaped(here):
     assert done.returncode == 0 and rb"prompt:          \u96ea red" in done.stdout
 
 
+def test_info_of_a_picture_that_means_ill(minisd_command, here):
+    chunks = {"version": "minisd 0", "prompt": "a\x1b[2Jcat", "arguments": "edit 'a cat'; rm -rf $HOME `id` a\x9bm"}
+    cli.write_png(here / "a.png", Image.new("RGB", (8, 8)), chunks)
+    code, out, _ = minisd_command("info", "a.png")
+    assert code == 0 and r"prompt:          a\x1b[2Jcat" in out and out.replace("\n", "").isprintable()
+    assert out.endswith("\n\nminisd edit 'a cat;' rm -rf '$HOME' '`id`' 'a\\x9bm'\n")
+    cli.write_png(here / "a.png", Image.new("RGB", (8, 8)), chunks | {"arguments": "edit 'a"})
+    assert minisd_command("info", "a.png")[::2] == (2, "minisd: error: No closing quotation\n")
+
+
 def test_info_of_a_model(minisd_command):
     code, out, err = minisd_command("info", "tiny")
     assert code == 0 and err == ""

@@ -330,6 +330,9 @@ def test_export_reads_back(tmp_path, capsys):
     assert_is_shapes(load(tmp_path / "new/out"))
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
     assert {entry.dtype for entry in read_header(tmp_path / "new/out" / UNET).values()} == {"F16"}
+    head = (tmp_path / "new/out" / UNET).read_bytes()
+    length = int.from_bytes(head[:8], "little")
+    assert length % 8 == 0 and json.loads(head[8 : 8 + length])["__metadata__"] == {"format": "pt"}
     index = json.loads((tmp_path / "new/out/model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionPipeline" and index["scheduler"] == ["diffusers", "DDIMScheduler"]
     assert cli.main(["export", "--model", "shapes", "--to", str(tmp_path / "new/out")]) == 2
@@ -360,6 +363,11 @@ def test_export_to_a_single_file(tmp_path, monkeypatch, capsys):
     again = ["export", "--model", str(path), "--tokenizer", str(SHAPES / "tokenizer"), "--to", str(tmp_path / "back")]
     assert cli.main(again) == 0
     assert_is_shapes(load(tmp_path / "back"))
+
+
+def test_tensors_of_another_size_are_not_written(tmp_path):
+    with pytest.raises(ValueError, match=r"b has shape \(3,\), expected \(2,\)"):
+        write_tensors(tmp_path / "a.safetensors", {"a": (1, 2), "b": (2,)}, "F32", [torch.ones(2), torch.ones(3)])
 
 
 def test_check(tmp_path, capsys):
