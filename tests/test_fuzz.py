@@ -77,7 +77,12 @@ def corpus(target):
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from([0, 1, -1, 2**63, 1e400]),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from([0, 1, -1, 2**63, 1e400]),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=8,
 )
@@ -283,7 +288,10 @@ def prompt_is_encoded_or_refused(text):
     TOKENIZER.decode(own)
 
 
-@fuzz(text=st.text(st.characters(), max_size=300) | st.lists(st.sampled_from(["a red", "<|endoftext|>", "\0", " ", "é", "🎨"])).map("".join))
+@fuzz(
+    text=st.text(st.characters(), max_size=300)
+    | st.lists(st.sampled_from(["a red", "<|endoftext|>", "\0", " ", "é", "🎨"])).map("".join)
+)
 def test_prompts(text):
     prompt_is_encoded_or_refused(text)
 
@@ -296,7 +304,9 @@ def test_prompts_that_once_broke_it(path):
 # saved inversions
 
 ABOUT = {"prompts": ["a"], "steps": 2, "skip": 0, "timesteps": [1, 501], "method": "ddim", "guidance": None}
-SIDES = st.lists(st.integers(0, 2), max_size=4) | st.sampled_from([[1, 4, 2, 2], [2, 1, 3, 5], [3, 1, 4, 2, 2], [2, 4, 1]])
+SIDES = st.lists(st.integers(0, 2), max_size=4) | st.sampled_from(
+    [[1, 4, 2, 2], [2, 1, 3, 5], [3, 1, 4, 2, 2], [2, 4, 1]]
+)
 KINDS = st.sampled_from([torch.float32, torch.float16, torch.int64, torch.bool, torch.float8_e4m3fn])
 
 

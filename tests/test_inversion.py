@@ -262,7 +262,9 @@ def test_a_bad_file_is_refused(saved):
         "unknown .'y'.": {"y": tensors["z"].clone()},
         "not finite .'z'.": {"z": tensors["z"].long()},
         "not finite .'latents'.": {"latents": tensors["latents"] * torch.nan},
-        r"trajectory: got \(3, .*, expected a tensor \(4, 2, 4, 8, 8\)": {"trajectory": tensors["trajectory"][1:].contiguous()},
+        r"trajectory: got \(3, .*, expected a tensor \(4, 2, 4, 8, 8\)": {
+            "trajectory": tensors["trajectory"][1:].contiguous()
+        },
         r"latents: got \(1, ": {"latents": tensors["latents"][:1].contiguous()},
         r"uncond: got \(1, .*, expected a tensor \(2, L, D\)": {"uncond": tensors["uncond"][:1].contiguous()},
         r"snapshot.2: got \(2, 1, ": {"snapshot.2": tensors["latents"][:, :1].contiguous()},

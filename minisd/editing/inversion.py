@@ -127,7 +127,8 @@ class Inversion:
             )
         text = (sd.tokenizer.max_length, sd.unet.config.cross_attention_dim)
         if self.uncond is not None and self.uncond.shape[-2:] != text:
-            raise ValueError(f"the embeddings are {tuple(self.uncond.shape[-2:])} for each text, the model's are {text}")
+            own = tuple(self.uncond.shape[-2:])
+            raise ValueError(f"the embeddings are {own} for each text, the model's are {text}")
 
     def unconditional(self, sd, negative_prompt: str = "") -> Tensor | list[Tensor]:
         """What `cfg` takes: (1 or B, L, D), or a list of (B, L, D) with one for each step."""
