@@ -37,5 +37,5 @@ setup(
         "video": ["imageio-ffmpeg"],
         "test": ["pytest", "hypothesis", "diffusers", "transformers", "imageio-ffmpeg"],
     },
-    entry_points={"console_scripts": ["minisd = minisd.cli:main"]},
+    entry_points={"console_scripts": ["minisd = minisd.__main__:main"]},
 )

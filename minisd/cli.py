@@ -7,12 +7,13 @@ torch is imported inside the commands, so that `minisd --help` and `minisd info 
 """
 
 import argparse
+import math
 import os
 import re
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,19 +27,27 @@ OPTIONS = ("negative", "strength", "model", "variant", "revision", "tokenizer")
 OPTIONS += ("seed", "size", "steps", "guidance", "sampler", "dtype", "device")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; the exit code is 0, 2 after an error (one line on stderr), 130 after Ctrl-C."""
+def main(argv: list[str] | None = None, before_writing: Callable[[], object] = lambda: None) -> int:
+    """Run the command; the exit code is 0, 2 after an error (one line on stderr), 130 after Ctrl-C.
+
+    141 if nobody reads the output any more. before_writing is called before the first file is written.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if getattr(sys.stdout, "errors", None) == "strict":  # a name or prompt that the terminal cannot show is no error
         sys.stdout.reconfigure(errors="backslashreplace")
-    args = build_parser().parse_args(argv, argparse.Namespace(argv=argv))
+    args = argparse.Namespace(argv=argv, before_writing=before_writing, debug=False)
     try:
+        build_parser().parse_args(argv, args)
         with warnings.catch_warnings():
             warnings.showwarning = lambda warning, *_: print(f"minisd: warning: {one_line(warning)}", file=sys.stderr)
             args.run(args)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("\nminisd: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
+        return 141
     except Exception as error:
         if args.debug:
             raise
@@ -74,7 +83,7 @@ def build_parser() -> Parser:
 
     def command(name, run, help):
         sub = commands.add_parser(name, help=help, description=help, formatter_class=Help)
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, parser=sub)
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return sub
 
@@ -86,7 +95,7 @@ def build_parser() -> Parser:
     image.add_argument("image", help="the picture to start from")
     image.add_argument("prompt", help="what to draw")
     image.add_argument(
-        "--strength", type=float, default=0.75, help="how far from the picture, from 0 (itself) to 1 (not bound to it)"
+        "--strength", type=number, default=0.75, help="how far from the picture, from 0 (itself) to 1 (not bound to it)"
     )
     add_drawing_options(image, size_help="resize the picture to that; without it, its own size, rounded down")
 
@@ -111,7 +120,7 @@ def add_drawing_options(parser, size_help):
     add("--seed", type=int, default=0, help="seed of the first picture")
     add("--size", type=size, metavar="WxH", help=size_help)
     add("--steps", type=positive, default=25, help="steps of the sampler, up to 1000")
-    add("--guidance", type=float, default=7.5, help="guidance scale; 1 is none, and twice as fast")
+    add("--guidance", type=number, default=7.5, help="guidance scale; 1 is none, and twice as fast")
     add("--sampler", choices=SAMPLERS, default="dpm++", help="dpm++ is DPM-Solver++ 2M on Karras' noise levels")
     add("--device", help="cpu, cuda, cuda:1, ...; without it, cuda if there is one")
     dtype = "without it, float16 on CUDA and float32 elsewhere; auto: bfloat16 on a CPU that computes in it"
@@ -131,6 +140,19 @@ def positive(text: str) -> int:
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"got {text}, expected at least 1")
     return value
+
+
+def number(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise argparse.ArgumentTypeError(f"got {text}, expected a finite number")
+    return value
+
+
+def refuse(args, why: str, *names: str) -> None:
+    """ValueError for the first of these options that is not at its default: beside the others it has no effect."""
+    for name in names:
+        if getattr(args, name) != args.parser.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')}: {why}")
 
 
 def new_folder(text: str) -> Path:
@@ -201,24 +223,27 @@ def tracing(args, sd, seed: int) -> Iterator:
     images, latents = (folder / f"{name}.{args.trace_format or 'webp'}" for name in ("images", "latents"))
     trace = Trace(sd, args.trace_every or 1, folder, fit_preview(sd) if args.trace_preview else None)
     with made(folder):
+        written = []
         try:
             yield trace
             if trace.images:  # img2img --strength 0 takes no step
-                animate(trace.images, images)
-                animate(trace.render(latent_rgb), latents)
+                for path, frames in ((images, trace.images), (latents, trace.render(latent_rgb))):
+                    written.append(path)
+                    animate(frames, path)
         except BaseException:
-            for file in folder.iterdir():
-                file.unlink()
+            for path in trace.files + written:
+                path.unlink(missing_ok=True)
             raise
 
 
-def check_trace(args) -> None:
-    """Refuse what cannot be traced, before the model is loaded, which may take minutes."""
+def check_options(args) -> None:
+    """Refuse what has no effect or cannot be traced, before the model is loaded, which may take minutes."""
     from .trace import check_animation
 
-    for option in ("every", "preview", "format"):
-        if getattr(args, f"trace_{option}") and args.trace is None:
-            raise ValueError(f"--trace-{option}: expected --trace DIR with it")
+    if args.guidance == 1 and args.run.__name__ != "erase":  # there it has an effect all the same
+        refuse(args, "it has no effect at --guidance 1", "negative")
+    if args.trace is None:
+        refuse(args, "expected --trace DIR with it", "trace_every", "trace_preview", "trace_format")
     if args.trace_format:
         check_animation(f"images.{args.trace_format}")
 
@@ -226,8 +251,8 @@ def check_trace(args) -> None:
 def load_model(args):
     from .pipeline import load
 
-    check_trace(args)
-    return load(
+    check_options(args)
+    sd = load(
         args.model,
         device=args.device,
         dtype=args.dtype,
@@ -236,6 +261,8 @@ def load_model(args):
         local_files_only=args.local_files_only,
         tokenizer=args.tokenizer,
     )
+    args.before_writing()
+    return sd
 
 
 def drawing_options(args, seed: int) -> dict:
@@ -289,7 +316,7 @@ def whole_line(args) -> str:
     return shlex.join(kept + rest)
 
 
-def output_paths(output: str, n: int) -> list[Path]:
+def output_paths(output: str, n: int, option: str = "-o") -> list[Path]:
     """Where n pictures go: NAME.png, or NAME-0.png ...; in a folder, the next free minisd-00000.png ..."""
     path = Path(output)
     if output.endswith(("/", os.sep)) or path.is_dir() or not path.suffix:
@@ -299,11 +326,21 @@ def output_paths(output: str, n: int) -> list[Path]:
     elif path.suffix.lower() == ".png":
         paths = [path] if n == 1 else [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(n)]
     else:
-        raise ValueError(f"-o {output}: expected a name that ends in .png, or a folder")
-    existing = next(parent for parent in paths[0].absolute().parents if parent.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        raise PermissionError(f"-o {output}: {existing} is not a folder that can be written to")
+        raise ValueError(f"{option} {output}: expected a name that ends in .png, or a folder")
+    for path in paths:
+        check_place(option, path)
     return paths
+
+
+def check_place(option: str, path: Path) -> None:
+    """OSError if nothing can be written there; before the drawing, which may take minutes."""
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise PermissionError(f"{option} {path}: {existing} is not a folder that can be written to")
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        pass  # and not, say, OSError: File name too long
 
 
 def write_png(path: Path, picture, chunks: dict) -> None:

@@ -7,13 +7,15 @@ from .cli import (
     draw,
     drawing_options,
     load_model,
+    number,
     output_paths,
+    refuse,
     text_chunks,
     tracing,
     whole_line,
     write_png,
 )
-from .cli_invert import add_inversion_options, edit_options, read_image
+from .cli_invert import add_inversion_options, edit_options, picture_size, read_image
 
 SITES = "in down, mid or up, on a grid (16x16), or with at most so many positions (256)"
 
@@ -32,22 +34,23 @@ def add_commands(command) -> None:
     add("--reweight", metavar="WORD=FACTOR", type=factor, action="append", help="scale a word's attention (repeat)")
     add("--local-blend", metavar="WORDS", type=words, help="change it only near these words, e.g. circle,square")
     add("--subtract", metavar="WORDS", type=words, help="with --local-blend: but not near these words")
-    add("--threshold", type=float, default=0.3, help="with --local-blend: share of the greatest attention")
+    add("--threshold", type=number, default=0.3, help="with --local-blend: share of the greatest attention")
     add("--sites", metavar="WHERE", type=sites, help=f"only cross-attention sites {SITES}")
     add("--compat", choices=("google",), help="the token maps and step counts of the published code")
     add("--sheet", metavar="PATH", help="write source, seed-only baseline and edit side by side, a row for each target")
     add("--image", metavar="PATH", help="edit this picture, which SOURCE describes, or an inversion that was saved")
-    add_inversion_options(parser, otherwise="; with --image and without it, direct")
+    add_inversion_options(parser, otherwise="direct")
     add_drawing_options(parser, size_help="size in pixels; without it the model's own, or that of --image")
     parser.set_defaults(steps=50, sampler="ddim", output=None)
 
     parser = command("heatmap", heatmap, "draw a picture, and where in it each word of the prompt is")
     add = parser.add_argument
     add("prompt", help="what to draw")
-    add("--words", type=words, metavar="WORDS", help="only these words, e.g. circle,square")
-    add("--tokens", action="store_true", help="one map for each token on one scale, <bos> and <eos> among them")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--words", type=words, metavar="WORDS", help="only these words, e.g. circle,square")
+    either("--tokens", action="store_true", help="one map for each token on one scale, <bos> and <eos> among them")
     add("--sites", metavar="WHERE", type=sites, help=f"only cross-attention sites {SITES}")
-    add("--until", type=float, default=1.0, help="the mean over this first part of the steps")
+    add("--until", type=number, default=1.0, help="the mean over this first part of the steps")
     add_drawing_options(parser, size_help="size in pixels; without it the model's own")
 
 
@@ -86,7 +89,9 @@ def factor(text: str) -> tuple[str, float]:
 
 def words(text: str) -> tuple[str, ...]:
     """ "circle, red square" -> ("circle", "red square")."""
-    return tuple(word for word in map(str.strip, text.split(",")) if word)
+    if not (found := tuple(word for word in map(str.strip, text.split(",")) if word)):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected at least one, e.g. circle,square")
+    return found
 
 
 def sites(text: str) -> tuple[str | int, ...]:
@@ -100,13 +105,13 @@ def edit(args) -> None:
         options["cross_steps"] = {"default": 0.8} | dict(args.cross)
     if args.reweight:
         options["reweight"] = dict(args.reweight)
+    blend = None
     if args.local_blend:
-        subtract = args.subtract or ()
-        options["local_blend"] = {"words": args.local_blend, "subtract": subtract, "threshold": args.threshold}
-    elif args.subtract:
-        raise ValueError("--subtract: expected --local-blend with it, whose area it is taken from")
+        blend = {"words": args.local_blend, "subtract": args.subtract or (), "threshold": args.threshold}
+    else:
+        refuse(args, "expected --local-blend with it", "subtract", "threshold")
 
-    image = read_image(args)
+    given = read_image(args, args.source)
     targets = args.target or [args.source]
     if args.sweep:
         if len(args.target) != 1 or args.cross:
@@ -115,33 +120,52 @@ def edit(args) -> None:
         options["cross_steps"] = args.sweep
     each = 1 + len(targets)
     pictures = [] if args.output is None and args.sheet else output_paths(args.output or ".", args.n * each)
-    sheets = output_paths(args.sheet, args.n) if args.sheet else []
+    sheets = output_paths(args.sheet, args.n, "--sheet") if args.sheet else []
     sd = load_model(args)
     from .editing.prompt_to_prompt import edit_prompt
-    from .visualize import contact_sheet
 
+    check_edit(args, sd, given, options, blend)
+    settings = {"arguments": whole_line(args)}
     for i in range(args.n):
         seed = args.seed + i
         with tracing(args, sd, seed) as on_step:
             shared = drawing_options(args, seed) | {"on_step": on_step, "baseline": bool(sheets and not args.sweep)}
-            shared |= edit_options(args, sd, image)
-            drawn = edit_prompt(sd, args.source, *args.target, **shared, **options)
+            shared |= edit_options(args, sd, given)
+            drawn = edit_prompt(sd, args.source, *args.target, local_blend=blend, **shared, **options)
         images, baseline = drawn if shared["baseline"] else (drawn, None)
-        settings = {"arguments": whole_line(args)}
         for path, image, prompt in zip(pictures[i * each :], images, [args.source, *targets]):
             texts = {"source": args.source, "prompt": prompt}
             write_png(path, image, text_chunks(args, sd, seed, image, texts, settings))
             print(path)
         if sheets:
-            if args.sweep:
-                captions = [args.source, *(f"{fraction:.0%}: {targets[0]}" for fraction in args.sweep)]
-                sheet = contact_sheet(images, captions, columns=len(images))
-            else:
-                rows = [[images[0], plain, edited] for plain, edited in zip(baseline[1:], images[1:])]
-                captions = [[args.source, f"without edit: {target}", f"edit: {target}"] for target in targets]
-                sheet = contact_sheet(sum(rows, []), sum(captions, []), columns=3)
+            sheet = edit_sheet(args.source, targets, images, baseline, args.sweep)
             write_png(sheets[i], sheet, text_chunks(args, sd, seed, images[0], {"source": args.source}, settings))
             print(sheets[i])
+
+
+def check_edit(args, sd, image, options: dict, blend: dict | None) -> None:
+    """Refuse what `edit_prompt` will refuse, before a picture is inverted, which may take hours."""
+    from .editing.local_blend import LocalBlend
+    from .editing.prompt_to_prompt import PromptToPrompt
+
+    width, height = args.size or (None, None)
+    if image is not None:
+        height, width = picture_size(sd, image, height, width)
+    p2p = PromptToPrompt(sd, args.source, *args.target, steps=args.steps, height=height, width=width, **options)
+    if blend is not None:
+        LocalBlend(p2p.maps, **blend)
+
+
+def edit_sheet(source: str, targets: list[str], images: list, baseline: list | None, sweep: list[float] | None):
+    """Source, seed-only baseline and edit side by side, a row for each target; of a sweep all pictures in one row."""
+    from .visualize import contact_sheet
+
+    if sweep:
+        captions = [source, *(f"{fraction:.0%}: {targets[0]}" for fraction in sweep)]
+        return contact_sheet(images, captions, columns=len(images))
+    rows = [[images[0], plain, edited] for plain, edited in zip(baseline[1:], images[1:])]
+    captions = [[source, f"without edit: {target}", f"edit: {target}"] for target in targets]
+    return contact_sheet(sum(rows, []), sum(captions, []), columns=3)
 
 
 def heatmap(args) -> None:

@@ -86,10 +86,14 @@ def located(args, source: str):
 
 
 def export(args) -> None:
+    from .cli import check_place
     from .export import export, export_single_file
 
+    check_place("--to", Path(args.to))
     write = export_single_file if args.single_file else export
-    write(located(args, args.model), args.to, args.dtype)
+    found = located(args, args.model)
+    args.before_writing()
+    write(found, args.to, args.dtype)
     print(args.to)
 
 

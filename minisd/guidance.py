@@ -102,6 +102,8 @@ def sega(
 
     def predict(x, step):
         nonlocal v, last
+        if 0 < len(step.times) <= warmup:
+            raise ValueError(f"warmup is {warmup}, expected less than the {len(step.times)} steps: none is guided")
         u, *concept_eps, c = call(x, step)
         if v is None or step.index <= last:  # a new run
             v = torch.zeros_like(u, dtype=torch.promote_types(u.dtype, torch.float32))

@@ -39,7 +39,7 @@ def whole(path: str | Path) -> Iterator[Path]:
     If that fails or is interrupted, nothing is left behind, and an older file of that name is as it was.
     """
     path = Path(os.path.realpath(path))  # through a link: replace what it points to
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name[:40]}.{os.getpid()}.part")  # a name may be as long as the system allows
     with made(path.parent):
         try:
             yield part

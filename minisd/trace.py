@@ -36,7 +36,7 @@ class Trace:
     every: 5 for the 5th, 10th, ... step and the last, or the indices of steps, [0, 12, 24]. view: how latents are
     shown, None for `sd.decode`. folder: also write each picture there at once, as step_INDEX_tTIMESTEP.png.
     steps: the `Step`s kept; latents: x (B, C, h, w) after each, on the CPU; images: a picture of each, in which those
-    of a batch stand side by side.
+    of a batch stand side by side; files: what was written.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class Trace:
         self.steps: list[Step] = []
         self.latents: list[Tensor] = []
         self.images: list[Image.Image] = []
+        self.files: list[Path] = []
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         if self.wants(step):
@@ -55,7 +56,8 @@ class Trace:
             self.latents.append(x.detach().to("cpu", copy=True))
             self.images.append(self.show(x, self.view))
             if self.folder is not None:
-                with whole(Path(self.folder) / f"step_{step.index:04}_t{step.t:04}.png") as part:
+                self.files.append(Path(self.folder) / f"step_{step.index:04}_t{step.t:04}.png")
+                with whole(self.files[-1]) as part:
                     self.images[-1].save(part, format="PNG")
         return x
 

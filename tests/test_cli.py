@@ -172,6 +172,46 @@ def test_ctrl_c_leaves_nothing_behind(here):
     assert files(here) == []
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX signals")
+@pytest.mark.parametrize("module", ["argparse", "torch"])
+def test_ctrl_c_while_libraries_are_imported(here, module):
+    """An import in which the interrupt comes, and that swallows KeyboardInterrupt, as C++ may."""
+    interrupt = "try: os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException: pass\n"
+    (here / "early").mkdir()
+    (here / "early" / f"{module}.py").write_text(f"import os, signal\n{interrupt}raise ImportError")
+    paths = [str(here / "early"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    restore = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    done = subprocess.run(
+        [sys.executable, "-m", "minisd", "txt2img", "a", *TINY], capture_output=True, preexec_fn=restore,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.decode()) == (130, "\nminisd: interrupted\n")
+    assert files(here) == ["early", f"early/{module}.py"]
+
+
+def test_ctrl_c_while_the_arguments_are_read(minisd_command, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "build_parser", interrupted)
+    assert minisd_command("models") == (130, "", "\nminisd: interrupted\n")
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    ours, theirs = os.pipe()
+    os.close(ours)
+    done = subprocess.run([sys.executable, "-m", "minisd", "models"], stdout=theirs, stderr=subprocess.PIPE)
+    os.close(theirs)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_name_may_be_as_long_as_the_system_allows(here):
+    name = "n" * 251 + ".png"
+    assert cli.output_paths(name, 1) == [cli.Path(name)]
+    cli.write_png(here / name, Image.new("RGB", (8, 8)), {})
+    assert files(here) == [name]
+
+
 # models
 
 
@@ -249,8 +289,13 @@ def test_choices_are_those_of_the_pipeline():
         (["txt2img", "a", "--model", "nope"], "there is no model 'nope'"),
         (["txt2img", "a", *TINY, "--device", "gpu"], "device 'gpu' cannot be used here"),
         (["txt2img", "a", *TINY, "--seed", str(2**64)], "at least one, from -2**63 to 2**64 - 1"),
-        (["txt2img", "a", *TINY, "--guidance", "nan"], "guidance scale is nan"),
+        (["txt2img", "a", *TINY, "--guidance", "nan"], "argument --guidance: got nan, expected a finite number"),
+        (["txt2img", "a", "--negative", "b", "--guidance", "1"], "--negative: it has no effect at --guidance 1"),
+        (["txt2img", "a", *TINY, "--device", "meta"], "device 'meta' cannot be used here"),
         (["txt2img", "a", *TINY, "-o", "out.jpg"], "-o out.jpg: expected a name that ends in .png, or a folder"),
+        (["txt2img", "a", "-n", "2", "-o", f"{'n' * 250}.png"], "File name too long"),  # with -0 and -1 it is
+        (["txt2img", "a", "--trace", "n" * 256], "File name too long"),
+        (["export", "--to", "file/x"], "--to file/x: "),
         (["txt2img", "a", *TINY, "-o", "file/out.png"], "file is not a folder that can be written to"),
         (["img2img", "in.png", "a", *TINY, "--strength", "1.1"], "strength is 1.1, expected a number from 0 to 1"),
         (["info", "in.png"], "in.png carries no settings: minisd did not draw it, or they were stripped"),

@@ -56,10 +56,12 @@ def test_blend_with_traces(minisd_command, here):
 
 def test_erase(minisd_command):
     options = ["--image", "in.png", "--strength", "0.7", "--erase-scale", "4,-2", "--sega"]
+    options += ["--warmup", "2", "--threshold", "0.6", "--momentum", "0.3"]
     assert minisd_command("erase", "a cat", "a hat", "a mat", *options, "-o", "e.png", *TINY)[:2] == (0, "e.png\n")
     sd = minisd.load("tiny", device="cpu")
     run = partial(minisd.erase_concepts, sd, steps=3, seed=4, progress=False)
-    [expected] = run(Image.fromarray(PICTURE), "a cat", ["a hat", "a mat"], 0.7, [4, -2], guide=minisd.sega)
+    guide = partial(minisd.sega, threshold=0.6, warmup=2, momentum=0.3)
+    [expected] = run(Image.fromarray(PICTURE), "a cat", ["a hat", "a mat"], 0.7, [4, -2], guide=guide)
     assert (pixels("e.png") == pixels(expected)).all()
     code, about, _ = minisd_command("info", "e.png")
     assert code == 0 and "image:           in.png" in about
@@ -76,6 +78,11 @@ def test_erase(minisd_command):
     (["blend", "in.png", "cut.png", "a"], "cut.png cannot be read as a picture"),
     (["blend", "in.png", "mask.png", "a", "--strength", "2"], "strength is 2.0, expected a number from 0 to 1"),
     (["blend", "in.png", "mask.png", "a", "--feather", "-1"], "feather is -1"),
+    (["blend", "in.png", "mask.png", "a", "--no-paste-back", "--feather", "3"], "not allowed with argument --no-paste"),
+    (["erase", "a", ""], "got the concepts [''], expected at least one text, each saying what to leave out"),
+    (["erase", "a", "b", "--threshold", "0.5"], "--threshold: expected --sega with it"),
+    (["erase", "a", "b", "--sega"], "--warmup 10: expected less than --steps 3, or nothing is erased"),
+    (["erase", "a", "b", "--erase-scale", "1,inf"], "argument --erase-scale: got inf, expected a finite number"),
     (["erase", "a"], "the following arguments are required: concept"),
     (["erase", "a", "b", "--strength", "0.5"], "strength is 0.5, but there is no picture"),
     (["erase", "a", "b", "--erase-scale", "1,2"], "erase_scale is [1.0, 2.0], expected one weight or one per"),

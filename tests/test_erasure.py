@@ -81,7 +81,7 @@ def test_one_call_of_the_unet_with_two_rows_and_one_for_each_concept(sd):
     hook = sd.unet.conv_out.register_forward_hook(lambda module, args, out: rows.append(len(out)))
     try:
         minisd.erase_concepts(sd, None, ["a", "b"], ["c", "d", "e"], **QUIET)
-        minisd.erase_concepts(sd, picture(), "a", "c", 0.5, guide=sega, **QUIET)
+        minisd.erase_concepts(sd, picture(), "a", "c", 0.5, guide=partial(sega, warmup=0), **QUIET)
     finally:
         hook.remove()
     assert rows == [10] * 4 + [3] * 2
@@ -144,7 +144,7 @@ def test_sega_changes_only_the_largest_values_and_only_after_the_warmup(sd, rows
 
 
 def test_the_momentum_of_a_run_does_not_reach_the_next(sd, rows):
-    predict = sega(sd.unet, *rows, 5.0, warmup=1, momentum=0.5)
+    predict = sega(sd.unet, *rows, 5.0, warmup=0, momentum=0.5)
     for plan in (DDIM(sd.schedule, 3), DPMpp2M(sd.schedule, 5, skip=2), DPMpp2M(sd.schedule, 1)):
         first, second = (denoise(sd.noise(1), plan, predict) for _ in range(2))
         assert torch.equal(first, second)
@@ -161,7 +161,9 @@ def test_weights_lead_away_or_towards(sd, rows):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (dict(concepts=[]), "no concepts, expected at least one text"),
+    (dict(concepts=[]), r"got the concepts \[\], expected at least one text"),
+    (dict(concepts=["a", " "]), r"got the concepts \['a', ' '\], expected at least one text, each"),
+    (dict(guide=partial(sega, warmup=4)), "warmup is 4, expected less than the 4 steps"),
     (dict(image=None, strength=0.5), "strength is 0.5, but there is no picture"),
     (dict(strength=1.5), "strength is 1.5, expected a number from 0 to 1"),
     (dict(erase_scale=[1.0, 2.0]), r"erase_scale is \[1.0, 2.0\], expected one weight or one per concept \(1\)"),

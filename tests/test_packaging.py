@@ -43,7 +43,7 @@ ALLOWED = {
     "cli_blend": PIPELINE | {"editing", "cli"},
     "cli_edit": PIPELINE | {"visualize", "editing", "cli", "cli_invert"},  # the same layer, in a file of its own
     "cli_invert": PIPELINE | {"editing", "cli"},
-    "cli_models": PIPELINE | {"export", "check"},
+    "cli_models": PIPELINE | {"export", "check", "cli"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -168,7 +168,7 @@ def test_the_wheel_holds_a_whole_bundled_model(wheel):
 def test_the_wheel_names_the_command_and_its_requirements(wheel):
     [info] = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
     assert info == f"minisd-{minisd.__version__}.dist-info"
-    assert "minisd = minisd.cli:main" in wheel.read(f"{info}/entry_points.txt").decode()
+    assert "minisd = minisd.__main__:main" in wheel.read(f"{info}/entry_points.txt").decode()
     metadata = wheel.read(f"{info}/METADATA").decode()
     required = re.findall(r"^Requires-Dist: ([\w-]+)(?!.*extra ==)", metadata, re.M)
     assert set(required) == {

@@ -287,6 +287,19 @@ def test_a_trace_that_fails_leaves_nothing(command, tmp_path, monkeypatch, failu
         assert left == {"old"} | drawn
 
 
+@pytest.mark.parametrize(("failure", "code"), [(KeyboardInterrupt(), 130), (OSError("No space left on device"), 2)])
+def test_a_trace_that_fails_leaves_what_others_wrote(command, tmp_path, monkeypatch, failure, code):
+    def fail(*_):
+        (tmp_path / "t/inner").mkdir()
+        (tmp_path / "t/other.png").write_text("of another program")
+        raise failure
+
+    monkeypatch.setattr(minisd.trace, "animate", fail)
+    result, _, err = command("txt2img", PROMPT, *SHAPES, "-o", "o.png", "--trace", "t")
+    assert result == code and err.splitlines()[-1].startswith("minisd: ")
+    assert {path.name for path in tmp_path.rglob("*")} == {"o.png", "t", "inner", "other.png"}
+
+
 def test_trace_refuses_before_the_model_is_loaded(command, tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").write_text("")

@@ -49,8 +49,8 @@ def erase_concepts(
     `sd.img2img`. ValueError for what does not fit.
     """
     prompts, concepts = as_list(prompt), as_list(concepts)
-    if not concepts:
-        raise ValueError("got no concepts, expected at least one text that says what to leave out")
+    if not concepts or not all(isinstance(text, str) and text.strip() for text in concepts):
+        raise ValueError(f"got the concepts {concepts}, expected at least one text, each saying what to leave out")
     if image is None and strength is not None:
         raise ValueError(f"strength is {strength!r}, but there is no picture that it could say how far to leave")
     if strength is None:
