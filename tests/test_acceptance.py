@@ -32,6 +32,13 @@ def test_the_acceptance_picture_of_the_bundled_model():
     assert len(wrong) == 1 and "v1.4's acceptance values: off by" in wrong[0]  # another model does not pass for it
 
 
+def test_a_picture_of_one_colour_is_wrong():
+    sd = minisd.load("shapes", device="cpu")
+    for tensor in (sd.vae.decoder.conv_out.weight, sd.vae.decoder.conv_out.bias):
+        tensor.zero_()
+    assert [*check.check_picture(sd, False)] == [(False, "a picture in 3 steps: standard deviation 0.000")]
+
+
 def test_what_is_taken_for_v1_4():
     unet, vae, text = ("145a07e0f05ec5bb", "4fbcf0ebe55a0984", "7b3a12df205cb3c7")
     full = {start: next(sha for sha in check.PUBLISHED if sha.startswith(start)) for start in (unet, vae, text)}

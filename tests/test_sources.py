@@ -19,7 +19,8 @@ from hub_server import COMMIT
 
 import minisd
 from minisd import checkpoint, cli, export, sources
-from minisd.tensor_file import FLOATS, read_header, read_tensors, write_tensors
+from minisd.schedule import NoiseSchedule
+from minisd.tensor_file import FLOATS, Entry, read_header, read_tensors, write_tensors
 
 SHAPES = sources.bundled()["shapes"]
 UNET, VAE, TEXT = (sources.weights_file(part, None) for part in ("unet", "vae", "text_encoder"))
@@ -335,11 +336,25 @@ def test_export_reads_back(tmp_path, capsys):
     assert length % 8 == 0 and json.loads(head[8 : 8 + length])["__metadata__"] == {"format": "pt"}
     index = json.loads((tmp_path / "new/out/model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionPipeline" and index["scheduler"] == ["diffusers", "DDIMScheduler"]
+    text = json.loads((tmp_path / "new/out/text_encoder/config.json").read_text())
+    vocabulary = json.loads((tmp_path / "new/out/tokenizer/vocab.json").read_text())
+    ids = [vocabulary[f"<|{name}|>"] for name in ("startoftext", "endoftext", "endoftext")]
+    assert [text[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == ids
     assert cli.main(["export", "--model", "shapes", "--to", str(tmp_path / "new/out")]) == 2
     assert "is there already, expected a new or an empty folder" in capsys.readouterr().err
     assert cli.main(["export", "--model", "shapes", "--to", str(tmp_path / "wide"), "--dtype", "float32"]) == 0
     assert {entry.dtype for entry in read_header(tmp_path / "wide" / VAE).values()} == {"F32"}
     assert_is_shapes(load(tmp_path / "wide"))
+
+
+def test_export_keeps_the_scheduler_and_the_widest_dtype(tmp_path):
+    found = checkpoint.locate("shapes")
+    export.export(found._replace(scheduler=found.scheduler | {"_class_name": "PNDMScheduler"}), tmp_path / "out")
+    scheduler = json.loads((tmp_path / "out/scheduler/scheduler_config.json").read_text())
+    index = json.loads((tmp_path / "out/model_index.json").read_text())
+    assert scheduler["_class_name"] == "PNDMScheduler" and index["scheduler"] == ["diffusers", "PNDMScheduler"]
+    entries = {name: Entry(name, (), 0, 0) for name in ("F16", "F32", "BF16")}
+    assert export._dtype(None, entries) == "F32" and export._dtype("float16", entries) == "F16"
 
 
 def test_export_is_whole_or_not_there(tmp_path, monkeypatch, capsys):
@@ -354,6 +369,11 @@ def test_export_to_a_single_file(tmp_path, monkeypatch, capsys):
     assert cli.main(argv) == 2
     assert "a single file holds Stable Diffusion v1's unet; got UNetConfig(sample_size=16" in capsys.readouterr().err
     shapes_are_the_default(monkeypatch)
+    found = checkpoint.locate("shapes")
+    for change in ({"beta_end": 0.02}, {"num_train_timesteps": 999}):
+        schedule = NoiseSchedule.from_dict(found.scheduler | change)
+        with pytest.raises(checkpoint.CheckpointError, match="Stable Diffusion v1's schedule, and this model another"):
+            export.export_single_file(found._replace(schedule=schedule), path)
     assert cli.main(argv) == 0
     entries = read_header(path)
     assert entries["first_stage_model.decoder.mid.attn_1.q.weight"].shape == (64, 64, 1, 1)
@@ -402,7 +422,10 @@ def test_check_of_a_source_whose_sums_are_not_known(hub, repo, tmp_path, capsys)
     assert cli.main(["check", str(repo)]) == 0
     out = capsys.readouterr().out
     assert out.count("-     /") == out.count(": minisd knows no sha256 of this source to compare it with; it is ") == 3
-    vae = next((tmp_path / "cache").glob(f"*/snapshots/*/{VAE}")).resolve()  # a bit of it flips on the disk
+    hub.repos[sources.SHORT_NAMES["sd-v1-4"]] = repo  # of which all sums are known, and are others
+    assert cli.main(["check", "sd-v1-4"]) == 2
+    assert capsys.readouterr().out.count(" is not a file of CompVis/stable-diffusion-v1-4 that is known: sha256 ") == 3
+    vae = next((tmp_path / "cache").glob(f"*v1-5/snapshots/*/{VAE}")).resolve()  # a bit of it flips on the disk
     vae.write_bytes(vae.read_bytes()[:-1] + bytes([vae.read_bytes()[-1] ^ 1]))
     assert cli.main(["check", "sd-v1-5", "--local-files-only"]) == 2
     out = capsys.readouterr().out
