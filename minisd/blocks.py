@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import bands
+
 
 def repeat_rows(x, rows):
     """Repeat the whole batch of `x` group after group until it has `rows` rows; `x` itself if it has them already."""
@@ -23,10 +25,18 @@ def norm_silu(norm, x):
     return F.silu(norm(x), inplace=not torch.is_grad_enabled())
 
 
+def norm_silu_conv(norm, conv, x, in_place=False):
+    """conv(silu(norm(x))); in_place: x is not needed again."""
+    return bands.norm_silu_conv(norm, conv, x, in_place) if bands.is_large(x) else conv(norm_silu(norm, x))
+
+
 def add(x, h):
     """x + h, in the memory of h; where x has fewer rows they count for every group of h."""
     groups = h.unflatten(0, (-1, x.shape[0]))
-    return (x + groups).flatten(0, 1) if torch.is_grad_enabled() or x.dtype != h.dtype else groups.add_(x).flatten(0, 1)
+    if torch.is_grad_enabled() or x.dtype != h.dtype:
+        return (x + groups).flatten(0, 1)
+    groups.add_(x)
+    return h  # not a view of `groups`: its strides would hide channels_last
 
 
 class ResnetBlock(nn.Module):
@@ -53,11 +63,13 @@ class ResnetBlock(nn.Module):
         return self.time_emb_proj(F.silu(emb))
 
     def forward(self, x, time=None):
-        h = self.conv1(norm_silu(self.norm1, x))
+        h = norm_silu_conv(self.norm1, self.conv1, x)
         if time is not None:
             h = add(time[:, :, None, None], h)
-        h = self.conv2(norm_silu(self.norm2, h))
-        return add(x if self.conv_shortcut is None else self.conv_shortcut(x), h)
+        h = norm_silu_conv(self.norm2, self.conv2, h, in_place=True)
+        if self.conv_shortcut is None:
+            return add(x, h)
+        return bands.add_conv(self.conv_shortcut, x, h) if bands.is_large(x) else add(self.conv_shortcut(x), h)
 
 
 class Downsample(nn.Module):
@@ -85,4 +97,6 @@ class Upsample(nn.Module):
 
     def forward(self, x, size=None):
         size = size or (2 * x.shape[-2], 2 * x.shape[-1])
+        if bands.is_large(x, 2) and tuple(size) == (2 * x.shape[-2], 2 * x.shape[-1]):
+            return bands.upsample_conv(self.conv, x)
         return self.conv(F.interpolate(x, size=size, mode="nearest"))

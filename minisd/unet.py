@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import expect
 from .attention import IMPLEMENTATIONS, Attention
-from .blocks import Downsample, ResnetBlock, Upsample, add, norm_silu, repeat_rows
+from .blocks import Downsample, ResnetBlock, Upsample, add, norm_silu_conv, repeat_rows
 from .config import read_config
 
 CROSS_DOWN, PLAIN_DOWN = "CrossAttnDownBlock2D", "DownBlock2D"
@@ -395,4 +395,4 @@ class UNet(nn.Module):
         x = self.mid_block(x, times, context, edits)
         for block in self.up_blocks:
             x = block.up(x, skips, times, context, edits)
-        return self.conv_out(norm_silu(self.conv_norm_out, x))
+        return norm_silu_conv(self.conv_norm_out, self.conv_out, x)

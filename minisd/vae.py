@@ -10,7 +10,7 @@ from torch import nn
 
 from . import expect
 from .attention import Attention
-from .blocks import Downsample, ResnetBlock, Upsample, add, norm_silu
+from .blocks import Downsample, ResnetBlock, Upsample, add, norm_silu_conv
 from .config import read_config
 
 NORM_EPS = 1e-6  # every GroupNorm of the VAE
@@ -87,10 +87,9 @@ class Stage(nn.Module):
         self.downsamplers = nn.ModuleList([] if down is None else [down])
         self.upsamplers = nn.ModuleList([] if up is None else [up])
 
-    def forward(self, x):
-        for block in (*self.resnets, *self.downsamplers, *self.upsamplers):
-            x = block(x)
-        return x
+    def layers(self):
+        """In order. The models call them one by one: a loop in here would keep the stage's input till the end."""
+        return (*self.resnets, *self.downsamplers, *self.upsamplers)
 
 
 class Encoder(nn.Module):
@@ -111,9 +110,10 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x)
-        return self.conv_out(norm_silu(self.conv_norm_out, self.mid_block(x)))
+        for stage in self.down_blocks:
+            for layer in stage.layers():
+                x = layer(x)
+        return norm_silu_conv(self.conv_norm_out, self.conv_out, self.mid_block(x))
 
 
 class Decoder(nn.Module):
@@ -134,9 +134,10 @@ class Decoder(nn.Module):
 
     def forward(self, z):
         x = self.mid_block(self.conv_in(z))
-        for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(norm_silu(self.conv_norm_out, x))
+        for stage in self.up_blocks:
+            for layer in stage.layers():
+                x = layer(x)
+        return norm_silu_conv(self.conv_norm_out, self.conv_out, x)
 
 
 class AutoencoderKL(nn.Module):
