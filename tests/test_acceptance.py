@@ -1,11 +1,16 @@
 """The real Stable Diffusion v1.4 weights, where they are at hand: pytest -m weights --model PATH."""
 
+import hashlib
+import json
+
+import numpy as np
 import pytest
 import torch
 
 import minisd
-from minisd import check, sources
+from minisd import check, checkpoint, sources
 from minisd.check import ACCEPTANCE, TOLERANCE, acceptance
+from minisd.images import to_tensor
 
 
 @pytest.mark.weights
@@ -28,6 +33,9 @@ def test_the_acceptance_picture_of_the_bundled_model():
     for i, value in enumerate(values):
         assert value == picture[0, 2, 61 + i // 3, 61 + i % 3]
     assert 0 <= picture.min() and picture.max() <= 1
+    x = torch.from_numpy(np.random.RandomState(0).standard_normal((1, 4, 16, 16))).float()
+    [drawn] = sd.txt2img(check.ASTRONAUT, steps=3, guidance=7.5, sampler="ddim", latents=x, progress=False)
+    assert (to_tensor([drawn], 64, 64) / 2 + 0.5 - picture).abs().max() < 0.6 / 255
     wrong = [line for verdict, line in check.check_picture(sd, is_v1_4=True) if verdict is False]
     assert len(wrong) == 1 and "v1.4's acceptance values: off by" in wrong[0]  # another model does not pass for it
 
@@ -37,6 +45,20 @@ def test_a_picture_of_one_colour_is_wrong():
     for tensor in (sd.vae.decoder.conv_out.weight, sd.vae.decoder.conv_out.bias):
         tensor.zero_()
     assert [*check.check_picture(sd, False)] == [(False, "a picture in 3 steps: standard deviation 0.000")]
+
+
+def test_vocabularies_that_are_wrong(monkeypatch):
+    tokenizer = checkpoint.locate("shapes").tokenizer
+    assert [verdict for verdict, _ in check.check_vocabulary(tokenizer)] == [None, True, True]
+    monkeypatch.setattr(type(tokenizer), "decode", lambda self, ids: "something else")
+    assert [verdict for verdict, _ in check.check_vocabulary(tokenizer)] == [None, False, False]
+    monkeypatch.undo()
+    files = (json.dumps(tokenizer.vocab, indent=2, sort_keys=True, ensure_ascii=False) + "\n",
+             "\n".join(["#version: 0.2", *map(" ".join, tokenizer.merges)]) + "\n")  # fmt: skip
+    for name, text in zip(("CLIP_VOCABULARY", "CLIP_MERGES"), files, strict=True):
+        monkeypatch.setattr(check, name, hashlib.sha256(text.encode()).hexdigest())
+    # Were it CLIP's, the astronaut would have to have CLIP's ids.
+    assert [verdict for verdict, _ in check.check_vocabulary(tokenizer)] == [True, False, True]
 
 
 def test_what_is_taken_for_v1_4():
