@@ -47,7 +47,7 @@ SD_V1_SCHEDULE = {
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 WHY_NO_PICKLES = "reading one runs whatever code its author put into it; take the .safetensors file of the same model"
 # No published config comes near these; what a damaged or hostile one asks for would take all memory, or all day.
-LIMITS = {"layers_per_block": 16, "num_hidden_layers": 100, "sample_size": 4096}
+LIMITS = {"layers_per_block": 16, "num_hidden_layers": 100, "unet.sample_size": 512, "vae.sample_size": 4096}
 LIMIT, LONGEST = 1_000_000, 16  # of any other whole number; of a list
 MAX_JSON, MAX_VOCABULARY = 1_000_000, 20_000_000  # bytes of a config, of a file of the vocabulary
 
@@ -228,7 +228,7 @@ def _config(part: str, path: Path):
         config = MODELS[part][1].from_dict(_json(path))
         for name, value in dataclasses.asdict(config).items():
             values = value if isinstance(value, tuple) else (value,)
-            most, least = LIMITS.get(name, LIMIT), 0 if name == "freq_shift" else 1
+            most, least = LIMITS.get(name, LIMITS.get(f"{part}.{name}", LIMIT)), 0 if name == "freq_shift" else 1
             numbers = [number for number in values if type(number) in (int, float)]
             ok = all(least <= n <= most if type(n) is int else 0 < n <= most for n in numbers)  # NaN is not
             if not ok or len(values) > LONGEST:

@@ -25,6 +25,19 @@ def number(name: str, value, low: float = -math.inf, high: float = math.inf) -> 
         raise ValueError(f"{name} is {value!r:.80}, expected {kind}")
 
 
+def rows(of: str | None = None, /, **counts: int) -> int:
+    """How many rows things of these counts make, where there is one of each for all rows or one for each row.
+
+    of: the thing of which there is one for each row, always; None: that of which there are most.
+    """
+    total = max(counts.values()) if of is None else counts[of]
+    if total < 1 or not set(counts.values()) <= {1, total}:
+        *first, last = (f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
+        each = "" if of is None else f" of the {of.replace('_', ' ')}"
+        raise ValueError(f"got {', '.join(first)} and {last}, expected one for all or one for each{each}, at least one")
+    return total
+
+
 def shape(name: str, x, *sizes: int | str) -> None:
     """x is a tensor of these sizes; a letter stands for any size from 1 on. Reads no value, so no device waits."""
     fits = isinstance(x, Tensor) and x.ndim == len(sizes)

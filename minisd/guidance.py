@@ -78,7 +78,7 @@ def sega(
     cond: Tensor,
     concepts: Tensor,
     scale: float = 7.5,
-    erase_scale: float | Sequence[float] = 5.0,
+    erase_scale: float | Sequence[float] = 10.0,
     threshold: float = 0.9,
     warmup: int = 10,
     momentum: float = 0.1,

@@ -78,6 +78,13 @@ def to_pil(image: Tensor) -> list[Image.Image]:
     return [Image.fromarray(each) for each in image.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()]
 
 
+def as_given(image: Image.Image | list[Image.Image] | Tensor) -> list[Image.Image]:
+    """Picture(s), PIL images or a tensor as in `to_pil`, as a list of RGB pictures, each of its own size."""
+    if isinstance(image, Tensor):
+        return to_pil(image)
+    return [to_rgb(each) for each in (image if isinstance(image, (list, tuple)) else [image])]
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """A picture as a viewer shows it: turned upright (EXIF), 16-bit grey scaled to 8, transparency laid on white."""
     if not isinstance(image, Image.Image):

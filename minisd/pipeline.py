@@ -7,7 +7,8 @@ Rombach et al. 2022, https://arxiv.org/abs/2112.10752; classifier-free guidance,
 https://arxiv.org/abs/2207.12598; img2img, Meng et al. 2022 (SDEdit), https://arxiv.org/abs/2108.01073.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Integral
 
@@ -21,7 +22,7 @@ from .attention import IMPLEMENTATIONS
 from .clip import CLIPTextModel
 from .cuda_graph import Replay
 from .guidance import cfg
-from .images import to_pil, to_rgb, to_tensor
+from .images import as_given, to_pil, to_tensor
 from .samplers import DDIM, DPMpp2M, Sampler, Step, denoise
 from .schedule import NoiseSchedule
 from .tokenizer import CLIPTokenizer
@@ -34,6 +35,7 @@ SAMPLERS = {
     "ddim": DDIM,
 }
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+MOST_PIXELS = 2048 * 2048  # of a picture: 16 times those that Stable Diffusion v1 was trained on
 
 
 @dataclass(repr=False)
@@ -82,7 +84,9 @@ class StableDiffusion:
 
         image, height, width: what `pixels` takes. Returns (B, C, H / factor, W / factor).
         """
-        mean, logvar = self.vae.encode(self.pixels(image, height, width))
+        x = self.pixels(image, height, width)
+        with memory_for(f"{x.shape[3]} x {x.shape[2]} pixels"):
+            mean, logvar = self.vae.encode(x)
         if generator is not None:
             noise = torch.randn(mean.shape, generator=generator, device=generator.device)
             mean = mean + (0.5 * logvar).exp() * noise.to(mean)
@@ -94,7 +98,8 @@ class StableDiffusion:
         expect.shape("latents", z, "B", self.vae.config.latent_channels, "h", "w")
         z = z.to(self.device, self.dtype) / self.vae.config.scaling_factor
         # One by one: at 512 x 512 the decoder's activations are the largest of all.
-        image = torch.cat([self.vae.decode(row) for row in z.split(1)])
+        with memory_for(f"{z.shape[3] * self.vae.factor} x {z.shape[2] * self.vae.factor} pixels"):
+            image = torch.cat([self.vae.decode(row) for row in z.split(1)])
         return image.clamp(-1, 1) if as_tensor else to_pil(image)
 
     def noise(self, seed: int | Sequence[int], batch: int | None = None, height=None, width=None) -> Tensor:
@@ -123,7 +128,7 @@ class StableDiffusion:
         """
         if isinstance(image, Tensor):
             return self._check_pixels(image, height, width)
-        images = [to_rgb(each) for each in (image if isinstance(image, (list, tuple)) else [image])]
+        images = as_given(image)
         if not images:
             raise ValueError("got an empty list, expected at least one picture")
         factor = self.vae.factor
@@ -185,29 +190,25 @@ class StableDiffusion:
 
         image: what `pixels` takes, one picture for all prompts or one for each; height, width: resize it to that.
         strength: 0 to 1; the last int(steps * strength) steps are run, and if there are none the picture itself is
-        returned. latents: noise (B, C, h, w) in place of the seed's. The rest is as in `txt2img`.
+        returned, of its own size unless one is given. latents: noise (B, C, h, w) in place of the seed's. The rest is
+        as in `txt2img`.
         """
         prompts = as_list(prompt)
         plan = make_sampler(sampler, self.schedule, steps, strength)
         predict = cfg(self.unet, *self.condition(prompts, negative_prompt, num_images), guidance)
         pictures = self.pixels(image, height, width)
-        if len(pictures) not in (1, len(prompts)):
-            raise ValueError(f"got {len(pictures)} pictures for {len(prompts)} prompts, expected one or one for each")
-        height, width = pictures.shape[2:]
-        noise = self.starting_noise(len(prompts) * num_images, seed, latents, height, width)
+        expect.rows("prompts", prompts=len(prompts), pictures=len(pictures))
+        noise = self.starting_noise(len(prompts) * num_images, seed, latents, *pictures.shape[2:])
         if len(plan) == 0:
-            return to_pil(_per_image(pictures, len(prompts), num_images))
+            kept = unchanged(image, pictures, height, width)
+            return [each for each in kept * (len(prompts) // len(kept)) for _ in range(num_images)]
         z = _per_image(self.encode_image(pictures), len(prompts), num_images)
         return self.decode(denoise_shown(plan.start(z, noise), plan, predict, on_step, progress))
 
     def condition(self, prompts: list[str], negative_prompt, num_images: int = 1):
         """(uncond, cond), the embeddings of all pictures, (B, 77, D) each, those of one prompt standing together."""
         negatives = as_list(negative_prompt)
-        if not prompts or len(negatives) not in (1, len(prompts)):
-            raise ValueError(
-                f"got {len(prompts)} prompts and {len(negatives)} negative prompts, expected at least one prompt, and "
-                "one negative prompt or one for each"
-            )
+        expect.rows("prompts", prompts=len(prompts), negative_prompts=len(negatives))
         expect.whole_number("num_images", num_images, 1)
         context = self.encode_prompt(negatives + prompts)  # at once, as a user would
         context = context.split([len(negatives), len(prompts)])
@@ -231,7 +232,7 @@ class StableDiffusion:
         return latents.to(self.device, self.dtype)
 
     def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """(h, w) of the latents of a picture of that many pixels; None: the model's own size."""
+        """(h, w) of the latents of a picture of that many pixels, MOST_PIXELS at most; None: the model's own size."""
         factor, own = self.vae.factor, self.unet.config.sample_size
         if own is None and None in (height, width):
             raise ValueError("the model's config names no size (sample_size): give height and width")
@@ -239,6 +240,11 @@ class StableDiffusion:
         height, width = h * factor if height is None else height, w * factor if width is None else width
         if not all(isinstance(side, Integral) and side > 0 and side % factor == 0 for side in (height, width)):
             raise ValueError(f"the picture is {width!r} x {height!r} pixels, expected positive multiples of {factor}")
+        if height * width > MOST_PIXELS:
+            raise ValueError(
+                f"the picture is {width} x {height} pixels, expected at most {MOST_PIXELS:,} in all: give a smaller "
+                "size (--size WxH, or height= and width=)"
+            )
         return height // factor, width // factor
 
     def _check_pixels(self, image: Tensor, height: int | None, width: int | None) -> Tensor:
@@ -366,7 +372,25 @@ def denoise_shown(x: Tensor, sampler: Sampler, predict, on_step, progress: bool)
             raise ValueError(f"on_step returned {got}, expected None or latents of shape {tuple(x.shape)}")
         return new.to(x)
 
-    return denoise(x, tqdm(sampler, disable=not progress), predict, after if on_step else None)
+    with memory_for(f"latents of {x.shape[3]} x {x.shape[2]}"):
+        return denoise(x, tqdm(sampler, disable=not progress), predict, after if on_step else None)
+
+
+def unchanged(image, pixels: Tensor, height: int | None, width: int | None) -> list[Image.Image]:
+    """The pictures themselves where none of the steps is run; resized, as `pixels` are, if there is a size for them."""
+    return as_given(image) if height is None and width is None else to_pil(pixels)
+
+
+@contextmanager
+def memory_for(what: str) -> Iterator[None]:
+    """torch's errors of memory that it does not get, as a MemoryError that says what for."""
+    try:
+        yield
+    except RuntimeError as error:  # on a CPU it has no class of its own
+        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+            raise
+        hint = "a smaller size (--size WxH, or height= and width=), fewer pictures at once or bfloat16"
+        raise MemoryError(f"not enough memory for {what}: try {hint}") from error
 
 
 def _per_image(rows: Tensor, prompts: int, num_images: int) -> Tensor:

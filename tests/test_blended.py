@@ -152,6 +152,24 @@ def test_feathering_by_hand():
     assert ((np.asarray(paste(black, white, mask)) == 255).all(-1) == mask).all()
 
 
+def test_feathering_ends_with_the_mask(monkeypatch):
+    """It is the mean of all layers; 100000 of them are no more work than the mask is wide."""
+    mask = np.random.default_rng(1).random((40, 60)) < 0.97
+    layers = [torch.from_numpy(mask.astype(np.float64))[None]]
+    for _ in range(5):
+        layers.append(-torch.nn.functional.max_pool2d(-layers[-1], 3, stride=1, padding=1))
+    share = torch.stack(layers).mean(0)[0, :, :, None].numpy()
+    black, white = Image.new("RGB", (60, 40), "black"), Image.new("RGB", (60, 40), "white")
+    assert (np.asarray(paste(black, white, mask, 5)) == (share * 255).round()).all() and share.max() == 1
+    pool, calls = torch.nn.functional.max_pool2d, []
+    monkeypatch.setattr(torch.nn.functional, "max_pool2d", lambda *args, **kw: calls.append(1) or pool(*args, **kw))
+    faint = paste(black, white, box(60, 40, 9, 9, 50, 30), 100_000)
+    assert np.asarray(faint).max() == 0 and len(calls) == 11
+    faint = paste(black, white, box(60, 40, 9, 9, 50, 30), 100)
+    assert np.asarray(faint).max() == round(255 * 11 / 101)
+    assert (np.asarray(paste(black, white, np.ones((40, 60), bool), 10**5)) == 255).all()  # no edge
+
+
 # batches
 
 
@@ -245,6 +263,7 @@ def test_files_of_masks_that_are_refused(sd, tmp_path):
     (dict(feather=1.5), "feather is 1.5"),
     (dict(seed=[1, 2]), "2 seeds for 1 pictures"),
     (dict(mask=[box(), box()], prompt=["a", "b", "c"]), "1 pictures, 2 masks and 3 prompts, expected one for all"),
+    (dict(image=Image.new("RGB", (9000, 9000)), mask=box(90, 90)), "9000 x 9000 pixels, expected at most 4,194,304"),
     (dict(image=[picture(), picture(80, 48)]), r"sizes \[\(40, 24\), \(80, 48\)\], expected one size"),
     (dict(guidance=float("nan")), "guidance scale is nan"),
     (dict(sampler="euler"), "sampler is 'euler'"),

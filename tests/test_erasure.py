@@ -1,5 +1,6 @@
 """Concept erasure and semantic guidance: equal to the oracle, their limits, and what they refuse."""
 
+import inspect
 from functools import partial
 
 import numpy as np
@@ -103,8 +104,10 @@ def test_nothing_erased_is_txt2img_and_img2img(sd):
 
 def test_without_a_step_to_run_the_picture_is_returned(sd):
     for strength, steps in ((0, 50), (0.09, 10)):
-        images = minisd.erase_concepts(sd, picture(), ["a", "b"], "c", strength, steps=steps, progress=False)
-        assert len(images) == 2 and all((pixels([image]) == pixels([picture()])).all() for image in images)
+        images = minisd.erase_concepts(sd, picture(45, 27), ["a", "b"], "c", strength, steps=steps, progress=False)
+        assert len(images) == 2 and all(image.tobytes() == picture(45, 27).tobytes() for image in images)
+    [small] = minisd.erase_concepts(sd, picture(45, 27), "a", "c", 0, height=12, width=20, progress=False)
+    assert small.size == (20, 12)
 
 
 def test_strength_is_a_third_unless_it_is_given(sd):
@@ -130,6 +133,11 @@ def test_sega_without_its_extras_is_erase(sd, rows):
     plain = denoise(x, plan, erase(sd.unet, *rows, 5.0, WEIGHTS))
     ours = denoise(x, plan, sega(sd.unet, *rows, 5.0, WEIGHTS, threshold=0, warmup=0, momentum=0))
     assert (plain - ours).abs().max() <= 1e-5 * plain.abs().max()
+
+
+def test_the_weight_of_a_concept_is_one_whatever_the_guide():
+    functions = (minisd.erase_concepts, erase, sega)
+    assert {inspect.signature(each).parameters["erase_scale"].default for each in functions} == {10.0}
 
 
 def test_sega_changes_only_the_largest_values_and_only_after_the_warmup(sd, rows):
@@ -170,7 +178,7 @@ def test_weights_lead_away_or_towards(sd, rows):
     (dict(erase_scale=float("nan")), "erase_scale is nan"),
     (dict(guidance=float("inf")), "guidance scale is inf"),
     (dict(guide=partial(sega, threshold=90)), "threshold is 90, expected a number from 0 to 1"),
-    (dict(image=[picture()] * 2, prompt=["a"] * 3), "2 pictures for 3 prompts"),
+    (dict(image=[picture()] * 2, prompt=["a"] * 3), "2 pictures and 3 prompts, expected one for all or one for each"),
     (dict(prompt=[]), "0 prompts"),
     (dict(seed=[1, 2]), "2 seeds for 1 pictures"),
     (dict(image=[picture()] * 3, prompt=["a"] * 3, seed=[1, 2]), "2 seeds for 3 pictures"),

@@ -197,7 +197,7 @@ ABSURD = [
     ("unet", {"block_out_channels": [8] * 100_000}, "down_block_types: expected 100000"),
     ("unet", {"block_out_channels": [-80, 160]}, "block_out_channels: got (-80, 160)"),
     ("unet", {"block_out_channels": []}, "block_out_channels: got (), expected tuple"),
-    ("unet", {"sample_size": 10**9}, "sample_size: got 1000000000"),
+    ("unet", {"sample_size": 513}, "sample_size: got 513, expected 16 numbers at most, 1 to 512"),
     ("unet", {"sample_size": [16, 10**9]}, "sample_size: got (16, 1000000000)"),
     ("unet", {"attention_head_dim": 10**9}, "attention_head_dim: got 1000000000"),
     ("unet", {"norm_eps": float("nan")}, "norm_eps: got nan"),

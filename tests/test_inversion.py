@@ -120,8 +120,8 @@ def test_half_precision_keeps_float32_latents(tmp_path, sd):
         (dict(skip=5), "skip is 5 of 5 steps"),
         (dict(refine=-1), "refine is -1"),
         (dict(refine=True), "refine is True"),
-        (dict(prompt=["a", "b"]), "got 2 prompts for 1 pictures"),
-        (dict(prompt=[]), "got 0 prompts"),
+        (dict(prompt=["a", "b"]), "got 1 pictures and 2 prompts"),
+        (dict(prompt=[]), "1 pictures and 0 prompts"),
         (dict(height=30), "only PIL images are resized"),
     ],
 )
@@ -196,7 +196,7 @@ def test_what_does_not_fit_is_refused(pair, tmp_path):
     inversion = invert(sd, picture(8), SOURCE, 3, **QUIET)
     with pytest.raises(ValueError, match="direct inversion needs trajectory"):
         direct_inversion(inversion)
-    with pytest.raises(ValueError, match="2 prompts for 1 pictures"):
+    with pytest.raises(ValueError, match="1 pictures and 2 prompts, expected one for all or one for each of the"):
         redraw(sd, inversion, ["a", "b"], **QUIET)
     with pytest.raises(ValueError, match="skip=0"):
         invert(sd, picture(8), SOURCE, 3, skip=1, **QUIET).edit_options(sd)

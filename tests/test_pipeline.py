@@ -205,10 +205,13 @@ def test_on_step_sees_each_step_and_may_replace_the_latents(sd):
 
 def test_strength_0_returns_the_picture(sd):
     image = picture(45, 26)
-    expected = np.asarray(image.resize((44, 24), Image.Resampling.LANCZOS))
     for strength, steps in ((0, 25), (0.09, 10)):  # of 10 steps, 0.09 leaves none to run
         images = sd.img2img(image, ["a", "b"], strength, steps=steps, num_images=2, progress=False)
-        assert len(images) == 4 and all((np.asarray(each) == expected).all() for each in images)
+        assert len(images) == 4 and all(each.tobytes() == image.tobytes() for each in images)
+    pair = sd.img2img([image, picture(9, 10)], ["a", "b"], 0, num_images=2, progress=False)
+    assert [each.size for each in pair] == [(45, 26)] * 2 + [(9, 10)] * 2
+    [small] = sd.img2img(image, "a", 0, height=24, width=44, progress=False)  # with a size, resized to that
+    assert small.tobytes() == image.resize((44, 24), Image.Resampling.LANCZOS).tobytes()
 
 
 def test_progress_is_a_bar_on_stderr(sd, capsys):
@@ -298,6 +301,11 @@ def test_the_models_are_for_inference(sd):
         (dict(seed=[1.7]), r"got seeds \[1.7\]"),
         (dict(seed=[]), r"got seeds \[\]"),
         (dict(height=32.0), "32 x 32.0 pixels"),
+        (
+            dict(height=20_000, width=4000),
+            r"4000 x 20000 pixels, expected at most 4,194,304 in all: give a smaller size \(--size WxH",
+        ),
+        (dict(latents=torch.zeros(1, 1).expand(1, 4, 2052 // 4, 2048 // 4)), "2048 x 2052 pixels, expected at most"),
         (dict(num_images=2.0), "num_images is 2.0"),
         (dict(guidance="7"), "guidance scale is '7', expected a finite number"),
         (dict(sampler=["ddim"]), r"sampler is \['ddim'\], expected one of"),
@@ -327,9 +335,11 @@ def test_txt2img_refuses(sd, arguments, message):
         (picture(), dict(steps="4"), "steps is '4', expected a whole number from 1 to 1000"),
         ([], {}, "empty list, expected at least one picture"),
         (torch.zeros(0, 3, 8, 8), {}, r"expected floats \(B, 3, H, W\)"),
-        ([picture()] * 3, {}, "3 pictures for 1 prompts"),
+        ([picture()] * 3, {}, "1 prompts and 3 pictures, expected one for all or one for each of the prompts"),
         (picture(3, 40), {}, "the picture is 3 x 40 pixels, expected at least 4 x 4"),
         (picture(), dict(width=41), "41 x 24 pixels"),
+        (Image.new("RGB", (4000, 3000)), {}, "4000 x 3000 pixels, expected at most 4,194,304 in all"),
+        (torch.zeros(1, 1, 1).expand(1, 3, 4000, 3000), {}, "3000 x 4000 pixels, expected at most 4,194,304 in all"),
         (torch.zeros(1, 3, 8, 10), {}, "10 x 8 pixels"),
         (torch.zeros(1, 3, 8, 8), dict(height=16), "only PIL images are resized"),
         (torch.zeros(3, 8, 8), {}, r"expected floats \(B, 3, H, W\)"),
@@ -340,6 +350,34 @@ def test_txt2img_refuses(sd, arguments, message):
 def test_img2img_refuses(sd, image, arguments, message):
     with pytest.raises(ValueError, match=message):
         sd.img2img(image, "a", **{"steps": 4, "progress": False} | arguments)
+
+
+def test_a_large_picture_is_scaled_by_a_size(sd):
+    [image] = sd.img2img(Image.new("RGB", (4000, 3000)), "a", steps=2, height=24, width=32, progress=False)
+    assert image.size == (32, 24) and sd.latent_size(2048, 2048) == (512, 512)
+
+
+def test_memory_that_is_not_there(sd, monkeypatch):
+    """Torch's own error, of more bytes than there are addresses, where each model runs."""
+
+    def greedy(*arguments):
+        return torch.empty(2**60)
+
+    def fails(*arguments):
+        raise RuntimeError("another fault")
+
+    z, size = sd.noise(0, height=24, width=40), "not enough memory for 40 x 24 pixels: try a smaller size"
+    for part, name, run, message in (
+        (sd.vae, "encode", lambda: sd.encode_image(picture()), size),
+        (sd.vae, "decode", lambda: sd.decode(z), size),
+        (sd.unet, "forward", lambda: sd.txt2img("a", latents=z, progress=False), "memory for latents of 10 x 6: try"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(MemoryError, match=message):
+            patch.setattr(part, name, greedy)
+            run()
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="another fault"):
+            patch.setattr(part, name, fails)
+            run()
 
 
 def test_latents_have_a_batch_and_channels(sd):

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from .. import expect
 from ..guidance import cfg
-from ..images import read_picture, to_pil, to_rgb
-from ..pipeline import as_list, denoise_shown, make_sampler
+from ..images import as_given, read_picture, to_rgb
+from ..pipeline import as_list, denoise_shown, make_sampler, unchanged
 from ..samplers import Step
 from ..schedule import Level
 
@@ -67,15 +67,9 @@ def blend(
     predict = cfg(sd.unet, *sd.condition(prompts, negative_prompt), guidance)
 
     x0 = sd.pixels(image, height, width)
-    given = to_pil(x0)
-    if not isinstance(image, Tensor):
-        given = [to_rgb(each) for each in (image if isinstance(image, (list, tuple)) else [image])]
-    check_proportions([each.size for each in given], masks)
-    pictures = given if height is None and width is None else to_pil(x0)
-    rows = max(len(pictures), len(masks), len(prompts))
-    if not all(len(each) in (1, rows) for each in (pictures, masks, prompts)):
-        got = f"{len(pictures)} pictures, {len(masks)} masks and {len(prompts)} prompts"
-        raise ValueError(f"got {got}, expected one for all or one for each")
+    check_proportions([each.size for each in as_given(image)], masks)
+    pictures = unchanged(image, x0, height, width)
+    rows = expect.rows(pictures=len(pictures), masks=len(masks), prompts=len(prompts))
     pictures, masks = (each * (rows // len(each)) for each in (pictures, masks))
     if len(plan) == 0:
         return pictures
@@ -192,10 +186,14 @@ def paste(picture: Image.Image, drawn: Image.Image, mask: np.ndarray, feather: i
     width, height = picture.size
     if drawn.size != picture.size:
         drawn = drawn.resize(picture.size, Image.Resampling.LANCZOS)
-    share = torch.from_numpy(resized(mask, height, width).astype(np.float64))[None]
-    inside = [share]
-    for _ in range(feather):  # the mask less one more layer of its outline; the picture's border is none
-        inside.append(-F.max_pool2d(-inside[-1], 3, stride=1, padding=1))
-    share = torch.stack(inside).mean(dim=0)[0, :, :, None].numpy()
+    inside = torch.from_numpy(resized(mask, height, width).astype(np.float32))[None]
+    feather = 0 if inside.all() else feather  # no edge, no fading
+    depth = inside.clone()  # d, feather + 1 at most
+    for _ in range(feather):
+        inside = -F.max_pool2d(-inside, 3, stride=1, padding=1)  # one layer less; the picture's border is no edge
+        if not inside.any():
+            break
+        depth += inside
+    share = depth[0, :, :, None].double().numpy() / (feather + 1)
     own = np.asarray(picture, np.float64)
     return Image.fromarray((own + share * (np.asarray(drawn, np.float64) - own)).round().astype(np.uint8))

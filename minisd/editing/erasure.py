@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from PIL import Image
 from torch import Tensor
 
+from .. import expect
 from ..guidance import Predict, erase
-from ..images import to_pil
-from ..pipeline import as_list, denoise_shown, make_sampler
+from ..pipeline import as_list, denoise_shown, make_sampler, unchanged
 from ..samplers import Step
 
 
@@ -43,10 +43,10 @@ def erase_concepts(
     """Draw prompt(s) without some concepts, from noise (image None) or from picture(s) noised to `strength` of the way.
 
     concepts: what to leave out, for all prompts. strength: 0 to 1, without it 0.3; the last int(steps * strength) steps
-    are run, and if there are none the picture itself is returned. erase_scale: w, one weight for all concepts or one
-    each; with a negative one a concept is added instead. guide: `erase`, `sega` or partial(sega, threshold=0.8, ...),
-    called as guide(unet, uncond, cond, concepts, guidance, erase_scale). The rest is as in `sd.txt2img` and
-    `sd.img2img`. ValueError for what does not fit.
+    are run, and if there are none the picture itself is returned, of its own size unless one is given. erase_scale: w,
+    one weight for all concepts or one each; with a negative one a concept is added instead. guide: `erase`, `sega` or
+    partial(sega, threshold=0.8, ...), called as guide(unet, uncond, cond, concepts, guidance, erase_scale). The rest is
+    as in `sd.txt2img` and `sd.img2img`. ValueError for what does not fit.
     """
     prompts, concepts = as_list(prompt), as_list(concepts)
     if not concepts or not all(isinstance(text, str) and text.strip() for text in concepts):
@@ -62,11 +62,10 @@ def erase_concepts(
     rows, size = len(prompts), (height, width)
     if image is not None:
         pictures = sd.pixels(image, height, width)
-        rows, size = max(len(pictures), len(prompts)), pictures.shape[2:]
-        if not {len(pictures), len(prompts)} <= {1, rows}:
-            raise ValueError(f"got {len(pictures)} pictures for {len(prompts)} prompts, expected one or one for each")
+        rows, size = expect.rows(pictures=len(pictures), prompts=len(prompts)), pictures.shape[2:]
         if len(plan) == 0:
-            return to_pil(pictures.expand(rows, -1, -1, -1))
+            kept = unchanged(image, pictures, height, width)
+            return kept * (rows // len(kept))
     x = sd.noise(seed, rows, *size)
     if image is not None:
         x = plan.start(sd.encode_image(pictures), x)

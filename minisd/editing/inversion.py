@@ -231,8 +231,7 @@ def invert(
     keep = Snapshots(visual_steps, len(sampler))
     z = sd.encode_image(image, None, height, width).float()
     prompts = as_list(prompt)
-    if len(prompts) not in (1, len(z)) or not prompts:
-        raise ValueError(f"got {len(prompts)} prompts for {len(z)} pictures, expected one or one for each")
+    expect.rows("pictures", pictures=len(z), prompts=len(prompts))
     prompts = prompts * (len(z) // len(prompts))
     predict = conditional(sd.unet, embed(sd, prompts))
 
@@ -293,8 +292,7 @@ def redraw(
     if guidance is None:
         guidance = 1.0 if inversion.guidance is None else inversion.guidance
     prompts = list(inversion.prompts) if prompt is None else as_list(prompt)
-    if len(prompts) not in (1, len(inversion)) or not prompts:
-        raise ValueError(f"got {len(prompts)} prompts for {len(inversion)} pictures, expected one or one for each")
+    expect.rows("pictures", pictures=len(inversion), prompts=len(prompts))
     after = inversion.after()
     if after is not None and prompt is not None:
         raise ValueError("direct inversion edits through a source row: edit_prompt(sd, prompt, target, **edit_options)")
