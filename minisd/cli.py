@@ -292,7 +292,8 @@ def text_chunks(args, sd, seed: int, picture, prompt: dict, settings: dict) -> d
         "revision": args.revision,
         "tokenizer": args.tokenizer,
         "seed": seed,
-        "size": f"{picture.width}x{picture.height}",
+        # Of img2img only if it was given: at strength 0 the picture keeps its own, which need not be one to draw at.
+        "size": f"{picture.width}x{picture.height}" if args.size or args.run is not img2img else None,
         "steps": args.steps,
         "guidance": args.guidance,
         "sampler": args.sampler,

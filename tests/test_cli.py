@@ -84,6 +84,7 @@ def test_img2img_draws_what_the_pipeline_draws(minisd_command):
         ["txt2img", "Zürich, 雪 🎨", "--sampler", "dpm++ linspace", "--size", "24x40", "--guidance", "1"],
         ["img2img", "in.png", "a dog", "--strength", "0.9", "-n", "2"],
         ["img2img", "a picture.jpg", "a dog", "--size", "32x32", "--negative", "cats"],
+        ["img2img", "in.png", "a dog", "--strength", "0"],
     ],
 )
 def test_the_command_that_info_prints_draws_the_same_bits(minisd_command, arguments):
