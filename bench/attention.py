@@ -48,7 +48,7 @@ def make_edit(form: str, B: int, heads: int, N: int, L: int, D: int, dtype, devi
     def refine(**more):
         return AttentionEdit(source_row=row, token_map=weights(S, L, L) / L, blend=weights(S, L), **more)
 
-    return {
+    edit = {
         "plain": lambda: None,
         "self-injection": lambda: AttentionEdit(source_row=row),
         "replace": lambda: AttentionEdit(source_row=row),
@@ -59,6 +59,7 @@ def make_edit(form: str, B: int, heads: int, N: int, L: int, D: int, dtype, devi
         "save": lambda: AttentionEdit(save=torch.empty(S, heads, N, L, dtype=dtype, device=device)),
         "refine, save_mean": lambda: refine(save_mean=torch.zeros(S, N, L, device=device)),
     }[form]()
+    return edit and edit.check_rows()
 
 
 def rivals(q, k, v, edit, triton: bool) -> dict[str, Callable]:

@@ -36,11 +36,15 @@ class AttentionEdit(NamedTuple):
     save_qk: tuple[Tensor, Tensor] | None = None  # 2 x (S, H, N or L, D)  out: own q and k, which inject_qk takes
 
     def check_rows(self) -> "AttentionEdit":
-        """Self, or ValueError if source_row names a row outside [0, S); reads values: call it when building."""
+        """Self, or ValueError if source_row, or a table (..., S) of it, names a row outside [0, S).
+
+        It reads values, so it is called once, where an edit is built, and never in the loop over the steps.
+        """
         if self.source_row is not None:
-            rows = self.source_row.tolist()
-            if not all(0 <= row < len(rows) for row in rows):
-                raise ValueError(f"source_row: expected values from 0 to {len(rows) - 1}, got {rows}")
+            S = self.source_row.shape[-1]
+            wrong = self.source_row[(self.source_row < 0) | (self.source_row >= S)].tolist()
+            if wrong:
+                raise ValueError(f"source_row: expected values from 0 to {S - 1}, got {wrong}")
         return self
 
 

@@ -168,8 +168,10 @@ def test_unknown_impl_and_rows_are_refused():
     q, k, v, _ = inputs("none", ())
     with pytest.raises(ValueError, match="impl: expected one of triton, sdpa, reference, got 'flash'"):
         attention(q, k, v, impl="flash")
-    with pytest.raises(ValueError, match=r"source_row: expected values from 0 to 1, got \[0, 2\]"):
+    with pytest.raises(ValueError, match=r"source_row: expected values from 0 to 1, got \[2\]"):
         AttentionEdit(source_row=torch.tensor([0, 2])).check_rows()
+    with pytest.raises(ValueError, match=r"source_row: expected values from 0 to 1, got \[-1, 3\]"):
+        AttentionEdit(source_row=torch.tensor([[0, 1], [-1, 0], [0, 3]])).check_rows()  # a table, a row for each step
     edit = AttentionEdit(source_row=torch.tensor([1, 0]))
     assert edit.check_rows() is edit
 

@@ -110,6 +110,19 @@ def test_stack(sd):
         stack(edits[0], PromptToPrompt(sd, SOURCE, SWAP, steps=4, reweight={"my": 2}))
 
 
+def test_rows_are_checked_where_the_edit_is_built(sd, monkeypatch):
+    """On a card a bad row would be read from foreign memory, and a check in the loop would wait for the card."""
+    edits = [PromptToPrompt(sd, SOURCE, SWAP, steps=STEPS) for _ in range(2)]
+    edits[1].self_row[3, 1] = 2  # the next group's, once stacked
+    with pytest.raises(ValueError, match=r"source_row: expected values from 0 to 1, got \[2\]"):
+        stack(*edits)
+
+    arange = torch.arange
+    monkeypatch.setattr(torch, "arange", lambda *args, **options: arange(*args, **options) - 1)
+    with pytest.raises(ValueError, match=r"source_row: expected values from 0 to 1, got \[-1, "):
+        PromptToPrompt(sd, SOURCE, SWAP, steps=STEPS, cross_sites=[], self_sites=[])
+
+
 # schedules
 
 

@@ -133,6 +133,12 @@ class PromptToPrompt:
         if self_sites is None:
             self_sites = coarsest(sd.unet, size)
         self.self_sites = select_sites(sd.unet, "self", self_sites, size)
+        self.check_rows()
+
+    def check_rows(self) -> None:
+        """ValueError if a step takes the map of a row that is not there; reads values, so not in the loop."""
+        for rows in (self.source_row, self.self_row):
+            AttentionEdit(rows).check_rows()
 
     @cached_property
     def maps(self) -> Maps:
@@ -159,8 +165,11 @@ class PromptToPrompt:
 def stack(*edits: PromptToPrompt) -> PromptToPrompt:
     """Several edits as one, for one batch of rows [source 1, *targets 1, source 2, *targets 2, ...].
 
-    They must agree in steps and sites, and have all a reweight or none.
+    They must agree in steps and sites, and have all a reweight or none. ValueError otherwise, and for rows that an
+    edit does not have.
     """
+    for e in edits:
+        e.check_rows()
     if len({(e.steps, *e.cross_sites, *e.self_sites, e.reweight is None) for e in edits}) != 1:
         raise ValueError("expected edits with the same steps and sites, and either all with reweight or none")
     first_rows = [0, *torch.tensor([len(e.prompts) for e in edits]).cumsum(0).tolist()]
