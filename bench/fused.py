@@ -3,7 +3,8 @@
     python -m bench.fused [--quick] [--device cuda]
 
 The shapes are those of SD v1.x at 512x512. The rivals: PyTorch's own ops, and the same under torch.compile. Writes
-bench/results/<device>/fused.json. The models use none of these kernels; this says on which cards they might.
+bench/results/<device>/fused.json, of which `python -m bench.report` makes the table in kernels/README.md. The models
+use none of these kernels; this says on which cards they might.
 """
 
 import argparse
@@ -84,6 +85,22 @@ def misses(rows: list[dict]) -> list[str]:
         if "minisd" in times and best != "minisd":
             out.append(f"SLOW  {times[best] / times['minisd']:.2f}x of {best}: {name}")
     return out
+
+
+def table(record: dict) -> str:
+    """The Markdown table of a result file."""
+    lines = [f"{harness.origin(record)}; triton {record['triton']}", "", "| op | B | C | side | dtype | minisd ms | torch ms | torch.compile ms "
+             "| best rival | error/budget |", "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for row in record["rows"]:
+        times = {name: t["ms"] for name, t in row["times"].items()}
+        if "minisd" not in times:  # a CPU
+            continue
+        ratio = min(times["torch"], times["torch.compile"]) / times["minisd"]
+        lines.append(
+            f"| {row['op']} | {row['B']} | {row['C']} | {row['side']} | {row['dtype']} | {times['minisd']:.4f} "
+            f"| {times['torch']:.4f} | {times['torch.compile']:.4f} | {ratio:.2f}x | {row['error_over_budget']:.2f} |"
+        )
+    return "\n".join(lines)
 
 
 def main(argv=None) -> int:

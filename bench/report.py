@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from bench import attention, editing, editing_speed, harness, real_blend, real_invert
+from bench import attention, editing, editing_speed, fused, harness, real_blend, real_invert
 from bench import scaling, shapes, startup, txt2img, unet
 
 
@@ -27,6 +27,7 @@ class Table(NamedTuple):
 
 TABLES = [
     Table("kernels/README.md", "bench.attention", "attention", attention.table),
+    Table("kernels/README.md", "bench.fused", "fused", fused.table),
     Table("README.md", "bench.unet", "unet", unet.table),
     Table("README.md", "bench.editing speed", "editing_speed", editing_speed.table),
     Table("README.md", "bench.txt2img", "txt2img", txt2img.table),

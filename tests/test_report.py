@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from bench import harness, report
+from bench import fused, harness, report
 
 FILES = sorted({table.file for table in report.TABLES})
 
@@ -39,6 +39,17 @@ def test_a_figure_that_was_changed_is_noticed(monkeypatch, tmp_path, capsys):
     assert report.main([]) == 0
     assert readme.read_text() == "Before.\n<!-- a -->\n7 ms\n\n5 ms\n<!-- end of it -->\nAfter.\n"
     assert report.main(["--check"]) == 0
+
+
+def test_the_table_of_the_fused_ops():
+    """One line for each row that a card has timed, with the quicker of the two rivals over ours."""
+    times = {"minisd": {"ms": 0.5}, "torch": {"ms": 2.0}, "torch.compile": {"ms": 0.8}}
+    row = {"op": "geglu", "B": 2, "C": 320, "side": 64, "dtype": "float16", "error_over_budget": 0.25, "times": times}
+    on_cpu = {**row, "op": "layer_norm", "times": {"torch": {"ms": 7.0}}}
+    record = {**harness.provenance("cpu"), "rows": [row, on_cpu]}
+    made = fused.table(record)
+    assert "| geglu | 2 | 320 | 64 | float16 | 0.5000 | 2.0000 | 0.8000 | 1.60x | 0.25 |" in made.splitlines()
+    assert "layer_norm" not in made and f"triton {record['triton']}" in made
 
 
 def test_a_table_without_a_place_is_an_error():
