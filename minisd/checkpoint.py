@@ -14,6 +14,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,17 +53,23 @@ LIMIT, LONGEST = 1_000_000, 16  # of any other whole number; of a list
 MAX_JSON, MAX_VOCABULARY = 1_000_000, 20_000_000  # bytes of a config, of a file of the vocabulary
 
 
-class Checkpoint(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
     """A located checkpoint, nothing of the weights read: for each of unet, vae, text_encoder its config and file;
-    `scheduler`, what scheduler_config.json says; and `rename`, (part, name in the file) -> name in the module, or None
-    for a tensor that the part does not use."""
+    `scheduler`, what scheduler_config.json says; `read_tokenizer`; and `rename`, (part, name in the file) -> name in
+    the module, or None for a tensor that the part does not use."""
 
     configs: dict[str, UNetConfig | VAEConfig | CLIPTextConfig]
     scheduler: dict
     schedule: NoiseSchedule
-    tokenizer: CLIPTokenizer
+    read_tokenizer: Callable[[], CLIPTokenizer]
     files: dict[str, Path]
     rename: Callable[[str, str], str | None]
+
+    @cached_property
+    def tokenizer(self) -> CLIPTokenizer:
+        """Read when it is asked for: `minisd info` shows a single file without a vocabulary, too."""
+        return self.read_tokenizer()
 
 
 class Parts(NamedTuple):
@@ -76,7 +83,7 @@ class Parts(NamedTuple):
 
 
 def locate(source, *, variant=None, revision=None, local_files_only=False, tokenizer=None) -> Checkpoint:
-    """Find the files of a source and read its configs and vocabulary. See `minisd.load` for the arguments."""
+    """Find the files of a source and read its configs. See `minisd.load` for the arguments."""
     if not isinstance(source, (str, os.PathLike)) or not os.fspath(source):
         raise ValueError(f"the model is {source!r}, expected a bundled name, a Hub repo id, a folder or a file")
     for name, value, pattern in (("variant", variant, r"[\w-]+"), ("revision", revision, r"\w[\w-]*([./]\w[\w-]*)*")):
@@ -146,10 +153,9 @@ def from_folder(folder: Path, variant: str | None = None, tokenizer=None, local_
     path = folder / "scheduler" / "scheduler_config.json"
     scheduler = _read(_json, path)
     schedule = _read(lambda _: NoiseSchedule.from_dict(scheduler), path)
-    vocabulary = folder / "tokenizer" if tokenizer is None else Path(tokenizer)
-    if tokenizer is None and not vocabulary.is_dir():
-        vocabulary = _clip_vocabulary(f"{folder} has no tokenizer/", local_files_only)
-    return Checkpoint(configs, scheduler, schedule, _read(_vocabulary, vocabulary), paths, rename_diffusers)
+    why = f"{folder} has no tokenizer/"
+    read_tokenizer = partial(_tokenizer, tokenizer, folder / "tokenizer", why, local_files_only)
+    return Checkpoint(configs, scheduler, schedule, read_tokenizer, paths, rename_diffusers)
 
 
 def from_single_file(path: Path, tokenizer=None, local_files_only: bool = False) -> Checkpoint:
@@ -167,17 +173,15 @@ def from_single_file(path: Path, tokenizer=None, local_files_only: bool = False)
             "if it belongs to a folder in diffusers layout, give the folder"
         )
     configs = {part: config() for part, (_, config) in MODELS.items()}
-    vocabulary = path.parent / "tokenizer" if tokenizer is None else Path(tokenizer)
-    if tokenizer is None and not vocabulary.is_dir():
-        why = f"{path} has no vocabulary: put a folder tokenizer/ with vocab.json and merges.txt beside it"
-        vocabulary = _clip_vocabulary(why, local_files_only)
+    why = f"{path} has no vocabulary: put a folder tokenizer/ with vocab.json and merges.txt beside it"
+    read_tokenizer = partial(_tokenizer, tokenizer, path.parent / "tokenizer", why, local_files_only)
 
     def rename(part, name):
         return rename_ldm(part, name, configs[part])
 
     schedule = NoiseSchedule.from_dict(SD_V1_SCHEDULE)
     files = dict.fromkeys(MODELS, path)
-    return Checkpoint(configs, SD_V1_SCHEDULE, schedule, _read(_vocabulary, vocabulary), files, rename)
+    return Checkpoint(configs, SD_V1_SCHEDULE, schedule, read_tokenizer, files, rename)
 
 
 def _from_clip(why: str, names: list[str], local_files_only: bool) -> Path:
@@ -188,8 +192,12 @@ def _from_clip(why: str, names: list[str], local_files_only: bool) -> Path:
         raise CheckpointError(f"{why} ({error})") from error
 
 
-def _clip_vocabulary(why: str, local_files_only: bool) -> Path:
-    return _from_clip(why, ["vocab.json", "merges.txt"], local_files_only).parent
+def _tokenizer(given, own: Path, why: str, local_files_only: bool) -> CLIPTokenizer:
+    """That of the folder that was given, or else of the model's own, or else CLIP's."""
+    folder = own if given is None else Path(given)
+    if given is None and not own.is_dir():
+        folder = _from_clip(why, ["vocab.json", "merges.txt"], local_files_only).parent
+    return _read(_vocabulary, folder)
 
 
 def _read(read, path: Path):

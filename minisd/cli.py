@@ -101,10 +101,10 @@ def build_parser() -> Parser:
 
     about = command("info", info, "how a picture was drawn, or what is in a model")
     about.add_argument("target", help="a PNG that minisd drew, or a model (as for --model; nothing is downloaded)")
-    about.add_argument("--variant", help="weight files of that variant, e.g. fp16")
-
     from . import cli_blend, cli_edit, cli_invert, cli_models
 
+    cli_models.add_source_options(about, local=False)
+    cli_models.add_tokenizer_option(about)
     cli_edit.add_commands(command)
     cli_invert.add_commands(command)
     cli_blend.add_commands(command)
@@ -366,7 +366,7 @@ def info(args) -> None:
     if path.suffix.lower() == ".png" or (path.is_file() and path.suffix != ".safetensors"):
         print_picture(args.target)
     else:
-        print_model(args.target, args.variant)
+        print_model(args.target, variant=args.variant, revision=args.revision, tokenizer=args.tokenizer)
 
 
 def print_picture(path: str) -> None:
@@ -398,14 +398,14 @@ def print_picture(path: str) -> None:
     print(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda control: ascii(control[0])[1:-1], told))
 
 
-def print_model(source: str, variant: str | None) -> None:
-    """Configs, files and parameter counts of a model, from its headers; nothing is downloaded."""
+def print_model(source: str, **options) -> None:
+    """Configs, files and parameter counts of a model, from its headers; nothing is downloaded. options: of `locate`."""
     import dataclasses
     import math
 
-    from .checkpoint import MODELS, locate, read_header
+    from .checkpoint import MODELS, CheckpointError, locate, read_header
 
-    found = locate(source, variant=variant, local_files_only=True)
+    found = locate(source, **options, local_files_only=True)
     total = 0
     for part in MODELS:
         entries = [entry for name, entry in read_header(found.files[part]).items() if found.rename(part, name)]
@@ -415,8 +415,13 @@ def print_model(source: str, variant: str | None) -> None:
         print(f"{part}: {parameters:,} parameters in {len(entries)} tensors ({dtypes}), {found.files[part]}")
         for key, value in dataclasses.asdict(found.configs[part]).items():
             print(f"    {key}: {value}")
-    tokenizer, schedule = found.tokenizer, found.schedule
-    print(f"tokenizer: {len(tokenizer.vocab):,} pieces, {tokenizer.max_length} ids per prompt")
+    try:
+        print(f"tokenizer: {len(found.tokenizer.vocab):,} pieces, {found.tokenizer.max_length} ids per prompt")
+    except CheckpointError as error:  # a single file without a vocabulary, say
+        if options["tokenizer"] is not None:
+            raise
+        print(f"tokenizer: {error}")
+    schedule = found.schedule
     first, last = schedule.alphas_cumprod[0], schedule.alphas_cumprod[-1]
     print(f"schedule: {len(schedule)} timesteps, alphas_cumprod from {first:.6f} to {last:.6f}")
     print(f"total: {total:,} parameters")

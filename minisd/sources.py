@@ -201,8 +201,11 @@ def cached() -> list[Cached]:
             named = repo.repo_id if is_main else f"{repo.repo_id} --revision {commit.commit_hash}"
             unets = (re.fullmatch(r"unet/diffusion_pytorch_model(?:\.(.+))?\.safetensors", name) for name in sizes)
             for variant in sorted((match[1] for match in unets if match), key=lambda variant: variant or ""):
-                weights = [weights_file(part, variant) for part in WEIGHTS]
-                if repo.repo_type == "model" and {*weights, *CONFIGS} <= sizes.keys():
+                # As in `download`: a repo may lack its text encoder.
+                parts = [part for part in WEIGHTS if part != "text_encoder" or f"{part}/config.json" in sizes]
+                weights = [weights_file(part, variant) for part in parts]
+                configs = {"scheduler/scheduler_config.json", *(f"{part}/config.json" for part in parts)}
+                if repo.repo_type == "model" and {*weights, *configs} <= sizes.keys():
                     size = sum(sizes[name] for name in sizes if name in weights or not name.endswith(".safetensors"))
                     models.append(Cached(f"{named} --variant {variant}" if variant else named, folder, size))
     return models

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 import minisd
-from minisd import checkpoint, sources
+from minisd import checkpoint, cli, sources
 from minisd.names import LDM_PREFIX, rename_diffusers, rename_ldm
 from minisd.names import to_ldm as written_name
 from minisd.tokenizer import CLIPTokenizer as CLIP
@@ -490,7 +490,7 @@ def single_file(original, tmp_path, monkeypatch):
     return path
 
 
-def test_single_file(original, single_file):
+def test_single_file(original, single_file, monkeypatch, capsys):
     shutil.copytree(original / "tokenizer", single_file.parent / "tokenizer")
     sd = load(single_file)
     for part, state in states(sd).items():
@@ -502,7 +502,19 @@ def test_single_file(original, single_file):
     assert (sd.schedule.steps_offset, sd.schedule.set_alpha_to_one) == (1, False)
     assert "variant 'fp16' is for folders" in refusal(single_file, variant="fp16")
     shutil.move(single_file.parent / "tokenizer", single_file.parent / "elsewhere")
-    sd = load(single_file, tokenizer=single_file.parent / "elsewhere")
+    elsewhere = str(single_file.parent / "elsewhere")
+    assert cli.main(["info", str(single_file), "--tokenizer", elsewhere]) == 0
+    assert "\ntokenizer: 514 pieces" in (with_it := capsys.readouterr().out)
+    monkeypatch.setattr(sources, "CLIP", "owner/none")
+    assert cli.main(["info", str(single_file)]) == 0  # the headers are shown without a vocabulary, too
+    without = capsys.readouterr().out
+    assert f"\ntokenizer: {single_file} has no vocabulary: put a folder tokenizer/ with" in without
+    assert [line for line in without.splitlines() if "tokenizer:" not in line] == [
+        line for line in with_it.splitlines() if "tokenizer:" not in line
+    ]
+    assert "has no vocabulary: put a folder tokenizer/" in refusal(single_file, local_files_only=True)
+    assert cli.main(["info", str(single_file), "--tokenizer", "nowhere"]) == 2
+    sd = load(single_file, tokenizer=elsewhere)
     assert sd.tokenizer.vocab == json.loads((original / "tokenizer" / "vocab.json").read_text())
     assert "nowhere" in refusal(single_file, tokenizer=single_file.parent / "nowhere")
 

@@ -3,6 +3,7 @@
 The repo that is served is the bundled model, so nothing here needs diffusers.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -235,6 +236,7 @@ def test_text_encoder_and_vocabulary_of_clip_where_a_model_has_none(hub, repo, t
     hub.repos["openai/clip-vit-large-patch14"] = whole_clip(tmp_path / "clip")
     for source in ("owner/shapes", repo):
         sd = load(source)
+        assert ["owner/shapes"] == [model.source for model in sources.cached()]
         assert torch.equal(sd.encode_prompt(["a red circle"]), load("shapes").encode_prompt(["a red circle"]))
     assert load(repo, tokenizer=SHAPES / "tokenizer").tokenizer.vocab == sd.tokenizer.vocab
 
@@ -313,6 +315,7 @@ def test_models_lists_what_is_here_where_and_how_large(hub, repo, tmp_path, caps
     assert lines[3][2:] == ["4.3 GB", "minisd fetch sd-v1-5"]
     # What the first column says is what the commands take.
     assert cli.main(["info", v1_4.split()[0], "--variant", "fp16"]) == 2  # its main branch was not fetched
+    assert cli.main(["info", *v1_4.split()]) == 0
     assert_is_shapes(load("CompVis/stable-diffusion-v1-4", revision=COMMIT, variant="fp16", local_files_only=True))
     # What is no model, or half of one, is not in the list.
     shutil.copytree(cache / "models--owner--shapes", cache / "datasets--owner--shapes", symlinks=True)
@@ -349,7 +352,7 @@ def test_export_reads_back(tmp_path, capsys):
 
 def test_export_keeps_the_scheduler_and_the_widest_dtype(tmp_path):
     found = checkpoint.locate("shapes")
-    export.export(found._replace(scheduler=found.scheduler | {"_class_name": "PNDMScheduler"}), tmp_path / "out")
+    export.export(dataclasses.replace(found, scheduler=found.scheduler | {"_class_name": "PNDMScheduler"}), tmp_path / "out")
     scheduler = json.loads((tmp_path / "out/scheduler/scheduler_config.json").read_text())
     index = json.loads((tmp_path / "out/model_index.json").read_text())
     assert scheduler["_class_name"] == "PNDMScheduler" and index["scheduler"] == ["diffusers", "PNDMScheduler"]
@@ -373,7 +376,7 @@ def test_export_to_a_single_file(tmp_path, monkeypatch, capsys):
     for change in ({"beta_end": 0.02}, {"num_train_timesteps": 999}):
         schedule = NoiseSchedule.from_dict(found.scheduler | change)
         with pytest.raises(checkpoint.CheckpointError, match="Stable Diffusion v1's schedule, and this model another"):
-            export.export_single_file(found._replace(schedule=schedule), path)
+            export.export_single_file(dataclasses.replace(found, schedule=schedule), path)
     assert cli.main(argv) == 0
     entries = read_header(path)
     assert entries["first_stage_model.decoder.mid.attn_1.q.weight"].shape == (64, 64, 1, 1)
