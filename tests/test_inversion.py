@@ -185,6 +185,9 @@ def test_direct_inversion_of_several_sources_in_one_batch(sd):
         y = after(x, step)
         assert (y[::2] == inversion.trajectory[step.index + 1]).all() and (y[1::2] == x[1::2]).all()
     assert (redraw(sd, inversion, guidance=7.5, **QUIET) == inversion.z).all()
+    later = direct_inversion(invert(sd, picture(7), SOURCE, 4, skip=2, trajectory=True, **QUIET))
+    first = next(iter(DDIM(sd.schedule, 4, skip=2)))
+    assert (later.after()(x[:1], first) == later.trajectory[1]).all() and (redraw(sd, later, **QUIET) == later.z).all()
     with pytest.raises(ValueError, match="source row"):
         redraw(sd, inversion, "a bird", **QUIET)
     with pytest.raises(ValueError, match="got 2 pictures"):
