@@ -372,7 +372,7 @@ def info(args) -> None:
 def print_picture(path: str) -> None:
     """The settings that a PNG carries, and the command that draws it again.
 
-    Whoever made the PNG wrote them: what would steer the terminal is escaped, and each argument is quoted for the shell.
+    Whoever made the PNG wrote them: what would steer a terminal is escaped, and each argument is quoted for a shell.
     """
     from PIL import Image, UnidentifiedImageError
 
