@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
+CODE = (".", ":!bench/results", ":!*.md", ":!docs")  # pathspecs: what one benchmark writes is no change for the next
 RSS_RESET = Path("/proc/self/clear_refs")  # Linux: writing 5 resets the peak of the resident memory
 
 
@@ -69,7 +70,7 @@ def provenance(device: str) -> dict:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": triton.__version__ if triton else None,
-        "commit": git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain") else ""),
+        "commit": git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain", "--", *CODE) else ""),
         "command": " ".join(["python -m", ".".join(Path(sys.argv[0]).with_suffix("").parts[-2:]), *sys.argv[1:]]),
     }
 

@@ -71,8 +71,9 @@ DISTINCT = ("fold", "flash routed", "replace", "two terms", "inject", "inject + 
 def cases(archs, everything: bool) -> list[Case]:
     """The SD v1.x specialisations, one per head dim and without repetition; with `everything`, all forms in all dtypes.
 
-    float16 of everything, the other dtypes of three forms, and sizes that are no multiple of the tile. sm_89 has the instructions and the tiles of sm_80: of it, one dtype of each
-    form at the widest head dim, and the others at the narrowest.
+    float16 of everything, the other dtypes of three forms, and sizes that are no multiple of the tile. sm_89 has the
+    instructions and the tiles of sm_80: of it, one dtype of each form at the widest head dim, and the others at the
+    narrowest.
     """
     out = []
     for arch in archs:

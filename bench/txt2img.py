@@ -99,8 +99,8 @@ def main() -> int:
         }
         rows.append({"sampler": sampler, "steps": steps, "times": harness.contest(builders, args.device, args.rounds)})
         print(table({**harness.provenance(args.device), "rows": rows[-1:]}), flush=True)
-    if not args.quick:
-        print(f"wrote {harness.save('txt2img', rows, args.device)}")
+        if not args.quick:
+            print(f"wrote {harness.save('txt2img', rows, args.device)}", flush=True)
     return 0
 
 

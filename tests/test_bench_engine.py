@@ -1,9 +1,15 @@
 """The engine's benchmarks compare like with like: what they time gives the same latents. Nothing is timed here."""
 
+import argparse
+import importlib
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from bench import editing_speed, harness, report, scaling, txt2img, unet
+from bench import editing_speed, gpu, harness, report, scaling, txt2img, unet
 
 TIMES = {"ms": 2000.0, "low": 1900.0, "high": 2100.0, "bytes": 3_400_000_000, "above": 500_000_000}
 RECORD = {"device": "cpu", "processor": "a CPU", "threads": 2, "torch": "2.13", "commit": "0" * 40, "command": "x"}
@@ -80,3 +86,71 @@ def test_a_quick_run_writes_nothing(name):
     """The flag is there, and the docstring says so."""
     args = harness.options("doc", f"bench.{name}", ["--quick", "--device", "cpu"])
     assert args.quick and args.rounds == 1
+
+
+@pytest.mark.parametrize("full", [[], ["--full"]])
+def test_the_run_on_a_card_starts_everything_with_options_that_are_known(full, monkeypatch, capsys):
+    """bench.gpu with the card and the processes mocked: each benchmark reads its own command line."""
+
+    class Read(Exception):
+        pass
+
+    commands, read = [], argparse.ArgumentParser.parse_args
+
+    def parse(self, args=None, namespace=None):
+        raise Read(read(self, args, namespace))
+
+    def run(command, cwd):
+        assert command[:2] == [sys.executable, "-m"] and cwd == harness.ROOT
+        commands.append(command[2:])
+        return subprocess.CompletedProcess(command, 1 if command[2] == "bench.fused" else 0)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(subprocess, "run", run)
+    assert gpu.main(full) == 1  # one of them fails: said in the end, and the others have run
+    assert "failed: bench.fused" in capsys.readouterr().out
+    assert commands[0][0] == "pytest" and any("test_kernels_gpu" in part for part in commands[0])
+    assert {command[0] for command in commands[1:]} == {
+        f"bench.{name}" for name in ("attention", "fused", "editing", "unet", "txt2img", "scaling", "startup")
+    }
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    for module, *arguments in commands[1:]:
+        monkeypatch.setattr(sys, "argv", [f"{module}.py", *arguments])
+        with pytest.raises(Read) as caught:
+            importlib.import_module(module).main()
+        assert caught.value.args[0].device == "cuda"
+
+
+def test_the_run_on_a_card_needs_no_installation_but_a_card():
+    """In a fresh interpreter that knows the checkout's folder alone, for its child processes, too."""
+    code = (
+        "import subprocess, sys; from bench import harness; harness.use_checkout();"
+        "code = 'import minisd, minisd_kernels, minisd_weights, bench';"
+        "sys.exit(subprocess.run([sys.executable, '-c', code]).returncode)"
+    )
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=harness.ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    env["CUDA_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, "-m", "bench.gpu"]
+    done = subprocess.run(command, cwd=harness.ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and "no CUDA device" in done.stderr
+
+
+def test_what_a_benchmark_writes_is_no_change(tmp_path, monkeypatch):
+    """The commit of a figure is followed by "with changes" where code differs, not where other figures do."""
+
+    def git(*arguments):
+        who = ["-c", "user.name=n", "-c", "user.email=e"]
+        subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    (tmp_path / "code.py").write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    harness.save("unet", [], "cpu")
+    (tmp_path / "README.md").write_text("a table")
+    assert " with changes" not in harness.provenance("cpu")["commit"]
+    (tmp_path / "code.py").write_text("2")
+    assert harness.provenance("cpu")["commit"].endswith(" with changes")
