@@ -14,7 +14,8 @@ def add_commands(command) -> None:
     add("image", help="the picture")
     add("mask", help="a picture of its proportions: white is redrawn, black is kept")
     add("prompt", help="what is to be seen, of the whole picture")
-    add("--strength", type=number, default=0.95, help="how far from the picture, from 0 (itself) to 1 (not bound to it)")
+    how_far = "how far from the picture, from 0 (itself) to 1 (not bound to it)"
+    add("--strength", type=number, default=0.95, help=how_far)
     either = parser.add_mutually_exclusive_group().add_argument
     either("--feather", type=int, default=0, metavar="PIXELS", help="fade inside the mask's edge over that many pixels")
     either("--no-paste-back", action="store_true", help="the decoded picture as it is, in which every pixel changes")

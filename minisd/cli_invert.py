@@ -63,7 +63,7 @@ def read_inversion(args, source: str | None):
     refuse(args, f"{args.image} is an inversion already", "inversion", "refine", "inner", "size")
     inversion = Inversion.load(args.image)
     if len(inversion) != 1:
-        raise ValueError(f"{args.image} holds {len(inversion)} pictures, expected one: Inversion[i].save writes it alone")
+        raise ValueError(f"{args.image} holds {len(inversion)} pictures, expected one: save inversion[i]")
     if source is not None and inversion.prompts != (source,):
         prompts = ", ".join(map(repr, inversion.prompts))
         raise ValueError(f"{args.image} was inverted after {prompts}: give that as SOURCE")

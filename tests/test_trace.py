@@ -278,12 +278,12 @@ def test_a_trace_that_fails_leaves_nothing(command, tmp_path, monkeypatch, failu
 
     monkeypatch.setattr(Image.Image, "save", fail)
     (tmp_path / "old").mkdir()
-    for when, folder in [(2, "new/deep"), (2, "old"), (5, "new/deep")]:  # in the second step, in the first animation
+    for when, folder in [(2, "new/deep"), (2, "old"), (6, "new/deep")]:  # in the second step, in the second animation
         saved.clear()
         assert command("txt2img", PROMPT, *SHAPES, "-o", "pictures/o.png", "--trace", folder)[0] == code
         assert len(saved) == when
         left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
-        drawn = {"pictures", "pictures/o.png"} if when == 5 else set()  # a picture that is whole stays
+        drawn = {"pictures", "pictures/o.png"} if when == 6 else set()  # a picture that is whole stays
         assert left == {"old"} | drawn
 
 
