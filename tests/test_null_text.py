@@ -1,5 +1,7 @@
 """Null-text inversion against the published loop on diffusers' UNet, with torch's own Adam, one picture at a time."""
 
+import sys
+
 import oracle_invert
 import p2p_model
 import pytest
@@ -80,13 +82,17 @@ def test_it_leads_back_where_guidance_leads_astray(pair):
     assert (found.losses[44:, -1] < found.losses[44:, 0]).all()
 
 
-def test_more_than_fifty_steps_run_through_the_same_rates(sd):
-    """Step i of 100 has the rate of step i / 2 of 50; Adam's first step moves by just the rate."""
+def test_more_than_fifty_steps_run_through_the_same_rates(sd, monkeypatch):
+    """Step i of 100 has the rate and the threshold of step i / 2 of 50; Adam's first step moves by just the rate."""
+    module, stops = sys.modules[differentiable.__module__], []
+    adam = module.adam
+    monkeypatch.setattr(module, "adam", lambda *given: stops.append(given[-1]) or adam(*given))
     inversion = invert(sd, pictures(1), SOURCE, 100, skip=97, trajectory=True, **QUIET)
     found = null_text(sd, inversion, inner_steps=1, **QUIET)
     before = [sd.encode_prompt([""]), *found.uncond[97:99]]
     moved = [(after - phi).abs().max().item() for phi, after in zip(before, found.uncond[97:])]
     assert moved == pytest.approx([0.01 * (1 - i / 200) for i in (97, 98, 99)], rel=0.01)
+    assert stops == pytest.approx([1e-5 + 1e-5 * i for i in (97, 98, 99)])
 
 
 def test_memory_saving_and_the_network_s_state(sd, monkeypatch):
