@@ -207,7 +207,7 @@ def table(record: dict) -> str:
     part = record["invert"]
     ways, edits = part["way_back"], part["edits"]
     lines = ["| way back | steps | guidance | pictures | PSNR | below the VAE alone | median |", "|---" * 7 + "|"]
-    for name, (text, steps, guidance) in ((name, WAYS[name]) for name in WAYS if name in ways):
+    for name, (text, steps, guidance) in WAYS.items():
         psnrs = ways[name]
         below = np.subtract(ways["vae"][: len(psnrs)], psnrs)
         steps, guidance = part.get(steps, steps), part.get(guidance, guidance)
@@ -216,7 +216,7 @@ def table(record: dict) -> str:
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     lines += ["", "| edit after | guidance | colour right | background PSNR | MSE | SSIM | structure |"]
     lines.append("|---" * 7 + "|")
-    for name, (text, guidance) in ((name, EDITS[name]) for name in EDITS if name in edits):
+    for name, (text, guidance) in EDITS.items():
         mean = {key: np.mean([row[key] for row in edits[name]]) for key in edits[name][0]}
         lines.append(
             f"| {text} | {guidance:g} | {100 * mean['colour']:.0f} % of {len(edits[name])} | {mean['psnr']:.1f} dB | "
