@@ -352,7 +352,8 @@ def test_export_reads_back(tmp_path, capsys):
 
 def test_export_keeps_the_scheduler_and_the_widest_dtype(tmp_path):
     found = checkpoint.locate("shapes")
-    export.export(dataclasses.replace(found, scheduler=found.scheduler | {"_class_name": "PNDMScheduler"}), tmp_path / "out")
+    pndm = found.scheduler | {"_class_name": "PNDMScheduler"}
+    export.export(dataclasses.replace(found, scheduler=pndm), tmp_path / "out")
     scheduler = json.loads((tmp_path / "out/scheduler/scheduler_config.json").read_text())
     index = json.loads((tmp_path / "out/model_index.json").read_text())
     assert scheduler["_class_name"] == "PNDMScheduler" and index["scheduler"] == ["diffusers", "PNDMScheduler"]
