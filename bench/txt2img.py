@@ -90,7 +90,7 @@ def table(record: dict) -> str:
 def main() -> int:
     args = harness.options(__doc__, "bench.txt2img", steps=int, compiled=bool)
     cpu, rows = torch.device(args.device).type == "cpu", []
-    for sampler, full in STEPS.items():
+    for sampler, full in list(STEPS.items())[: 1 if args.quick else None]:
         steps = args.steps or (2 if args.quick or cpu else full)
         builders = {
             name: (function, name, args.device, dtype, sampler, steps, args.quick)

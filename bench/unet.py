@@ -112,7 +112,10 @@ def main() -> int:
     device = torch.device(args.device).type
     rows = []
     for batch in [args.batch] if args.batch else [1] if args.quick or device == "cpu" else [1, 2, 8]:
-        for group in groups(device):
+        together = groups(device)
+        if args.quick:  # small ones fit into memory all at once
+            together = [{name: contender for group in together for name, contender in group.items()}]
+        for group in together:
             builders = {
                 name: (function, name, args.device, dtype, batch, args.quick)
                 for name, (function, dtype) in group.items()
