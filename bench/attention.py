@@ -19,8 +19,6 @@ from bench import harness
 
 harness.use_checkout()
 
-from minisd_kernels import reference  # noqa: E402
-
 from minisd.attention import AttentionEdit, attention  # noqa: E402
 
 H, TEXT = 8, 77

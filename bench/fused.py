@@ -89,7 +89,8 @@ def misses(rows: list[dict]) -> list[str]:
 
 def table(record: dict) -> str:
     """The Markdown table of a result file."""
-    lines = [f"{harness.origin(record)}; triton {record['triton']}", "", "| op | B | C | side | dtype | minisd ms | torch ms | torch.compile ms "
+    origin = f"{harness.origin(record)}; triton {record['triton']}"
+    lines = [origin, "", "| op | B | C | side | dtype | minisd ms | torch ms | torch.compile ms "
              "| best rival | error/budget |", "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in record["rows"]:
         times = {name: t["ms"] for name, t in row["times"].items()}

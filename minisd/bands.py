@@ -54,7 +54,7 @@ def add_conv(conv, x, h):
 def affine(norm, x):
     """scale, shift with norm(x) = scale x + shift for a GroupNorm, each (B, C, 1, 1) in float32 or wider.
 
-        scale = weight / sqrt(var + eps),   shift = bias - mean scale,   var = mean over the group of v_c + (m_c - mean)^2
+        scale = weight / sqrt(var + eps),   shift = bias - mean scale,   var = mean over c of v_c + (m_c - mean)^2
 
     with the means m_c and variances v_c of the channels, which are quicker to take than those of groups.
     """
