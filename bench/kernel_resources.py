@@ -50,7 +50,19 @@ FORMS = {  # form: (op, edit fields)
 }
 
 
+DTYPES = ("float16", "bfloat16", "float32")
 FUSED = ("group_norm moments", "group_norm group", "group_norm apply", "layer_norm", "geglu")  # see fused.py
+KERNELS = {  # op or form: the kernel that is looked at
+    "attention": "attention_kernel",
+    "cross": "cross_attention_kernel",
+    "save": "cross_attention_save_kernel",
+    "fold": "fold_kernel",
+    "group_norm moments": "moments_kernel",
+    "group_norm group": "group_kernel",
+    "group_norm apply": "apply_kernel",
+    "layer_norm": "layer_norm_kernel",
+    "geglu": "geglu_kernel",
+}
 
 
 class Case(NamedTuple):
@@ -64,29 +76,38 @@ class Case(NamedTuple):
 
 
 # "plain" and the like are "replace" and the like without the routing.
-DISTINCT = ("fold", "flash routed", "replace", "two terms", "inject", "inject + blend", "save", "save_mean, replace", 
+DISTINCT = ("fold", "flash routed", "replace", "two terms", "inject", "inject + blend", "save", "save_mean, replace",
             "save, refine", "save_mean, refine", "save, inject")  # fmt: skip
 
 
-def cases(archs, everything: bool) -> list[Case]:
-    """The SD v1.x specialisations, one per head dim and without repetition; with `everything`, all forms in all dtypes.
+def in_suite(case: Case) -> bool:
+    """Whether the test suite, which has two minutes for this, compiles a form at a head dim of SD v1.x.
 
-    float16 of everything, the other dtypes of three forms, and sizes that are no multiple of the tile. sm_89 has the
-    instructions and the tiles of sm_80: of it, one dtype of each form at the widest head dim, and the others at the
-    narrowest.
+    float16 of all. In float32 the forms that write maps, and in bfloat16, which has the tiles of float16, these at the
+    widest head dim, where registers are short; of the others a few. sm_89 has the tiles and instructions of sm_80.
+    """
+    few = case.form in ("flash routed", "two terms", "save, refine")
+    if case.form not in DISTINCT:
+        return False
+    if case.arch == 89:
+        return case.head_dim == 160 if case.dtype == "float16" else case.head_dim == 40 and few
+    writes = FORMS[case.form][0] == "save" and (case.head_dim == 160 or case.dtype == "float32")
+    return case.dtype == "float16" or few or writes
+
+
+def cases(archs, everything: bool) -> list[Case]:
+    """The SD v1.x specialisations without repetition, one per head dim, and what lies beside them.
+
+    That is sizes that no tile divides, other head dims, and the fused kernels. `everything`: every form at every head
+    dim in every dtype; otherwise see in_suite, and two forms at the other head dims.
     """
     out = []
     for arch in archs:
         short = arch == 89 and not everything
         for form, (op, _) in FORMS.items():
-            if not everything and form not in DISTINCT:
-                continue
-            for D, N in SELF.items():
-                keys = N if op == "attention" else TEXT
-                if D == 160 or not short:
-                    out.append(Case(arch, form, D, N, keys, "float16"))
-                if everything or form in ("flash routed", "two terms", "save, refine") and (D == 40 or not short):
-                    out += [Case(arch, form, D, N, keys, dtype) for dtype in ("bfloat16", "float32")]
+            sizes = [Case(arch, form, D, N, N if op == "attention" else TEXT, "") for D, N in SELF.items()]
+            sd = [case._replace(dtype=dtype) for case in sizes for dtype in DTYPES]
+            out += [case for case in sd if everything or in_suite(case)]
         if not short:
             out.append(Case(arch, "flash", 40, 4096, 4096, "float16"))  # "flash routed" shares maps there
             for D, N in UGLY.items():
@@ -94,11 +115,10 @@ def cases(archs, everything: bool) -> list[Case]:
         for form in FORMS if everything else ("flash routed", "two terms"):
             for D in (8, 48, 64, 96, 256):
                 keys = 1000 if form.startswith("flash") else TEXT
-                for dtype in ("float16", "float32"):
-                    if everything or dtype == "float16" or D == 256 and not short:
-                        out.append(Case(arch, form, D, 1000, keys, dtype))
+                dtypes = DTYPES if everything else ("float16", "float32") if D == 256 and not short else ("float16",)
+                out += [Case(arch, form, D, 1000, keys, dtype) for dtype in dtypes]
         out += [Case(arch, form, C, 1024, 0, "float16") for form in FUSED for C in ((320,) if short else (320, 1280))]
-    return out
+    return list(dict.fromkeys(out))  # "flash" at D = 40 is in everything, too
 
 
 class CompileOnly:
@@ -125,14 +145,20 @@ def compile_case(case: Case):
     from triton.runtime.jit import JITFunction
 
     compiled, run = [], JITFunction.run
-    JITFunction.run = lambda self, *args, **kwargs: compiled.append(run(self, *args, **{**kwargs, "warmup": True}))
+    wanted = KERNELS.get(case.form) or KERNELS[FORMS[case.form][0]]
+
+    def compile_only(self, *args, **kwargs):
+        if self.__name__ == wanted:  # a launch may be of several kernels
+            compiled.append(run(self, *args, **{**kwargs, "warmup": True}))
+
+    JITFunction.run = compile_only
     triton.runtime.driver.set_active(CompileOnly(case.arch))
     try:
         (launch_fused if case.form in FUSED else launch_attention)(case)
     finally:
         JITFunction.run = run
-    # a launch of several kernels: group_norm in three, fold before cross-attention
-    return compiled[{"fold": 0, "group_norm moments": 0, "group_norm group": 1}.get(case.form, -1)]
+    (kernel,) = compiled
+    return kernel
 
 
 def empty(*shape, dtype):
@@ -188,12 +214,10 @@ def measure(case: Case) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(kernel.asm["cubin"])
         f.flush()
-        usage, sass = (
-            subprocess.run([cuobjdump, flag, f.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("-res-usage", "-sass")
-        )
-    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
-    opcodes = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9.]*)", sass, re.M)
+        command = [cuobjdump, "-res-usage", "-sass", f.name]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", listing)}
+    opcodes = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9.]*)", listing, re.M)
     count = {name: sum(op.split(".")[0] == name for op in opcodes) for name in ("STL", "LDL", "HGMMA", "HMMA")}
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared + found["SHARED"]
     registers = -(-found["REG"] // 8) * 8 * 32 * warps
@@ -245,7 +269,7 @@ def main(argv=None) -> None:
             rows.append(row)
             print(line(row), flush=True)
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -90,15 +90,16 @@ def head(p, stride, row, h, UNIT: tl.constexpr):
 @triton.jit
 def scores(p_q, b_q, offs_n, queries, step_q, p_k, offs_l, keys, step_k, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
            D: tl.constexpr, HEAD: tl.constexpr,
-           MASK_N: tl.constexpr, MASK_L: tl.constexpr, REREAD: tl.constexpr):  # fmt: skip
+           MASK_N: tl.constexpr, MASK_L: tl.constexpr, REREAD: tl.constexpr, head_dim):  # fmt: skip
     """q k^T: (BLOCK_N, BLOCK_L), -inf for keys beyond the last.
 
     b_q are the tiles of q. float32 products run without tensor cores, where a thread needs whole rows of q in
-    registers; REREAD > 0 loads q again, that many columns at a time, in a loop that is not unrolled.
+    registers; REREAD > 0 loads q again, that many columns at a time. head_dim is D: as a number known at run time only,
+    it keeps the compiler from unrolling that loop.
     """
     s = zeros(BLOCK_N, BLOCK_L)
     if REREAD > 0:
-        for start in range(0, D, REREAD):
+        for start in range(0, head_dim, REREAD):
             d = start + tl.arange(0, REREAD)
             piece_q = load(p_q, offs_n, d, step_q, queries, D, MASK_N, D % REREAD != 0)
             piece_k = load(p_k, offs_l, d, step_k, keys, D, MASK_L, D % REREAD != 0)
@@ -119,7 +120,7 @@ def visit(acc, m, l, p_q, b_q, offs_n, queries, step_q, p_k, p_v, offs_l, keys, 
           MASK_N: tl.constexpr, MASK_L: tl.constexpr, REREAD: tl.constexpr):  # fmt: skip
     """One block of keys: scores, new maximum, rescale, add. acc: the tiles of the first row of values, of the next."""
     s = scores(p_q, b_q, offs_n, queries, step_q, p_k, offs_l, keys, step_k, BLOCK_N, BLOCK_L,
-               D, HEAD, MASK_N, MASK_L, REREAD)  # fmt: skip
+               D, HEAD, MASK_N, MASK_L, REREAD, D)  # fmt: skip
 
     # exp(x) = 2^(x log2 e), and log2 e is in the scale
     m_new = tl.maximum(m, tl.max(s, 1) * scale)

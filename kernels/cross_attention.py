@@ -10,6 +10,7 @@ read. Source: Hertz et al. 2022 (prompt-to-prompt) for the edits.
 A key row is cut like a head dim (see attention.py), 77 = 64 + 13 (padded to 16), and so a map is a tuple of tiles too.
 """
 
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -20,7 +21,7 @@ from .attention import (
 
 
 @triton.jit
-def softmax_map(q, k, b, h, offs_n, queries, stride_q, stride_k, scale,
+def softmax_map(q, k, b, h, offs_n, queries, head_dim, stride_q, stride_k, scale,
                 L: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr,
                 UNIT: tl.constexpr, BLOCK_N: tl.constexpr, MASK_N: tl.constexpr, REREAD: tl.constexpr):  # fmt: skip
     """P = softmax(q k^T / sqrt(D)) of one block of queries of row b, tiles (BLOCK_N, KEYS[j]), zero beyond L."""
@@ -30,7 +31,7 @@ def softmax_map(q, k, b, h, offs_n, queries, stride_q, stride_k, scale,
     s = ()
     for j in tl.static_range(len(KEYS)):
         s = s + (scores(p_q, b_q, offs_n, queries, step_q, p_k, columns(KEYS, j), L, step_k, BLOCK_N, KEYS[j][1],
-                        D, HEAD, MASK_N, beyond(KEYS, j, L), REREAD),)  # fmt: skip
+                        D, HEAD, MASK_N, beyond(KEYS, j, L), REREAD, head_dim),)  # fmt: skip
     m = tl.max(s[0], 1)
     for j in tl.static_range(1, len(KEYS)):
         m = tl.maximum(m, tl.max(s[j], 1))
@@ -107,7 +108,7 @@ def cross_attention_kernel(
 
     acc = zeros_cut(BLOCK_N, HEAD)
     if KEEP_OWN or b < first:
-        p = softmax_map(q, k, b if TWO_TERMS else b_source, h, offs_n, queries, stride_q, stride_k, scale,
+        p = softmax_map(q, k, b if TWO_TERMS else b_source, h, offs_n, queries, D, stride_q, stride_k, scale,
                         L, KEYS, D, HEAD, UNIT, BLOCK_N, not EVEN_N, REREAD)  # fmt: skip
         p_v, step_v = head(v, stride_v, b, h, UNIT)
         acc = add_product(acc, p, p_v, step_v, L, KEYS, D, HEAD)
@@ -116,7 +117,7 @@ def cross_attention_kernel(
             if HAS_INJECT:
                 p = stored_map(inject, b - first, h, offs_n, queries, stride_inject, L, KEYS, not EVEN_N)
             else:
-                p = softmax_map(q, k, b_source, h, offs_n, queries, stride_q, stride_k, scale,
+                p = softmax_map(q, k, b_source, h, offs_n, queries, D, stride_q, stride_k, scale,
                                 L, KEYS, D, HEAD, UNIT, BLOCK_N, not EVEN_N, REREAD)  # fmt: skip
             p_v, step_v = head(v_source, stride_source, b - first, h, UNIT)
             acc = add_product(acc, p, p_v, step_v, L, KEYS, D, HEAD)
@@ -149,6 +150,21 @@ def row_vector(p, L: tl.constexpr, cols):
     return tl.load(p + cols, mask=cols < L, other=0.0)[None, :]
 
 
+@triton.jit
+def store_product(p, p_v, step_v, p_out, step_out, offs_n, queries, head_dim,
+                  L: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr,
+                  STEP: tl.constexpr):  # fmt: skip
+    """out = P V, STEP columns at a time, so that no more of it is in registers; head_dim as in `scores`."""
+    for start in range(0, head_dim, STEP):
+        d = start + tl.arange(0, STEP)
+        acc = zeros(BLOCK_N, STEP)
+        for j in tl.static_range(len(KEYS)):
+            b_v = load(p_v, columns(KEYS, j), d, step_v, L, D, beyond(KEYS, j, L), D % STEP != 0)
+            acc = dot(p[j].to(b_v.dtype), b_v, acc)
+        p_tile = p_out + offs_n[:, None] * step_out[0] + d[None, :] * step_out[1]
+        tl.store(p_tile, acc.to(p_out.dtype.element_ty), mask=(offs_n[:, None] < queries) & (d[None, :] < D))
+
+
 @triton.heuristics(
     {
         "HAS_SOURCE_ROW": lambda args: args["source_row"] is not None,
@@ -164,9 +180,9 @@ def row_vector(p, L: tl.constexpr, cols):
 @triton.jit(do_not_specialize=["first", "heads"])
 def cross_attention_save_kernel(
     q, k, v, source_row, inject, token_map, blend, reweight, save, save_mean, out,
-    queries, heads, first, scale,
+    queries, heads, first, head_dim, scale,
     stride_q, stride_k, stride_v, stride_inject, stride_save, stride_out,  # inject, save: elements, the others: UNIT
-    L: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr,
+    L: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr,
     UNIT: tl.constexpr, BLOCK_N: tl.constexpr, REREAD: tl.constexpr,
     HAS_SOURCE_ROW: tl.constexpr, HAS_INJECT: tl.constexpr, HAS_TOKEN_MAP: tl.constexpr, HAS_BLEND: tl.constexpr,
     HAS_REWEIGHT: tl.constexpr, HAS_SAVE: tl.constexpr, HAS_SAVE_MEAN: tl.constexpr, EVEN_N: tl.constexpr,
@@ -174,7 +190,9 @@ def cross_attention_save_kernel(
     """One block of queries of row b: P', written where asked, and out = P' V.
 
     A program owns one head, or all of them for save_mean, which is then a plain sum in registers without atomics.
-    token_map, blend, reweight and save_mean are contiguous.
+    token_map: (S, WIDTH, WIDTH), zero beyond L, so that no load of it needs a mask; it, blend, reweight and save_mean
+    are contiguous. What is computed outside of the loop over heads stays in registers all through it, and there are
+    none to spare: hence disable_licm, and loops over head_dim that are not unrolled.
     """
     b = tl.program_id(2)
     edited = b - first
@@ -185,20 +203,20 @@ def cross_attention_save_kernel(
             b_source = first + tl.load(source_row + edited).to(tl.int32)
 
     mean = zeros_cut(BLOCK_N, KEYS)
-    for i in range(heads if HAS_SAVE_MEAN else 1):
+    for i in tl.range(0, heads if HAS_SAVE_MEAN else 1, disable_licm=True):
         h = tl.program_id(1) + i
-        p = softmax_map(q, k, b if HAS_BLEND else b_source, h, offs_n, queries, stride_q, stride_k, scale,
+        p = softmax_map(q, k, b if HAS_BLEND else b_source, h, offs_n, queries, head_dim, stride_q, stride_k, scale,
                         L, KEYS, D, HEAD, UNIT, BLOCK_N, not EVEN_N, REREAD)  # fmt: skip
         if b >= first:
             source = p
             if HAS_INJECT:
                 source = stored_map(inject, edited, h, offs_n, queries, stride_inject, L, KEYS, not EVEN_N)
             elif HAS_BLEND:
-                source = softmax_map(q, k, b_source, h, offs_n, queries, stride_q, stride_k, scale,
+                source = softmax_map(q, k, b_source, h, offs_n, queries, head_dim, stride_q, stride_k, scale,
                                      L, KEYS, D, HEAD, UNIT, BLOCK_N, not EVEN_N, REREAD)  # fmt: skip
             if HAS_TOKEN_MAP:
-                p_m = token_map + edited.to(tl.int64) * (L * L)
-                source = add_product(zeros_cut(BLOCK_N, KEYS), source, p_m, (L, 1), L, KEYS, L, KEYS)
+                p_m = token_map + edited.to(tl.int64) * (WIDTH * WIDTH)
+                source = add_product(zeros_cut(BLOCK_N, KEYS), source, p_m, (WIDTH, 1), WIDTH, KEYS, WIDTH, KEYS)
             p = blended(p, source, blend + edited * L, L, KEYS) if HAS_BLEND else source
             if HAS_REWEIGHT:
                 p = scaled(p, reweight + edited * L, L, KEYS)
@@ -208,9 +226,12 @@ def cross_attention_save_kernel(
         if HAS_SAVE_MEAN:
             mean = plus(mean, p, KEYS)
         p_v, step_v = head(v, stride_v, b, h, UNIT)
-        acc = add_product(zeros_cut(BLOCK_N, HEAD), p, p_v, step_v, L, KEYS, D, HEAD)
         p_out, step_out = head(out, stride_out, b, h, UNIT)
-        store_cut(p_out, acc, offs_n, step_out, queries, D, HEAD)
+        if REREAD > 0:
+            store_product(p, p_v, step_v, p_out, step_out, offs_n, queries, head_dim, L, KEYS, D, BLOCK_N, REREAD)
+        else:
+            acc = add_product(zeros_cut(BLOCK_N, HEAD), p, p_v, step_v, L, KEYS, D, HEAD)
+            store_cut(p_out, acc, offs_n, step_out, queries, D, HEAD)
 
     if HAS_SAVE_MEAN:
         if b >= first:  # one program owns these numbers, so a load and a store add to them
@@ -238,7 +259,7 @@ def config(D: int, itemsize: int, arch: int, all_heads: bool = False) -> dict:
     """
     if itemsize == 4:  # no tensor cores: float32 products are multiply-adds, and their operands live in registers
         widest = 32 if D <= 160 else 64
-        tile = {"BLOCK_N": 16, "WIDEST": widest, "WIDEST_KEYS": 16, "REREAD": 16, "num_warps": 4}
+        tile = {"BLOCK_N": 16, "WIDEST": widest, "WIDEST_KEYS": 32 if all_heads else 16, "REREAD": 16, "num_warps": 4}
     elif arch >= 90:  # wgmma takes 64 rows and 4 warps, and its operands from shared memory
         tile = {"BLOCK_N": 64, "REREAD": 64 if D > 160 else 0, "num_warps": 4}
         if all_heads:
@@ -283,14 +304,18 @@ def launch_save(q, k, v, source_row, inject, token_map, blend, reweight, save, s
     B, H, N, D = q.shape
     u = unit(q, k, v, out)
     choice = config(D, q.element_size(), arch(), all_heads=save_mean is not None)
+    args = shape_args(q, k, u, choice)
+    width = sum(args["KEYS"][-1])  # of all tiles of a key row
+    if token_map is not None:  # both factors of a product have one dtype
+        beyond_L = width - token_map.shape[1]
+        token_map = F.pad(token_map.to(q.dtype), (0, beyond_L, 0, beyond_L)).contiguous()
     mean = None if save_mean is None else save_mean.contiguous()
     cross_attention_save_kernel[(triton.cdiv(N, choice["BLOCK_N"]), 1 if mean is not None else H, B)](
-        q, k, v, source_row, inject,
-        None if token_map is None else token_map.to(q.dtype).contiguous(),  # both factors of a product have one dtype
+        q, k, v, source_row, inject, token_map,
         *(None if x is None else x.contiguous() for x in (blend, reweight)), save, mean, out,
-        N, H, first_row(q, save, mean), D**-0.5 * LOG2_E,
+        N, H, first_row(q, save, mean), D, D**-0.5 * LOG2_E,
         *(strides(x, u) for x in (q, k, v)), strides(inject, 1), strides(save, 1), strides(out, u),
-        **shape_args(q, k, u, choice), **choice,
+        WIDTH=width, **args, **choice,
     )  # fmt: skip
     if mean is not save_mean:
         save_mean.copy_(mean)

@@ -4,6 +4,7 @@ The compiles run in a process of their own, which the interpreter (test_kernels_
 is that of `python -m bench.kernel_resources`.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -12,12 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from bench.kernel_resources import FUSED
+from bench.kernel_resources import DISTINCT, FUSED
 
 pytest.importorskip("triton")
 
 SHARED_PER_BLOCK = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # CUDA C++ Programming Guide, compute capabilities
-
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,13 @@ def test_every_specialisation_is_there(table):
         assert {row[name] for row in table if row["form"] not in FUSED} == least
     for form in FUSED:
         assert {row["arch"] for row in table if row["form"] == form} == {80, 89, 90}
-    assert {row["head_dim"] for row in table if row["form"] == "two terms" and row["arch"] == 90} >= {40, 80, 160}
+    sd = {(row["arch"], row["dtype"], row["form"], row["head_dim"]) for row in table}
+    maps = [form for form in DISTINCT if form.startswith("save")]
+    every = [*itertools.product((80, 90), ("float16",), DISTINCT, (40, 80, 160))]
+    every += itertools.product((80, 90), ("float32",), maps, (40, 80, 160))
+    every += itertools.product((80, 90), ("bfloat16",), maps, (160,))
+    every += itertools.product((89,), ("float16",), DISTINCT, (160,))
+    assert sd >= {*every}
 
 
 def test_nothing_spills(table):
@@ -71,7 +77,11 @@ def test_float32_is_not_tf32(table):
 
 
 def test_loads_are_wide(table):
-    """A head stride of 40 elements must not turn loads of q, k, v into 2-byte loads; rows of maps are odd by nature."""
-    forms = ("flash", "flash routed", "replace", "two terms", "geglu", "group_norm moments", "group_norm apply")
+    """A head stride of 40 must not turn loads of q, k, v into 2-byte loads, nor 77 tokens those of a token map.
+
+    Rows of stored maps are odd by nature.
+    """
+    forms = ("flash", "flash routed", "replace", "two terms", "save", "save, refine")
+    forms += ("geglu", "group_norm moments", "group_norm apply")
     no_maps = [r for r in table if r["form"] in forms and r["dtype"] != "float32"]
     fail_with([r for r in no_maps if r["narrow_loads"]], "2-byte loads")
