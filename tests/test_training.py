@@ -122,6 +122,15 @@ def test_times_are_drawn_as_said():
         assert torch.allclose(counts, torch.tensor([rest, rest, rest, rest + share]), atol=0.01)
 
 
+def test_draw_amplitudes():
+    """1 but in faint_share of the samples, in which it is uniform from 0.6 to 1."""
+    k = training.draw_amplitudes(100_000, 0.3, torch.Generator().manual_seed(0))
+    assert k.shape == (100_000, 1, 1, 1) and k.min() >= 0.6 and k.max() == 1
+    assert (k == 1).double().mean() == pytest.approx(0.7, abs=0.01)
+    assert k[k < 1].mean() == pytest.approx(0.8, abs=0.01) and k[k < 1].std() == pytest.approx(0.4 / 12**0.5, abs=0.01)
+    assert (training.draw_amplitudes(100, 0.0, torch.Generator()) == 1).all()
+
+
 def test_learning_rate():
     rates = [learning_rate(step, 1000, 2.0) for step in range(1000)]
     assert rates[0] == 2.0 / training.WARMUP and rates[training.WARMUP] == rates[799] == 2.0
