@@ -72,6 +72,7 @@ class Recipe:
     layout_weight: float  # of layout_loss, beside the diffusion loss
     summary_weight: float  # of summary_loss, likewise
     silent_share: float  # of the samples, whose ends and pads are silenced: the words alone must tell
+    faint_share: float  # of the samples, whose noise is fainter than their time says
 
 
 RECIPES = {
@@ -98,6 +99,7 @@ RECIPES = {
         layout_weight=1.0,
         summary_weight=0.05,
         silent_share=0.5,
+        faint_share=0.6,
     ),
     "large": Recipe(  # one GPU
         image_size=128,
@@ -122,6 +124,7 @@ RECIPES = {
         layout_weight=1.0,
         summary_weight=0.05,
         silent_share=0.5,
+        faint_share=0.6,
     ),
 }
 
@@ -205,6 +208,17 @@ def draw_times(batch, steps, noisy_share, generator):
     late = 0.75 + (u - 0.75 * plain) / (plain + 4 * noisy_share)
     t = torch.where(u < 0.75 * plain, u / max(plain, 1e-9), late)
     return (t * steps).long().clamp(max=steps - 1)
+
+
+def draw_amplitudes(batch, faint_share, generator):
+    """Factors of the noise (batch, 1, 1, 1): uniform from 0.6 to 1 with probability faint_share, else 1.
+
+    A rendered picture holds no noise at all, so DDIM inversion, which runs the sampler backwards from it, comes to
+    latents whose noise is fainter than their time says: alpha_t z + sigma_t k eps, k < 1. A UNet that has never seen
+    such latents amplifies the errors of inversion there. What it is to answer is k eps, the noise that is in them.
+    """
+    faint = torch.rand(batch, generator=generator) < faint_share
+    return torch.where(faint, 0.6 + 0.4 * torch.rand(batch, generator=generator), 1.0)[:, None, None, None]
 
 
 # ---- data ----------------------------------------------------------------------------------------------------------
@@ -361,6 +375,7 @@ def fit_diffusion(recipe, run, seed, device):
         context = model["text_encoder"](ids)
         silent = (torch.rand(batch, generator=generator) < recipe.silent_share).to(device)
         context_seen = silence(context, model["text_encoder"](empty.to(device)), ids, tokenizer.eos_id, silent)
+        noise = noise * draw_amplitudes(batch, recipe.faint_share, generator)
         z, noise, t = z.to(device), noise.to(device), t.to(device)
         value = diffusion_loss(model["unet"], schedule, z, noise, t, context_seen, recipe.max_weight)
         if recipe.layout_weight:
@@ -435,6 +450,7 @@ def main(arguments=None):
     parser.add_argument(
         "--silent-share", type=float, help="diffusion: share of the samples whose words alone must tell"
     )
+    parser.add_argument("--faint-share", type=float, help="diffusion: share of the samples whose noise is fainter")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--to", type=Path, help="export: the folder to write")
@@ -451,7 +467,7 @@ def main(arguments=None):
     args.run.mkdir(parents=True, exist_ok=True)
     if args.stage == "export":
         return export(recipe, args.run, args.to)
-    names = ("max_weight", "noisy_share", "layout_weight", "summary_weight", "silent_share")
+    names = ("max_weight", "noisy_share", "layout_weight", "summary_weight", "silent_share", "faint_share")
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.steps is not None:
         name = {"text": "text_encoder"}.get(args.stage, args.stage)

@@ -32,6 +32,7 @@ TINY = Recipe(
     layout_weight=1.0,
     summary_weight=0.05,
     silent_share=0.5,
+    faint_share=0.5,
 )
 
 
