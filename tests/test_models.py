@@ -349,7 +349,7 @@ def test_times_of_all_steps_at_once(pair):
         rows = ours.prepare_times(times)
         assert rows.shape == (4, sum(m.conv1.out_channels for m in ours.modules() if hasattr(m, "time_emb_proj")))
         for i in range(4):
-            assert difference(ours(x, rows[i : i + 1], context), ours(x, times[i], context)) <= BAR  # one row is summed in another order
+            assert difference(ours(x, rows[i : i + 1], context), ours(x, times[i], context)) <= BAR
         expected = reference(x.repeat(2, 1, 1, 1), times[1:3].repeat(2), context).sample
         assert difference(ours(x, rows[1:3], context), expected) <= BAR
         assert difference(ours(x, rows[2:3], context), ours(x, times[1], context)) > 1e-2
