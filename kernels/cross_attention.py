@@ -252,16 +252,14 @@ def plus(a, b, CUT: tl.constexpr, weight=1.0):
 # The launches: plain Python from here on.
 
 
-def config(D: int, itemsize: int, arch: int, all_heads: bool = False, own_maps: bool = False) -> dict:
+def config(D: int, itemsize: int, arch: int, all_heads: bool = False) -> dict:
     """Tile and warps by rule: what does not spill, as far as the compiler can tell (python -m bench.kernel_resources).
 
-    arch: compute capability, 80 or 90; all_heads: one program does all heads (save_mean);
-    own_maps: it writes maps and reads none (save without inject).
+    arch: compute capability, 80 or 90; all_heads: one program does all heads (save_mean).
     """
     if itemsize == 4:  # no tensor cores: float32 products are multiply-adds, and their operands live in registers
         widest = 32 if D <= 160 else 64
-        tile = {"BLOCK_N": 16, "WIDEST": widest, "REREAD": 16, "num_warps": 4}
-        tile["WIDEST_KEYS"] = 32 if all_heads or own_maps else 16
+        tile = {"BLOCK_N": 16, "WIDEST": widest, "WIDEST_KEYS": 32 if all_heads else 16, "REREAD": 16, "num_warps": 4}
     elif arch >= 90:  # wgmma takes 64 rows and 4 warps, and its operands from shared memory
         tile = {"BLOCK_N": 64, "REREAD": 64 if D > 160 else 0, "num_warps": 4}
         if all_heads:
@@ -305,7 +303,7 @@ def launch_save(q, k, v, source_row, inject, token_map, blend, reweight, save, s
     """The form that writes P' or its mean; see cross_attention_save_kernel. All checks are done in ops.py."""
     B, H, N, D = q.shape
     u = unit(q, k, v, out)
-    choice = config(D, q.element_size(), arch(), all_heads=save_mean is not None, own_maps=inject is None)
+    choice = config(D, q.element_size(), arch(), all_heads=save_mean is not None)
     args = shape_args(q, k, u, choice)
     width = sum(args["KEYS"][-1])  # of all tiles of a key row
     if token_map is not None:  # both factors of a product have one dtype
