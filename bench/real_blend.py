@@ -55,7 +55,7 @@ class Redraw:
     def mask(self) -> np.ndarray:
         """(64, 64) bool: the box of the thing that is to change, with a margin."""
         box = self.scene.boxes[self.edited]
-        low, high = -box.side / 2 - MARGIN, box.side / 2 + MARGIN
+        high = box.side / 2 + MARGIN
         across, down = (np.abs(np.arange(64) + 0.5 - centre) < high for centre in (box.x, box.y))
         return down[:, None] & across[None, :]
 
