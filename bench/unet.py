@@ -3,9 +3,9 @@
     python -m bench.unet [--device cuda] [--rounds 3] [--batch 1] [--quick]
 
 A step is the UNet on the unconditional and the conditional rows of `batch` latents, guidance and the update of DDIM.
-Contenders have processes of their own, take turns, and compute with the same weights. CPU: batch 1, float32 and
-bfloat16, in groups that fit into 12 GB; CUDA: batches 1, 2 and 8 in float16, also compiled and as a CUDA graph. Writes
-bench/results/<device>/unet.json.
+Contenders have processes of their own, take turns, and compute with the same weights. Batches 1, 2 and 8, what is
+compiled at batch 1 only. CPU: float32 and bfloat16, in groups that fit into memory together; CUDA: float16, also as a
+CUDA graph. Writes bench/results/<device>/unet.json.
 """
 
 import sys
@@ -54,7 +54,8 @@ def theirs(name: str, device: str, dtype: torch.dtype, batch: int, small: bool, 
         unet.to(memory_format=torch.channels_last)
     if compile:
         unet.fuse_qkv_projections()
-        unet = torch.compile(unet, mode="max-autotune", fullgraph=True)
+        mode = "max-autotune" if device == "cuda" else "default"  # on a CPU tuning takes longer than all else here
+        unet = torch.compile(unet, mode=mode, fullgraph=True)
     scheduler = DDIMScheduler(clip_sample=False, **SD_V1_SCHEDULE)
     scheduler.set_timesteps(50)
     t = scheduler.timesteps[0]
@@ -69,24 +70,33 @@ def theirs(name: str, device: str, dtype: torch.dtype, batch: int, small: bool, 
     return {name: step}
 
 
-def groups(device: str) -> list[dict[str, tuple]]:
+def groups(device: str, compiled: bool) -> list[dict[str, tuple]]:
     """Contenders that are in memory together: name -> (function(name, device, dtype, batch, small), dtype)."""
     channels_last = partial(theirs, channels_last=True)
+    compiled_theirs = partial(channels_last, compile=True)
     if device == "cpu":
         fp32, bf16 = torch.float32, torch.bfloat16
         rival = {"diffusers fp32": (theirs, fp32)}
-        return [
+        together = [
             {"minisd fp32": (ours, fp32), **rival},
             {"minisd bf16": (ours, bf16), "diffusers bf16 channels_last": (channels_last, bf16), **rival},
             {"minisd fp32": (ours, fp32), "diffusers fp32 channels_last": (channels_last, fp32)},
         ]
+        also = [
+            {"minisd fp32": (ours, fp32), "diffusers fp32 compiled": (compiled_theirs, fp32)},
+            {"minisd bf16": (ours, bf16), "diffusers bf16 compiled": (compiled_theirs, bf16)},
+        ]
+        return together + also if compiled else together
     half = torch.float16
-    return [{
-        "minisd": (ours, half), "minisd graph": (partial(ours, graph=True), half),
-        "minisd compiled, graph": (partial(ours, compile=True, graph=True), half), "diffusers": (theirs, half),
+    eager = {
+        "minisd": (ours, half), "minisd graph": (partial(ours, graph=True), half), "diffusers": (theirs, half),
         "diffusers channels_last": (channels_last, half),
-        "diffusers compiled": (partial(channels_last, compile=True), half),
-    }]  # fmt: skip
+    }  # fmt: skip
+    also = {
+        "minisd compiled, graph": (partial(ours, compile=True, graph=True), half),
+        "diffusers compiled": (compiled_theirs, half),
+    }
+    return [eager | also if compiled else eager]
 
 
 def table(record: dict) -> str:
@@ -111,15 +121,14 @@ def main() -> int:
     args = harness.options(__doc__, "bench.unet", batch=int)
     device = torch.device(args.device).type
     rows = []
-    for batch in [args.batch] if args.batch else [1] if args.quick or device == "cpu" else [1, 2, 8]:
-        together = groups(device)
+    for batch in [args.batch] if args.batch else [1] if args.quick else [1, 2, 8]:
+        together = groups(device, compiled=batch == 1 and not args.quick)  # that takes minutes each
         if args.quick:  # small ones fit into memory all at once
             together = [{name: contender for group in together for name, contender in group.items()}]
         for group in together:
             builders = {
                 name: (function, name, args.device, dtype, batch, args.quick)
                 for name, (function, dtype) in group.items()
-                if batch == 1 and not args.quick or "compiled" not in name  # minutes each
             }
             rows.append({"batch": batch, "times": harness.contest(builders, args.device, args.rounds)})
             print(table({**harness.provenance(args.device), "rows": rows[-1:]}), flush=True)

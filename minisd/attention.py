@@ -186,9 +186,34 @@ class Attention(nn.Module):
         """(B, L, context_channels) -> k, v, each (B, H, L, D)."""
         return self.split_heads(self.to_k(context)), self.split_heads(self.to_v(context))
 
+    def fuse(self):
+        """Let to_q, to_k and to_v of self-attention be one product: lay their weights in one piece of memory, in turn.
+
+        They stay three parameters with the same values; moved or replaced, they are three products again. Hooks on the
+        three layers are not called meanwhile.
+        """
+        layers = (self.to_q, self.to_k, self.to_v)
+        for layer, weight in zip(layers, torch.cat([layer.weight for layer in layers]).chunk(3)):
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+
+    def qkv_weight(self):
+        """The weights of to_q, to_k and to_v as one matrix (3 * channels, channels), or None: `fuse` did not lay them
+        out, or they need gradients, or torch.compile is tracing, which cannot see where they lie."""
+        weights = self.to_q.weight, self.to_k.weight, self.to_v.weight
+        if torch.compiler.is_compiling() or self.to_q.bias is not None or any(w.requires_grad for w in weights):
+            return None
+        q, size = weights[0], weights[0].numel()
+        one_memory = len({w.untyped_storage().data_ptr() for w in weights}) == 1
+        in_turn = [w.storage_offset() - q.storage_offset() for w in weights] == [0, size, 2 * size]
+        return q.as_strided((3 * q.shape[0], q.shape[1]), q.stride()) if one_memory and in_turn else None
+
     def forward(self, x, kv=None, edit=None):
         """x: (B, N, channels), kv: what `project` gave (None: self-attention), edit: AttentionEdit or None."""
-        q = self.split_heads(self.to_q(x))
-        k, v = self.project(x) if kv is None else kv
+        qkv = self.qkv_weight() if kv is None else None
+        if qkv is not None:
+            q, k, v = (self.split_heads(part) for part in F.linear(x, qkv).chunk(3, dim=-1))
+        else:
+            q = self.split_heads(self.to_q(x))
+            k, v = self.project(x) if kv is None else kv
         out = attention(q, k, v, edit, self.impl)
         return self.to_out[0](out.transpose(1, 2).flatten(-2))

@@ -310,12 +310,15 @@ def load(
 
 
 def make_quick(model: nn.Module, compile: bool | str = False) -> nn.Module:
-    """How `load` has a model computed: by oneDNN on a CPU, else in channels_last; one compiled graph if asked."""
+    """How `load` has a model computed: by oneDNN on a CPU, else in channels_last, on CUDA with q, k and v of
+    self-attention in one product; one compiled graph if asked."""
     weight = next(model.parameters())
     if weight.device.type == "cpu" and not compile and onednn.available(weight.dtype):
         onednn.use_onednn(model)
     else:
         model.to(memory_format=torch.channels_last)
+    if isinstance(model, UNet) and weight.device.type == "cuda":  # on a CPU a copy of mapped weights would gain 0.1 %
+        model.fuse_qkv()
     if compile:
         model.compile(fullgraph=True, dynamic=False, **({"backend": compile} if isinstance(compile, str) else {}))
     return model

@@ -300,6 +300,11 @@ class UNet(nn.Module):
         for site in self._sites.values():
             site.impl = impl
 
+    def fuse_qkv(self):
+        """Let q, k and v be one product at every self-attention site; see Attention.fuse."""
+        for name in self.sites("self"):
+            self._sites[name].fuse()
+
     @property
     def recompute(self):
         """Whether, under gradients, a layer keeps its input only and computes the rest again in the backward pass."""

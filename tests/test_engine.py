@@ -72,6 +72,16 @@ def test_loaded_models_are_computed_by_onednn(folder, monkeypatch):
     torch.testing.assert_close(ours, drawn(plain), rtol=1e-4, atol=1e-4 * ours.abs().max().item())
 
 
+def test_fused_projections_draw_the_same(folder):
+    """q, k and v of self-attention in one product, as on CUDA: pictures and edits stay the same."""
+    plain, fused = (minisd.load(folder, device="cpu") for _ in range(2))
+    fused.unet.fuse_qkv()
+    sites = [module for name, module in fused.unet.named_modules() if name.endswith("attn1")]
+    assert sites and all(site.qkv_weight() is not None for site in sites)
+    assert all(site.qkv_weight() is None for name, site in fused.unet.named_modules() if name.endswith("attn2"))
+    torch.testing.assert_close(drawn(fused), drawn(plain), atol=1e-4, rtol=0)
+
+
 def test_compile_is_one_graph_for_every_method(folder):
     expected = drawn(minisd.load(folder, device="cpu"))
     graphs = []
