@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from . import expect
 from .images import to_pil, whole
 from .samplers import Step
 
@@ -130,9 +131,12 @@ def rectangles(n: int, side: int) -> Tensor:
 def animate(frames: Sequence[Image.Image], path: str | Path, fps: float = 10.0, hold: float = 1.0) -> None:
     """Write pictures of one size as an animation: .webp, .png (animated) or .gif, shown endlessly, or .mp4.
 
-    fps: pictures per second; hold: seconds that the last one is shown longer. .mp4 needs the extra "video".
+    fps: pictures per second, 0.1 to 1000; hold: seconds that the last one is shown longer. .mp4 needs the extra
+    "video".
     """
     check_animation(path)
+    expect.number("fps", fps, 0.1, 1000)
+    expect.number("hold", hold, 0)
     if not frames or len({frame.size for frame in frames}) != 1:
         raise ValueError(f"expected pictures of one size, got {[frame.size for frame in frames]}")
     options = FORMATS[Path(path).suffix.lower()]

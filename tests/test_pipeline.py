@@ -367,7 +367,10 @@ def test_memory_that_is_not_there(sd, monkeypatch):
         raise RuntimeError("another fault")
 
     z, size = sd.noise(0, height=24, width=40), "not enough memory for 40 x 24 pixels: try a smaller size"
+    inversion = minisd.invert(sd, picture(), "a", 2, trajectory=True, progress=False)
     for part, name, run, message in (
+        (sd.unet, "forward", lambda: minisd.invert(sd, picture(), "a", 2, progress=False), "memory for latents of"),
+        (sd.unet, "forward", lambda: minisd.null_text(sd, inversion, progress=False), "memory for latents of"),
         (sd.vae, "encode", lambda: sd.encode_image(picture()), size),
         (sd.vae, "decode", lambda: sd.decode(z), size),
         (sd.unet, "forward", lambda: sd.txt2img("a", latents=z, progress=False), "memory for latents of 10 x 6: try"),

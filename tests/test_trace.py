@@ -188,6 +188,9 @@ def test_animations_are_refused_in_words(frames, tmp_path, monkeypatch):
         animate([], tmp_path / "a.gif")
     with pytest.raises(ValueError, match="expected pictures of one size"):
         animate([*frames, Image.new("RGB", (3, 3))], tmp_path / "a.gif")
+    for how, message in ({"fps": 0}, "fps is 0, expected a number from 0.1 to 1000"), ({"hold": -1}, "hold is -1"):
+        with pytest.raises(ValueError, match=message):
+            animate(frames, tmp_path / "a.gif", **how)
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)  # not installed
     with pytest.raises(ModuleNotFoundError, match=r"mp4 needs imageio-ffmpeg: pip install 'minisd\[video\]'"):
         animate(frames, tmp_path / "a.mp4")

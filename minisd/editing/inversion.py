@@ -32,7 +32,7 @@ from tqdm import tqdm
 from .. import expect
 from ..guidance import cfg, conditional
 from ..images import whole
-from ..pipeline import DTYPES, as_list
+from ..pipeline import DTYPES, as_list, memory_for
 from ..samplers import DDIM, Step
 
 METHODS = ("ddim", "null-text", "negative-prompt", "direct")
@@ -236,15 +236,16 @@ def invert(
     predict = conditional(sd.unet, embed(sd, prompts))
 
     x, passed = z, [z]
-    for number, step in enumerate(tqdm(sampler, disable=not progress)):
-        start = x
-        for _ in range(1 + refine):
-            x = step.update(start, predict(x.to(sd.dtype), step))
-        keep(number, x)
-        if on_step is not None:
-            on_step(x, step)
-        if trajectory:
-            passed.append(x)
+    with memory_for(f"latents of {z.shape[3]} x {z.shape[2]}"):
+        for number, step in enumerate(tqdm(sampler, disable=not progress)):
+            start = x
+            for _ in range(1 + refine):
+                x = step.update(start, predict(x.to(sd.dtype), step))
+            keep(number, x)
+            if on_step is not None:
+                on_step(x, step)
+            if trajectory:
+                passed.append(x)
     timesteps = tuple(t for t, _, _ in sampler.plan())
     path = torch.stack(passed[::-1]) if trajectory else None
     return Inversion(tuple(prompts), steps, skip, timesteps, x, z, trajectory=path, snapshots=keep.latents)
