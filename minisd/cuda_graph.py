@@ -5,7 +5,8 @@
 A graph repeats the same kernels on the same memory, so what changes from step to step is copied into static buffers:
 the latent, t, the sampler's coefficients (samplers.Coefficients), the rows of an edit's tables. Edits are gated by
 value, so their tensors have the same shapes at every step and one graph serves a whole run. minisd.load(graph=True)
-gives the UNet a `Replay`, and guidance.py calls it. https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+gives the UNet a `Replay`, and guidance.py calls it; of sega, whose momentum is a state, and of loops with an update of
+their own (inversion) the UNet alone is a graph. https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
 from collections.abc import Callable, Hashable
@@ -41,6 +42,7 @@ class Replay:
 
     def __init__(self):
         self.graphs: dict[Hashable, Captured] = {}
+        self.pool = None  # memory that all graphs share: one runs at a time, and its outputs are copied at once
 
     def __call__(self, key: Hashable, function: Callable, *inputs):
         paths, spec = tree_flatten_with_path(inputs)
@@ -97,6 +99,7 @@ class Replay:
                 run()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self.pool):
             outputs = run()
+        self.pool = graph.pool()
         return graph.replay, outputs

@@ -62,14 +62,14 @@ def erase(
     """
     call, weights = _with_concepts(unet, uncond, cond, concepts, scale, erase_scale, edits)
 
-    def predict(x, step):
-        u, *concept_eps, c = call(x, step)
+    def combine(u, *eps_of_concepts_and_c):
+        *concept_eps, c = eps_of_concepts_and_c
         eps = u + scale * (c - u)
         for w, e in zip(weights, concept_eps):
             eps = eps - w * (e - u)
         return eps
 
-    return predict
+    return _combined(call, ("erase", scale, *weights), combine)
 
 
 def sega(
@@ -144,9 +144,11 @@ def _grouped(unet, groups: list[tuple[str, Tensor | Sequence[Tensor]]], edits: E
 
     Keys and values of the context are projected once, on the first call (unet.prepare), unless the context changes from
     step to step, and times once for all steps (unet.prepare_times), unless gradients are wanted. A UNet with a `replay`
-    (cuda_graph.py) is called through it.
+    (cuda_graph.py) is called through it; its graphs hold for the code of attention and the weights' places of now.
     """
     replay = getattr(unet, "replay", None)
+    if replay is not None:
+        state = unet.attention, *(p.data_ptr() for p in unet.parameters() if not p.is_mkldnn)  # never so on CUDA
     fixed = all(isinstance(rows, Tensor) for _, rows in groups)
     prepare, prepare_times = getattr(unet, "prepare", None), getattr(unet, "prepare_times", None)
     prepared, times = {}, {}  # batch size -> prepared context; t -> its row of prepare_times
@@ -179,7 +181,7 @@ def _grouped(unet, groups: list[tuple[str, Tensor | Sequence[Tensor]]], edits: E
     def call(x, step):
         if replay is None or torch.is_grad_enabled():
             return unet(*inputs(x, step)).chunk(len(groups))
-        return replay("unet", unet, *inputs(x, step)).chunk(len(groups))
+        return replay((state, "unet"), unet, *inputs(x, step)).chunk(len(groups))
 
     def whole(key, combine, x, x0_previous, step):
         """x at the next level and x0: the UNet, `combine` and the sampler's `advance` as one CUDA graph."""
@@ -188,9 +190,10 @@ def _grouped(unet, groups: list[tuple[str, Tensor | Sequence[Tensor]]], edits: E
             eps = combine(*unet(*inputs).chunk(len(groups)))
             return advance(inputs[0], eps, x0_previous, Coefficients(*k.unbind()))
 
-        k = torch.tensor(step.coefficients, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        k = torch.tensor(step.coefficients, dtype=torch.promote_types(x.dtype, torch.float32))
+        k = k.to(x.device, non_blocking=True)  # the host does not wait for the step before
         x0_previous = torch.zeros_like(x, dtype=k.dtype) if x0_previous is None else x0_previous
-        return replay(key, function, x0_previous, k, *inputs(x, step))
+        return replay((state, key), function, x0_previous, k, *inputs(x, step))
 
     call.whole = None if replay is None else whole
     return call
