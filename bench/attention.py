@@ -1,15 +1,16 @@
 """Time the attention kernels beside everything that could take their place, and check them in the same run.
 
-    python -m bench.attention [--quick] [--shape B,H,N,L,D ...] [--device cuda] [--readme]
+    python -m bench.attention [--quick] [--shape B,H,N,L,D ...] [--device cuda]
 
 The shapes are those of SD v1.x: 8 heads, self- and cross-attention (77 keys) at 512x512, self-attention at 768x768.
+q, k and v of self-attention are views of one tensor (B, N, 3 * H * D), as the models have them on CUDA, for all alike.
 The rivals: each SDPA backend by itself, FlexAttention compiled, eager matmul + softmax + matmul, and for edits folded
 SDPA (two calls on V_A and V_B) and eager. On CUDA, calls are captured in a graph and replayed: what is timed is the
-device, not Python. Writes bench/results/<device>/attention.json; --readme puts the table into kernels/README.md.
+device, not Python. Writes bench/results/<device>/attention.json after every shape (attention-quick, attention-shape),
+of which `python -m bench.report` makes the table in kernels/README.md. Exit status 1: ours failed or was wrong.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 
@@ -27,6 +28,8 @@ GRID_768 = ((9216, 40), (2304, 80), (576, 160), (144, 160))
 SHAPES = [(N, N, D) for N, D in GRID_512] + [(N, TEXT, D) for N, D in GRID_512] + [(N, N, D) for N, D in GRID_768]
 CROSS_EDITS = ("replace", "reweight", "refine", "inject", "save_mean", "save", "refine, save_mean")
 SELF_EDITS = ("self-injection",)
+LARGEST_MAP = 8e9  # bytes of a float32 map beyond which what holds several of them at once is not tried
+MAPS_AT_ONCE = 2**26  # numbers of a map, half a GB in float64, that are compared at a time
 
 # What the design asks for, as ratios of time. Rival / ours, at least; edited / plain, at most; eager / ours, at least.
 MUST_SELF = {(4096, 40): 1.15, (1024, 80): 1.0, (256, 160): 0.95, (64, 160): 0.95}
@@ -60,8 +63,16 @@ def make_edit(form: str, B: int, heads: int, N: int, L: int, D: int, dtype, devi
     return edit and edit.check_rows()
 
 
+def inputs(B: int, heads: int, N: int, L: int, D: int, dtype, device):
+    """Random q, k, v; of self-attention (N == L) views of one tensor, as one product for all three leaves them."""
+    if N == L:
+        qkv = torch.randn(B, N, 3 * heads * D, device=device).to(dtype)
+        return [x.unflatten(-1, (heads, D)).transpose(1, 2) for x in qkv.chunk(3, dim=-1)]
+    return [torch.randn(B, n, heads, D, device=device).to(dtype).transpose(1, 2) for n in (N, L, L)]
+
+
 def rivals(q, k, v, edit, triton: bool) -> dict[str, Callable]:
-    """Contenders by name, ours first; one that cannot take the shape is left out with a line saying so."""
+    """Contenders by name, ours first; what would need tens of GB is left out with a line saying so."""
     functions = {"minisd": lambda: attention(q, k, v, edit, "triton")} if triton else {}
     functions["eager"] = lambda: attention(q, k, v, edit, "reference")
     if edit is not None:
@@ -79,49 +90,101 @@ def rivals(q, k, v, edit, triton: bool) -> dict[str, Callable]:
 
         for name in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"):
             functions[f"SDPA {name.split('_')[0].lower()}"] = by_backend(getattr(SDPBackend, name))
-        flex = torch.compile(flex_attention)
+        flex = harness.compiled(flex_attention)
         functions["FlexAttention"] = lambda: flex(q, k, v)
     else:
         functions["SDPA"] = lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    for name in functions.keys() - {"minisd"}:  # ours must work
-        try:
-            functions[name]()
-        except RuntimeError as error:  # a backend that does not take the shape, or too little memory
-            print(f"  {name} left out: {str(error).splitlines()[0]}")
+    if (size := 4 * q[..., 0].numel() * k.shape[2]) > LARGEST_MAP:
+        for name in [name for name in ("eager", "SDPA math") if name in functions]:
+            print(f"  {name} left out: it holds several maps, {size * 1e-9:.0f} GB each in float32")
             del functions[name]
     return functions
 
 
-def error_ratio(ours: torch.Tensor, q, k, v, edit) -> float:
-    """Error against float64 over the budget, max(2 x same-dtype eager, 4 eps x max|reference|); above 1 is wrong.
+def measure(functions: dict[str, Callable], device: str, rounds: int) -> tuple[dict, dict, dict]:
+    """(times, bytes at the peak, errors) by name of contender.
 
-    Of the last head only, so that float64 maps of 9216 x 9216 fit; the GPU tests look at all.
+    One that fails, in a plain call or while a graph is captured, is left out with a line that says so, and the rest is
+    measured again.
     """
-    ours, q, k, v = (x[:, -1:] for x in (ours, q, k, v))
+    functions, errors, running = dict(functions), {}, None
+
+    def noted(name, function):
+        def call():
+            nonlocal running
+            running = name
+            return function()
+
+        return call
+
+    while True:
+        calls = {name: noted(name, function) for name, function in functions.items()}
+        try:
+            times = harness.interleave(calls, device, rounds, graph=True)
+            return times, {name: harness.peak_memory(call, device) for name, call in calls.items()}, errors
+        except Exception as error:  # no such backend for this shape, too little memory, whatever it is
+            errors[running] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        print(f"  {running} left out: {errors[running]}", flush=True)
+        del functions[running]
+
+
+def by_formula(q, k, v, edit, queries: slice) -> dict[str, torch.Tensor]:
+    """What kernels/reference.py makes of some of the queries: "out", and what the edit saves."""
+    saved = {}
     if edit is not None:
-        edit = edit._replace(inject=None if edit.inject is None else edit.inject[:, -1:], save=None, save_mean=None)
-    eager = attention(q, k, v, edit, "reference")
-    exact = attention(q.double(), k.double(), v.double(), edit, "reference")
-    budget = max(2 * (eager - exact).abs().max(), 4 * torch.finfo(q.dtype).eps * exact.abs().max())
-    return ((ours - exact).abs().max() / budget).item()
+        if edit.inject is not None:
+            edit = edit._replace(inject=edit.inject[:, :, queries])
+        if edit.save is not None:
+            saved["save"] = torch.zeros_like(edit.save[:, :, queries], dtype=q.dtype)
+        if edit.save_mean is not None:
+            saved["save_mean"] = torch.zeros_like(edit.save_mean[:, queries])
+        edit = edit._replace(**saved)
+    return {"out": attention(q[:, :, queries], k, v, edit, "reference"), **saved}
 
 
+def error_ratio(q, k, v, edit) -> float:
+    """Error against float64 over the budget, max(2 x same-dtype eager, 4 eps x max|reference|); above 1 or nan: wrong.
+
+    The largest of the output's and of the saved maps', of one call on fresh buffers. All rows, heads and queries, some
+    queries at a time, so that float64 maps of 9216 x 9216 fit.
+    """
+    saved = {}
+    if edit is not None:
+        if edit.save is not None:
+            saved["save"] = torch.full_like(edit.save, float("nan"))
+        if edit.save_mean is not None:
+            saved["save_mean"] = torch.zeros_like(edit.save_mean)
+        edit = edit._replace(**saved)
+    ours = {"out": attention(q, k, v, edit, "triton"), **saved}
+
+    low, high = (q, k, v), [x.double() for x in (q, k, v)]
+    worst, step = {}, max(1, MAPS_AT_ONCE // (q.shape[0] * q.shape[1] * k.shape[2]))
+    for start in range(0, q.shape[2], step):
+        queries = slice(start, start + step)
+        eager, exact = (by_formula(*x, edit, queries) for x in (low, high))
+        for name, want in exact.items():
+            differences = (ours[name][..., queries, :] - want, eager[name] - want, want)
+            largest = torch.stack([x.abs().max() for x in differences]).double()
+            worst[name] = torch.maximum(worst.get(name, largest), largest)
+    eps = 4 * torch.finfo(q.dtype).eps
+    ratios = [error / torch.maximum(2 * of_eager, eps * scale) for error, of_eager, scale in worst.values()]
+    return torch.stack(ratios).max().item()
+
+
+@torch.no_grad()
 def bench_shape(B, heads, N, L, D, dtype, device, forms, rounds, peak) -> list[dict]:
     """All contenders on one shape, one row for each form of edit."""
-    q, k, v = (torch.randn(B, n, heads, D, device=device).to(dtype).transpose(1, 2) for n in (N, L, L))
+    q, k, v = inputs(B, heads, N, L, D, dtype, device)
     rows = []
     for form in forms:
         edit = make_edit(form, B, heads, N, L, D, dtype, device)
         functions = rivals(q, k, v, edit, triton=torch.device(device).type == "cuda")
         if form != "plain" and "minisd" in functions:
             functions["minisd plain"] = lambda: attention(q, k, v, None, "triton")
-        with torch.no_grad():
-            times = harness.interleave(functions, device, rounds, graph=True)
-            memory = {name: harness.peak_memory(function, device) for name, function in functions.items()}
-            wrong = error_ratio(functions["minisd"](), q, k, v, edit) if "minisd" in functions else None
+        times, memory, errors = measure(functions, device, rounds)
         flop = 4 * B * heads * N * L * D
-        row = {"B": B, "H": heads, "N": N, "L": L, "D": D, "dtype": str(dtype)[6:], "form": form}
-        row["error_over_budget"] = wrong
+        row = {"B": B, "H": heads, "N": N, "L": L, "D": D, "dtype": str(dtype)[6:], "form": form, "failed": errors}
+        row["error_over_budget"] = error_ratio(q, k, v, edit) if "minisd" in times else None
         row["times"] = {
             name: {**t, "tflops": flop / t["ms"] * 1e-9, "of_peak": flop / t["ms"] * 1e3 / peak, "bytes": memory[name]}
             for name, t in times.items()
@@ -132,18 +195,18 @@ def bench_shape(B, heads, N, L, D, dtype, device, forms, rounds, peak) -> list[d
 
 
 def best_rival(row: dict) -> tuple[str, float]:
-    """The quickest contender that is not ours, and its time over ours."""
+    """The quickest contender that is not ours, and its time over ours; ("nothing", nan) if none ran."""
     times = {name: t["ms"] for name, t in row["times"].items() if not name.startswith("minisd")}
-    name = min(times, key=times.get)
-    return name, times[name] / row["times"].get("minisd", row["times"][name])["ms"]
+    name = min(times, key=times.get, default="nothing")
+    return name, times.get(name, float("nan")) / row["times"]["minisd"]["ms"]
 
 
 def describe(row: dict) -> str:
-    name, ratio = best_rival(row)
     text = f"B{row['B']} N{row['N']} L{row['L']} D{row['D']} {row['dtype']:<9}{row['form']:<18}"
     for contender, t in row["times"].items():
         text += f" {contender} {t['ms']:.4f} ms"
     if "minisd" in row["times"]:
+        name, ratio = best_rival(row)
         text += f" | {ratio:.2f}x of {name}, error {row['error_over_budget']:.2f}"
     return text
 
@@ -152,9 +215,12 @@ def misses(rows: list[dict]) -> list[str]:
     """What is wrong or slower than PERFORMANCE section 5 asks for, one line each."""
     out = []
     for row in rows:
+        for name, error in row["failed"].items():
+            if name.startswith("minisd"):  # ours must work
+                out.append(f"FAILED {name}: {error}: {describe(row)}")
         if "minisd" not in row["times"]:
             continue
-        if row["error_over_budget"] > 1:
+        if not row["error_over_budget"] <= 1:  # nan is wrong, too
             out.append(f"WRONG {describe(row)}")
         times, (name, ratio) = {contender: t["ms"] for contender, t in row["times"].items()}, best_rival(row)
         if row["form"] == "plain":
@@ -162,7 +228,7 @@ def misses(rows: list[dict]) -> list[str]:
             if ratio < must:
                 out.append(f"SLOW  {ratio:.2f}x of {name}, must be >= {must}: {describe(row)}")
             continue
-        over, must = times["minisd"] / times["minisd plain"], MUST_EDIT.get(row["form"], float("inf"))
+        over, must = times["minisd"] / times.get("minisd plain", float("nan")), MUST_EDIT.get(row["form"], float("inf"))
         if over > must:
             out.append(f"SLOW  {over:.2f}x the time of plain, must be <= {must}: {describe(row)}")
         if "eager" in times and times["eager"] / times["minisd"] < MUST_EAGER.get(row["form"], 0):
@@ -196,12 +262,6 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def write_readme(result: dict) -> None:
-    """Replace what stands between the two markers in kernels/README.md by the table."""
-    path = harness.ROOT / "kernels/README.md"
-    path.write_text(harness.put(path.read_text(), "bench.attention", table(result)))
-
-
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.attention", description=__doc__.split("\n\n")[0])
     parser.add_argument("--shape", action="append", metavar="B,H,N,L,D", help="time this shape only; may be repeated")
@@ -211,7 +271,6 @@ def main(argv=None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="batch 2, float16, the 512x512 shapes")
-    parser.add_argument("--readme", action="store_true", help="put the table into kernels/README.md")
     args = parser.parse_args(argv)
     if torch.device(args.device).type != "cuda":
         print("no GPU: the Triton kernels are left out, only what runs on this device is timed")
@@ -221,21 +280,18 @@ def main(argv=None) -> int:
     else:
         grid = SHAPES[:8] if args.quick else SHAPES
         shapes = [(B, H, *shape) for B in (args.batch[:1] if args.quick else args.batch) for shape in grid]
-    rows = []
+    rows, suffix = [], "-shape" if args.shape else "-quick" if args.quick else ""
     for dtype in dtypes:
         peak = harness.matrix_peak(dtype, args.device)
         print(f"{str(dtype)[6:]}: measured matrix peak {peak * 1e-12:.1f} TFLOP/s")
         for B, heads, N, L, D in shapes:
             forms = ("plain", *(CROSS_EDITS if is_cross(N, L) else SELF_EDITS))
             rows += bench_shape(B, heads, N, L, D, dtype, args.device, forms, args.rounds, peak)
-    suffix = "-shape" if args.shape else "-quick" if args.quick else ""
-    path = harness.save(f"attention{suffix}", rows, args.device)
+            path = harness.save(f"attention{suffix}", rows, args.device)
     print(f"wrote {path}")
-    if args.readme:
-        write_readme(json.loads(path.read_text()))
     missed = misses(rows)
     print("\n".join(missed))
-    return int(any(text.startswith("WRONG") for text in missed))
+    return int(any(text.startswith(("WRONG", "FAILED")) for text in missed))
 
 
 if __name__ == "__main__":

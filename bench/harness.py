@@ -124,6 +124,15 @@ def interleave(
     return out
 
 
+def compiled(function: Callable) -> Callable:
+    """torch.compile for the sizes of the next call alone.
+
+    Otherwise sizes are symbolic from the second on, and at the ninth the function runs uncompiled, without a word.
+    """
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
 def milliseconds(function: Callable, device: str) -> float:
     """The wall clock's time of one call, waited for."""
     synchronise = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None

@@ -1,0 +1,183 @@
+"""The benchmarks of the kernels without a card: who takes part, what a failure costs, what the check of results sees.
+
+The kernels themselves take part in test_kernels_interpreter.py; here PyTorch stands in for them.
+"""
+
+import json
+
+import pytest
+import torch
+from minisd_kernels import reference
+
+from bench import attention as bench
+from bench import fused, harness
+
+SHAPE = dict(B=4, heads=3, N=10, L=5, D=8)
+KEYS = ("B", "heads", "N", "L", "D")
+
+
+@torch.no_grad()
+def test_each_shape_is_compiled_once_and_for_itself(monkeypatch):
+    """As FlexAttention and the fused ops are: with symbolic sizes, or not at all, the rival would be another."""
+    sizes, compile = [], torch.compile
+
+    def backend(graph, inputs):
+        sizes.append(inputs[0].shape)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function, **how: compile(function, backend=backend, **how))
+    shapes = [(2, n) for n in range(3, 15)]
+    for shape in shapes:
+        double = harness.compiled(fused.geglu)
+        x = torch.randn(2, shape[1] * 2)
+        for _ in range(3):
+            torch.testing.assert_close(double(x), reference.geglu(x))
+    assert sizes == [(2, 2 * n) for _, n in shapes] and all(type(n) is int for size in sizes for n in size)
+
+
+def test_self_attention_reads_one_tensor():
+    """(B, N, 3 * H * D), as minisd.attention has it on CUDA: the token stride is that of all three."""
+    qkv = bench.inputs(2, 3, 7, 7, 8, torch.float16, "cpu")
+    assert len({x.untyped_storage().data_ptr() for x in qkv}) == 1
+    for i, x in enumerate(qkv):
+        assert x.shape == (2, 3, 7, 8) and x.dtype == torch.float16
+        assert x.stride() == (7 * 72, 8, 72, 1) and x.storage_offset() == 24 * i
+    q, k, v = bench.inputs(2, 3, 7, 5, 8, torch.float16, "cpu")
+    assert q.stride() == (7 * 24, 8, 24, 1) and k.stride() == v.stride() == (5 * 24, 8, 24, 1)
+
+
+def test_several_large_maps_are_not_tried(capsys):
+    """SDPA's math holds float32 maps of 22 GB at batch 8 and 9216 queries."""
+
+    def names(B, N):
+        q, k, v = (torch.empty(B, 8, N, 40, device="meta") for _ in range(3))
+        return list(bench.rivals(q, k, v, None, triton=True))
+
+    assert names(8, 4096) == names(2, 9216) == ["minisd", "eager", "SDPA"] and not capsys.readouterr().out
+    assert names(8, 9216) == ["minisd", "SDPA"]
+    assert "eager left out: it holds several maps, 22 GB each in float32" in capsys.readouterr().out
+
+
+def quick_samples(monkeypatch):
+    """A sample is one call, however short."""
+    interleave = harness.interleave
+    monkeypatch.setattr(harness, "interleave", lambda *args, **more: interleave(*args, **more, seconds=0))
+
+
+def test_a_contender_that_fails_is_left_out(monkeypatch, capsys):
+    def fails():
+        raise torch.OutOfMemoryError("too little memory\nand much more text")
+
+    def without_text():
+        raise AssertionError
+
+    def second_time():
+        calls.append(1)
+        if len(calls) > 5:  # three to warm up, the two rounds, and then its memory is asked for
+            raise ValueError("not again")
+
+    calls = []
+    quick_samples(monkeypatch)
+    functions = {"minisd": fails, "a": lambda: None, "b": without_text, "c": second_time, "d": lambda: None}
+    times, memory, errors = bench.measure(functions, "cpu", rounds=2)
+    assert list(times) == ["a", "d"] == list(memory) and list(functions) == ["minisd", "a", "b", "c", "d"]
+    assert errors == {
+        "minisd": "OutOfMemoryError: too little memory", "b": "AssertionError: ", "c": "ValueError: not again"
+    }  # fmt: skip
+    assert capsys.readouterr().out.count("left out") == 3
+
+
+def stand_in(monkeypatch, spoil=lambda out, edit: None):
+    """Ours computed by PyTorch, the result spoilt."""
+    compute = bench.attention
+
+    def attention(q, k, v, edit, impl):
+        out = compute(q, k, v, edit, "sdpa" if impl == "triton" else impl)
+        if impl == "triton":
+            spoil(out, edit)
+        return out
+
+    rivals = bench.rivals
+    monkeypatch.setattr(bench, "attention", attention)
+    monkeypatch.setattr(bench, "rivals", lambda *args, triton: rivals(*args, triton=True))
+
+
+def run(tmp_path, monkeypatch):
+    quick_samples(monkeypatch)
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    monkeypatch.setattr(harness, "matrix_peak", lambda *args: 1e12)
+    monkeypatch.setattr(harness, "peak_memory", lambda *args: 0)
+    shape = ["--shape", "4,2,7,5,8", "--shape", "4,2,7,7,8"]
+    return bench.main([*shape, "--dtype", "float32", "--device", "cpu", "--rounds", "1"])
+
+
+def saved(tmp_path):
+    return json.loads((tmp_path / "bench/results/cpu/attention-shape.json").read_text())["rows"]
+
+
+def test_ours_failing_is_an_error_in_the_end(tmp_path, monkeypatch, capsys):
+    """The others are measured and written all the same."""
+
+    def spoil(out, edit):
+        if edit is not None and edit.reweight is not None:
+            raise RuntimeError("out of resource")
+
+    stand_in(monkeypatch, spoil)
+    assert run(tmp_path, monkeypatch) == 1
+    assert "FAILED minisd: RuntimeError: out of resource: B4 N7 L5 D8 float32  reweight" in capsys.readouterr().out
+    rows = saved(tmp_path)
+    assert [row["form"] for row in rows] == ["plain", *bench.CROSS_EDITS, "plain", *bench.SELF_EDITS]
+    failed = {row["form"]: row for row in rows if row["failed"]}
+    assert list(failed) == ["reweight"] and failed["reweight"]["error_over_budget"] is None
+    assert {"eager", "folded SDPA", "minisd plain"} == failed["reweight"]["times"].keys()
+    assert "reweight" not in bench.table(dict.fromkeys(("device", "torch", "triton", "commit", "command"), "x")
+                                         | {"rows": rows})  # fmt: skip
+
+
+def test_what_was_measured_before_a_crash_is_kept(tmp_path, monkeypatch):
+    stand_in(monkeypatch)
+    before = bench.inputs
+
+    def inputs(B, heads, N, L, D, *more):
+        if L == 7:
+            raise RuntimeError("the device is gone")
+        return before(B, heads, N, L, D, *more)
+
+    monkeypatch.setattr(bench, "inputs", inputs)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        run(tmp_path, monkeypatch)
+    rows = saved(tmp_path)
+    assert len(rows) == 1 + len(bench.CROSS_EDITS) and all(row["error_over_budget"] <= 1 for row in rows)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["plain", *bench.CROSS_EDITS, *bench.SELF_EDITS])
+@pytest.mark.parametrize("slices", [1, 4])
+def test_the_check_sees_every_head_query_and_saved_map(form, slices, monkeypatch):
+    shape = SHAPE | {"L": SHAPE["N"]} if form in bench.SELF_EDITS else SHAPE
+    B, heads, N, L, D = (shape[name] for name in KEYS)
+    monkeypatch.setattr(bench, "MAPS_AT_ONCE", B * heads * L * -(-N // slices))
+    q, k, v = bench.inputs(B, heads, N, L, D, torch.float32, "cpu")
+    edit = bench.make_edit(form, B, heads, N, L, D, torch.float32, "cpu")
+    wrong = {"nothing": None}
+    for head in range(heads):  # a part each of the output
+        wrong[f"out {head}"] = lambda out, edit, head=head: out[-1, head, 3 * head].add_(1e-3)
+    wrong["unwritten"] = lambda out, edit: out[0, 0, -1, -1].fill_(float("nan"))
+    if "save" in form:
+        name = "save_mean" if "save_mean" in form else "save"
+        wrong["map"] = lambda out, edit: getattr(edit, name)[0, -1].mul_(1.01)
+        wrong["unwritten map"] = lambda out, edit: getattr(edit, name)[-1, 0].fill_(float("nan"))
+    for what, spoil in wrong.items():
+        with monkeypatch.context() as patch:
+            stand_in(patch, spoil or (lambda out, edit: None))
+            ratio = bench.error_ratio(q, k, v, edit)
+        assert (ratio <= 1) == (what == "nothing"), (what, ratio)
+        row = dict(B=B, H=heads, N=N, L=L, D=D, dtype="float32", form=form, failed={}, error_over_budget=ratio)
+        row["times"] = {"minisd": {"ms": 1.0}, "eager": {"ms": 9.0}}
+        assert [text[:5] for text in bench.misses([row])] == ["WRONG"] * (what != "nothing")
+
+
+def test_a_fused_op_that_is_not_a_number_is_wrong():
+    row = dict(op="geglu", B=2, C=8, side=4, dtype="float16", error_over_budget=float("nan"), times={})
+    row["times"] = {"minisd": {"ms": 1.0}, "torch": {"ms": 2.0}}
+    assert [text[:5] for text in fused.misses([row])] == ["WRONG"]
