@@ -1,0 +1,5 @@
+"""Benchmarks: what is measured, and how."""
+
+from bench.harness import use_checkout
+
+use_checkout()

@@ -9,7 +9,7 @@
     eager          diffusers with attention processors that form every map: bmm, softmax, edit, bmm
 
 In turns, eager in a process of its own; memory is resident on a CPU, allocated on CUDA. Writes
-bench/results/<device>/editing_speed.json.
+bench/results/<device>/editing_speed.json, and prints what misses its target.
 """
 
 import sys
@@ -127,10 +127,25 @@ def table(record: dict) -> str:
     for name, t in times.items():
         own = next((ms for suffix, ms in plain.items() if name.endswith(suffix)), None)
         ratios = [None if own is None else t["ms"] / own, None if eager is None else eager / t["ms"]]
-        cells = [name, f"{t['ms']:.0f}", f"{t['low']:.0f} - {t['high']:.0f}", harness.gigabytes(t["above"])]
+        ms, low, high = (harness.four_digits(t[key]) for key in ("ms", "low", "high"))
+        cells = [name, ms, f"{low} - {high}", harness.gigabytes(t["above"])]
         cells += ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def misses(rows: list[dict]) -> list[str]:
+    """What misses its target: lockstep beside the plain run and beside eager (on a CPU, eager in float32)."""
+    times, bars = rows[0]["times"], []
+    for suffix, rival, must in (("", "eager", 4), (" fp32", "eager fp32", 1.25), (" bf16", "eager fp32", 2)):
+        own, plain, eager = (times.get(name) for name in (f"lockstep{suffix}", f"plain{suffix}", rival))
+        if own and plain:
+            bars.append((f"lockstep{suffix} / plain{suffix}", own["ms"] / plain["ms"], "<=", 1.1))
+        if own and eager:
+            bars.append((f"{rival} / lockstep{suffix}", eager["ms"] / own["ms"], ">=", must))
+        if own and eager and not suffix:  # CUDA
+            bars.append(("memory above the weights, eager / lockstep", eager["above"] / own["above"], ">=", 8))
+    return harness.slow(bars)
 
 
 def main(arguments=None) -> int:
@@ -139,7 +154,7 @@ def main(arguments=None) -> int:
     rows = [{"size": args.size or 512, "times": harness.contest(contenders, args.device, args.rounds)}]
     print(table({**harness.provenance(args.device), "rows": rows}))
     if not args.quick:
-        print(f"wrote {harness.save('editing_speed', rows, args.device)}")
+        print("\n".join([f"wrote {harness.save('editing_speed', rows, args.device)}", *misses(rows)]))
     return 0
 
 

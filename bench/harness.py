@@ -5,14 +5,18 @@ hits all of them alike; the figure is the median over the rounds, with the quart
 """
 
 import argparse
+import atexit
 import ctypes
 import gc
+import importlib.metadata
 import importlib.util
 import json
 import multiprocessing
+import operator
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -29,10 +33,14 @@ RSS_RESET = Path("/proc/self/clear_refs")  # Linux: writing 5 resets the peak of
 
 
 def use_checkout() -> None:
-    """Make minisd_kernels and the rest importable from this checkout, here and in child processes, unless installed."""
+    """Make minisd_kernels and the rest importable from this checkout, here and in child processes, unless installed.
+
+    Called when the package `bench` is imported, before any module of it imports minisd.
+    """
     if importlib.util.find_spec("minisd_kernels") is not None:
         return
     links = Path(tempfile.mkdtemp(prefix="minisd-path-"))
+    atexit.register(shutil.rmtree, links, ignore_errors=True)
     folders = {"minisd": "minisd", "minisd_kernels": "kernels", "minisd_weights": "weights", "bench": "bench"}
     for name, folder in folders.items():
         (links / name).symlink_to(ROOT / folder)
@@ -57,9 +65,19 @@ def provenance(device: str) -> dict:
     """Device, versions, commit, command: what a figure is worth nothing without."""
 
     def git(*args):
-        done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else "unknown"
+        try:
+            done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True)
+        except FileNotFoundError:  # git is not installed
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
 
+    def version(package):
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", *CODE)
     triton = importlib.util.find_spec("triton") and __import__("triton")
     return {
         "device": device_name(device),
@@ -70,7 +88,9 @@ def provenance(device: str) -> dict:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": triton.__version__ if triton else None,
-        "commit": git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain", "--", *CODE) else ""),
+        "diffusers": version("diffusers"),
+        "transformers": version("transformers"),
+        "commit": "unknown" if commit is None else commit + (" with changes" if changes else ""),
         "command": " ".join(["python -m", ".".join(Path(sys.argv[0]).with_suffix("").parts[-2:]), *sys.argv[1:]]),
     }
 
@@ -81,9 +101,17 @@ def interleave(
     """{name: {"ms", "low", "high"}}: median and quartiles of one call, the functions taken in turns.
 
     A sample repeats the call until it lasts about `seconds`, so that the clock's resolution does not matter. With
-    `graph`, on CUDA the repeated calls are captured once and replayed, so that Python's time for a call is not in it.
+    `graph`, on CUDA the repeated calls are captured once and replayed, so that Python's time for a call is not in it,
+    nor in how often it is repeated.
     """
     cuda = torch.device(device).type == "cuda"
+
+    def captured(function, repeats):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(repeats):
+                function()
+        return graph.replay
 
     def sample(function, repeats):
         if not cuda:
@@ -103,14 +131,13 @@ def interleave(
     for name, function in functions.items():
         for _ in range(3):  # warm-up: compiles, allocates, raises the clock
             once = sample(function, 1)
+        if graph and cuda:
+            replay = captured(function, 1)
+            once = min(sample(replay, 1) for _ in range(3))
         repeats[name] = max(1, min(1000, round(seconds * 1e3 / max(once, 1e-4))))
         if graph and cuda:
-            captured = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(captured):
-                for _ in range(repeats[name]):
-                    function()
-            replays[name] = captured.replay
-            sample(captured.replay, 1)
+            replays[name] = captured(function, repeats[name])
+            sample(replays[name], 1)
     for _ in range(rounds):
         for name, function in functions.items():
             if name in replays:
@@ -190,7 +217,8 @@ def contest(builders: dict[str, tuple], device: str, rounds: int) -> dict[str, d
     builders: process -> (function, *arguments); the function, of a module, is called in the new process and returns the
     contenders there, {name: what is timed}. One call of each warms up. bytes: at the peak of the calls, weights
     included, resident memory of the process on a CPU and allocated memory on CUDA; above: of it, what was not there
-    before the call. A process that fails or dies is left out with a line that says so.
+    before the call. On CUDA the first call counts, too: the replay of a graph allocates nothing, its capture does. (So
+    does what a compiler's tuning takes.) A process that fails or dies is left out with a line that says so.
     """
     context, workers = multiprocessing.get_context("spawn"), []
     for process_name, builder in builders.items():
@@ -200,7 +228,7 @@ def contest(builders: dict[str, tuple], device: str, rounds: int) -> dict[str, d
         there.close()
         try:
             names = here.recv()  # one after the other: they would slow each other down
-        except EOFError:
+        except (EOFError, ConnectionError):
             names = "its process died"
         if isinstance(names, str):
             print(f"  {process_name} left out: {names}", flush=True)
@@ -215,7 +243,7 @@ def contest(builders: dict[str, tuple], device: str, rounds: int) -> dict[str, d
                 for name in names:
                     here.send(name)
                     samples[name].append(here.recv())
-            except (EOFError, BrokenPipeError):
+            except (EOFError, ConnectionError):
                 print(f"  the process of {', '.join(names)} died", flush=True)
                 workers.remove((process, here, names))
     for process, here, _ in workers:
@@ -232,10 +260,14 @@ def contest(builders: dict[str, tuple], device: str, rounds: int) -> dict[str, d
 
 def _work(connection, device, function, *arguments):
     """A process of `contest`."""
+    first, cuda = {}, torch.device(device).type == "cuda"
     try:
         contenders = function(*arguments)
-        for contender in contenders.values():
+        for name, contender in contenders.items():
+            before = reset_peak(device)
             milliseconds(contender, device)
+            peak = peak_bytes(device)
+            first[name] = (peak, peak - before) if cuda else (0, 0)
     except Exception as error:  # whatever it is, the others go on
         connection.send(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
         return
@@ -244,7 +276,7 @@ def _work(connection, device, function, *arguments):
         before = reset_peak(device)
         ms = milliseconds(contenders[name], device)
         peak = peak_bytes(device)
-        connection.send((ms, peak, peak - before))
+        connection.send((ms, max(peak, first[name][0]), max(peak - before, first[name][1])))
 
 
 def random_model(kind, config, device: str, dtype: torch.dtype):
@@ -320,21 +352,33 @@ def matrix_peak(dtype: torch.dtype, device: str) -> float:
 
 
 def options(doc: str, prog: str, arguments: list[str] | None = None, **more) -> argparse.Namespace:
-    """The command line that the benchmarks of the engine share; more: name -> type of further options."""
+    """The command line that the benchmarks of the engine share; more: name -> type of further options, or the default
+    of one that is on (--name) or off (--no-name)."""
     parser = argparse.ArgumentParser(prog=f"python -m {prog}", description=doc.split("\n\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, help="how often each contender is timed (default: 3 on a CPU, else 10)")
     parser.add_argument("--quick", action="store_true", help="a trial run of a small model: nothing is written")
     for name, kind in more.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind)
+        how = dict(action=argparse.BooleanOptionalAction, default=kind) if isinstance(kind, bool) else dict(type=kind)
+        parser.add_argument(f"--{name}", **how)
     args = parser.parse_args(arguments)
     args.rounds = args.rounds or (1 if args.quick else 3 if args.device == "cpu" else 10)
-    use_checkout()
     return args
 
 
 def gigabytes(count: int | None) -> str:
     return "-" if count is None else f"{count / 1e9:.2f} GB"
+
+
+def four_digits(ms: float) -> str:
+    """Milliseconds as tables show them: 5.213, 87.64, 8599."""
+    return f"{ms:.4g}" if ms < 1000 else f"{ms:.0f}"
+
+
+def slow(bars: list[tuple[str, float, str, float]]) -> list[str]:
+    """A line for each figure that misses its target; bars: (what, figure, ">=" or "<=", target)."""
+    met = {">=": operator.ge, "<=": operator.le}
+    return [f"SLOW  {what}: {x:.4g}, must be {sign} {bar}" for what, x, sign, bar in bars if not met[sign](x, bar)]
 
 
 def origin(record: dict) -> str:

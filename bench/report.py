@@ -3,8 +3,9 @@
     python -m bench.report [--check]
 
 A table stands between the lines `<!-- NAME -->` and `<!-- end -->`. TABLES says for each which JSON files it comes from
-and which function makes Markdown of one of them; devices that have measured it follow one another. Where no JSON is
-there, the block's own text stays. --check writes nothing, and exits with 1 if a table is not what its JSON says.
+and which function makes Markdown of one of them; devices that have measured it follow one another. Of a device that has
+no X.json, X-quick.json is shown. Where no JSON is there, the block's own text stays. --check writes nothing, and exits
+with 1 if a table is not what its JSON says.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from bench import scaling, shapes, startup, txt2img, unet
 class Table(NamedTuple):
     file: str  # the README that holds it
     name: str  # of its block
-    results: str  # bench/results/<device>/<results>.json
+    results: str  # bench/results/<device>/<results>.json, or <results>-quick.json
     table: Callable[[dict], str]  # one such file's contents -> Markdown
 
 
@@ -44,7 +45,9 @@ TABLES = [
 def rewritten(text: str, file: str, results: Path = harness.ROOT / "bench/results") -> str:
     """The text of a README with its tables made anew from the JSON files; ValueError: a table has no block there."""
     for table in TABLES:
-        paths = sorted(results.glob(f"*/{table.results}.json")) if table.file == file else []
+        both = [results.glob(f"*/{table.results}{suffix}.json") for suffix in ("-quick", "")]
+        by_device = {path.parent: path for paths in both for path in paths}  # the full run counts
+        paths = [by_device[folder] for folder in sorted(by_device)] if table.file == file else []
         if paths:
             made = (table.table(json.loads(path.read_text(encoding="utf-8"))) for path in paths)
             text = harness.put(text, table.name, "\n\n".join(made))

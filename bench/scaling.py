@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 from bench import harness
+from minisd import DDIM, cfg
+from minisd.pipeline import pick_dtype
 
 
 def exponent(points: list[tuple[float, float]]) -> float | None:
@@ -25,8 +27,8 @@ def table(record: dict) -> str:
     """The Markdown table of a result file, the exponents in its last lines."""
     lines = [harness.origin(record), "", "| what | size | batch | ms | memory |", "|---|---|---|---|---|"]
     for row in record["rows"]:
-        memory = harness.gigabytes(row["bytes"])
-        lines.append(f"| {row['what']} | {row['size']} | {row['batch']} | {row['ms']:.4g} | {memory} |")
+        ms, memory = harness.four_digits(row["ms"]), harness.gigabytes(row["bytes"])
+        lines.append(f"| {row['what']} | {row['size']} | {row['batch']} | {ms} | {memory} |")
     for what in dict.fromkeys(row["what"] for row in record["rows"]):
         for key, along in (("size", "pixels"), ("batch", "batch")):
             rows = [row for row in record["rows"] if row["what"] == what and row["along"] in (key, "both")]
@@ -39,8 +41,6 @@ def table(record: dict) -> str:
 
 def measure(device: str, dtype: torch.dtype, small: bool, rounds: int, sizes, batches):
     """The rows of the table: the sizes at batch 1, the batches at the smallest size."""
-    from minisd import DDIM, cfg
-
     sd = harness.as_loaded(harness.full_size(device, dtype, small))
     width = sd.unet.config.cross_attention_dim
     rows = []
@@ -56,13 +56,11 @@ def measure(device: str, dtype: torch.dtype, small: bool, rounds: int, sizes, ba
             memory = harness.peak_memory(function, device)  # and a warm-up
             times = harness.quartiles([harness.milliseconds(function, device) for _ in range(rounds)])
             rows.append({"what": what, "size": size, "batch": batch, "along": along, "bytes": memory, **times})
-            print(f"{what} {size}x{size} batch {batch}: {times['ms']:.4g} ms", flush=True)
+            print(f"{what} {size}x{size} batch {batch}: {harness.four_digits(times['ms'])} ms", flush=True)
     return rows
 
 
 def main() -> int:
-    from minisd.pipeline import pick_dtype
-
     args = harness.options(__doc__, "bench.scaling")
     device = torch.device(args.device)
     sizes, batches = ((256, 384), (1, 2)) if args.quick else ((256, 384, 512, 768, 1024), (1, 2, 4, 8, 16))

@@ -1,6 +1,7 @@
 """The engine's benchmarks compare like with like: what they time gives the same latents. Nothing is timed here."""
 
 import argparse
+import contextlib
 import importlib
 import os
 import subprocess
@@ -60,12 +61,88 @@ def test_contenders_take_turns_in_their_own_processes(capsys):
     assert all(10e6 < t["above"] < 100e6 for t in out.values())
 
 
+def test_on_a_card_the_first_call_counts_for_the_peak(monkeypatch):
+    """The replay of a CUDA graph allocates nothing; its capture did. On a CPU the first call is a warm-up alone."""
+    memory = {"now": 100, "peak": 0, "calls": 0}
+
+    def call():
+        memory["peak"] = 100 if memory["calls"] else 900
+        memory["calls"] += 1
+
+    class Pipe:
+        def __init__(self):
+            self.sent, self.asked = [], ["a", "a", None]
+
+        def send(self, message):
+            self.sent.append(message)
+
+        def recv(self):
+            return self.asked.pop(0)
+
+    monkeypatch.setattr(harness, "reset_peak", lambda device: memory["now"])
+    monkeypatch.setattr(harness, "peak_bytes", lambda device: memory["peak"])
+    monkeypatch.setattr(harness, "milliseconds", lambda function, device: function() or 1.0)
+    for device, expected in (("cuda", (1.0, 900, 800)), ("cpu", (1.0, 100, 0))):
+        memory["calls"], pipe = 0, Pipe()
+        harness._work(pipe, device, lambda: {"a": call})
+        assert pipe.sent == [["a"], expected, expected]
+
+
+def test_a_graph_is_repeated_as_often_as_its_replay_is_quick(monkeypatch):
+    """A clock in ms on which a call takes 1 from Python and 0.01 in a replay: 2 ms hold 200 replayed calls."""
+    now, captured, replayed = [0.0], [], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            self.at = now[0]
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    class Graph:
+        calls = 0
+
+        def replay(self):
+            now[0] += 0.01 * self.calls
+            replayed.append(self.calls)
+
+    @contextlib.contextmanager
+    def capturing(graph):
+        captured.append(graph)
+        yield
+        captured.remove(graph)
+
+    def call():
+        if captured:
+            captured[-1].calls += 1
+        else:
+            now[0] += 1
+
+    for name, fake in (("Event", Event), ("CUDAGraph", Graph), ("graph", capturing)):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    out = harness.interleave({"a": call}, "cuda", rounds=3, graph=True)
+    assert out["a"]["ms"] == pytest.approx(0.01) and replayed[-3:] == [200] * 3
+
+
 def test_tables():
     times = {"minisd fp32": TIMES, "diffusers fp32": {**TIMES, "ms": 3000.0}}
     table = unet.table({**RECORD, "rows": [{"batch": 1, "times": times}]})
     assert "a CPU, 2 threads" in table and "| minisd fp32 | 2000 | 1900 - 2100 | 3.40 GB | 1.50 |" in table
+    times["minisd fp32"] = {**TIMES, "ms": 5.2134, "low": 5.1, "high": 87.654}  # as on a card
+    alone = {"batch": 1, "times": {"minisd fp32": times["minisd fp32"]}}
+    [head, rule, row] = unet.table({**RECORD, "rows": [alone]}).splitlines()[2:]
+    assert row == "| minisd fp32 | 5.213 | 5.1 - 87.65 | 3.40 GB |"  # and no rival
+    assert head.count("|") == rule.count("|") == row.count("|")
     table = txt2img.table({**RECORD, "rows": [{"sampler": "ddim", "steps": 2, "times": times}]})
     assert "| ddim, 2 steps | diffusers fp32 | 3 | 1.9 - 2.1 | 3.40 GB |" in table
+    card = {"plain": times["minisd fp32"]}
+    assert "| plain | 5.213 | 5.1 - 87.65 |" in editing_speed.table({**RECORD, "rows": [{"size": 512, "times": card}]})
     times = {"plain fp32": TIMES, "lockstep fp32": {**TIMES, "ms": 2100.0}, "eager fp32": {**TIMES, "ms": 4200.0}}
     table = editing_speed.table({**RECORD, "rows": [{"size": 384, "times": times}]})
     assert "| lockstep fp32 | 2100 | 1900 - 2100 | 0.50 GB | 1.05 | 2.00 |" in table
@@ -75,6 +152,56 @@ def test_tables():
     ]
     table = scaling.table({**RECORD, "rows": rows})
     assert "| step: exponent of pixels | | | 1.50 | 1.50 |" in table and "of batch | | | 1.00 | 1.00 |" in table
+
+
+def times_of(**ms):
+    """Times as of `harness.contest`; a figure may be (ms, bytes)."""
+    pairs = {name: t if isinstance(t, tuple) else (t, 1000) for name, t in ms.items()}
+    return {name: {"ms": t, "bytes": size, "above": size} for name, (t, size) in pairs.items()}
+
+
+def test_what_misses_its_target_is_named():
+    """Made-up rows: met just so, and missed just so."""
+    times = times_of(minisd=400, diffusers=812.5, **{"minisd graph": 325, "diffusers compiled": 406.25})
+    assert txt2img.misses([{"sampler": "ddim", "steps": 50, "times": times}]) == []
+    times["minisd graph"]["ms"] = 326
+    assert txt2img.misses([{"sampler": "dpm++", "steps": 25, "times": times}]) == []  # has no target
+    assert txt2img.misses([{"sampler": "ddim", "steps": 50, "times": times}]) == [
+        "SLOW  minisd graph, ms a step: 6.52, must be <= 6.5",
+        "SLOW  diffusers / minisd graph: 2.492, must be >= 2.5",
+        "SLOW  diffusers compiled / minisd graph: 1.246, must be >= 1.25",
+    ]
+
+    times = times_of(plain=10, lockstep=(11, 100), eager=(44, 800))
+    assert editing_speed.misses([{"times": times}]) == []
+    times["lockstep"].update(ms=11.5, above=101)
+    assert editing_speed.misses([{"times": times}]) == [
+        "SLOW  lockstep / plain: 1.15, must be <= 1.1",
+        "SLOW  eager / lockstep: 3.826, must be >= 4",
+        "SLOW  memory above the weights, eager / lockstep: 7.921, must be >= 8",
+    ]
+    on_cpu = {"plain fp32": 10, "lockstep fp32": 11, "plain bf16": 6, "lockstep bf16": 6.5, "eager fp32": 13.75}
+    assert editing_speed.misses([{"times": times_of(**on_cpu)}]) == []
+    assert editing_speed.misses([{"times": times_of(**on_cpu | {"lockstep fp32": 11.1, "lockstep bf16": 7})}]) == [
+        "SLOW  lockstep fp32 / plain fp32: 1.11, must be <= 1.1",
+        "SLOW  eager fp32 / lockstep fp32: 1.239, must be >= 1.25",
+        "SLOW  lockstep bf16 / plain bf16: 1.167, must be <= 1.1",
+        "SLOW  eager fp32 / lockstep bf16: 1.964, must be >= 2",
+    ]
+
+    batch_1 = [
+        {"minisd fp32": 100, "diffusers fp32": 103},
+        {"minisd bf16": 10, "diffusers bf16 channels_last": 10.9, "diffusers fp32": 17},
+        {"minisd fp32": (100, 1001), "diffusers fp32 channels_last": 102},
+        {"minisd graph": 100, "diffusers": 50},  # on CUDA pictures have targets
+    ]
+    rows = [{"batch": 1, "times": times_of(**ms)} for ms in batch_1]
+    rows.append({"batch": 2, "times": times_of(**{"minisd fp32": 100, "diffusers fp32": 50})})  # has no target
+    assert unet.misses(rows) == [
+        "SLOW  diffusers bf16 channels_last / minisd bf16: 1.09, must be >= 1.1",
+        "SLOW  diffusers fp32 channels_last / minisd fp32: 1.02, must be >= 1.03",
+        "SLOW  memory of minisd fp32 / diffusers fp32 channels_last: 1.001, must be <= 1.0",
+    ]
 
 
 def test_every_engine_benchmark_has_its_table():
@@ -95,7 +222,7 @@ def test_the_run_on_a_card_starts_everything_with_options_that_are_known(full, m
     class Read(Exception):
         pass
 
-    commands, read = [], argparse.ArgumentParser.parse_args
+    commands, read, tests = [], argparse.ArgumentParser.parse_args, []
 
     def parse(self, args=None, namespace=None):
         raise Read(read(self, args, namespace))
@@ -107,14 +234,23 @@ def test_the_run_on_a_card_starts_everything_with_options_that_are_known(full, m
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(gpu, "collect", lambda folder: [folder])
+    monkeypatch.setattr(gpu, "run_tests", lambda found: tests.extend(found) or True)
+    assert gpu.main(["unet", "editing"]) == 0 and not tests
+    assert [command[:1] for command in commands] == [["bench.editing"], ["bench.unet"]]  # in their order
+    assert "unet: 0 s" in capsys.readouterr().out
+    commands.clear()
+    with pytest.raises(SystemExit):
+        gpu.main(["unet", "vae"])
+    assert not commands and "no such part: vae" in capsys.readouterr().err
     assert gpu.main(full) == 1  # one of them fails: said in the end, and the others have run
-    assert "failed: bench.fused" in capsys.readouterr().out
-    assert commands[0][0] == "pytest" and any("test_kernels_gpu" in part for part in commands[0])
-    assert {command[0] for command in commands[1:]} == {
+    assert "failed: fused" in capsys.readouterr().out and tests == [harness.ROOT / "tests"]
+    assert {command[0] for command in commands} == {
         f"bench.{name}" for name in ("attention", "fused", "editing", "unet", "txt2img", "scaling", "startup")
     }
+    assert all(("--compiled" in command) == bool(full) for command in commands if "compiled" in str(command))
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
-    for module, *arguments in commands[1:]:
+    for module, *arguments in commands:
         monkeypatch.setattr(sys, "argv", [f"{module}.py", *arguments])
         with pytest.raises(Read) as caught:
             importlib.import_module(module).main()
@@ -124,17 +260,62 @@ def test_the_run_on_a_card_starts_everything_with_options_that_are_known(full, m
 def test_the_run_on_a_card_needs_no_installation_but_a_card():
     """In a fresh interpreter that knows the checkout's folder alone, for its child processes, too."""
     code = (
-        "import subprocess, sys; from bench import harness; harness.use_checkout();"
+        "import subprocess, sys, bench;"
         "code = 'import minisd, minisd_kernels, minisd_weights, bench';"
         "sys.exit(subprocess.run([sys.executable, '-c', code]).returncode)"
     )
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run([sys.executable, "-c", code], cwd=harness.ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    done = subprocess.run([sys.executable, "-m", "bench.scaling", "--help"], cwd=harness.ROOT, env=env)
+    assert done.returncode == 0  # it imports minisd
     env["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, "-m", "bench.gpu"]
     done = subprocess.run(command, cwd=harness.ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and "no CUDA device" in done.stderr
+
+
+def test_gpu_tests_that_cannot_be_imported_are_skipped(tmp_path):
+    """With diffusers out of reach, pytest really collecting: also where a module of the tests' own imports it."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['diffusers'] = None")
+    (tmp_path / "own.py").write_text("import diffusers")
+    mark = f"import pytest\n@{gpu.MARK}\ndef test_it():\n    pass\n"
+    (tmp_path / "test_needs.py").write_text(f"import own\n{mark}")
+    (tmp_path / "test_broken.py").write_text(f"import no_such_module\n{mark}")
+    (tmp_path / "test_other.py").write_text("import diffusers")
+    code = (
+        "import sys; from pathlib import Path; from bench import gpu;"
+        f"print(*gpu.collect(Path({str(tmp_path)!r})), *gpu.collect(gpu.harness.ROOT / 'tests'), sep='\\n')"
+    )
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=harness.ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found, skipped = [], []
+    for line in done.stdout.splitlines():
+        (skipped if line.endswith("skipped: diffusers is not installed") else found).append(line)
+    assert skipped[0].startswith("test_needs.py") and found[0] == str(tmp_path / "test_broken.py")
+    assert len([line for line in found if line.startswith("tests/test_kernels_gpu.py::test_cross_attention[")]) > 20
+    marked = {file.name for file in (harness.ROOT / "tests").glob("test_*.py") if gpu.MARK in file.read_text()}
+    here = {line.split("::")[0].removeprefix("tests/") for line in found[1:]}
+    assert here | {line.split()[0] for line in skipped[1:]} == marked
+
+
+def test_the_gpu_tests_run_in_shares(tmp_path, capsys):
+    (tmp_path / "test_a.py").write_text(
+        f"import pytest\n@{gpu.MARK}\n@pytest.mark.parametrize('n', range(3))\ndef test_it(n): assert n < 2"
+    )
+    tests = [f"{tmp_path / 'test_a.py'}::test_it[{n}]" for n in range(3)]
+    assert gpu.run_tests(tests[:2]) and not gpu.run_tests(tests, processes=2)
+    assert "1 failed, 1 passed" in capsys.readouterr().out
+
+
+def test_where_there_is_no_git(tmp_path, monkeypatch):
+    """Outside of a repository, and on a machine without git: the figures are kept."""
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    assert harness.provenance("cpu")["commit"] == "unknown"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    record = harness.provenance("cpu")
+    assert record["commit"] == "unknown" and record["diffusers"] and record["transformers"]
 
 
 def test_what_a_benchmark_writes_is_no_change(tmp_path, monkeypatch):

@@ -39,6 +39,10 @@ def test_a_figure_that_was_changed_is_noticed(monkeypatch, tmp_path, capsys):
     assert report.main([]) == 0
     assert readme.read_text() == "Before.\n<!-- a -->\n7 ms\n\n5 ms\n<!-- end of it -->\nAfter.\n"
     assert report.main(["--check"]) == 0
+    for device, ms in (("cpu", 6), ("a-card", 3)):  # shown where nothing else is
+        (tmp_path / device).mkdir(exist_ok=True)
+        (tmp_path / device / "times-quick.json").write_text(json.dumps({"ms": ms}))
+    assert report.main([]) == 0 and "\n3 ms\n\n7 ms\n\n5 ms\n" in readme.read_text()
 
 
 def test_the_table_of_the_fused_ops():
