@@ -20,7 +20,7 @@ setup(
     package_dir={"minisd": "minisd", "minisd_kernels": "kernels", "minisd_weights": "weights"},
     package_data={
         "minisd": ["py.typed"],
-        "minisd_kernels": ["*.md"],
+        "minisd_kernels": ["*.md", "*.json"],
         "minisd_weights": ["*.md", "shapes/*", "shapes/*/*"],
     },
     install_requires=[

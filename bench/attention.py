@@ -253,7 +253,7 @@ def table(result: dict) -> str:
         if "minisd" not in row["times"]:
             continue
         t, (name, ratio) = row["times"]["minisd"], best_rival(row)
-        plain = row["times"].get("minisd plain", t)["ms"]
+        plain = row["times"].get("minisd" if row["form"] == "plain" else "minisd plain", {"ms": float("nan")})["ms"]
         lines.append(
             f"| {row['B']} | {row['N']} | {row['L']} | {row['D']} | {row['dtype']} | {row['form']} | {t['ms']:.4f} "
             f"| {t['low']:.4f} - {t['high']:.4f} | {t['tflops']:.0f} | {t['of_peak']:.2f} | {t['bytes'] / 1e6:.1f} "

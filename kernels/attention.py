@@ -16,6 +16,8 @@ where each one starts and how wide it is: ((0, 32), (32, 16)).
 import triton
 import triton.language as tl
 
+from . import tuned
+
 
 @triton.jit
 def columns(CUT: tl.constexpr, i: tl.constexpr):
@@ -295,7 +297,7 @@ def launch(q, k, v, source_row, out) -> None:
     """out = attention(q, k, v, source_row); all checks are done in ops.py."""
     (B, H, N, D), L = q.shape, k.shape[2]
     u = unit(q, k, v, out)
-    choice = config(B, H, N, D, q.element_size(), arch())
+    choice = config(B, H, N, D, q.element_size(), arch()) | tuned.tile("attention", q)
     widest = choice.pop("WIDEST", 256)
     S = 0 if source_row is None else source_row.shape[0]
     attention_kernel[(triton.cdiv(N, choice["BLOCK_N"]), H, B)](

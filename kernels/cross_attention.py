@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from . import fold
+from . import fold, tuned
 from .attention import (
     LOG2_E, arch, beyond, columns, cut, dot, head, load, load_cut, scores, store_cut, strides, unit, zeros, zeros_cut,
 )  # fmt: skip
@@ -290,7 +290,7 @@ def launch(q, k, v, source_row, inject, token_map, blend, reweight, out) -> None
     B, H, N, D = q.shape
     v, v_source, keep_own = fold.launch(v, source_row, inject, token_map, blend, reweight)
     u = unit(q, k, v, v_source, out)
-    choice = config(D, q.element_size(), arch())
+    choice = config(D, q.element_size(), arch()) | tuned.tile("cross_attention", q)
     cross_attention_kernel[(triton.cdiv(N, choice["BLOCK_N"]), H, B)](
         q, k, v, v_source, source_row, inject, out,
         N, first_row(q, source_row, inject), D**-0.5 * LOG2_E,
@@ -304,6 +304,7 @@ def launch_save(q, k, v, source_row, inject, token_map, blend, reweight, save, s
     B, H, N, D = q.shape
     u = unit(q, k, v, out)
     choice = config(D, q.element_size(), arch(), all_heads=save_mean is not None)
+    choice |= tuned.tile("cross_attention_save" if save_mean is None else "cross_attention_save_mean", q)
     args = shape_args(q, k, u, choice)
     width = sum(args["KEYS"][-1])  # of all tiles of a key row
     if token_map is not None:  # both factors of a product have one dtype

@@ -4,13 +4,14 @@ The kernels themselves take part in test_kernels_interpreter.py; here PyTorch st
 """
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
-from minisd_kernels import reference
+from minisd_kernels import attention, cross_attention, reference, tuned
 
 from bench import attention as bench
-from bench import fused, harness
+from bench import fused, harness, tune
 
 SHAPE = dict(B=4, heads=3, N=10, L=5, D=8)
 KEYS = ("B", "heads", "N", "L", "D")
@@ -181,3 +182,108 @@ def test_a_fused_op_that_is_not_a_number_is_wrong():
     row = dict(op="geglu", B=2, C=8, side=4, dtype="float16", error_over_budget=float("nan"), times={})
     row["times"] = {"minisd": {"ms": 1.0}, "torch": {"ms": 2.0}}
     assert [text[:5] for text in fused.misses([row])] == ["WRONG"]
+
+
+FIELDS = ("source_row", "inject", "token_map", "blend", "reweight", "save", "save_mean")
+
+
+def test_a_tile_is_that_of_card_op_head_dim_and_size_of_numbers(monkeypatch):
+    tile = {"BLOCK_N": 32}
+    monkeypatch.setattr(tuned, "table", lambda: {"A card": {"attention 40 2": tile}})
+    monkeypatch.setattr(tuned, "card", lambda device: device)
+
+    def look_up(op="attention", D=40, itemsize=2, device="A card", is_cuda=True):
+        shape, element_size = (2, 8, 64, D), lambda: itemsize
+        return tuned.tile(op, SimpleNamespace(is_cuda=is_cuda, device=device, shape=shape, element_size=element_size))
+
+    assert look_up() == tile
+    for other in ({"op": "cross_attention"}, {"D": 80}, {"itemsize": 4}, {"device": "B"}, {"is_cuda": False}):
+        assert look_up(**other) == {}
+
+
+def test_every_launch_asks_for_its_tile(monkeypatch):
+    """What is found replaces that much of the rule's choice, and the grid follows."""
+    launched, asked = [], []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **choice: launched.append((grid[0], choice))
+
+    for module, name in (
+        (attention, "attention_kernel"), (cross_attention, "cross_attention_kernel"),
+        (cross_attention, "cross_attention_save_kernel"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, Kernel())
+        monkeypatch.setattr(module, "arch", lambda: 90)
+
+    def launch_all():
+        q, k, v = (torch.empty(2, 2, n, 40, dtype=torch.float16, device="meta") for n in (64, 77, 77))
+        attention.launch(q, k, v, None, q)
+        cross_attention.launch(q, k, v, *[None] * 5, q)
+        cross_attention.launch_save(q, k, v, *[None] * 5, torch.empty(1, 2, 64, 77, device="meta"), None, q)
+        cross_attention.launch_save(q, k, v, *[None] * 6, torch.empty(1, 64, 77, device="meta"), q)
+        return launched[-4:]
+
+    by_rule = launch_all()
+    tile = {"BLOCK_N": 32, "num_warps": 2, "num_stages": 5}
+    monkeypatch.setattr(tuned, "tile", lambda op, q: asked.append(op) or tile)
+    assert launch_all() == [(2, choice | tile) for _, choice in by_rule]
+    assert [grid for grid, _ in by_rule] == [1] * 4 and asked == list(tune.TILES) == list(tune.FORMS)
+
+
+def test_only_what_beats_the_rule_by_more_than_the_spread_is_kept(tmp_path, monkeypatch, capsys):
+    """bench.tune with a made-up clock: by what the launch would look up, one tile is quicker at one head dim, one is
+    quicker within the spread, one computes something else, one does not run."""
+    good, within, wrong, fails = tune.TILES["attention"][:4]
+    card = {}
+    monkeypatch.setattr(tuned, "table", lambda: {"cpu": card})
+
+    def launch(q, k, v, edit, impl):
+        """Stands in for attention: what it would be launched with."""
+        [(key, tile)] = card.items()
+        if tile == fails:
+            raise RuntimeError("out of resource: shared memory")
+        op, D, itemsize = key.rsplit(" ", 2)
+        assert (int(D), int(itemsize)) == (q.shape[3], 2)
+        return op, int(D), tile
+
+    def interleave(functions, device, rounds, graph):
+        return {name: clock(*function()) for name, function in functions.items()}
+
+    def clock(op, D, tile):
+        if (op, D, tile) == ("attention", 40, good):
+            ms, spread = 0.8, 0.01
+        elif op == "attention" and tile == within:
+            ms, spread = 0.9, 0.1
+        else:
+            ms, spread = 0.5 if op == "attention" and tile == wrong else 1, 0.01
+        return {"ms": ms, "low": ms - spread, "high": ms + spread}
+
+    monkeypatch.setattr(tune, "attention", launch)
+    monkeypatch.setattr(tune, "error_ratio", lambda *args: 9 if launch(*args, "triton")[2] == wrong else 1)
+    monkeypatch.setattr(tune, "inputs", lambda B, H, N, L, D, dtype, device: torch.empty(3, 1, 1, 1, D, dtype=dtype))
+    monkeypatch.setattr(tune, "make_edit", lambda *args: None)
+    monkeypatch.setattr(harness, "interleave", interleave)
+    monkeypatch.setattr(harness, "peak_memory", lambda *args: 0)
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(harness, "device_name", lambda device: "cpu")
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels/tuned.json").write_text('{"Another": {}, "cpu": {"old": {}}}')
+    assert tune.main([]) == 0
+    found = json.loads((tmp_path / "kernels/tuned.json").read_text())
+    assert found == {"Another": {}, "cpu": {"attention 40 2": good}}
+    assert not card and "out of resource" in capsys.readouterr().out
+
+
+def test_nothing_is_tuned_without_a_card(capsys):
+    assert tune.main(["--device", "cpu"]) == 2 and "no CUDA device" in capsys.readouterr().err
+    assert tuned.table() == json.loads((harness.ROOT / "kernels/tuned.json").read_text())
+
+
+def test_tiles_are_tried_where_the_models_launch_them():
+    """Self-attention over 64 tokens is one tile of keys, so cross_attention's."""
+    assert tune.cases("attention", 160) == [
+        (B, N, N, form) for B in (2, 8) for N in (256, 576, 144) for form in ("plain", "self-injection")
+    ]
+    assert tune.cases("cross_attention_save", 160) == [(B, N, 77, "save") for B in (2, 8) for N in (256, 64)]
