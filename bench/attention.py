@@ -17,10 +17,7 @@ from collections.abc import Callable
 import torch
 
 from bench import harness
-
-harness.use_checkout()
-
-from minisd.attention import AttentionEdit, attention  # noqa: E402
+from minisd.attention import AttentionEdit, attention
 
 H, TEXT = 8, 77
 GRID_512 = ((4096, 40), (1024, 80), (256, 160), (64, 160))  # (queries, head dim)

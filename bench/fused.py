@@ -13,12 +13,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from minisd_kernels import fused, reference
 
 from bench import harness
-
-harness.use_checkout()
-
-from minisd_kernels import fused, reference  # noqa: E402
 
 GRID = ((320, 64), (640, 32), (1280, 16), (1280, 8))  # channels, height and width of the latents
 GROUPS = 32
