@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 CODE = (".", ":!bench/results", ":!*.md", ":!docs")  # pathspecs: what one benchmark writes is no change for the next
 RSS_RESET = Path("/proc/self/clear_refs")  # Linux: writing 5 resets the peak of the resident memory
 
