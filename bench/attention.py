@@ -210,7 +210,7 @@ def describe(row: dict) -> str:
 
 def misses(rows: list[dict]) -> list[str]:
     """What is wrong or slower than PERFORMANCE section 5 asks for, one line each."""
-    out = []
+    out, bars = [], []
     for row in rows:
         for name, error in row["failed"].items():
             if name.startswith("minisd"):  # ours must work
@@ -219,19 +219,18 @@ def misses(rows: list[dict]) -> list[str]:
             continue
         if not row["error_over_budget"] <= 1:  # nan is wrong, too
             out.append(f"WRONG {describe(row)}")
-        times, (name, ratio) = {contender: t["ms"] for contender, t in row["times"].items()}, best_rival(row)
-        if row["form"] == "plain":
-            must = MUST_CROSS if is_cross(row["N"], row["L"]) else MUST_SELF.get((row["N"], row["D"]), 0)
-            if ratio < must:
-                out.append(f"SLOW  {ratio:.2f}x of {name}, must be >= {must}: {describe(row)}")
+        form, times = row["form"], {contender: t["ms"] for contender, t in row["times"].items()}
+        if form == "plain":
+            name, ratio = best_rival(row)
+            must = MUST_CROSS if is_cross(row["N"], row["L"]) else MUST_SELF.get((row["N"], row["D"]))
+            bars += [(f"{name} / minisd, {describe(row)}", ratio, ">=", must)] if must else []
             continue
-        over, must = times["minisd"] / times.get("minisd plain", float("nan")), MUST_EDIT.get(row["form"], float("inf"))
-        if over > must:
-            out.append(f"SLOW  {over:.2f}x the time of plain, must be <= {must}: {describe(row)}")
-        if "eager" in times and times["eager"] / times["minisd"] < MUST_EAGER.get(row["form"], 0):
-            out.append(f"SLOW  {times['eager'] / times['minisd']:.2f}x of eager, must be >= "
-                       f"{MUST_EAGER[row['form']]}: {describe(row)}")  # fmt: skip
-    return out
+        if form in MUST_EDIT and "minisd plain" in times:
+            over = times["minisd"] / times["minisd plain"]
+            bars.append((f"minisd / its plain, {describe(row)}", over, "<=", MUST_EDIT[form]))
+        if form in MUST_EAGER and "eager" in times:
+            bars.append((f"eager / minisd, {describe(row)}", times["eager"] / times["minisd"], ">=", MUST_EAGER[form]))
+    return out + harness.slow(bars)
 
 
 def is_cross(N: int, L: int) -> bool:

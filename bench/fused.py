@@ -72,16 +72,15 @@ def bench_case(op: str, B: int, C: int, side: int, dtype, device: str, rounds: i
 
 def misses(rows: list[dict]) -> list[str]:
     """What is wrong, and where PyTorch is quicker, one line each."""
-    out = []
+    out, bars = [], []
     for row in rows:
         name = f"{row['op']} B{row['B']} C{row['C']} {row['side']}x{row['side']} {row['dtype']}"
         if row["error_over_budget"] is not None and not row["error_over_budget"] <= 1:  # nan is wrong, too
             out.append(f"WRONG error over budget {row['error_over_budget']:.2f}: {name}")
         times = {contender: t["ms"] for contender, t in row["times"].items()}
-        best = min(times, key=times.get)
-        if "minisd" in times and best != "minisd":
-            out.append(f"SLOW  {times[best] / times['minisd']:.2f}x of {best}: {name}")
-    return out
+        bars += [(f"{rival} / minisd, {name}", ms / times["minisd"], ">=", 1)
+                 for rival, ms in times.items() if "minisd" in times and rival != "minisd"]  # fmt: skip
+    return out + harness.slow(bars)
 
 
 def table(record: dict) -> str:

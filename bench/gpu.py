@@ -100,7 +100,7 @@ def main(argv=None) -> int:
         seconds[part] = time.perf_counter() - start
         print(f"{part}: {seconds[part]:.0f} s", flush=True)
     print(", ".join(f"{part} {spent:.0f} s" for part, spent in seconds.items()), f"= {sum(seconds.values()):.0f} s")
-    print(f"failed: {', '.join(failed)}" if failed else "ran to the end; misses are the lines WRONG and SLOW above")
+    print(f"failed: {', '.join(failed)}" if failed else "ran to the end; misses are the lines WRONG, FAILED and SLOW above")
     return 1 if failed else 0
 
 

@@ -2,9 +2,9 @@
 
     python -m bench.startup [--device cuda] [--rounds 3] [--quick]
 
-Each figure is of fresh processes, in turns; the first round is not counted. Loading is of a folder of SD v1.4's size with random weights (float32 on
-a CPU, else float16) that lies in the page cache, beside reading its files into memory. Writes
-bench/results/<device>/startup.json.
+Each figure is of fresh processes, in turns; the first round is not counted. Loading is of a folder of SD v1.4's size
+with random weights (float32 on a CPU, else float16) that lies in the page cache, beside reading its files into memory.
+Writes bench/results/<device>/startup.json.
 """
 
 import json

@@ -85,7 +85,7 @@ class StableDiffusion:
         image, height, width: what `pixels` takes. Returns (B, C, H / factor, W / factor).
         """
         x = self.pixels(image, height, width)
-        with memory_for(f"{x.shape[3]} x {x.shape[2]} pixels"):
+        with memory_for("pictures", x):
             mean, logvar = self.vae.encode(x)
         if generator is not None:
             noise = torch.randn(mean.shape, generator=generator, device=generator.device)
@@ -98,7 +98,7 @@ class StableDiffusion:
         expect.shape("latents", z, "B", self.vae.config.latent_channels, "h", "w")
         z = z.to(self.device, self.dtype) / self.vae.config.scaling_factor
         # One by one: at 512 x 512 the decoder's activations are the largest of all.
-        with memory_for(f"{z.shape[3] * self.vae.factor} x {z.shape[2] * self.vae.factor} pixels"):
+        with memory_for("pictures", z, self.vae.factor):
             image = torch.cat([self.vae.decode(row) for row in z.split(1)])
         return image.clamp(-1, 1) if as_tensor else to_pil(image)
 
@@ -375,7 +375,7 @@ def denoise_shown(x: Tensor, sampler: Sampler, predict, on_step, progress: bool)
             raise ValueError(f"on_step returned {got}, expected None or latents of shape {tuple(x.shape)}")
         return new.to(x)
 
-    with memory_for(f"latents of {x.shape[3]} x {x.shape[2]}"):
+    with memory_for("latents", x):
         return denoise(x, tqdm(sampler, disable=not progress), predict, after if on_step else None)
 
 
@@ -385,15 +385,16 @@ def unchanged(image, pixels: Tensor, height: int | None, width: int | None) -> l
 
 
 @contextmanager
-def memory_for(what: str) -> Iterator[None]:
-    """torch's errors of memory that it does not get, as a MemoryError that says what for."""
+def memory_for(what: str, x: Tensor, factor: int = 1) -> Iterator[None]:
+    """torch's errors of memory that it does not get, as a MemoryError that says what for; its size is `factor` x's."""
     try:
         yield
     except RuntimeError as error:  # on a CPU it has no class of its own
         if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
             raise
         hint = "a smaller size (--size WxH, or height= and width=), fewer pictures at once or bfloat16"
-        raise MemoryError(f"not enough memory for {what}: try {hint}") from error
+        size = f"{x.shape[3] * factor} x {x.shape[2] * factor}"
+        raise MemoryError(f"not enough memory for {what} of {size}: try {hint}") from error
 
 
 def _per_image(rows: Tensor, prompts: int, num_images: int) -> Tensor:

@@ -366,10 +366,11 @@ def test_memory_that_is_not_there(sd, monkeypatch):
     def fails(*arguments):
         raise RuntimeError("another fault")
 
-    z, size = sd.noise(0, height=24, width=40), "not enough memory for 40 x 24 pixels: try a smaller size"
+    z, size = sd.noise(0, height=24, width=40), "not enough memory for pictures of 40 x 24: try a smaller size"
     inversion = minisd.invert(sd, picture(), "a", 2, trajectory=True, progress=False)
     for part, name, run, message in (
         (sd.unet, "forward", lambda: minisd.invert(sd, picture(), "a", 2, progress=False), "memory for latents of"),
+        (sd.unet, "forward", lambda: minisd.redraw(sd, inversion, progress=False), "memory for latents of"),
         (sd.unet, "forward", lambda: minisd.null_text(sd, inversion, progress=False), "memory for latents of"),
         (sd.vae, "encode", lambda: sd.encode_image(picture()), size),
         (sd.vae, "decode", lambda: sd.decode(z), size),

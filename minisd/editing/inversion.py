@@ -236,7 +236,7 @@ def invert(
     predict = conditional(sd.unet, embed(sd, prompts))
 
     x, passed = z, [z]
-    with memory_for(f"latents of {z.shape[3]} x {z.shape[2]}"):
+    with memory_for("latents", z):
         for number, step in enumerate(tqdm(sampler, disable=not progress)):
             start = x
             for _ in range(1 + refine):
@@ -302,13 +302,14 @@ def redraw(
     predict = cfg(sd.unet, inversion.unconditional(sd, negative_prompt), embed(sd, prompts), guidance)
 
     x = inversion.latents.to(sd.device).contiguous()  # one order of the memory, one result: files keep none
-    for number, step in enumerate(tqdm(sampler, disable=not progress)):
-        x = step.update(x, predict(x.to(sd.dtype), step))
-        if after is not None:
-            x = after(x, step)
-        keep(number, x)
-        if on_step is not None:
-            on_step(x, step)
+    with memory_for("latents", x):
+        for number, step in enumerate(tqdm(sampler, disable=not progress)):
+            x = step.update(x, predict(x.to(sd.dtype), step))
+            if after is not None:
+                x = after(x, step)
+            keep(number, x)
+            if on_step is not None:
+                on_step(x, step)
     return x if visual_steps is None else (x, keep.latents)
 
 

@@ -64,7 +64,7 @@ def null_text(
     losses = torch.full((steps, max(inner_steps, 1), len(cond)), torch.nan)
 
     x = path[0]
-    with memory_for(f"latents of {x.shape[3]} x {x.shape[2]}"), differentiable(sd.unet, recompute):
+    with memory_for("latents", x), differentiable(sd.unet, recompute):
         for step in tqdm(DDIM(sd.schedule, steps, skip), disable=not progress):
             i = step.index * 50 / max(steps, 50)
             eps_c = unet(sd, x, step, cond)
