@@ -1,6 +1,6 @@
 """Everything that needs a GPU, on a machine with only this checkout, torch, triton, transformers and Pillow.
 
-    python -m bench.gpu [PART ...] [--full]
+    python -m bench.gpu [PART ...] [--full] [--minutes 9.5]
 
 Parts, in this order: tests (the GPU-marked ones), attention, editing, txt2img, unet, fused, scaling, startup; all of
 them unless some are named, so that it can be split over several calls where the time of one is limited. Prints what is
@@ -8,15 +8,18 @@ wrong or misses its target, and the seconds of each part. Needs no installation:
 needs something that is not there is left out with a line saying so: the tests without pytest, a test file or a rival
 without diffusers.
 
-The whole is to end within ten minutes on an H200 where nothing has been compiled yet. That is an estimate and was never
-measured, in minutes: tests 1.5 - 2 (about 240 compiles of a second in four processes), attention 1.5 - 2 (compiles and
-FlexAttention), editing 1, txt2img 1 (6 processes), unet 1.5 - 2 (12 processes), fused 0.75, scaling 0.5, startup 1.
---full adds the other dtypes, batches and sizes of the kernels and what compiles the whole UNet, and takes longer.
+The whole ends within ten minutes: when --minutes (9.5) are over, what runs is interrupted, and the parts that did not
+end are named; what they had saved stays. On an H200 where nothing has been compiled yet all of it should fit, but that
+is an estimate and was never measured, in minutes: tests 1.5 - 2 (about 240 compiles of a second in four processes),
+attention 1.5 - 2 (compiles and FlexAttention), editing 0.75, txt2img 0.75 (6 processes), unet 1 - 1.5 (12 processes),
+fused 0.75, scaling 0.5, startup 1. --full adds the other dtypes, batches and sizes of the kernels and what compiles the
+whole UNet; it takes as long as it takes, unless --minutes says otherwise.
 """
 
 import argparse
 import importlib.util
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -49,16 +52,33 @@ def collect(folder: Path) -> list[str]:
     return tests
 
 
-def run_tests(tests: list[str], processes: int = 4) -> bool:
+def run_tests(tests: list[str], deadline: float, processes: int = 4) -> bool:
     """Whether all tests pass; in several processes, because most of their time is compiling, on one core each."""
     running = [
         subprocess.Popen([*PYTEST, *share], cwd=harness.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         for share in (tests[i::processes] for i in range(processes))
         if share
     ]
-    for process in running:
-        print(process.communicate()[0].decode(), flush=True)
-    return not any(process.returncode for process in running)
+    return all([finish(process, deadline) for process in running])
+
+
+def finish(process: subprocess.Popen, deadline: float, patience: float = 10) -> bool:
+    """Whether it ends well, before the deadline (of time.monotonic); then it is interrupted. Prints what it piped.
+
+    patience: seconds that it has for tidying up.
+    """
+    try:
+        out, _ = process.communicate(timeout=max(0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)  # like Ctrl-C: pytest says what it found, temporary files go
+        try:
+            out, _ = process.communicate(timeout=patience)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, _ = process.communicate()
+    if out:
+        print(out.decode(), flush=True)
+    return process.returncode == 0
 
 
 def commands(full: bool) -> dict[str, list[str]]:
@@ -79,29 +99,40 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.split("\n\n")[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all")
     parser.add_argument("--full", action="store_true", help="all shapes of the kernels, and the UNet compiled as well")
+    parser.add_argument("--minutes", type=float, help="interrupt what has not ended then (9.5; --full: no limit)")
     args = parser.parse_args(argv)
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}; parts are {', '.join(PARTS)}")
     if not torch.cuda.is_available():
         print("no CUDA device on this machine: nothing to run", file=sys.stderr)
         return 2
-    failed, seconds = [], {}
+    failed, seconds, late = [], {}, []
+    minutes = args.minutes if args.minutes is not None else 1e4 if args.full else 9.5
+    deadline = time.monotonic() + 60 * minutes
     for part in [part for part in PARTS if part in (args.parts or PARTS)]:
-        start = time.perf_counter()
+        start = time.monotonic()
+        if start >= deadline:
+            late.append(part)
+            continue
         if part != "tests":
-            done = subprocess.run([sys.executable, "-m", *commands(args.full)[part]], cwd=harness.ROOT)
-            passed = done.returncode == 0
+            command = [sys.executable, "-m", *commands(args.full)[part]]
+            passed = finish(subprocess.Popen(command, cwd=harness.ROOT), deadline)
         elif importlib.util.find_spec("pytest") is None:
             print("GPU tests skipped: pytest is not installed")
             continue
         else:
-            passed = run_tests(collect(harness.ROOT / "tests"))
-        failed += [] if passed else [part]
-        seconds[part] = time.perf_counter() - start
+            passed = run_tests(collect(harness.ROOT / "tests"), deadline)
+        seconds[part] = time.monotonic() - start
+        if not passed:
+            (failed if time.monotonic() < deadline else late).append(part)
         print(f"{part}: {seconds[part]:.0f} s", flush=True)
     print(", ".join(f"{part} {spent:.0f} s" for part, spent in seconds.items()), f"= {sum(seconds.values()):.0f} s")
-    print(f"failed: {', '.join(failed)}" if failed else "ran to the end; misses are the lines WRONG, FAILED and SLOW above")
-    return 1 if failed else 0
+    for what, parts in (("failed", failed), ("no time was left for", late)):
+        if parts:
+            print(f"{what}: {', '.join(parts)}")
+    if not failed and not late:
+        print("ran to the end; misses are the lines WRONG, FAILED and SLOW above")
+    return 1 if failed or late else 0
 
 
 if __name__ == "__main__":

@@ -220,14 +220,17 @@ def contest(builders: dict[str, tuple], device: str, rounds: int) -> dict[str, d
     before the call. On CUDA the first call counts, too: the replay of a graph allocates nothing, its capture does. (So
     does what a compiler's tuning takes.) A process that fails or dies is left out with a line that says so.
     """
-    context, workers = multiprocessing.get_context("spawn"), []
+    context, starting, workers = multiprocessing.get_context("spawn"), [], []
     for process_name, builder in builders.items():
         here, there = context.Pipe()
         process = context.Process(target=_work, args=(there, device, *builder), daemon=True)
         process.start()
         there.close()
+        starting.append((process_name, process, here))
+    for process_name, process, here in starting:  # they import together and build one after the other, undisturbed
         try:
-            names = here.recv()  # one after the other: they would slow each other down
+            here.send("build")
+            names = here.recv()
         except (EOFError, ConnectionError):
             names = "its process died"
         if isinstance(names, str):
@@ -261,6 +264,7 @@ def contest(builders: dict[str, tuple], device: str, rounds: int) -> dict[str, d
 def _work(connection, device, function, *arguments):
     """A process of `contest`."""
     first, cuda = {}, torch.device(device).type == "cuda"
+    connection.recv()  # "build"
     try:
         contenders = function(*arguments)
         for name, contender in contenders.items():

@@ -6,6 +6,7 @@ import importlib
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def test_on_a_card_the_first_call_counts_for_the_peak(monkeypatch):
 
     class Pipe:
         def __init__(self):
-            self.sent, self.asked = [], ["a", "a", None]
+            self.sent, self.asked = [], ["build", "a", "a", None]
 
         def send(self, message):
             self.sent.append(message)
@@ -227,15 +228,16 @@ def test_the_run_on_a_card_starts_everything_with_options_that_are_known(full, m
     def parse(self, args=None, namespace=None):
         raise Read(read(self, args, namespace))
 
-    def run(command, cwd):
+    def start(command, cwd):
         assert command[:2] == [sys.executable, "-m"] and cwd == harness.ROOT
         commands.append(command[2:])
         return subprocess.CompletedProcess(command, 1 if command[2] == "bench.fused" else 0)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(gpu, "finish", lambda process, deadline: process.returncode == 0)
     monkeypatch.setattr(gpu, "collect", lambda folder: [folder])
-    monkeypatch.setattr(gpu, "run_tests", lambda found: tests.extend(found) or True)
+    monkeypatch.setattr(gpu, "run_tests", lambda found, deadline: tests.extend(found) or True)
     assert gpu.main(["unet", "editing"]) == 0 and not tests
     assert [command[:1] for command in commands] == [["bench.editing"], ["bench.unet"]]  # in their order
     assert "unet: 0 s" in capsys.readouterr().out
@@ -243,6 +245,8 @@ def test_the_run_on_a_card_starts_everything_with_options_that_are_known(full, m
     with pytest.raises(SystemExit):
         gpu.main(["unet", "vae"])
     assert not commands and "no such part: vae" in capsys.readouterr().err
+    assert gpu.main(["unet", "scaling", "--minutes", "0"]) == 1 and not commands
+    assert "no time was left for: unet, scaling" in capsys.readouterr().out
     assert gpu.main(full) == 1  # one of them fails: said in the end, and the others have run
     assert "failed: fused" in capsys.readouterr().out and tests == [harness.ROOT / "tests"]
     assert {command[0] for command in commands} == {
@@ -305,8 +309,21 @@ def test_the_gpu_tests_run_in_shares(tmp_path, capsys):
         f"import pytest\n@{gpu.MARK}\n@pytest.mark.parametrize('n', range(3))\ndef test_it(n): assert n < 2"
     )
     tests = [f"{tmp_path / 'test_a.py'}::test_it[{n}]" for n in range(3)]
-    assert gpu.run_tests(tests[:2]) and not gpu.run_tests(tests, processes=2)
+    deadline = time.monotonic() + 600
+    assert gpu.run_tests(tests[:2], deadline) and not gpu.run_tests(tests, deadline, processes=2)
     assert "1 failed, 1 passed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_what_is_not_done_at_the_deadline_is_interrupted(deaf, capsys):
+    """As Ctrl-C would, so that it can tidy up; what does not hear that is ended all the same."""
+    handler = "SIG_IGN" if deaf else "default_int_handler"
+    code = f"import signal, time\nsignal.signal(signal.SIGINT, signal.{handler})\n"
+    code += "try: print('started', flush=True); time.sleep(60)\nfinally: print('tidy')"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout.readline() == b"started\n"
+    assert not gpu.finish(process, time.monotonic(), patience=0.5 if deaf else 10)
+    assert capsys.readouterr().out.split() == ([] if deaf else ["tidy"])
 
 
 def test_where_there_is_no_git(tmp_path, monkeypatch):
