@@ -8,6 +8,7 @@ use none of these kernels; this says on which cards they might.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable
 
@@ -108,14 +109,12 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     if torch.device(args.device).type != "cuda":
         print("no GPU: the Triton kernels are left out, only PyTorch's ops are timed")
-    rows = [
-        bench_case(op, B, C, side, dtype, args.device, args.rounds)
-        for op in ("group_norm_silu", "layer_norm", "geglu")
-        for dtype in ((torch.float16,) if args.quick else (torch.float16, torch.bfloat16))
-        for B in ((2,) if args.quick else (2, 8))
-        for C, side in GRID
-    ]
-    print(f"wrote {harness.save('fused-quick' if args.quick else 'fused', rows, args.device)}")
+    ops, rows = ("group_norm_silu", "layer_norm", "geglu"), []
+    dtypes, batches = ((torch.float16,), (2,)) if args.quick else ((torch.float16, torch.bfloat16), (2, 8))
+    for op, dtype, B in itertools.product(ops, dtypes, batches):
+        rows += [bench_case(op, B, C, side, dtype, args.device, args.rounds) for C, side in GRID]
+        path = harness.save("fused-quick" if args.quick else "fused", rows, args.device)
+    print(f"wrote {path}")
     missed = misses(rows)
     print("\n".join(missed))
     return int(any(text.startswith("WRONG") for text in missed))

@@ -273,8 +273,8 @@ def arch() -> int:
 def config(B: int, H: int, N: int, D: int, itemsize: int, arch: int) -> dict:
     """Tile and warps by rule: what does not spill, by the compiler's word (python -m bench.kernel_resources)."""
     if itemsize == 4:  # no tensor cores: float32 products are multiply-adds, and their operands live in registers
-        tile = {"BLOCK_N": 16, "BLOCK_L": 32 if 48 < D <= 160 else 16, "WIDEST": 32 if D <= 160 else 64, "REREAD": 16}
-        return tile | {"num_warps": 4, "num_stages": 1}
+        tile = {"BLOCK_N": 16, "BLOCK_L": 32 if 48 < D <= 160 else 16, "WIDEST": 32 if D <= 160 else 64}
+        return tile | {"REREAD": 32 if 40 < D <= 64 else 16, "num_warps": 4, "num_stages": 1}
     if arch < 90 and D > 160:
         tile = {"BLOCK_N": 64, "BLOCK_L": 32, "WIDEST": 128, "REREAD": 64, "num_warps": 8}
     elif D > 160 or arch < 90 and D > 80:  # on sm_80 the masks of uneven sizes take the last registers
@@ -282,7 +282,8 @@ def config(B: int, H: int, N: int, D: int, itemsize: int, arch: int) -> dict:
     elif N % 128 == 0 and B * H * (N // 128) >= 132:  # enough programs to fill a large card
         tile = {"BLOCK_N": 128, "BLOCK_L": 64, "REREAD": 0, "num_warps": 8}
         if arch < 90 and D <= 48:
-            tile["maxnreg"] = 128  # so that two programs fit on a multiprocessor; it takes up to 134 if it may
+            # So that two programs fit on a multiprocessor; with two stages it would take 136 registers.
+            return tile | {"maxnreg": 128, "num_stages": 3}
     else:
         tile = {"BLOCK_N": 64, "BLOCK_L": 64, "REREAD": 0, "num_warps": 4}
     return tile | {"num_stages": 2}
