@@ -257,22 +257,23 @@ def config(D: int, itemsize: int, arch: int, all_heads: bool = False) -> dict:
 
     arch: compute capability, 80 or 90; all_heads: one program does all heads (save_mean).
     """
+    tile = {"num_stages": 1}
     if itemsize == 4:  # no tensor cores: float32 products are multiply-adds, and their operands live in registers
-        tile = {"BLOCK_N": 16, "WIDEST": 16 if D <= 64 else 32 if D <= 160 else 256, "WIDEST_KEYS": 32}
-        if all_heads:  # two stages where there are several pieces to load
-            return tile | {"REREAD": 16, "num_warps": 4, "num_stages": 2 if D > 16 else 1}
-        tile |= {"REREAD": 32, "num_warps": 8}
-    elif arch >= 90:  # wgmma takes 64 rows and 4 warps, and its operands from shared memory
-        tile = {"BLOCK_N": 64, "REREAD": 64 if D > 160 else 0, "num_warps": 4}
+        tile |= {"BLOCK_N": 16, "WIDEST": 16 if D <= 64 else 32 if D <= 160 else 256, "WIDEST_KEYS": 32}
+        if all_heads and D > 16:  # q is read in several pieces, so that the next can be on its way
+            return tile | {"REREAD": 16, "num_warps": 4, "num_stages": 2}
+        return tile | {"REREAD": 16 if all_heads else 32, "num_warps": 8}
+    if arch >= 90:  # wgmma takes 64 rows and 4 warps, and its operands from shared memory
+        tile |= {"BLOCK_N": 64, "REREAD": 64 if D > 160 else 0, "num_warps": 4}
         if all_heads:
             tile |= {"WIDEST": 32, "WIDEST_KEYS": 32, "REREAD": 32} if D > 80 else {"WIDEST_KEYS": 32}
-    elif all_heads and D > 80:
-        tile = {"BLOCK_N": 16, "WIDEST": 32, "WIDEST_KEYS": 32, "REREAD": 32, "num_warps": 4}
-    elif D > 80:
-        tile = {"BLOCK_N": 16, "WIDEST": 64, "REREAD": 64 if D > 160 else 0, "num_warps": 4}
-    else:
-        tile = {"BLOCK_N": 64, "REREAD": 64 if D == 64 else 0, "num_warps": 8 if all_heads and D > 32 else 4}
-    return tile | {"num_stages": 1}
+        return tile
+    if D <= 80:
+        return tile | {"BLOCK_N": 64, "REREAD": 64 if D == 64 else 0, "num_warps": 8 if all_heads and D > 32 else 4}
+    tile |= {"BLOCK_N": 16, "num_warps": 4}
+    if all_heads:
+        return tile | {"WIDEST": 32, "WIDEST_KEYS": 32, "REREAD": 32}
+    return tile | {"WIDEST": 64} | ({"REREAD": 64, "num_stages": 2} if D > 160 else {"REREAD": 0})
 
 
 def shape_args(q, k, unit: int, choice: dict) -> dict:
