@@ -1,12 +1,12 @@
-"""Everything that needs a GPU, on a machine with only this checkout, torch, triton, transformers and Pillow.
+"""Everything that needs a GPU, on a machine with only this checkout, torch, triton and transformers.
 
     python -m bench.gpu [PART ...] [--full] [--minutes 9.5]
 
 Parts, in this order: tests (the GPU-marked ones), attention, editing, txt2img, unet, fused, scaling, startup; all of
 them unless some are named, so that it can be split over several calls where the time of one is limited. Prints what is
 wrong or misses its target, and the seconds of each part. Needs no installation: the checkout is put on the path. What
-needs something that is not there is left out with a line saying so: the tests without pytest, a test file or a rival
-without diffusers.
+needs something that is not there is left out with a line saying so: the tests without pytest, what draws without Pillow,
+a test file or a rival without diffusers.
 
 The whole ends within ten minutes: when --minutes (9.5) are over, what runs is interrupted, and the parts that did not
 end are named; what they had saved stays. On an H200 where nothing has been compiled yet all of it should fit, but that
@@ -30,6 +30,7 @@ import torch
 from bench import harness
 
 PARTS = ("tests", "attention", "editing", "txt2img", "unet", "fused", "scaling", "startup")
+NEEDS = {"tests": "pytest"} | dict.fromkeys(("editing", "txt2img", "unet", "scaling", "startup"), "PIL")
 MARK = "pytest.mark.gpu"
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
 
@@ -59,7 +60,7 @@ def run_tests(tests: list[str], deadline: float, processes: int = 4) -> bool:
         for share in (tests[i::processes] for i in range(processes))
         if share
     ]
-    return all([finish(process, deadline) for process in running])
+    return all([finish(process, deadline, patience=3) for process in running])
 
 
 def finish(process: subprocess.Popen, deadline: float, patience: float = 10) -> bool:
@@ -111,15 +112,15 @@ def main(argv=None) -> int:
     deadline = time.monotonic() + 60 * minutes
     for part in [part for part in PARTS if part in (args.parts or PARTS)]:
         start = time.monotonic()
+        if part in NEEDS and importlib.util.find_spec(NEEDS[part]) is None:
+            print(f"{part} skipped: {NEEDS[part]} is not installed", flush=True)
+            continue
         if start >= deadline:
             late.append(part)
             continue
         if part != "tests":
             command = [sys.executable, "-m", *commands(args.full)[part]]
             passed = finish(subprocess.Popen(command, cwd=harness.ROOT), deadline)
-        elif importlib.util.find_spec("pytest") is None:
-            print("GPU tests skipped: pytest is not installed")
-            continue
         else:
             passed = run_tests(collect(harness.ROOT / "tests"), deadline)
         seconds[part] = time.monotonic() - start
@@ -127,7 +128,7 @@ def main(argv=None) -> int:
             (failed if time.monotonic() < deadline else late).append(part)
         print(f"{part}: {seconds[part]:.0f} s", flush=True)
     print(", ".join(f"{part} {spent:.0f} s" for part, spent in seconds.items()), f"= {sum(seconds.values()):.0f} s")
-    for what, parts in (("failed", failed), ("no time was left for", late)):
+    for what, parts in (("failed", failed), ("not done in time", late)):
         if parts:
             print(f"{what}: {', '.join(parts)}")
     if not failed and not late:

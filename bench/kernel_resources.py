@@ -26,6 +26,7 @@ SELF = {40: 4096, 80: 1024, 160: 256}  # SD v1.x at 512x512: head dim -> queries
 UGLY = {40: 4140, 80: 1000, 160: 45}  # queries that no tile divides, of images of 360x736, 400x640 and 160x288
 TEXT = 77
 # CUDA C++ Programming Guide, table of compute capabilities
+SHARED_PER_BLOCK = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 SHARED_PER_SM = {80: 164 * 1024, 89: 100 * 1024, 90: 228 * 1024}
 WARPS_PER_SM = {80: 64, 89: 48, 90: 64}
 
@@ -44,9 +45,11 @@ FORMS = {  # form: (op, edit fields)
     "save_mean, replace": ("save", ("source_row", "save_mean")),
     "save, blend": ("save", ("source_row", "blend", "reweight", "save")),
     "save_mean, blend": ("save", ("source_row", "blend", "reweight", "save_mean")),
+    "save + save_mean": ("save", ("source_row", "save", "save_mean")),
     "save, refine": ("save", ("source_row", "token_map", "blend", "reweight", "save")),
     "save_mean, refine": ("save", ("source_row", "token_map", "blend", "reweight", "save_mean")),
     "save, inject": ("save", ("inject", "token_map", "blend", "reweight", "save")),
+    "save_mean, inject": ("save", ("inject", "token_map", "blend", "reweight", "save_mean")),
 }
 
 
@@ -117,7 +120,10 @@ def cases(archs, everything: bool) -> list[Case]:
                 keys = 1000 if form.startswith("flash") else TEXT
                 dtypes = DTYPES if everything else ("float16", "float32") if D == 256 and not short else ("float16",)
                 out += [Case(arch, form, D, 1000, keys, dtype) for dtype in dtypes]
-        out += [Case(arch, form, C, 1024, 0, "float16") for form in FUSED for C in ((320,) if short else (320, 1280))]
+        widths, dtypes = (320,) if short else (320, 1280), ("float16",)
+        if everything:  # the widest norm of the UNet is of two halves together
+            widths, dtypes = (320, 640, 1280, 2560), DTYPES
+        out += [Case(arch, form, C, 1024, 0, dtype) for form in FUSED for C in widths for dtype in dtypes]
     return list(dict.fromkeys(out))  # "flash" at D = 40 is in everything, too
 
 
@@ -253,7 +259,7 @@ def line(r: dict) -> str:
     )
 
 
-def main(argv=None) -> None:
+def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.kernel_resources", description=__doc__.split("\n\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 89, 90], choices=[80, 89, 90])
     parser.add_argument("--all", action="store_true", help="every form in every dtype and head dim")
@@ -270,6 +276,10 @@ def main(argv=None) -> None:
             print(line(row), flush=True)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    spilled = sum(row["stack"] + row["spills"] > 0 for row in rows)
+    large = sum(row["shared"] > SHARED_PER_BLOCK[row["arch"]] for row in rows)
+    print(f"{len(rows)} kernels: {spilled} spill, {large} take more shared memory than the card has")
+    return 1 if spilled or large else 0
 
 
 if __name__ == "__main__":

@@ -252,24 +252,27 @@ def plus(a, b, CUT: tl.constexpr, weight=1.0):
 # The launches: plain Python from here on.
 
 
-def config(D: int, itemsize: int, arch: int, all_heads: bool = False) -> dict:
+def config(D: int, itemsize: int, arch: int, all_heads: bool = False, refines: bool = False) -> dict:
     """Tile and warps by rule: what does not spill, as far as the compiler can tell (python -m bench.kernel_resources).
 
-    arch: compute capability, 80 or 90; all_heads: one program does all heads (save_mean).
+    arch: compute capability, 80 or 90; all_heads: one program does all heads (save_mean); refines: a source row's map
+    goes through a token map. That decides about stages alone, so that rows without an edit have the same bits whatever
+    the edit of the others. Where stages are two, one would spill 8 bytes in some form with some version of Triton.
     """
     tile = {"num_stages": 1}
     if itemsize == 4:  # no tensor cores: float32 products are multiply-adds, and their operands live in registers
         tile |= {"BLOCK_N": 16, "WIDEST": 16 if D <= 64 else 32 if D <= 160 else 256, "WIDEST_KEYS": 32}
-        if all_heads and D > 16:  # q is read in several pieces, so that the next can be on its way
-            return tile | {"REREAD": 16, "num_warps": 4, "num_stages": 2}
+        if all_heads and D > 16:  # refining leaves no registers for a second stage
+            return tile | {"REREAD": 16, "num_warps": 4, "num_stages": 1 if refines else 2}
         return tile | {"REREAD": 16 if all_heads else 32, "num_warps": 8}
     if arch >= 90:  # wgmma takes 64 rows and 4 warps, and its operands from shared memory
         tile |= {"BLOCK_N": 64, "REREAD": 64 if D > 160 else 0, "num_warps": 4}
         if all_heads:
             tile |= {"WIDEST": 32, "WIDEST_KEYS": 32, "REREAD": 32} if D > 80 else {"WIDEST_KEYS": 32}
         return tile
-    if D <= 80:
-        return tile | {"BLOCK_N": 64, "REREAD": 64 if D == 64 else 0, "num_warps": 8 if all_heads and D > 32 else 4}
+    if D <= 80:  # q stays in registers, unless the saving forms would spill with some version of Triton
+        tile |= {"BLOCK_N": 64, "num_warps": 8 if all_heads and D > 32 else 4}
+        return tile | {"REREAD": 64 if D == 64 else 32 if D > 64 and all_heads else 0}
     tile |= {"BLOCK_N": 16, "num_warps": 4}
     if all_heads:
         return tile | {"WIDEST": 32, "WIDEST_KEYS": 32, "REREAD": 32}
@@ -306,7 +309,8 @@ def launch_save(q, k, v, source_row, inject, token_map, blend, reweight, save, s
     """The form that writes P' or its mean; see cross_attention_save_kernel. All checks are done in ops.py."""
     B, H, N, D = q.shape
     u = unit(q, k, v, out)
-    choice = config(D, q.element_size(), arch(), all_heads=save_mean is not None)
+    refines = token_map is not None and inject is None
+    choice = config(D, q.element_size(), arch(), all_heads=save_mean is not None, refines=refines)
     choice |= tuned.tile("cross_attention_save" if save_mean is None else "cross_attention_save_mean", q)
     args = shape_args(q, k, u, choice)
     width = sum(args["KEYS"][-1])  # of all tiles of a key row

@@ -246,7 +246,7 @@ def test_the_run_on_a_card_starts_everything_with_options_that_are_known(full, m
         gpu.main(["unet", "vae"])
     assert not commands and "no such part: vae" in capsys.readouterr().err
     assert gpu.main(["unet", "scaling", "--minutes", "0"]) == 1 and not commands
-    assert "no time was left for: unet, scaling" in capsys.readouterr().out
+    assert "not done in time: unet, scaling" in capsys.readouterr().out
     assert gpu.main(full) == 1  # one of them fails: said in the end, and the others have run
     assert "failed: fused" in capsys.readouterr().out and tests == [harness.ROOT / "tests"]
     assert {command[0] for command in commands} == {

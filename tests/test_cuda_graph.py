@@ -104,6 +104,11 @@ def methods(sd):
     def loop(sampler, predict):
         return lambda: minisd.denoise(x, sampler, predict)
 
+    def there_and_back():
+        return minisd.redraw(sd, minisd.invert(sd, image, PROMPTS[0], 4, progress=False), PROMPTS[1], 3, progress=False)
+
+    _, recording = minisd.record(sd, PROMPTS[0], **options)
+    mask = torch.zeros(32, 32).index_fill(1, torch.arange(16), 1.0)
     each = [uncond * (1 + 0.1 * i) for i in range(4)]
     ddim = minisd.DDIM(sd.schedule, 4)
     return {
@@ -118,6 +123,11 @@ def methods(sd):
         "inverse": (loop(minisd.DDIM(sd.schedule, 4, inverse=True), minisd.conditional(sd.unet, cond)), 0),
         "erase": (loop(ddim, minisd.erase(sd.unet, uncond, cond, cond[:1])), 1),
         "uncond for each step": (loop(ddim, minisd.cfg(sd.unet, each, cond, 3.0)), 1),
+        "replay": (lambda: minisd.replay(sd, recording, PROMPTS[1], progress=False), 1),
+        "blend": (lambda: minisd.blend(sd, image, mask, PROMPTS[0], **options), 0),
+        "sega": (loop(ddim, minisd.sega(sd.unet, uncond, cond, cond[:1], warmup=1)), 1),
+        "invert, redraw": (there_and_back, 2),
+        "edict": (lambda: minisd.edict(sd, image, *PROMPTS, steps=4, progress=False), 1),
     }  # fmt: skip
 
 

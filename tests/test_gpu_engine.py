@@ -5,6 +5,8 @@ import torch
 
 import minisd
 
+pytest.importorskip("PIL")
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
