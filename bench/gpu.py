@@ -5,8 +5,8 @@
 Parts, in this order: tests (the GPU-marked ones), attention, editing, txt2img, unet, fused, scaling, startup; all of
 them unless some are named, so that it can be split over several calls where the time of one is limited. Prints what is
 wrong or misses its target, and the seconds of each part. Needs no installation: the checkout is put on the path. What
-needs something that is not there is left out with a line saying so: the tests without pytest, what draws without Pillow,
-a test file or a rival without diffusers.
+needs something that is not there is left out with a line saying so: the tests without pytest, what draws without
+Pillow, a test file or a rival without diffusers.
 
 The whole ends within ten minutes: when --minutes (9.5) are over, what runs is interrupted, and the parts that did not
 end are named; what they had saved stays. On an H200 where nothing has been compiled yet all of it should fit, but that

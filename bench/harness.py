@@ -323,10 +323,11 @@ def as_loaded(sd, compile=False, graph=False):
 
 def one_step(predict, step, x):
     """A function that takes one step as `denoise` does."""
+    from minisd.samplers import take
 
     @torch.no_grad()
     def run():
-        return predict.graph(x, None, step)[0] if predict.graph else step.update(x, predict(x, step))
+        return take(step, predict, x)
 
     return run
 

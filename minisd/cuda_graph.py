@@ -5,8 +5,9 @@
 A graph repeats the same kernels on the same memory, so what changes from step to step is copied into static buffers:
 the latent, t, the sampler's coefficients (samplers.Coefficients), the rows of an edit's tables. Edits are gated by
 value, so their tensors have the same shapes at every step and one graph serves a whole run. minisd.load(graph=True)
-gives the UNet a `Replay`, and guidance.py calls it; of sega, whose momentum is a state, and of loops with an update of
-their own (inversion) the UNet alone is a graph. https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+gives the UNet a `Replay`, and guidance.py calls it. Of steps that draw noise, of sega, whose momentum is a state, and
+of EDICT, which has an update of its own, the UNet alone is a graph.
+https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
 from collections.abc import Callable, Hashable

@@ -183,17 +183,18 @@ def _grouped(unet, groups: list[tuple[str, Tensor | Sequence[Tensor]]], edits: E
             return unet(*inputs(x, step)).chunk(len(groups))
         return replay((state, "unet"), unet, *inputs(x, step)).chunk(len(groups))
 
-    def whole(key, combine, x, x0_previous, step):
-        """x at the next level and x0: the UNet, `combine` and the sampler's `advance` as one CUDA graph."""
+    def whole(key, combine, x, x0_previous, step, start=None):
+        """start (None: x) at the next level and x0: UNet, `combine` and the sampler's `advance` as one CUDA graph."""
 
-        def function(x0_previous, k, *inputs):
+        def function(start, x0_previous, k, *inputs):
             eps = combine(*unet(*inputs).chunk(len(groups)))
-            return advance(inputs[0], eps, x0_previous, Coefficients(*k.unbind()))
+            return advance(start, eps, x0_previous, Coefficients(*k.unbind()))
 
-        k = torch.tensor(step.coefficients, dtype=torch.promote_types(x.dtype, torch.float32))
+        start = x if start is None else start
+        k = torch.tensor(step.coefficients, dtype=torch.promote_types(start.dtype, torch.float32))
         k = k.to(x.device, non_blocking=True)  # the host does not wait for the step before
-        x0_previous = torch.zeros_like(x, dtype=k.dtype) if x0_previous is None else x0_previous
-        return replay((state, key), function, x0_previous, k, *inputs(x, step))
+        x0_previous = torch.zeros_like(start, dtype=k.dtype) if x0_previous is None else x0_previous
+        return replay((state, key), function, start, x0_previous, k, *inputs(x, step))
 
     call.whole = None if replay is None else whole
     return call

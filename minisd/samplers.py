@@ -217,6 +217,18 @@ def denoise(
     return x
 
 
+def take(step: Step, predict: Callable[[Tensor, Step], Tensor], x: Tensor, start: Tensor | None = None) -> Tensor:
+    """One step of DDIM without gradients: `start` (None: x) at the next level, by the noise predicted at x.
+
+    step.update(start, predict(x, step)), which is one CUDA graph if the UNet was loaded with graph=True. x may be start
+    in the network's dtype, or a better guess of where the step ends (fixed-point inversion).
+    """
+    graph = getattr(predict, "graph", None)
+    if graph is not None and step.coefficients is not None:
+        return graph(x, None, step, start)[0]
+    return step.update(x if start is None else start, predict(x, step))
+
+
 def _wide(x: Tensor) -> Tensor:
     """x in at least fp32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -104,8 +104,9 @@ def methods(sd):
     def loop(sampler, predict):
         return lambda: minisd.denoise(x, sampler, predict)
 
-    def there_and_back():
-        return minisd.redraw(sd, minisd.invert(sd, image, PROMPTS[0], 4, progress=False), PROMPTS[1], 3, progress=False)
+    def there_and_back(refine=0):
+        inversion = minisd.invert(sd, image, PROMPTS[0], 4, refine=refine, progress=False)
+        return minisd.redraw(sd, inversion, PROMPTS[1], 3, progress=False)
 
     _, recording = minisd.record(sd, PROMPTS[0], **options)
     mask = torch.zeros(32, 32).index_fill(1, torch.arange(16), 1.0)
@@ -127,6 +128,7 @@ def methods(sd):
         "blend": (lambda: minisd.blend(sd, image, mask, PROMPTS[0], **options), 0),
         "sega": (loop(ddim, minisd.sega(sd.unet, uncond, cond, cond[:1], warmup=1)), 1),
         "invert, redraw": (there_and_back, 2),
+        "fixed-point inversion": (lambda: there_and_back(refine=1), 1),  # its second guess starts elsewhere
         "edict": (lambda: minisd.edict(sd, image, *PROMPTS, steps=4, progress=False), 1),
     }  # fmt: skip
 
@@ -138,7 +140,7 @@ def as_tensor(result):
 
 
 def test_every_method_draws_the_same_through_the_buffers(sd):
-    """To 8 bits for pictures, 1e-5 for latents; and one graph serves all steps of a run."""
+    """To 8 bits for pictures, 1e-5 for latents; and one graph, of the whole step, serves all steps of a run."""
     expected = {name: as_tensor(method()) for name, (method, _) in methods(sd).items()}
     sd.unet.replay = Mocked()
     try:
@@ -147,6 +149,8 @@ def test_every_method_draws_the_same_through_the_buffers(sd):
             ours = as_tensor(method())
             assert (ours - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max() + 1 / 250, name
             assert sd.unet.replay.captures - before == graphs, name
+            (_, what), *_ = next(reversed(sd.unet.replay.graphs))
+            assert (what == "unet") == (name in ("eta", "sega", "edict")), name  # the others are graphs of whole steps
     finally:
         del sd.unet.replay
 

@@ -33,7 +33,7 @@ from .. import expect
 from ..guidance import cfg, conditional
 from ..images import whole
 from ..pipeline import DTYPES, as_list, memory_for
-from ..samplers import DDIM, Step
+from ..samplers import DDIM, Step, take
 
 METHODS = ("ddim", "null-text", "negative-prompt", "direct")
 # What a file holds: metadata FORMAT, a JSON object of ABOUT; some of TENSORS, and snapshot.0, snapshot.1, ...
@@ -240,7 +240,7 @@ def invert(
         for number, step in enumerate(tqdm(sampler, disable=not progress)):
             start = x
             for _ in range(1 + refine):
-                x = step.update(start, predict(x.to(sd.dtype), step))
+                x = take(step, predict, x.to(sd.dtype), start)
             keep(number, x)
             if on_step is not None:
                 on_step(x, step)
@@ -304,7 +304,7 @@ def redraw(
     x = inversion.latents.to(sd.device).contiguous()  # one order of the memory, one result: files keep none
     with memory_for("latents", x):
         for number, step in enumerate(tqdm(sampler, disable=not progress)):
-            x = step.update(x, predict(x.to(sd.dtype), step))
+            x = take(step, predict, x.to(sd.dtype), start=x)
             if after is not None:
                 x = after(x, step)
             keep(number, x)
