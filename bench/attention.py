@@ -223,7 +223,7 @@ def misses(rows: list[dict]) -> list[str]:
         if form == "plain":
             name, ratio = best_rival(row)
             must = MUST_CROSS if is_cross(row["N"], row["L"]) else MUST_SELF.get((row["N"], row["D"]))
-            bars += [(f"{name} / minisd, {describe(row)}", ratio, ">=", must)] if must and ratio == ratio else []
+            bars += [(f"{name} / minisd, {describe(row)}", ratio, ">=", must)] if must and name != "nothing" else []
             continue
         if form in MUST_EDIT and "minisd plain" in times:
             over = times["minisd"] / times["minisd plain"]

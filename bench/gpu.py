@@ -43,7 +43,7 @@ def collect(folder: Path) -> list[str]:
         if MARK not in file.read_text():
             continue
         done = subprocess.run([*PYTEST, "--collect-only", str(file)], cwd=harness.ROOT, capture_output=True, text=True)
-        lacks = re.search(r"ModuleNotFoundError: .*\b(diffusers|transformers)\b", done.stdout)
+        lacks = re.search(r"ModuleNotFoundError: .*\b(diffusers|transformers|PIL)\b", done.stdout)
         if lacks:
             print(f"{file.name} skipped: {lacks[1]} is not installed", flush=True)
         elif done.returncode:  # pytest will say why

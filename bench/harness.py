@@ -327,7 +327,7 @@ def one_step(predict, step, x):
 
     @torch.no_grad()
     def run():
-        return take(step, predict, x)
+        return take(step, predict, x)[0]
 
     return run
 

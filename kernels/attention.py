@@ -274,7 +274,7 @@ def config(B: int, H: int, N: int, D: int, itemsize: int, arch: int) -> dict:
     """Tile and warps by rule: what does not spill, by the compiler's word (python -m bench.kernel_resources)."""
     if itemsize == 4:  # no tensor cores: float32 products are multiply-adds, and their operands live in registers
         tile = {"BLOCK_N": 16, "BLOCK_L": 32 if 48 < D <= 160 else 16, "WIDEST": 32 if D <= 160 else 64}
-        # In between, pieces of 16 spill 8 bytes, D = 48 with Triton 3.7 and D = 64 with 3.6 and 3.9.
+        # In between, pieces of 16 spill 8 bytes, D = 48 with Triton 3.6 and 3.7, D = 64 with 3.6 and 3.9.
         return tile | {"REREAD": 32 if 40 < D <= 64 else 16, "num_warps": 4, "num_stages": 1}
     if arch < 90 and D > 160:
         tile = {"BLOCK_N": 64, "BLOCK_L": 32, "WIDEST": 128, "REREAD": 64, "num_warps": 8}

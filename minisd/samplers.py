@@ -206,27 +206,31 @@ def denoise(
     Any iterable of steps will do (`tqdm(sampler)` shows progress). Without gradients: write the loop out to have them.
     """
     x = x.contiguous()  # as it is after the first step: other strides (`x.expand`) would cost a second compiled graph
-    graph, x0 = getattr(predict, "graph", None), None  # the whole step at once, if the UNet was loaded with graph=True
+    x0 = None
     for step in sampler:
-        if graph is not None and step.coefficients is not None:
-            x, x0 = graph(x, x0, step)
-        else:
-            x = step.update(x, predict(x, step))
+        x, x0 = take(step, predict, x, x0)
         if after is not None:
             x = after(x, step)
     return x
 
 
-def take(step: Step, predict: Callable[[Tensor, Step], Tensor], x: Tensor, start: Tensor | None = None) -> Tensor:
-    """One step of DDIM without gradients: `start` (None: x) at the next level, by the noise predicted at x.
+def take(
+    step: Step,
+    predict: Callable[[Tensor, Step], Tensor],
+    x: Tensor,
+    x0_previous: Tensor | None = None,
+    start: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """step.update(start, predict(x, step)): `start` (None: x) at the next level, by the noise predicted at x.
 
-    step.update(start, predict(x, step)), which is one CUDA graph if the UNet was loaded with graph=True. x may be start
-    in the network's dtype, or a better guess of where the step ends (fixed-point inversion).
+    If the UNet was loaded with graph=True, one CUDA graph, unless the step draws noise. That keeps no history: hand the
+    x0 (B, C, h, w) of one step, the second of what is returned, to the next; it is None where update remembers it
+    itself. x may be start in the network's dtype, or a better guess of where the step ends (fixed-point inversion).
     """
     graph = getattr(predict, "graph", None)
     if graph is not None and step.coefficients is not None:
-        return graph(x, None, step, start)[0]
-    return step.update(x if start is None else start, predict(x, step))
+        return graph(x, x0_previous, step, start)
+    return step.update(x if start is None else start, predict(x, step)), None
 
 
 def _wide(x: Tensor) -> Tensor:

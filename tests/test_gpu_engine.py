@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-import minisd
-
-pytest.importorskip("PIL")
+from minisd import edit_prompt, load
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,14 +21,14 @@ def exact(monkeypatch):
 def test_a_captured_run_equals_the_plain_one(compile):
     """The same latents, plain and edited, compiled or not. Not to the bit: a graph's coefficients are tensors, and
     CUDA divides by a number in another way than by a tensor."""
-    plain = minisd.load("shapes", device="cuda", dtype="float32", compile=compile)
-    graphed = minisd.load("shapes", device="cuda", dtype="float32", compile=compile, graph=True)
+    plain = load("shapes", device="cuda", dtype="float32", compile=compile)
+    graphed = load("shapes", device="cuda", dtype="float32", compile=compile, graph=True)
     latents = []
     for sd in (plain, graphed):
         options = {"steps": 6, "progress": False, "on_step": lambda x, step: latents.append(x.clone())}
         for prompt in ("a red circle", "a blue square"):
             sd.txt2img(prompt, **options)
-        minisd.edit_prompt(sd, "a red circle", "a blue circle", **options)
+        edit_prompt(sd, "a red circle", "a blue circle", **options)
     half = len(latents) // 2
     assert half == 18
     for ours, theirs in zip(latents[half:], latents[:half]):
@@ -40,7 +38,7 @@ def test_a_captured_run_equals_the_plain_one(compile):
 
 def test_projections_in_one_product():
     """`load` lays the weights of q, k and v together on CUDA; the latents are those of three products."""
-    fused, apart = (minisd.load("shapes", device="cuda", dtype="float32") for _ in range(2))
+    fused, apart = (load("shapes", device="cuda", dtype="float32") for _ in range(2))
     apart.unet.to("cpu")
     apart.unet.to("cuda")
     latents = []

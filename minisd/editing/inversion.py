@@ -240,7 +240,7 @@ def invert(
         for number, step in enumerate(tqdm(sampler, disable=not progress)):
             start = x
             for _ in range(1 + refine):
-                x = take(step, predict, x.to(sd.dtype), start)
+                x, _ = take(step, predict, x.to(sd.dtype), start=start)
             keep(number, x)
             if on_step is not None:
                 on_step(x, step)
@@ -304,7 +304,7 @@ def redraw(
     x = inversion.latents.to(sd.device).contiguous()  # one order of the memory, one result: files keep none
     with memory_for("latents", x):
         for number, step in enumerate(tqdm(sampler, disable=not progress)):
-            x = take(step, predict, x.to(sd.dtype), start=x)
+            x, _ = take(step, predict, x.to(sd.dtype), start=x)
             if after is not None:
                 x = after(x, step)
             keep(number, x)
