@@ -7,6 +7,7 @@ Rombach et al. 2022, https://arxiv.org/abs/2112.10752; classifier-free guidance,
 https://arxiv.org/abs/2207.12598; img2img, Meng et al. 2022 (SDEdit), https://arxiv.org/abs/2108.01073.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -90,7 +91,8 @@ class StableDiffusion:
         if generator is not None:
             noise = torch.randn(mean.shape, generator=generator, device=generator.device)
             mean = mean + (0.5 * logvar).exp() * noise.to(mean)
-        return self.vae.config.scaling_factor * mean
+        z = self.vae.config.scaling_factor * mean
+        return z.contiguous()  # as noise is: other strides would cost a compiled graph, and a CUDA graph, of their own
 
     @torch.no_grad()
     def decode(self, z: Tensor, as_tensor: bool = False) -> list[Image.Image] | Tensor:
@@ -320,7 +322,10 @@ def make_quick(model: nn.Module, compile: bool | str = False) -> nn.Module:
     if isinstance(model, UNet) and weight.device.type == "cuda":  # on a CPU a copy of mapped weights would gain 0.1 %
         model.fuse_qkv()
     if compile:
-        model.compile(fullgraph=True, dynamic=False, **({"backend": compile} if isinstance(compile, str) else {}))
+        options = {"backend": compile} if isinstance(compile, str) else {}
+        if "recompile_limit" in inspect.signature(torch.compile).parameters:  # torch 2.10 has only its limit of 8
+            options["recompile_limit"] = 256  # each size and method is a graph of its own: the ninth would be an error
+        model.compile(fullgraph=True, dynamic=False, **options)
     return model
 
 

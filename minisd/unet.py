@@ -183,10 +183,9 @@ class Stage(nn.Module):
     `widths` are the input channels of each resnet. Down stages return what the up stages will concatenate.
     """
 
-    recompute = False  # see UNet.recompute
-
     def __init__(self, widths, channels, cross, heads, config, down=None, up=None):
         super().__init__()
+        self.recompute = False  # see UNet.recompute; were it the class's, setting it would cost compiled graphs again
         time_channels = 4 * config.block_out_channels[0]
         self.resnets = nn.ModuleList(
             ResnetBlock(width, channels, config.norm_num_groups, config.norm_eps, time_channels) for width in widths
