@@ -9,9 +9,11 @@ Cannot share a process with Triton's interpreter.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -23,6 +25,7 @@ import torch
 B, H = 4, 8  # guidance of a prompt-to-prompt pair: unconditional rows first, the last two are edited
 S = 2
 SELF = {40: 4096, 80: 1024, 160: 256}  # SD v1.x at 512x512: head dim -> queries at the widest site
+OTHER = (8, 48, 64, 96, 256)  # head dims
 UGLY = {40: 4140, 80: 1000, 160: 45}  # queries that no tile divides, of images of 360x736, 400x640 and 160x288
 TEXT = 77
 # CUDA C++ Programming Guide, table of compute capabilities
@@ -53,8 +56,19 @@ FORMS = {  # form: (op, edit fields)
 }
 
 
+# "plain" and the like are "replace" and the like without the routing.
+DISTINCT = ("fold", "flash routed", "replace", "two terms", "inject", "inject + blend", "save", "save_mean, replace",
+            "save, refine", "save_mean, refine", "save, inject")  # fmt: skip
+TOGETHER = 16  # kernels that one process compiles, then disassembles at once
 DTYPES = ("float16", "bfloat16", "float32")
-FUSED = ("group_norm moments", "group_norm group", "group_norm apply", "layer_norm", "geglu")  # see fused.py
+NORMED = (128, 256, 512, 320, 640, 960, 1280, 1920, 2560)  # channels of the VAE, of the UNet and of two of its halves
+FUSED = {  # see norms.py; kernel: channels
+    "group_norm moments": NORMED,
+    "group_norm group": NORMED,
+    "group_norm apply": NORMED,
+    "layer_norm": (320, 640, 1280),
+    "geglu": (1280, 2560, 5120),
+}
 KERNELS = {  # op or form: the kernel that is looked at
     "attention": "attention_kernel",
     "cross": "cross_attention_kernel",
@@ -78,53 +92,24 @@ class Case(NamedTuple):
     batch: int = B
 
 
-# "plain" and the like are "replace" and the like without the routing.
-DISTINCT = ("fold", "flash routed", "replace", "two terms", "inject", "inject + blend", "save", "save_mean, replace",
-            "save, refine", "save_mean, refine", "save, inject")  # fmt: skip
-
-
-def in_suite(case: Case) -> bool:
-    """Whether the test suite, which has two minutes for this, compiles a form at a head dim of SD v1.x.
-
-    float16 of all. In float32 the forms that write maps, and in bfloat16, which has the tiles of float16, these at the
-    widest head dim, where registers are short; of the others a few. sm_89 has the tiles and instructions of sm_80.
-    """
-    few = case.form in ("flash routed", "two terms", "save, refine")
-    if case.form not in DISTINCT:
-        return False
-    if case.arch == 89:
-        return case.head_dim == 160 if case.dtype == "float16" else case.head_dim == 40 and few
-    writes = FORMS[case.form][0] == "save" and (case.head_dim == 160 or case.dtype == "float32")
-    return case.dtype == "float16" or few or writes
-
-
 def cases(archs, everything: bool) -> list[Case]:
-    """The SD v1.x specialisations without repetition, one per head dim, and what lies beside them.
+    """The specialisations: every form at the head dims of SD v1.x, what lies beside them, and the fused kernels.
 
-    That is sizes that no tile divides, other head dims, and the fused kernels. `everything`: every form at every head
-    dim in every dtype; otherwise see in_suite, and two forms at the other head dims.
+    Beside them lie the other head dims, in the forms of DISTINCT (everything: in every form), and numbers of queries
+    that no tile divides. Every one in each of DTYPES, but for the latter.
     """
     out = []
     for arch in archs:
-        short = arch == 89 and not everything
         for form, (op, _) in FORMS.items():
-            sizes = [Case(arch, form, D, N, N if op == "attention" else TEXT, "") for D, N in SELF.items()]
-            sd = [case._replace(dtype=dtype) for case in sizes for dtype in DTYPES]
-            out += [case for case in sd if everything or in_suite(case)]
-        out.append(Case(arch, "flash", 40, 4096, 4096, "float16"))  # the routed one has other registers
-        if not short:
-            for D, N in UGLY.items():
-                out += [Case(arch, form, D, N, keys, "float16") for form, keys in (("flash", N), ("two terms", TEXT))]
-        for form in FORMS if everything else ("flash routed", "two terms"):
-            for D in (8, 48, 64, 96, 256):
-                keys = 1000 if form.startswith("flash") else TEXT
-                dtypes = DTYPES if everything else ("float16", "float32") if D == 256 and not short else ("float16",)
-                out += [Case(arch, form, D, 1000, keys, dtype) for dtype in dtypes]
-        widths, dtypes = (320,) if short else (320, 1280), ("float16",)
-        if everything:  # the widest norm of the UNet is of two halves together
-            widths, dtypes = (320, 640, 1280, 2560), DTYPES
-        out += [Case(arch, form, C, 1024, 0, dtype) for form in FUSED for C in widths for dtype in dtypes]
-    return list(dict.fromkeys(out))  # "flash" at D = 40 is in everything, too
+            long = op == "attention"
+            sizes = [Case(arch, form, D, N, N if long else TEXT, "") for D, N in SELF.items()]
+            if everything or form in DISTINCT:
+                sizes += [Case(arch, form, D, 1000, 1000 if long else TEXT, "") for D in OTHER]
+            out += [case._replace(dtype=dtype) for case in sizes for dtype in DTYPES]
+        for D, N in UGLY.items():
+            out += [Case(arch, form, D, N, keys, "float16") for form, keys in (("flash", N), ("two terms", TEXT))]
+        out += [Case(arch, form, C, 1024, 0, dtype) for form in FUSED for C in FUSED[form] for dtype in DTYPES]
+    return out
 
 
 class CompileOnly:
@@ -211,19 +196,52 @@ def launch_attention(case: Case) -> None:
         cross_attention.launch_save(q, k, v, *edit.values(), out)
 
 
-def measure(case: Case) -> dict:
-    """What the cubin says: registers, stack bytes, spill and matrix instructions, shared memory, CTAs per SM."""
+def instructions(cubin: bytes) -> bytes:
+    """The machine code of a cubin, which is an ELF file of one kernel: its section .text.<kernel>."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, of_names = struct.unpack_from("<HHH", cubin, 58)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    names = cubin[headers[of_names][4] :]
+    (code,) = [cubin[at : at + length] for name, _, _, _, at, length in headers if names[name:].startswith(b".text.")]
+    return code
+
+
+def disassemble(arch: int, codes: list[bytes]) -> list[list[str]]:
+    """The opcodes of each kernel. All of them in one file, because the disassembler takes 0.3 s to start."""
+    with tempfile.NamedTemporaryFile(suffix=".bin") as f:
+        f.write(b"".join(codes))
+        f.flush()
+        command = [nvidia("nvdisasm"), "--binary", f"SM{arch}{'a' * (arch == 90)}", f.name]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    opcodes = iter(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P[\dT]+ )?([A-Z][A-Z0-9.]*)", listing, re.M))
+    out = [list(itertools.islice(opcodes, len(code) // 16)) for code in codes]  # an instruction has 16 bytes
+    if list(map(len, out)) != [len(code) // 16 for code in codes] or list(opcodes):
+        raise RuntimeError(f"nvdisasm listed other instructions than the {sum(map(len, codes)) // 16} of the code")
+    return out
+
+
+def nvidia(tool: str) -> Path:
+    """One of the programs that come with Triton."""
     import triton
 
-    kernel = compile_case(case)
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return Path(triton.__file__).parent / "backends/nvidia/bin" / tool
+
+
+def measure(cases: list[Case]) -> list[dict]:
+    """What the cubins of some cases on one arch say."""
+    kernels = [compile_case(case) for case in cases]
+    listings = disassemble(cases[0].arch, [instructions(kernel.asm["cubin"]) for kernel in kernels])
+    return [row(*each) for each in zip(cases, kernels, listings)]
+
+
+def row(case: Case, kernel, opcodes: list[str]) -> dict:
+    """Registers, stack bytes, spill and matrix instructions, shared memory, CTAs per SM."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(kernel.asm["cubin"])
         f.flush()
-        command = [cuobjdump, "-res-usage", "-sass", f.name]
-        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", listing)}
-    opcodes = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9.]*)", listing, re.M)
+        command = [nvidia("cuobjdump"), "-res-usage", f.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     count = {name: sum(op.split(".")[0] == name for op in opcodes) for name in ("STL", "LDL", "HGMMA", "HMMA")}
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared + found["SHARED"]
     registers = -(-found["REG"] // 8) * 8 * 32 * warps
@@ -262,18 +280,19 @@ def line(r: dict) -> str:
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.kernel_resources", description=__doc__.split("\n\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 89, 90], choices=[80, 89, 90])
-    parser.add_argument("--all", action="store_true", help="every form in every dtype and head dim")
+    parser.add_argument("--all", action="store_true", help="every form at the other head dims, too")
     parser.add_argument("--only", default="", help="only forms that contain this")
     parser.add_argument("--jobs", type=int, default=1, help="compile in this many processes")
     parser.add_argument("--json", type=Path, help="also write the table as JSON")
     args = parser.parse_args(argv)
-    wanted = [case for case in cases(args.arch, args.all) if args.only in case.form]
+    wanted = [[case for case in cases([arch], args.all) if args.only in case.form] for arch in args.arch]
+    together = [of_arch[i : i + TOGETHER] for of_arch in wanted for i in range(0, len(of_arch), TOGETHER)]
     print(HEADER)
     rows = []
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-        for row in pool.imap(measure, wanted):
-            rows.append(row)
-            print(line(row), flush=True)
+        for some in pool.imap(measure, together):
+            rows += some
+            print("\n".join(map(line, some)), flush=True)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
     spilled = sum(row["stack"] + row["spills"] > 0 for row in rows)

@@ -1,6 +1,8 @@
 """What several tests of the command need; and, below pytest's summary, the measured figures."""
 
+import os
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -10,6 +12,35 @@ import pytest
 
 def pytest_addoption(parser):
     parser.addoption("--model", help="of `-m weights`: the real v1.4 weights, as for minisd.load")
+
+
+def compiled(item) -> bool:
+    return item.path.name == "test_kernels_compiled.py"
+
+
+def pytest_collection_modifyitems(items):
+    """The tests of the compiled kernels come last: their compiles run beside all others."""
+    items.sort(key=compiled)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiles(request, tmp_path_factory):
+    """(process, folder): where test_kernels_compiled.py is to run, its compiles, begun with the session.
+
+    At low priority: they take the core that most tests leave idle, and write table.json and log into the folder.
+    """
+    if not any(map(compiled, request.session.items)):
+        yield None
+        return
+    folder = tmp_path_factory.mktemp("kernels")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "bench.kernel_resources", "--jobs", "2", "--json", str(folder / "table.json")]
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(command, cwd=Path(__file__).parents[1], env=env, stdout=log, stderr=log)
+    os.setpriority(os.PRIO_PROCESS, process.pid, 10)
+    yield process, folder
+    process.terminate()
+    process.wait()
 
 
 @pytest.fixture(scope="session")
