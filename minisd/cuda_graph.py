@@ -1,12 +1,13 @@
 """CUDA graphs of a denoising step: launched once as a whole, in place of its some thousand kernels one by one.
 
-    x_next, x0 = advance(x, combine(unet(x, t, context, edits)), x0_previous, coefficients)
+    x_next, x0 = advance(x, combine(unet(x, t, context, edits)), x0_previous, noise, coefficients)
 
 A graph repeats the same kernels on the same memory, so what changes from step to step is copied into static buffers:
-the latent, t, the sampler's coefficients (samplers.Coefficients), the rows of an edit's tables. Edits are gated by
-value, so their tensors have the same shapes at every step and one graph serves a whole run. minisd.load(graph=True)
-gives the UNet a `Replay`, and guidance.py calls it. Of steps that draw noise, of sega, whose momentum is a state, and
-of EDICT, which has an update of its own, the UNet alone is a graph.
+the latent, t, the sampler's coefficients (samplers.Coefficients) and noise, the rows of an edit's tables, the momentum
+of sega. Edits are gated by value, so their tensors have the same shapes at every step and one graph serves a whole run.
+minisd.load(graph=True) gives the UNet a `Replay`, guidance.py calls it, and samplers.take asks for the whole step. A
+loop that is written out with predict(x, step) has the UNet alone as a graph; null-text inversion, which differentiates,
+has none while it does.
 https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 

@@ -15,13 +15,12 @@ and where it has `prepare` and `prepare_times` (unet.py), the context and t are 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from . import expect
-from .samplers import Coefficients, Step, advance
+from .samplers import Step
 
 Edits = Callable[[Step], Mapping]  # step -> {site name: AttentionEdit}
 Predict = Callable[[Tensor, Step], Tensor]
@@ -100,22 +99,43 @@ def sega(
     expect.number("beta", beta, 0, 1)
     v, last = None, 0
 
-    def predict(x, step):
+    def state(x, step):
+        """v, and whether the step is late enough to be guided."""
         nonlocal v, last
         if 0 < len(step.times) <= warmup:
             raise ValueError(f"warmup is {warmup}, expected less than the {len(step.times)} steps: none is guided")
-        u, *concept_eps, c = call(x, step)
         if v is None or step.index <= last:  # a new run
-            v = torch.zeros_like(u, dtype=torch.promote_types(u.dtype, torch.float32))
+            v = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
         last = step.index
+        return v, torch.full((), step.index >= warmup, device=x.device)
+
+    def combine(v, late, u, *eps_of_concepts_and_c):
+        *concept_eps, c = eps_of_concepts_and_c
         g = momentum * v
         for w, e in zip(weights, concept_eps):
             d = (-w * (e - u)).to(v)
             g = g + torch.where(d.abs() >= _quantile(d.abs(), threshold), d, 0)
-        v = beta * v + (1 - beta) * g
         eps = u + scale * (c - u)
-        return (eps + g).to(eps) if step.index >= warmup else eps
+        return torch.where(late, (eps + g).to(eps), eps), beta * v + (1 - beta) * g
 
+    def predict(x, step):
+        nonlocal v
+        now = state(x, step)
+        eps, v = combine(*now, *call(x, step))
+        return eps
+
+    def graph(x, step, update, *tensors):
+        nonlocal v
+
+        def function(groups, v, late, *tensors):
+            eps, v = combine(v, late, *groups)
+            return update(eps, *tensors), v
+
+        key = ("sega", scale, *weights, threshold, momentum, beta, update)
+        out, v = call.graph(key, function, x, step, *state(x, step), *tensors)
+        return out
+
+    predict.graph = call.graph and graph
     return predict
 
 
@@ -178,38 +198,40 @@ def _grouped(unet, groups: list[tuple[str, Tensor | Sequence[Tensor]]], edits: E
     def inputs(x, step):
         return x, time_for(x, step), prepared_for(len(x), step), edits(step) if edits is not None else {}
 
+    def graph(key, function, x, step, *tensors):
+        """function(eps of each group, *tensors): the UNet and what follows as one CUDA graph. key: what function is."""
+
+        def whole(tensors, *inputs):
+            return function(unet(*inputs).chunk(len(groups)), *tensors)
+
+        return replay((state, key), whole, tensors, *inputs(x, step))
+
     def call(x, step):
         if replay is None or torch.is_grad_enabled():
             return unet(*inputs(x, step)).chunk(len(groups))
-        return replay((state, "unet"), unet, *inputs(x, step)).chunk(len(groups))
+        return graph("unet", lambda eps: eps, x, step)
 
-    def whole(key, combine, x, x0_previous, step, start=None):
-        """start (None: x) at the next level and x0: UNet, `combine` and the sampler's `advance` as one CUDA graph."""
-
-        def function(start, x0_previous, k, *inputs):
-            eps = combine(*unet(*inputs).chunk(len(groups)))
-            return advance(start, eps, x0_previous, Coefficients(*k.unbind()))
-
-        start = x if start is None else start
-        k = torch.tensor(step.coefficients, dtype=torch.promote_types(start.dtype, torch.float32))
-        k = k.to(x.device, non_blocking=True)  # the host does not wait for the step before
-        x0_previous = torch.zeros_like(start, dtype=k.dtype) if x0_previous is None else x0_previous
-        return replay((state, key), function, start, x0_previous, k, *inputs(x, step))
-
-    call.whole = None if replay is None else whole
+    call.graph = None if replay is None else graph
     return call
 
 
 def _combined(call, key, combine: Callable[..., Tensor]) -> Predict:
-    """predict(x, step) = combine(*call(x, step)); `predict.graph`, if there is one, takes the whole step (denoise).
+    """predict(x, step) = combine(*call(x, step)), with its `graph` if there is one. key: what `combine` computes.
 
-    key: says what `combine` computes.
+    predict.graph(x, step, update, *tensors) == update(predict(x, step), *tensors): with the sampler's update the whole
+    step is one CUDA graph (samplers.take).
     """
 
     def predict(x, step):
         return combine(*call(x, step))
 
-    predict.graph = call.whole and partial(call.whole, key, combine)
+    def graph(x, step, update, *tensors):
+        def function(groups, *tensors):
+            return update(combine(*groups), *tensors)
+
+        return call.graph((key, update), function, x, step, *tensors)
+
+    predict.graph = call.graph and graph
     return predict
 
 

@@ -32,19 +32,25 @@ class Coefficients(NamedTuple):
     of_x: float
     of_D: float
     of_eps: float
+    of_noise: float = 0.0
 
 
-def advance(x: Tensor, eps: Tensor, x0_previous: Tensor | None, k: Coefficients) -> tuple[Tensor, Tensor]:
-    """One step of either sampler without noise: x at the next level, in x's dtype, and x0; both in fp32 or wider.
+def advance(
+    x: Tensor, eps: Tensor, x0_previous: Tensor | None, noise: Tensor | None, k: Coefficients
+) -> tuple[Tensor, Tensor]:
+    """One step of either sampler: x at the next level, in x's dtype, and x0; both computed in fp32 or wider.
 
         x0     = (x - sigma eps) / alpha
         D      = x0 + c (x0 - x0_previous),          x0 itself without a previous one
-        x_next = of_x x + of_D D + of_eps eps
+        x_next = of_x x + of_D D + of_eps eps + of_noise noise
     """
     wide, eps = _wide(x), _wide(eps)
     x0 = (wide - k.sigma * eps) / k.alpha
     D = x0 + k.c * (x0 - (x0 if x0_previous is None else x0_previous))
-    return (k.of_x * wide + k.of_D * D + k.of_eps * eps).to(x.dtype), x0
+    x_next = k.of_x * wide + k.of_D * D + k.of_eps * eps
+    if noise is not None:
+        x_next = x_next + k.of_noise * noise.to(x_next)
+    return x_next.to(x.dtype), x0
 
 
 class Step(NamedTuple):
@@ -52,8 +58,8 @@ class Step(NamedTuple):
 
     index counts in the full schedule: skip does not shift it.  update(x, eps) -> x at level `next`, in x's dtype but
     computed in fp32 or wider; call it once per step, because it may advance the sampler's history or draw noise.
-    coefficients: of the `advance` that update is, None where it also draws noise. times: t of every step of the full
-    schedule, so that what depends on t alone can be computed for all steps at once.
+    coefficients: of the `advance` that update is. draw(x): the noise of a step that has some, of x's shape. times: t of
+    every step of the full schedule, so that what depends on t alone can be computed for all steps at once.
     """
 
     index: int
@@ -62,6 +68,7 @@ class Step(NamedTuple):
     next: Level
     update: Callable[[Tensor, Tensor], Tensor]
     coefficients: Coefficients | None = None
+    draw: Callable[[Tensor], Tensor] | None = None
     times: tuple[int, ...] = ()
 
 
@@ -133,16 +140,17 @@ class DDIM(Sampler):
         for index, (t, now, next) in reversed(steps) if self.inverse else steps:
             now, next = (next, now) if self.inverse else (now, next)
             s = self.eta * (next.sigma / now.sigma) * math.sqrt(1 - (now.alpha / next.alpha) ** 2) if self.eta else 0.0
-            k = Coefficients(now.alpha, now.sigma, 0.0, 0.0, next.alpha, math.sqrt(next.sigma**2 - s**2))
-            update = partial(_ddim_update, k=k, s=s, generator=generator)
-            yield Step(index, t, now, next, update, None if s else k, times)
+            k = Coefficients(now.alpha, now.sigma, 0.0, 0.0, next.alpha, math.sqrt(next.sigma**2 - s**2), s)
+            draw = partial(_randn_like, generator=generator) if self.eta else None
+            yield Step(index, t, now, next, partial(_ddim_update, k=k, draw=draw), k, draw, times)
 
 
-def _ddim_update(x, eps, k, s, generator):
-    x_next, _ = advance(_wide(x), eps, None, k)
-    if s:
-        x_next = x_next + s * torch.randn(x.shape, generator=generator).to(x_next)
-    return x_next.to(x.dtype)
+def _ddim_update(x, eps, k, draw):
+    return advance(x, eps, None, draw and draw(x), k)[0]
+
+
+def _randn_like(x, generator):
+    return torch.randn(x.shape, generator=generator).to(x.device)
 
 
 @dataclass(frozen=True)
@@ -188,10 +196,10 @@ class DPMpp2M(Sampler):
 
             def update(x, eps, k=k):
                 nonlocal x0_previous
-                x_next, x0_previous = advance(x, eps, x0_previous, k)
+                x_next, x0_previous = advance(x, eps, x0_previous, None, k)
                 return x_next
 
-            yield Step(index, t, now, next, update, k, times)
+            yield Step(index, t, now, next, update, k, None, times)
 
 
 @torch.no_grad()
@@ -223,14 +231,23 @@ def take(
 ) -> tuple[Tensor, Tensor | None]:
     """step.update(start, predict(x, step)): `start` (None: x) at the next level, by the noise predicted at x.
 
-    If the UNet was loaded with graph=True, one CUDA graph, unless the step draws noise. That keeps no history: hand the
-    x0 (B, C, h, w) of one step, the second of what is returned, to the next; it is None where update remembers it
-    itself. x may be start in the network's dtype, or a better guess of where the step ends (fixed-point inversion).
+    If the UNet was loaded with graph=True, one CUDA graph. That keeps no history: hand the x0 (B, C, h, w) of one step,
+    the second of what is returned, to the next; it is None where update remembers it itself. x may be start in the
+    network's dtype, or another latent that is a better guess of where the step ends (fixed-point inversion, EDICT).
     """
+    start = x if start is None else start
     graph = getattr(predict, "graph", None)
-    if graph is not None and step.coefficients is not None:
-        return graph(x, x0_previous, step, start)
-    return step.update(x if start is None else start, predict(x, step)), None
+    if graph is None or step.coefficients is None or torch.is_grad_enabled():
+        return step.update(start, predict(x, step)), None
+    k = torch.tensor(step.coefficients, dtype=torch.promote_types(start.dtype, torch.float32))
+    k = k.to(x.device, non_blocking=True)  # the host does not wait for the step before
+    x0_previous = torch.zeros_like(start, dtype=k.dtype) if x0_previous is None else x0_previous
+    return graph(x, step, _advance_from, start, x0_previous, step.draw and step.draw(start), k)
+
+
+def _advance_from(eps, x, x0_previous, noise, k):
+    """`advance` as predict.graph calls it: eps first, the coefficients in one tensor."""
+    return advance(x, eps, x0_previous, noise, Coefficients(*k.unbind()))
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Each of the pair is moved by the noise predicted at the other, so that every upd
 predictor, guidance and edits included. One step of denoising, from level (alpha, sigma) to (alpha', sigma'), and, from
 the last line to the first, the same undone:
 
-    x <- a x + b eps(y)               a = alpha' / alpha,   b = sigma' - a sigma
+    x <- a x + b eps(y)               a = alpha' / alpha,   b = sigma' - a sigma: DDIM's step (samplers.advance)
     y <- a y + b eps(x)
     x <- p x + (1 - p) y              p = 0.93: keeps the two together
     y <- p y + (1 - p) x
@@ -14,6 +14,7 @@ mixing magnifies rounding errors by 1 / p^2 per step.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from .. import expect
 from ..guidance import cfg
 from ..pipeline import make_sampler
-from ..samplers import DDIM, Step
+from ..samplers import DDIM, Step, take
 from .inversion import embed
 
 Pair = tuple[Tensor, Tensor]  # 2 x (B, C, h, w) float64
@@ -30,14 +31,20 @@ Predict = Callable[[Tensor, Step], Tensor]
 
 
 @torch.no_grad()
-def edict_denoise(pair: Pair, sampler: DDIM, predict: Predict, p: float = 0.93) -> Pair:
-    """From noise to picture. predict(x, step) -> eps, of `cfg` or `conditional`, is given x in float32."""
+def edict_denoise(
+    pair: Pair,
+    sampler: DDIM,
+    predict: Predict,
+    p: float = 0.93,
+    dtype: torch.dtype = torch.float32,
+    progress: bool = False,
+) -> Pair:
+    """From noise to picture. predict(x, step) -> eps, of `cfg` or `conditional`, is given x in `dtype`."""
     x, y = pair
-    for step in sampler:
-        a, b, eps = coefficients(step, predict)
+    for step in tqdm(sampler, disable=not progress):
         x, y = (y, x) if step.index % 2 else (x, y)
-        x = a * x + b * eps(y)
-        y = a * y + b * eps(x)
+        x, _ = take(step, predict, y.to(dtype), start=x)  # a x + b eps(y)
+        y, _ = take(step, predict, x.to(dtype), start=y)
         x = p * x + (1 - p) * y
         y = p * y + (1 - p) * x
         x, y = (y, x) if step.index % 2 else (x, y)
@@ -45,24 +52,24 @@ def edict_denoise(pair: Pair, sampler: DDIM, predict: Predict, p: float = 0.93) 
 
 
 @torch.no_grad()
-def edict_invert(pair: Pair, sampler: DDIM, predict: Predict, p: float = 0.93) -> Pair:
+def edict_invert(
+    pair: Pair,
+    sampler: DDIM,
+    predict: Predict,
+    p: float = 0.93,
+    dtype: torch.dtype = torch.float32,
+    progress: bool = False,
+) -> Pair:
     """From picture to noise: `edict_denoise` undone. sampler: the same one, not its inverse."""
     x, y = pair
-    for step in reversed(list(sampler)):
-        a, b, eps = coefficients(step, predict)
+    for step in tqdm(replace(sampler, inverse=True), disable=not progress):
         x, y = (y, x) if step.index % 2 else (x, y)
         y = (y - (1 - p) * x) / p
         x = (x - (1 - p) * y) / p
-        y = (y - b * eps(x)) / a
-        x = (x - b * eps(y)) / a
+        y, _ = take(step, predict, x.to(dtype), start=y)  # (y - b eps(x)) / a: the same line from the next level to now
+        x, _ = take(step, predict, y.to(dtype), start=x)
         x, y = (y, x) if step.index % 2 else (x, y)
     return x, y
-
-
-def coefficients(step: Step, predict: Predict):
-    """(a, b, eps) of a step, eps a function of a float64 latent."""
-    a = step.next.alpha / step.now.alpha
-    return a, step.next.sigma - a * step.now.sigma, lambda x: predict(x.float(), step).double()
 
 
 def edict(
@@ -92,12 +99,6 @@ def edict(
     z = sd.encode_image(image, None, height, width).double()
     uncond, pair = sd.encode_prompt([negative_prompt]), (z, z)
     for prompt, run in ((source, edict_invert), (target, edict_denoise)):
-        guided = cfg(sd.unet, uncond, embed(sd, [prompt]), guidance)
-        with tqdm(total=2 * len(sampler), disable=not progress) as bar:
-
-            def predict(x, step, guided=guided, bar=bar):
-                bar.update()
-                return guided(x.to(sd.dtype), step)
-
-            pair = run(pair, sampler, predict, p)
+        predict = cfg(sd.unet, uncond, embed(sd, [prompt]), guidance)
+        pair = run(pair, sampler, predict, p, sd.dtype, progress)
     return pair[0].float()
