@@ -18,6 +18,7 @@ whole UNet; it takes as long as it takes, unless --minutes says otherwise.
 
 import argparse
 import importlib.util
+import math
 import re
 import signal
 import subprocess
@@ -33,16 +34,23 @@ PARTS = ("tests", "attention", "editing", "txt2img", "unet", "fused", "scaling",
 NEEDS = {"tests": "pytest"} | dict.fromkeys(("editing", "txt2img", "unet", "scaling", "startup"), "PIL")
 MARK = "pytest.mark.gpu"
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
+PASSED, FAILED, LATE = "passed", "failed", "not done in time"  # how a process ended; LATE: it was interrupted
 
 
-def collect(folder: Path) -> list[str]:
+def left(deadline: float) -> float | None:
+    """Seconds until the deadline (of time.monotonic), as subprocess takes them: None where it is math.inf."""
+    return None if deadline == math.inf else max(0, deadline - time.monotonic())
+
+
+def collect(folder: Path, deadline: float) -> list[str]:
     """The GPU tests of a folder, as pytest calls them; a file that imports what is not there, itself or by a module of
-    its own, is skipped with a line."""
+    its own, is skipped with a line. subprocess.TimeoutExpired at the deadline."""
     tests = []
     for file in sorted(folder.glob("test_*.py")):
         if MARK not in file.read_text():
             continue
-        done = subprocess.run([*PYTEST, "--collect-only", str(file)], cwd=harness.ROOT, capture_output=True, text=True)
+        command = [*PYTEST, "--collect-only", str(file)]
+        done = subprocess.run(command, cwd=harness.ROOT, capture_output=True, text=True, timeout=left(deadline))
         lacks = re.search(r"ModuleNotFoundError: .*\b(diffusers|transformers|PIL)\b", done.stdout)
         if lacks:
             print(f"{file.name} skipped: {lacks[1]} is not installed", flush=True)
@@ -53,24 +61,26 @@ def collect(folder: Path) -> list[str]:
     return tests
 
 
-def run_tests(tests: list[str], deadline: float, processes: int = 4) -> bool:
-    """Whether all tests pass; in several processes, because most of their time is compiling, on one core each."""
+def run_tests(tests: list[str], deadline: float, processes: int = 4) -> set[str]:
+    """How the tests end, in several processes, because most of their time is compiling, on one core each."""
     running = [
         subprocess.Popen([*PYTEST, *share], cwd=harness.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         for share in (tests[i::processes] for i in range(processes))
         if share
     ]
-    return all([finish(process, deadline, patience=3) for process in running])
+    return {finish(process, deadline, patience=3) for process in running}
 
 
-def finish(process: subprocess.Popen, deadline: float, patience: float = 10) -> bool:
-    """Whether it ends well, before the deadline (of time.monotonic); then it is interrupted. Prints what it piped.
+def finish(process: subprocess.Popen, deadline: float, patience: float = 10) -> str:
+    """How it ends: PASSED, FAILED, or LATE, interrupted at the deadline. Prints what it piped.
 
     patience: seconds that it has for tidying up.
     """
+    late = False
     try:
-        out, _ = process.communicate(timeout=max(0, deadline - time.monotonic()))
+        out, _ = process.communicate(timeout=left(deadline))
     except subprocess.TimeoutExpired:
+        late = True
         process.send_signal(signal.SIGINT)  # like Ctrl-C: pytest says what it found, temporary files go
         try:
             out, _ = process.communicate(timeout=patience)
@@ -79,7 +89,7 @@ def finish(process: subprocess.Popen, deadline: float, patience: float = 10) -> 
             out, _ = process.communicate()
     if out:
         print(out.decode(), flush=True)
-    return process.returncode == 0
+    return LATE if late else FAILED if process.returncode else PASSED
 
 
 def commands(full: bool) -> dict[str, list[str]]:
@@ -96,6 +106,18 @@ def commands(full: bool) -> dict[str, list[str]]:
     }
 
 
+def run(part: str, full: bool, deadline: float) -> set[str]:
+    """How its processes end."""
+    if part != "tests":
+        command = [sys.executable, "-m", *commands(full)[part]]
+        return {finish(subprocess.Popen(command, cwd=harness.ROOT), deadline)}
+    try:
+        tests = collect(harness.ROOT / "tests", deadline)
+    except subprocess.TimeoutExpired:
+        return {LATE}
+    return run_tests(tests, deadline)
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.split("\n\n")[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all")
@@ -107,8 +129,8 @@ def main(argv=None) -> int:
     if not torch.cuda.is_available():
         print("no CUDA device on this machine: nothing to run", file=sys.stderr)
         return 2
-    failed, seconds, late = [], {}, []
-    minutes = args.minutes if args.minutes is not None else 1e4 if args.full else 9.5
+    ends, seconds = {}, {}
+    minutes = args.minutes if args.minutes is not None else math.inf if args.full else 9.5
     deadline = time.monotonic() + 60 * minutes
     for part in [part for part in PARTS if part in (args.parts or PARTS)]:
         start = time.monotonic()
@@ -116,24 +138,18 @@ def main(argv=None) -> int:
             print(f"{part} skipped: {NEEDS[part]} is not installed", flush=True)
             continue
         if start >= deadline:
-            late.append(part)
+            ends[part] = {LATE}
             continue
-        if part != "tests":
-            command = [sys.executable, "-m", *commands(args.full)[part]]
-            passed = finish(subprocess.Popen(command, cwd=harness.ROOT), deadline)
-        else:
-            passed = run_tests(collect(harness.ROOT / "tests"), deadline)
+        ends[part] = run(part, args.full, deadline)
         seconds[part] = time.monotonic() - start
-        if not passed:
-            (failed if time.monotonic() < deadline else late).append(part)
         print(f"{part}: {seconds[part]:.0f} s", flush=True)
     print(", ".join(f"{part} {spent:.0f} s" for part, spent in seconds.items()), f"= {sum(seconds.values()):.0f} s")
-    for what, parts in (("failed", failed), ("not done in time", late)):
-        if parts:
-            print(f"{what}: {', '.join(parts)}")
-    if not failed and not late:
+    wrong = [end for end in (FAILED, LATE) if any(end in each for each in ends.values())]
+    for end in wrong:
+        print(f"{end}: {', '.join(part for part in ends if end in ends[part])}")
+    if not wrong:
         print("ran to the end; misses are the lines WRONG, FAILED and SLOW above")
-    return 1 if failed or late else 0
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

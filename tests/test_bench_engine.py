@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib
+import math
 import os
 import subprocess
 import sys
@@ -223,7 +224,7 @@ def test_the_run_on_a_card_starts_everything_with_options_that_are_known(full, m
     class Read(Exception):
         pass
 
-    commands, read, tests = [], argparse.ArgumentParser.parse_args, []
+    commands, deadlines, read, tests = [], [], argparse.ArgumentParser.parse_args, []
 
     def parse(self, args=None, namespace=None):
         raise Read(read(self, args, namespace))
@@ -235,9 +236,9 @@ def test_the_run_on_a_card_starts_everything_with_options_that_are_known(full, m
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(subprocess, "Popen", start)
-    monkeypatch.setattr(gpu, "finish", lambda process, deadline: process.returncode == 0)
-    monkeypatch.setattr(gpu, "collect", lambda folder: [folder])
-    monkeypatch.setattr(gpu, "run_tests", lambda found, deadline: tests.extend(found) or True)
+    monkeypatch.setattr(gpu, "finish", lambda process, deadline: gpu.FAILED if process.returncode else gpu.PASSED)
+    monkeypatch.setattr(gpu, "collect", lambda folder, deadline: deadlines.append(deadline) or [folder])
+    monkeypatch.setattr(gpu, "run_tests", lambda found, deadline: tests.extend(found) or {gpu.FAILED, gpu.LATE})
     assert gpu.main(["unet", "editing"]) == 0 and not tests
     assert [command[:1] for command in commands] == [["bench.editing"], ["bench.unet"]]  # in their order
     assert "unet: 0 s" in capsys.readouterr().out
@@ -247,8 +248,9 @@ def test_the_run_on_a_card_starts_everything_with_options_that_are_known(full, m
     assert not commands and "no such part: vae" in capsys.readouterr().err
     assert gpu.main(["unet", "scaling", "--minutes", "0"]) == 1 and not commands
     assert "not done in time: unet, scaling" in capsys.readouterr().out
-    assert gpu.main(full) == 1  # one of them fails: said in the end, and the others have run
-    assert "failed: fused" in capsys.readouterr().out and tests == [harness.ROOT / "tests"]
+    assert gpu.main(full) == 1  # two of them fail: said in the end, and the others have run
+    assert capsys.readouterr().out.endswith("failed: tests, fused\nnot done in time: tests\n")
+    assert tests == [harness.ROOT / "tests"] and [deadline == math.inf for deadline in deadlines] == [bool(full)]
     assert {command[0] for command in commands} == {
         f"bench.{name}" for name in ("attention", "fused", "editing", "unet", "txt2img", "scaling", "startup")
     }
@@ -288,8 +290,8 @@ def test_gpu_tests_that_cannot_be_imported_are_skipped(tmp_path):
     (tmp_path / "test_broken.py").write_text(f"import no_such_module\n{mark}")
     (tmp_path / "test_other.py").write_text("import diffusers")
     code = (
-        "import sys; from pathlib import Path; from bench import gpu;"
-        f"print(*gpu.collect(Path({str(tmp_path)!r})), *gpu.collect(gpu.harness.ROOT / 'tests'), sep='\\n')"
+        "from math import inf; from pathlib import Path; from bench import gpu;"
+        f"print(*gpu.collect(Path({str(tmp_path)!r}), inf), *gpu.collect(gpu.harness.ROOT / 'tests', inf), sep='\\n')"
     )
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], cwd=harness.ROOT, env=env, capture_output=True, text=True)
@@ -309,8 +311,8 @@ def test_the_gpu_tests_run_in_shares(tmp_path, capsys):
         f"import pytest\n@{gpu.MARK}\n@pytest.mark.parametrize('n', range(3))\ndef test_it(n): assert n < 2"
     )
     tests = [f"{tmp_path / 'test_a.py'}::test_it[{n}]" for n in range(3)]
-    deadline = time.monotonic() + 600
-    assert gpu.run_tests(tests[:2], deadline) and not gpu.run_tests(tests, deadline, processes=2)
+    assert gpu.run_tests(tests[:2], time.monotonic() + 600) == {gpu.PASSED}
+    assert gpu.run_tests(tests, math.inf, processes=2) == {gpu.PASSED, gpu.FAILED}
     assert "1 failed, 1 passed" in capsys.readouterr().out
 
 
@@ -322,8 +324,47 @@ def test_what_is_not_done_at_the_deadline_is_interrupted(deaf, capsys):
     code += "try: print('started', flush=True); time.sleep(60)\nfinally: print('tidy')"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdout.readline() == b"started\n"
-    assert not gpu.finish(process, time.monotonic(), patience=0.5 if deaf else 10)
+    assert gpu.finish(process, time.monotonic(), patience=0.5 if deaf else 10) == gpu.LATE
     assert capsys.readouterr().out.split() == ([] if deaf else ["tidy"])
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_the_part_in_which_the_time_ends(slow, tmp_path, monkeypatch, capsys):
+    """It is interrupted, whatever it makes of that; if it failed first, that is what it is listed for. The next part is
+    not started. With real processes, and a clock that is past the deadline when the second of them works or is dead."""
+    working, clock, popen = tmp_path / "working", [0.0], subprocess.Popen
+    waits = f"import pathlib, time\ntry: pathlib.Path({str(working)!r}).touch(); time.sleep(60)\n"
+    (tmp_path / "good.py").write_text("")
+    (tmp_path / "last.py").write_text(waits + "except KeyboardInterrupt: pass" if slow else "raise SystemExit(1)")
+
+    def start(command, cwd):
+        process = popen(command, cwd=cwd)
+        while "last" in command and process.poll() is None and not working.exists():
+            time.sleep(0.01)
+        clock[0] = 600.0 * ("last" in command)
+        return process
+
+    parts = {"attention": ["good"], "editing": ["last"], "txt2img": ["good"]}
+    monkeypatch.setattr(gpu, "commands", lambda full: parts)
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    assert gpu.main(list(parts)) == 1
+    said = "not done in time: editing, txt2img\n" if slow else "failed: editing\nnot done in time: txt2img\n"
+    assert capsys.readouterr().out.endswith("\nattention 0 s, editing 600 s = 600 s\n" + said)
+
+
+def test_collecting_ends_at_the_deadline(tmp_path, monkeypatch, capsys):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_slow.py").write_text(f"import time\ntime.sleep(60)\n# {gpu.MARK}")
+    clock = iter([0.0, 0.0])  # main's two looks at it; then it is late
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock, 600.0))
+    monkeypatch.setattr(gpu, "run_tests", lambda tests, deadline: pytest.fail("they were collected"))
+    assert gpu.main(["tests"]) == 1
+    assert capsys.readouterr().out.endswith("not done in time: tests\n")
 
 
 def test_where_there_is_no_git(tmp_path, monkeypatch):
