@@ -10,7 +10,7 @@ Pillow, a test file or a rival without diffusers.
 
 The whole ends within ten minutes: when --minutes (9.5) are over, what runs is interrupted, and the parts that did not
 end are named; what they had saved stays. On an H200 where nothing has been compiled yet all of it should fit, but that
-is an estimate and was never measured, in minutes: tests 1.5 - 2 (about 240 compiles of a second in four processes),
+is an estimate and was never measured, in minutes: tests 1.5 - 2.25 (about 260 compiles of a second in four processes),
 attention 1.5 - 2 (compiles and FlexAttention), editing 0.75, txt2img 0.75 (6 processes), unet 1 - 1.5 (12 processes),
 fused 0.75, scaling 0.5, startup 1. --full adds the other dtypes, batches and sizes of the kernels and what compiles the
 whole UNet; it takes as long as it takes, unless --minutes says otherwise.

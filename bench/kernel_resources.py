@@ -4,7 +4,7 @@
 
 The kernels' own launch functions run with a stand-in for the driver, so what is compiled is what a launch on that card
 would compile: same tiles, flags and alignment facts. Registers, stack and instructions are read from the cubin with
-the cuobjdump that comes with Triton. LOCAL:0 there does not mean "no spills": STACK, and STL / LDL in the SASS, do.
+cuobjdump and nvdisasm, which come with Triton. LOCAL:0 does not mean "no spills": STACK, and STL / LDL in the SASS, do.
 Cannot share a process with Triton's interpreter.
 """
 
@@ -28,13 +28,20 @@ SELF = {40: 4096, 80: 1024, 160: 256}  # SD v1.x at 512x512: head dim -> queries
 OTHER = (8, 48, 64, 96, 256)  # head dims
 UGLY = {40: 4140, 80: 1000, 160: 45}  # queries that no tile divides, of images of 360x736, 400x640 and 160x288
 TEXT = 77
+SMALL = (  # form, head dim, queries, keys, batch
+    ("plain", 160, 64, 64, B), ("replace", 160, 64, 64, B),  # self-attention of the mid block: so few keys fit into a row
+    ("flash", 80, 1024, 1024, 2), ("flash routed", 80, 1024, 1024, 2),  # one picture: too few programs for large tiles
+)  # fmt: skip
 # CUDA C++ Programming Guide, table of compute capabilities
 SHARED_PER_BLOCK = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 SHARED_PER_SM = {80: 164 * 1024, 89: 100 * 1024, 90: 228 * 1024}
 WARPS_PER_SM = {80: 64, 89: 48, 90: 64}
 
 FORMS = {  # form: (op, edit fields)
-    "fold": ("cross", ("source_row", "token_map", "blend", "reweight")),
+    "fold": ("fold", ("source_row", "token_map", "blend", "reweight")),
+    "fold, reweight": ("fold", ("reweight",)),
+    "fold, blend": ("fold", ("source_row", "blend")),
+    "fold, inject": ("fold", ("inject", "token_map", "blend")),
     "flash": ("attention", ()),
     "flash routed": ("attention", ("source_row",)),
     "plain": ("cross", ()),
@@ -69,7 +76,7 @@ FUSED = {  # see norms.py; kernel: channels
     "layer_norm": (320, 640, 1280),
     "geglu": (1280, 2560, 5120),
 }
-KERNELS = {  # op or form: the kernel that is looked at
+KERNELS = {  # op: the kernel that is looked at
     "attention": "attention_kernel",
     "cross": "cross_attention_kernel",
     "save": "cross_attention_save_kernel",
@@ -95,8 +102,8 @@ class Case(NamedTuple):
 def cases(archs, everything: bool) -> list[Case]:
     """The specialisations: every form at the head dims of SD v1.x, what lies beside them, and the fused kernels.
 
-    Beside them lie the other head dims, in the forms of DISTINCT (everything: in every form), and numbers of queries
-    that no tile divides. Every one in each of DTYPES, but for the latter.
+    Beside them lie the small sizes, the other head dims, in the forms of DISTINCT (everything: in every form), and
+    numbers of queries that no tile divides. Every one in each of DTYPES, but for the latter.
     """
     out = []
     for arch in archs:
@@ -106,6 +113,8 @@ def cases(archs, everything: bool) -> list[Case]:
             if everything or form in DISTINCT:
                 sizes += [Case(arch, form, D, 1000, 1000 if long else TEXT, "") for D in OTHER]
             out += [case._replace(dtype=dtype) for case in sizes for dtype in DTYPES]
+        for dtype in DTYPES:
+            out += [Case(arch, *sizes, dtype, batch) for *sizes, batch in SMALL]
         for D, N in UGLY.items():
             out += [Case(arch, form, D, N, keys, "float16") for form, keys in (("flash", N), ("two terms", TEXT))]
         out += [Case(arch, form, C, 1024, 0, dtype) for form in FUSED for C in FUSED[form] for dtype in DTYPES]
@@ -136,7 +145,7 @@ def compile_case(case: Case):
     from triton.runtime.jit import JITFunction
 
     compiled, run = [], JITFunction.run
-    wanted = KERNELS.get(case.form) or KERNELS[FORMS[case.form][0]]
+    wanted = KERNELS[case.form if case.form in FUSED else FORMS[case.form][0]]
 
     def compile_only(self, *args, **kwargs):
         if self.__name__ == wanted:  # a launch may be of several kernels
@@ -190,7 +199,7 @@ def launch_attention(case: Case) -> None:
     edit = {name: x if name in names else None for name, x in edit.items()}
     if op == "attention":
         attention.launch(q, k, v, edit["source_row"], out)
-    elif op == "cross":
+    elif op in ("cross", "fold"):
         cross_attention.launch(q, k, v, *list(edit.values())[:5], out)
     else:
         cross_attention.launch_save(q, k, v, *edit.values(), out)

@@ -45,6 +45,7 @@ class Replay:
     def __init__(self):
         self.graphs: dict[Hashable, Captured] = {}
         self.pool = None  # memory that all graphs share: one runs at a time, and its outputs are copied at once
+        self.stream = None  # on which all are captured, as the pool wants it
 
     def __call__(self, key: Hashable, function: Callable, *inputs):
         paths, spec = tree_flatten_with_path(inputs)
@@ -74,34 +75,41 @@ class Replay:
         self.graphs[whole] = captured  # the one used last is last
         for i, x in enumerate(tensors):
             last, version = captured.last[i]
-            if not written[i] and not (last is x and version == x._version):  # keys and values: once for all steps
+            now = -1 if x.is_inference() else x._version  # tensors of inference_mode do not count their changes
+            copied = last is x and version == now >= 0  # keys and values: once for all steps
+            if not written[i] and not copied:
                 captured.buffers[i].copy_(x)
-                captured.last[i] = (x, x._version)
+                captured.last[i] = (x, now)
         captured.replay()
         return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, captured.outputs)
 
     def capture(self, function, spec, tensors, written, slots, rest) -> Captured:
         """Run the function on buffers that are its own, and record it."""
-        buffers = [x if saves else x.clone() for x, saves in zip(tensors, written)]
+        with torch.inference_mode(False):  # later calls may be outside of it
+            buffers = [x if saves else x.clone() for x, saves in zip(tensors, written)]
         others = iter(rest)
         arguments = tree_unflatten([next(others) if slot is None else buffers[slot] for slot in slots], spec)
         before = [x.clone() if saves else None for x, saves in zip(tensors, written)]
-        replay, outputs = self.record(lambda: function(*arguments))
+        replay, outputs = self.record(lambda: function(*arguments), tensors[0].device)
         for x, old in zip(tensors, before):
             if old is not None:
                 x.copy_(old)  # the warm-up has written there
         return Captured(buffers, [(None, 0)] * len(buffers), replay, outputs)
 
-    def record(self, run: Callable):
+    def record(self, run: Callable, device: torch.device):
         """(a function that replays `run`, the tensors in which its results then are)."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            outputs = run()
+        if device.type != "cuda":
+            raise ValueError(f"CUDA graphs need a model on a CUDA device, got {device}; unet.replay = None goes without")
+        with torch.cuda.device(device):
+            if self.stream is None or self.stream.device != device:
+                self.stream, self.pool = torch.cuda.Stream(), None
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                for _ in range(WARM_UP):
+                    run()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                outputs = run()
         self.pool = graph.pool()
         return graph.replay, outputs

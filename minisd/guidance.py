@@ -167,8 +167,6 @@ def _grouped(unet, groups: list[tuple[str, Tensor | Sequence[Tensor]]], edits: E
     (cuda_graph.py) is called through it; its graphs hold for the code of attention and the weights' places of now.
     """
     replay = getattr(unet, "replay", None)
-    if replay is not None:
-        state = unet.attention, *(p.data_ptr() for p in unet.parameters() if not p.is_mkldnn)  # never so on CUDA
     fixed = all(isinstance(rows, Tensor) for _, rows in groups)
     prepare, prepare_times = getattr(unet, "prepare", None), getattr(unet, "prepare_times", None)
     prepared, times = {}, {}  # batch size -> prepared context; t -> its row of prepare_times
@@ -204,6 +202,7 @@ def _grouped(unet, groups: list[tuple[str, Tensor | Sequence[Tensor]]], edits: E
         def whole(tensors, *inputs):
             return function(unet(*inputs).chunk(len(groups)), *tensors)
 
+        state = unet.attention, *(p.data_ptr() for p in unet.parameters() if not p.is_mkldnn)  # never so on CUDA
         return replay((state, key), whole, tensors, *inputs(x, step))
 
     def call(x, step):

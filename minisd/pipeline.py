@@ -284,9 +284,10 @@ def load(
     device: None is "cuda" if there is one, else "cpu". dtype: a torch dtype or its name; None is float16 on CUDA, else
     float32; "auto" takes bfloat16 on a CPU that computes in it; `print(sd)` shows what it became. attention: "triton",
     "sdpa" or "reference"; "auto" is triton on CUDA, else sdpa; `sd.unet.attention` shows it. compile: let torch.compile
-    make one graph of the UNet, with its default backend or the one named; slow at the first call for each size. graph:
-    CUDA only, replay each denoising step as a CUDA graph (cuda_graph.py). Both hold for all methods of drawing and
-    editing. variant: "fp16" takes the files *.fp16.safetensors. revision: branch, tag or commit of a Hub repo.
+    make one graph of the UNet, with its default backend or the one named; slow at the first call for each size, number
+    of pictures and kind of edit, each a graph of its own. graph: CUDA only, replay each denoising step as a CUDA graph
+    (cuda_graph.py). Both hold for all methods of drawing and editing. variant: "fp16" takes the files
+    *.fp16.safetensors. revision: branch, tag or commit of a Hub repo.
     local_files_only: do not ask the Hub, use its local cache. tokenizer: a folder with vocab.json and merges.txt, in
     place of the model's own. On a CPU, weights that keep their dtype stay mapped from their files: such a file may be
     replaced meanwhile, but not overwritten in place. Raises CheckpointError, a ValueError, if the model cannot be found

@@ -58,8 +58,8 @@ class Step(NamedTuple):
 
     index counts in the full schedule: skip does not shift it.  update(x, eps) -> x at level `next`, in x's dtype but
     computed in fp32 or wider; call it once per step, because it may advance the sampler's history or draw noise.
-    coefficients: of the `advance` that update is. draw(x): the noise of a step that has some, of x's shape. times: t of
-    every step of the full schedule, so that what depends on t alone can be computed for all steps at once.
+    coefficients: of the `advance` that update is. times: t of every step of the full schedule, so that what depends on
+    t alone can be computed for all steps at once. draw(x): the noise of a step that has some, of x's shape.
     """
 
     index: int
@@ -68,8 +68,8 @@ class Step(NamedTuple):
     next: Level
     update: Callable[[Tensor, Tensor], Tensor]
     coefficients: Coefficients | None = None
-    draw: Callable[[Tensor], Tensor] | None = None
     times: tuple[int, ...] = ()
+    draw: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class DDIM(Sampler):
             s = self.eta * (next.sigma / now.sigma) * math.sqrt(1 - (now.alpha / next.alpha) ** 2) if self.eta else 0.0
             k = Coefficients(now.alpha, now.sigma, 0.0, 0.0, next.alpha, math.sqrt(next.sigma**2 - s**2), s)
             draw = partial(_randn_like, generator=generator) if self.eta else None
-            yield Step(index, t, now, next, partial(_ddim_update, k=k, draw=draw), k, draw, times)
+            yield Step(index, t, now, next, partial(_ddim_update, k=k, draw=draw), k, times, draw)
 
 
 def _ddim_update(x, eps, k, draw):
@@ -150,7 +150,7 @@ def _ddim_update(x, eps, k, draw):
 
 
 def _randn_like(x, generator):
-    return torch.randn(x.shape, generator=generator).to(x.device)
+    return torch.randn(x.shape, generator=generator).to(x.device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class DPMpp2M(Sampler):
                 x_next, x0_previous = advance(x, eps, x0_previous, None, k)
                 return x_next
 
-            yield Step(index, t, now, next, update, k, None, times)
+            yield Step(index, t, now, next, update, k, times)
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
-"""What several tests of the command need; and, below pytest's summary, the measured figures."""
+"""What several tests of the command and the Hub need; the kernels' compiles, which run beside the other tests; and,
+below pytest's summary, the measured figures."""
 
 import os
 import shutil

@@ -3,14 +3,12 @@
 import p2p_model
 import pytest
 import torch
+from methods import PROMPTS, as_tensor, methods
 from torch.utils._pytree import tree_leaves
 
 import minisd
-import minisd.images
 from minisd import cuda_graph
 from minisd.attention import AttentionEdit
-
-PROMPTS = ["a cat on my mat", "a dog on my mat"]
 
 
 class Mocked(cuda_graph.Replay):
@@ -22,13 +20,14 @@ class Mocked(cuda_graph.Replay):
         super().__init__()
         self.captures = 0
 
-    def record(self, run):
+    def record(self, run, device):
         self.captures += 1
         outputs = run()
 
         def replay():
             for old, new in zip(tree_leaves(outputs), tree_leaves(run())):
-                old.copy_(new)
+                with torch.inference_mode(old.is_inference()):  # a graph does not ask
+                    old.copy_(new)
 
         return replay, outputs
 
@@ -95,62 +94,31 @@ def sd(tmp_path_factory):
     return p2p_model.load(tmp_path_factory.mktemp("graph"))[1]
 
 
-def methods(sd):
-    """name -> (drawing or editing, the graphs it captures; 0: it finds one of those before)."""
-    options = dict(steps=4, progress=False)
-    image = minisd.images.to_pil(torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32))[0]
-    cond, uncond, x = sd.encode_prompt(PROMPTS), sd.encode_prompt([""]), sd.noise(3, batch=2)
-
-    def loop(sampler, predict):
-        return lambda: minisd.denoise(x, sampler, predict)
-
-    def there_and_back(refine=0):
-        inversion = minisd.invert(sd, image, PROMPTS[0], 4, refine=refine, progress=False)
-        return minisd.redraw(sd, inversion, PROMPTS[1], 3, progress=False)
-
-    _, recording = minisd.record(sd, PROMPTS[0], **options)
-    mask = torch.zeros(32, 32).index_fill(1, torch.arange(16), 1.0)
-    each = [uncond * (1 + 0.1 * i) for i in range(4)]
-    ddim = minisd.DDIM(sd.schedule, 4)
-    return {
-        "dpm++": (lambda: sd.txt2img(PROMPTS, **options), 1),
-        "no guidance": (lambda: sd.txt2img(PROMPTS, guidance=1, sampler="ddim", **options), 1),
-        "img2img": (lambda: sd.img2img(image, PROMPTS[0], **options), 1),
-        "on_step": (lambda: sd.txt2img(PROMPTS[0], on_step=lambda x, step: 0.9 * x, **options), 0),
-        "prompt-to-prompt": (
-            lambda: minisd.edit_prompt(sd, *PROMPTS, reweight={"dog": 2.0}, local_blend=("cat", "dog"), **options), 1),
-        "record": (lambda: minisd.record(sd, PROMPTS[0], **options)[0], 1),
-        "eta": (loop(minisd.DDIM(sd.schedule, 4, eta=0.7), minisd.cfg(sd.unet, uncond, cond, 3.0)), 1),
-        "inverse": (loop(minisd.DDIM(sd.schedule, 4, inverse=True), minisd.conditional(sd.unet, cond)), 0),
-        "erase": (loop(ddim, minisd.erase(sd.unet, uncond, cond, cond[:1])), 1),
-        "uncond for each step": (loop(ddim, minisd.cfg(sd.unet, each, cond, 3.0)), 1),
-        "replay": (lambda: minisd.replay(sd, recording, PROMPTS[1], progress=False), 1),
-        "blend": (lambda: minisd.blend(sd, image, mask, PROMPTS[0], **options), 0),
-        "sega": (loop(ddim, minisd.sega(sd.unet, uncond, cond, cond[:1], warmup=1)), 1),
-        "invert, redraw": (there_and_back, 2),
-        "fixed-point inversion": (lambda: there_and_back(refine=1), 1),  # its second guess starts elsewhere
-        "edict": (lambda: minisd.edict(sd, image, *PROMPTS, steps=4, progress=False), 1),
-    }  # fmt: skip
-
-
-def as_tensor(result):
-    if isinstance(result, torch.Tensor):
-        return result
-    return minisd.images.to_tensor(result if isinstance(result, list) else [result], 32, 32)
-
-
 def test_every_method_draws_the_same_through_the_buffers(sd):
     """To 8 bits for pictures, 1e-5 for latents; and one graph, of the whole step, serves all steps of a run."""
-    expected = {name: as_tensor(method()) for name, (method, _) in methods(sd).items()}
+    expected = {name: method() for name, (method, _) in methods(sd).items()}
     sd.unet.replay = Mocked()
     try:
         for name, (method, graphs) in methods(sd).items():
             before = sd.unet.replay.captures
-            ours = as_tensor(method())
-            assert (ours - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max() + 1 / 250, name
+            ours = method()
+            bar = 1e-5 * ours.abs().max() if isinstance(ours, torch.Tensor) else 1 / 250
+            assert (as_tensor(ours) - as_tensor(expected[name])).abs().max() <= bar, name
             assert sd.unet.replay.captures - before == graphs, name
             (_, what), *_ = next(reversed(sd.unet.replay.graphs))
             assert what != "unet", name  # it alone: without the guidance and the sampler's update
+    finally:
+        del sd.unet.replay
+
+
+def test_inference_mode_inside_and_outside(sd):
+    """Its tensors do not count their changes, and may not be changed outside of it."""
+    expected, sd.unet.replay = as_tensor(sd.txt2img(PROMPTS, steps=4, progress=False)), Mocked()
+    try:
+        with torch.inference_mode():
+            inside = [as_tensor(sd.txt2img(PROMPTS, steps=4, progress=False)) for _ in range(2)]
+        outside = as_tensor(sd.txt2img(PROMPTS, steps=4, progress=False))
+        assert all(torch.equal(each, expected) for each in (*inside, outside)) and sd.unet.replay.captures == 1
     finally:
         del sd.unet.replay
 
@@ -172,6 +140,11 @@ def test_gradients_go_around_the_graph(sd):
 def test_graph_needs_cuda():
     with pytest.raises(ValueError, match="graph=True replays CUDA graphs and needs a CUDA device, got cpu"):
         minisd.load("shapes", device="cpu", graph=True)
+
+
+def test_a_model_that_is_not_on_a_card_any_more_is_refused():
+    with pytest.raises(ValueError, match="CUDA graphs need a model on a CUDA device, got cpu"):
+        cuda_graph.Replay()("a", torch.neg, torch.ones(2))
 
 
 def test_a_graph_is_of_one_choice_of_attention_and_one_place_of_the_weights(sd):

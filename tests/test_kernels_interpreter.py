@@ -10,6 +10,7 @@ Not tested here: TF32, which the interpreter does not model (test_kernels_compil
 its tl.dot multiplies the bit patterns, and its conversions cut off instead of rounding.
 """
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -42,9 +43,17 @@ else:
 
     @pytest.fixture(autouse=True, scope="session")
     def quick_interpreter():
-        """Every call of a jit function inside a kernel patches triton.language anew, 2 ms; once will do."""
+        """Half the time, and still the kernels.
+
+        Every call of a jit function inside a kernel patches triton.language anew, 2 ms; once will do. And every sum and
+        product of integers is computed again in 64 bits to see whether it overflows, which at these sizes none does; a
+        compiled kernel has no such check either.
+        """
+        from triton.runtime import interpreter
         from triton.runtime.interpreter import InterpretedFunction
 
+        builder = interpreter.interpreter_builder
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
         call, seen = InterpretedFunction.__call__, set()
 
         def quick_call(self, *args, **kwargs):

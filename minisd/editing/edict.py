@@ -40,6 +40,8 @@ def edict_denoise(
     progress: bool = False,
 ) -> Pair:
     """From noise to picture. predict(x, step) -> eps, of `cfg` or `conditional`, is given x in `dtype`."""
+    if sampler.eta:
+        raise ValueError(f"eta is {sampler.eta!r}, expected 0: what draws noise cannot be undone")
     x, y = pair
     for step in tqdm(sampler, disable=not progress):
         x, y = (y, x) if step.index % 2 else (x, y)
