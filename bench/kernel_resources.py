@@ -222,11 +222,12 @@ def disassemble(arch: int, codes: list[bytes]) -> list[list[str]]:
         f.flush()
         command = [nvidia("nvdisasm"), "--binary", f"SM{arch}{'a' * (arch == 90)}", f.name]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    opcodes = iter(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P[\dT]+ )?([A-Z][A-Z0-9.]*)", listing, re.M))
-    out = [list(itertools.islice(opcodes, len(code) // 16)) for code in codes]  # an instruction has 16 bytes
-    if list(map(len, out)) != [len(code) // 16 for code in codes] or list(opcodes):
-        raise RuntimeError(f"nvdisasm listed other instructions than the {sum(map(len, codes)) // 16} of the code")
-    return out
+    opcodes = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P[\dT]+ )?([A-Z][A-Z0-9.]*)", listing, re.M)
+    lengths = [len(code) // 16 for code in codes]  # an instruction has 16 bytes
+    if len(opcodes) != sum(lengths):
+        raise RuntimeError(f"nvdisasm listed {len(opcodes)} instructions, expected {sum(lengths)}")
+    each = iter(opcodes)
+    return [list(itertools.islice(each, length)) for length in lengths]
 
 
 def nvidia(tool: str) -> Path:
@@ -250,7 +251,7 @@ def row(case: Case, kernel, opcodes: list[str]) -> dict:
         f.flush()
         command = [nvidia("cuobjdump"), "-res-usage", f.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED):(\d+)", usage)}
     count = {name: sum(op.split(".")[0] == name for op in opcodes) for name in ("STL", "LDL", "HGMMA", "HMMA")}
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared + found["SHARED"]
     registers = -(-found["REG"] // 8) * 8 * 32 * warps

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import minisd
-from minisd import DDIM, Inversion, cfg, edit_prompt, invert, redraw
+from minisd import DDIM, Inversion, cfg, conditional, edit_prompt, invert, redraw
 from minisd.editing.edict import edict, edict_denoise, edict_invert
 from minisd.editing.inversion import FORMAT, direct_inversion, negative_prompt_inversion
 from minisd.editing.prompt_to_prompt import PromptToPrompt
@@ -329,12 +329,18 @@ def test_edict_is_exact(sd):
     z = sd.encode_image(picture(11)).repeat(2, 1, 1, 1).double()
     predict = cfg(sd.unet, null, torch.cat([source, target]), 3.0, p2p)
     sampler = DDIM(sd.schedule, 50, skip=10)
-    noise = edict_invert((z, z), sampler, predict)
+    noise = edict_invert((z, z), DDIM(sd.schedule, 50, skip=10, inverse=True), predict)
     x, y = edict_denoise(noise, sampler, predict)
     assert far(x, z) < 1e-5 and far(y, z) < 1e-5
     assert far(noise[0], z) > 0.1 and far(noise[0], noise[1]) > 1e-3
     plain = invert(sd, picture(11), SOURCE, 50, skip=10, **QUIET)
     assert far(redraw(sd, plain, guidance=3.0, **QUIET), plain.z) > 0.1
+
+
+def test_edict_refuses_steps_that_draw_noise(sd):
+    z, predict = torch.zeros(1, 4, 8, 8).double(), conditional(sd.unet, sd.encode_prompt([SOURCE]))
+    with pytest.raises(ValueError, match="draw noise.*expected those of DDIM with eta 0"):
+        edict_denoise((z, z), DDIM(sd.schedule, 4, eta=0.5), predict)
 
 
 def test_edict_refuses_a_mixing_that_cannot_be_undone(sd):

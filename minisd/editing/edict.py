@@ -13,7 +13,7 @@ Every other step begins with y in place of x. Costs two calls of the UNet per st
 mixing magnifies rounding errors by 1 / p^2 per step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from .. import expect
 from ..guidance import cfg
 from ..pipeline import make_sampler
-from ..samplers import DDIM, Step, take
+from ..samplers import Step, take
 from .inversion import embed
 
 Pair = tuple[Tensor, Tensor]  # 2 x (B, C, h, w) float64
@@ -31,22 +31,13 @@ Predict = Callable[[Tensor, Step], Tensor]
 
 
 @torch.no_grad()
-def edict_denoise(
-    pair: Pair,
-    sampler: DDIM,
-    predict: Predict,
-    p: float = 0.93,
-    dtype: torch.dtype = torch.float32,
-    progress: bool = False,
-) -> Pair:
-    """From noise to picture. predict(x, step) -> eps, of `cfg` or `conditional`, is given x in `dtype`."""
-    if sampler.eta:
-        raise ValueError(f"eta is {sampler.eta!r}, expected 0: what draws noise cannot be undone")
+def edict_denoise(pair: Pair, steps: Iterable[Step], predict: Predict, p: float = 0.93, dtype=torch.float32) -> Pair:
+    """From noise to picture. steps: of DDIM with eta 0. predict(x, step) -> eps, of `cfg` or `conditional`, is given x
+    (B, C, h, w) in `dtype`."""
     x, y = pair
-    for step in tqdm(sampler, disable=not progress):
+    for step in steps:
         x, y = (y, x) if step.index % 2 else (x, y)
-        x, _ = take(step, predict, y.to(dtype), start=x)  # a x + b eps(y)
-        y, _ = take(step, predict, x.to(dtype), start=y)
+        x, y = moved(x, y, step, predict, dtype)
         x = p * x + (1 - p) * y
         y = p * y + (1 - p) * x
         x, y = (y, x) if step.index % 2 else (x, y)
@@ -54,23 +45,24 @@ def edict_denoise(
 
 
 @torch.no_grad()
-def edict_invert(
-    pair: Pair,
-    sampler: DDIM,
-    predict: Predict,
-    p: float = 0.93,
-    dtype: torch.dtype = torch.float32,
-    progress: bool = False,
-) -> Pair:
-    """From picture to noise: `edict_denoise` undone. sampler: the same one, not its inverse."""
+def edict_invert(pair: Pair, steps: Iterable[Step], predict: Predict, p: float = 0.93, dtype=torch.float32) -> Pair:
+    """From picture to noise: `edict_denoise` undone. steps: of the same DDIM with inverse=True."""
     x, y = pair
-    for step in tqdm(replace(sampler, inverse=True), disable=not progress):
+    for step in steps:
         x, y = (y, x) if step.index % 2 else (x, y)
         y = (y - (1 - p) * x) / p
         x = (x - (1 - p) * y) / p
-        y, _ = take(step, predict, x.to(dtype), start=y)  # (y - b eps(x)) / a: the same line from the next level to now
-        x, _ = take(step, predict, y.to(dtype), start=x)
+        y, x = moved(y, x, step, predict, dtype)  # (y - b eps(x)) / a: the same line from the next level to now
         x, y = (y, x) if step.index % 2 else (x, y)
+    return x, y
+
+
+def moved(x: Tensor, y: Tensor, step: Step, predict: Predict, dtype: torch.dtype) -> Pair:
+    """x <- a x + b eps(y), then y <- a y + b eps(x): the step of DDIM, each by the noise predicted at the other."""
+    if step.draw is not None:
+        raise ValueError("the steps draw noise, which cannot be undone; expected those of DDIM with eta 0")
+    x, _ = take(step, predict, y.to(dtype), start=x)
+    y, _ = take(step, predict, x.to(dtype), start=y)
     return x, y
 
 
@@ -100,7 +92,8 @@ def edict(
     sampler = make_sampler("ddim", sd.schedule, steps, strength)
     z = sd.encode_image(image, None, height, width).double()
     uncond, pair = sd.encode_prompt([negative_prompt]), (z, z)
-    for prompt, run in ((source, edict_invert), (target, edict_denoise)):
+    runs = (source, edict_invert, replace(sampler, inverse=True)), (target, edict_denoise, sampler)
+    for prompt, run, way in runs:
         predict = cfg(sd.unet, uncond, embed(sd, [prompt]), guidance)
-        pair = run(pair, sampler, predict, p, sd.dtype, progress)
+        pair = run(pair, tqdm(way, disable=not progress), predict, p, sd.dtype)
     return pair[0].float()
