@@ -1,12 +1,16 @@
-"""Packaging. kernels/ installs as `minisd_kernels` and weights/ as `minisd_weights`: plain names belong to others."""
+"""Packaging. kernels/ installs as `minisd_kernels` and weights/ as `minisd_weights`: plain names
+belong to others."""
 
 import re
 from pathlib import Path
 
 from setuptools import setup
 
+PACKAGES = "models sampling engine editing checkpoints viewing training cli".split()
 root = Path(__file__).parent
-version = re.search(r'^__version__ = "(.+)"', (root / "minisd/__init__.py").read_text(), re.M).group(1)
+version = re.search(
+    r'^__version__ = "(.+)"', (root / "minisd/__init__.py").read_text(), re.M
+).group(1)
 
 setup(
     name="minisd",
@@ -16,7 +20,12 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     # Explicit, because kernels/ has no __init__.py and would not be found.
-    packages=["minisd", "minisd.editing", "minisd_kernels", "minisd_weights"],
+    packages=[
+        "minisd",
+        *(f"minisd.{name}" for name in PACKAGES),
+        "minisd_kernels",
+        "minisd_weights",
+    ],
     package_dir={"minisd": "minisd", "minisd_kernels": "kernels", "minisd_weights": "weights"},
     package_data={
         "minisd": ["py.typed"],

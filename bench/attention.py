@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 
 from bench import harness
-from minisd.attention import AttentionEdit, attention
+from minisd.models.attention import AttentionEdit, attention
 
 H, TEXT = 8, 77
 GRID_512 = ((4096, 40), (1024, 80), (256, 160), (64, 160))  # (queries, head dim)

@@ -1,22 +1,25 @@
-"""Does prompt-to-prompt edit? Held-out pairs of captions on the bundled model, scored from the pixels.
+"""Does prompt-to-prompt edit? Held-out pairs of captions on the bundled model, scored from the
+pixels.
 
     python -m bench.editing [--n 100] [--json bench/results/cpu/editing.json] [--readme README.md]
     python -m bench.editing real ...     inversion, blended diffusion and concept erasure, on pictures given
     python -m bench.editing speed ...    what edits cost
 
-Four kinds of edit of one of two objects: its colour or shape is swapped, a texture is added, the colour's word is
-weighted below zero. Pairs of captions that training never saw; from one noise, in one batch: the source, the edit, and
-the seed-only baseline, which is the target caption (of the reweighted word: the caption without it) without an edit.
-Against the source:
+Four kinds of edit of one of two objects: its colour or shape is swapped, a texture is added, the
+colour's word is weighted below zero. Pairs of captions that training never saw; from one noise, in
+one batch: the source, the edit, and the seed-only baseline, which is the target caption (of the
+reweighted word: the caption without it) without an edit. Against the source:
 
     right       the edited object, told from the other by its colour (where that changes: by its shape), has its new
                 value (of the reweighted word: any but the old one)
     IoU         intersection over union of an object's mask and the edited picture's object that covers it best: of the
-                other object, which must stay as it is, and of the edited one (its place; a shape swap changes it)
+                other object, which must stay as it is, and of the edited one (its place; a shape
+                swap changes it)
     PSNR        of all pixels but the edited object's in either picture, and those within MARGIN of them
 
-The model does not draw every caption as it says. So there are figures of all pairs, and of those whose source is drawn
-right in every attribute (bench.scorer): an edit keeps what the source shows, its mistakes too.
+The model does not draw every caption as it says. So there are figures of all pairs, and of those
+whose source is drawn right in every attribute (bench.scorer): an edit keeps what the source shows,
+its mistakes too.
 """
 
 import argparse
@@ -36,11 +39,11 @@ from tqdm import tqdm
 import minisd
 from bench import harness, metrics
 from bench.scorer import judge, read
-from minisd import scenes
+from minisd.checkpoints.sources import bundled
 from minisd.editing.local_blend import LocalBlend
 from minisd.editing.prompt_to_prompt import PromptToPrompt, stack
-from minisd.sources import bundled
-from minisd.visualize import contact_sheet
+from minisd.training import scenes
+from minisd.viewing.visualize import contact_sheet
 
 STEPS, GUIDANCE = 12, 7.5
 METHODS = ("prompt-to-prompt", "seed-only baseline")
@@ -48,17 +51,21 @@ BATCH = 8  # pairs at once, of 3 pictures each
 MARGIN = 3  # pixels around an object that are not background
 SEED = 2001  # of the pairs that are measured; the settings in KINDS were chosen on others,
 TUNING, TRIED = 3001, 8  # the first TRIED of this seed
-PARTS = ("real", "speed")  # bench/editing_real.py: real pictures; bench/editing_speed.py: seconds and bytes
+PARTS = (
+    "real",
+    "speed",
+)  # bench/editing_real.py: real pictures; bench/editing_speed.py: seconds and bytes
 TABLE = "prompt-to-prompt table: bench/editing.py"
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of edit. change(thing, rng) -> the edited thing, or None if this thing cannot be edited so.
+    """One kind of edit. change(thing, rng) -> the edited thing, or None if this thing cannot be
+    edited so.
 
-    attribute: what changes, to None where any other value will do. told_by: the attribute that tells the edited object
-    from the other, before and after.
-    options(old, new): the arguments of PromptToPrompt; with `reweight` among them the target prompt is the source's.
+    attribute: what changes, to None where any other value will do. told_by: the attribute that
+    tells the edited object from the other, before and after. options(old, new): the arguments of
+    PromptToPrompt; with `reweight` among them the target prompt is the source's.
     """
 
     attribute: str
@@ -91,14 +98,22 @@ KINDS = {
     "added texture": Kind(
         "texture",
         "colour",
-        lambda thing, rng: None if textured(thing) else replace(thing, texture=other(scenes.TEXTURES, "plain", rng)),
+        lambda thing, rng: (
+            None
+            if textured(thing)
+            else replace(thing, texture=other(scenes.TEXTURES, "plain", rng))
+        ),
         lambda old, new: {"cross_steps": 0.8, "self_steps": 0.4},
     ),
     "reweighted word": Kind(
         "colour",
         "shape",
         lambda thing, rng: replace(thing, colour=None),
-        lambda old, new: {"reweight": {old.colour: -1.0}, "cross_steps": (0.2, 1.0), "self_steps": 0.4},
+        lambda old, new: {
+            "reweight": {old.colour: -1.0},
+            "cross_steps": (0.2, 1.0),
+            "self_steps": 0.4,
+        },
     ),
 }
 THRESHOLD = 0.5  # of the local blend
@@ -106,7 +121,8 @@ THRESHOLD = 0.5  # of the local blend
 
 @dataclass(frozen=True)
 class Pair:
-    """A source caption, the caption of what is wanted, which of the two things is edited, and the noise's seed."""
+    """A source caption, the caption of what is wanted, which of the two things is edited, and the
+    noise's seed."""
 
     kind: str
     source: scenes.Description
@@ -116,7 +132,8 @@ class Pair:
 
 
 def candidates(kind: str, seed: int = SEED):
-    """Pairs of held-out captions with two things that differ in shape and colour before and after, without end."""
+    """Pairs of held-out captions with two things that differ in shape and colour before and after,
+    without end."""
     rng = random.Random(f"{seed} {kind}")
     while True:
         source = scenes.describe(rng)
@@ -131,9 +148,12 @@ def candidates(kind: str, seed: int = SEED):
                 break
             target = replace(source, things=tuple(things))
             distinct = all(
-                a.shape != b.shape and a.colour != b.colour for a, b in (source.things, target.things)
+                a.shape != b.shape and a.colour != b.colour
+                for a, b in (source.things, target.things)
             )
-            if distinct and (thing.colour is None or scenes.split(target) == "heldout"):  # None: not in the grammar
+            if distinct and (
+                thing.colour is None or scenes.split(target) == "heldout"
+            ):  # None: not in the grammar
                 seed += 1
                 yield Pair(kind, source, target, edited, seed)
                 break
@@ -141,7 +161,9 @@ def candidates(kind: str, seed: int = SEED):
 
 def measured(kind: str):
     """The candidates, less those with the captions that the settings were tried on."""
-    tried = {(pair.source, pair.target) for pair in itertools.islice(candidates(kind, TUNING), TRIED)}
+    tried = {
+        (pair.source, pair.target) for pair in itertools.islice(candidates(kind, TUNING), TRIED)
+    }
     return (pair for pair in candidates(kind) if (pair.source, pair.target) not in tried)
 
 
@@ -150,7 +172,9 @@ def prompt_to_prompt(sd, pair: Pair, steps: int) -> PromptToPrompt:
     old, new = pair.source.things[pair.edited], pair.target.things[pair.edited]
     options = KINDS[pair.kind].options(old, new)
     edited = pair.source if "reweight" in options else pair.target
-    each = {name: [value, 0 if name.endswith("_steps") else None] for name, value in options.items()}
+    each = {
+        name: [value, 0 if name.endswith("_steps") else None] for name, value in options.items()
+    }
     return PromptToPrompt(sd, str(pair.source), str(edited), str(pair.target), steps=steps, **each)
 
 
@@ -164,7 +188,9 @@ def blend_words(pair: Pair) -> list[tuple[str, ...]]:
 def draw(sd, pairs: list[Pair], steps: int = STEPS):
     """The three pictures of each pair, pairs of one kind: [source, edit, baseline]."""
     p2p = stack(*(prompt_to_prompt(sd, pair, steps) for pair in pairs))
-    blend = LocalBlend(p2p.maps, [words for pair in pairs for words in blend_words(pair)], threshold=THRESHOLD)
+    blend = LocalBlend(
+        p2p.maps, [words for pair in pairs for words in blend_words(pair)], threshold=THRESHOLD
+    )
     cond, uncond = sd.encode_prompt(p2p.prompts), sd.encode_prompt([""])
     x = sd.noise([pair.seed for pair in pairs]).repeat_interleave(3, dim=0)
 
@@ -174,7 +200,9 @@ def draw(sd, pairs: list[Pair], steps: int = STEPS):
         return blended
 
     sampler = minisd.DDIM(sd.schedule, steps)
-    images = sd.decode(minisd.denoise(x, sampler, minisd.cfg(sd.unet, uncond, cond, GUIDANCE, p2p), after))
+    images = sd.decode(
+        minisd.denoise(x, sampler, minisd.cfg(sd.unet, uncond, cond, GUIDANCE, p2p), after)
+    )
     return [images[i : i + 3] for i in range(0, len(images), 3)]
 
 
@@ -192,16 +220,26 @@ def grown(mask: np.ndarray, by: int) -> np.ndarray:
 
 def alike(reading, thing, *attributes):
     """The objects of a picture that have these attributes of a thing."""
-    return [found for found in reading.objects if all(getattr(found, a) == getattr(thing, a) for a in attributes)]
+    return [
+        found
+        for found in reading.objects
+        if all(getattr(found, a) == getattr(thing, a) for a in attributes)
+    ]
 
 
 def covered(found: list, reading) -> float | None:
-    """IoU of the first object found in the source and the object of an edited picture that covers it best."""
-    return round(max((iou(found[0].mask, o.mask) for o in reading.objects), default=0.0), 4) if found else None
+    """IoU of the first object found in the source and the object of an edited picture that covers
+    it best."""
+    return (
+        round(max((iou(found[0].mask, o.mask) for o in reading.objects), default=0.0), 4)
+        if found
+        else None
+    )
 
 
 def measure(pair: Pair, source, image) -> dict[str, float]:
-    """The figures of an edited picture against its source; None: the source has no such object to compare with."""
+    """The figures of an edited picture against its source; None: the source has no such object to
+    compare with."""
     kind, before, after = KINDS[pair.kind], read(source), read(image)
     old, rest = pair.source.things[pair.edited], pair.source.things[1 - pair.edited]
     new = pair.target.things[pair.edited]
@@ -209,10 +247,16 @@ def measure(pair: Pair, source, image) -> dict[str, float]:
     now = alike(after, new, kind.told_by)
     value, values = getattr(new, kind.attribute), [getattr(found, kind.attribute) for found in now]
     a, b = metrics.values(source), metrics.values(image)
-    elsewhere = ~grown(np.any([np.zeros(a.shape[:2], bool), *(o.mask for o in was + now)], axis=0), MARGIN)
+    elsewhere = ~grown(
+        np.any([np.zeros(a.shape[:2], bool), *(o.mask for o in was + now)], axis=0), MARGIN
+    )
     return {
-        "right": value in values if value else any(v != getattr(old, kind.attribute) for v in values),
-        "other_iou": covered(alike(before, rest, "colour", "shape") or alike(before, rest, "colour"), after),
+        "right": value in values
+        if value
+        else any(v != getattr(old, kind.attribute) for v in values),
+        "other_iou": covered(
+            alike(before, rest, "colour", "shape") or alike(before, rest, "colour"), after
+        ),
         "edited_iou": covered(was, after),
         "psnr": round(metrics.psnr(a[elsewhere], b[elsewhere]), 2) if elsewhere.any() else None,
     }
@@ -220,17 +264,33 @@ def measure(pair: Pair, source, image) -> dict[str, float]:
 
 def score(pair: Pair, images) -> dict:
     """The figures of one pair, as they stand in the JSON."""
-    said = {"source": str(pair.source), "target": str(pair.target), "edited": pair.edited, "seed": pair.seed}
-    scores = {method: measure(pair, images[0], image) for method, image in zip(METHODS, images[1:], strict=True)}
-    return {"kind": pair.kind, **said, "source_right": judge(read(images[0]), pair.source)["all"], **scores}
+    said = {
+        "source": str(pair.source),
+        "target": str(pair.target),
+        "edited": pair.edited,
+        "seed": pair.seed,
+    }
+    scores = {
+        method: measure(pair, images[0], image)
+        for method, image in zip(METHODS, images[1:], strict=True)
+    }
+    return {
+        "kind": pair.kind,
+        **said,
+        "source_right": judge(read(images[0]), pair.source)["all"],
+        **scores,
+    }
 
 
 def run(sd, kind: str, n: int, steps: int, rows: list[dict], keep: Callable) -> None:
-    """Add rows, one for each pair, until n have a source that is right; keep(row) is called for each new one."""
+    """Add rows, one for each pair, until n have a source that is right; keep(row) is called for
+    each new one."""
     stream = measured(kind)
     for _ in rows:
         next(stream)
-    with tqdm(total=n, initial=sum(row["source_right"] for row in rows), desc=kind, file=sys.stderr) as bar:
+    with tqdm(
+        total=n, initial=sum(row["source_right"] for row in rows), desc=kind, file=sys.stderr
+    ) as bar:
         while bar.n < n:
             pairs = [next(stream) for _ in range(BATCH)]
             for pair, images in zip(pairs, draw(sd, pairs, steps)):
@@ -243,11 +303,14 @@ def run(sd, kind: str, n: int, steps: int, rows: list[dict], keep: Callable) -> 
 def summary(pairs: list[dict], method: str) -> dict[str, float]:
     """Means over the pairs that have the figure."""
     scores = [pair[method] for pair in pairs]
-    return {name: float(np.mean([s[name] for s in scores if s[name] is not None])) for name in scores[0]}
+    return {
+        name: float(np.mean([s[name] for s in scores if s[name] is not None])) for name in scores[0]
+    }
 
 
 def table(record: dict) -> str:
-    """The results as a Markdown table: a row for each kind and method, in brackets the same over all pairs."""
+    """The results as a Markdown table: a row for each kind and method, in brackets the same over
+    all pairs."""
     lines = [
         "| edit | | attribute right | IoU of the other object | IoU of the edited object | PSNR elsewhere |",
         "|---|---|---|---|---|---|",
@@ -265,7 +328,8 @@ def table(record: dict) -> str:
 
 
 def picture(sd, rows: dict[str, list[dict]], steps: int, each: int = 2):
-    """A contact sheet: of each kind the first pairs whose source is right, as source, baseline and edit."""
+    """A contact sheet: of each kind the first pairs whose source is right, as source, baseline and
+    edit."""
     shown, captions = [], []
     for kind, scores in rows.items():
         pairs = [pair for pair, row in zip(measured(kind), scores) if row["source_right"]][:each]
@@ -286,14 +350,26 @@ def main(arguments=None):
     if arguments and arguments[0] in PARTS:  # the other parts have their own files and options
         return importlib.import_module(f"bench.editing_{arguments[0]}").main(arguments[1:])
     parser = argparse.ArgumentParser(
-        prog="python -m bench.editing", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.editing",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", default="shapes", help="a bundled model or a checkpoint folder (default: shapes)")
-    parser.add_argument("--n", type=int, default=100, help="pairs of each kind whose source is right (default: 100)")
-    parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS), help="default: all")
+    parser.add_argument(
+        "--model", default="shapes", help="a bundled model or a checkpoint folder (default: shapes)"
+    )
+    parser.add_argument(
+        "--n", type=int, default=100, help="pairs of each kind whose source is right (default: 100)"
+    )
+    parser.add_argument(
+        "--kinds", nargs="*", default=list(KINDS), choices=list(KINDS), help="default: all"
+    )
     parser.add_argument("--steps", type=int, default=STEPS, help=f"DDIM steps (default: {STEPS})")
-    parser.add_argument("--json", type=Path, help="write all figures here; FILE.part keeps a run that was stopped")
-    parser.add_argument("--readme", type=Path, help="put the table here, and docs/prompt_to_prompt.png beside it")
+    parser.add_argument(
+        "--json", type=Path, help="write all figures here; FILE.part keeps a run that was stopped"
+    )
+    parser.add_argument(
+        "--readme", type=Path, help="put the table here, and docs/prompt_to_prompt.png beside it"
+    )
     args = parser.parse_args(arguments)
 
     sd = minisd.load(args.model, device="cpu")
@@ -306,7 +382,9 @@ def main(arguments=None):
     if part and part.exists():  # its first line are the settings, the others rows
         first, *lines = map(json.loads, part.read_text().splitlines())
         if first != settings:
-            raise ValueError(f"{part} is of another run, {first}; this one is {settings}: finish that one or delete it")
+            raise ValueError(
+                f"{part} is of another run, {first}; this one is {settings}: finish that one or delete it"
+            )
         for row in lines:
             rows[row["kind"]].append(row)
     elif part:

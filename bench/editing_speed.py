@@ -1,4 +1,5 @@
-"""What prompt-to-prompt costs: one guided step of two prompts at SD v1.4's size with random weights.
+"""What prompt-to-prompt costs: one guided step of two prompts at SD v1.4's size with random
+weights.
 
     python -m bench.editing speed [--device cuda] [--rounds 3] [--size 512] [--quick]
 
@@ -23,7 +24,15 @@ PROMPTS = ("a red circle on a white background", "a big red square on a white ba
 EDIT = dict(cross_steps=0.8, self_steps=0.4, reweight={"red": 2.0})
 
 
-def ours(suffix: str, device: str, dtype: torch.dtype, small: bool, size, kinds: tuple[str, ...], **options):
+def ours(
+    suffix: str,
+    device: str,
+    dtype: torch.dtype,
+    small: bool,
+    size,
+    kinds: tuple[str, ...],
+    **options,
+):
     """minisd's steps of these kinds, on one copy of the weights."""
     from minisd import DDIM, PromptToPrompt, cfg
     from minisd.editing.recording import Recorder, Replay
@@ -32,7 +41,9 @@ def ours(suffix: str, device: str, dtype: torch.dtype, small: bool, size, kinds:
     uncond, cond = sd.encode_prompt([""]), sd.encode_prompt(list(PROMPTS))
     step = next(iter(DDIM(sd.schedule, 50)))
     sd.text_encoder, sd.vae = None, sd.vae.to("meta")  # not timed, and not to count as memory
-    p2p, with_maps = (PromptToPrompt(sd, *PROMPTS, steps=50, height=size, width=size, **EDIT) for _ in range(2))
+    p2p, with_maps = (
+        PromptToPrompt(sd, *PROMPTS, steps=50, height=size, width=size, **EDIT) for _ in range(2)
+    )
     with_maps.maps  # summed from the first time on that they are read
 
     def timed(edits, rows, store=lambda x, step: x):
@@ -40,7 +51,11 @@ def ours(suffix: str, device: str, dtype: torch.dtype, small: bool, size, kinds:
         run = harness.one_step(cfg(sd.unet, uncond, rows, 7.5, edits), step, x)
         return lambda: store(run(), step)
 
-    steps = {"plain": timed(None, cond), "lockstep": timed(p2p, cond), "with maps": timed(with_maps, cond)}
+    steps = {
+        "plain": timed(None, cond),
+        "lockstep": timed(p2p, cond),
+        "with maps": timed(with_maps, cond),
+    }
     if "record" in kinds:
         recorder = Recorder(sd, PROMPTS[0], 1, height=size, width=size)
         recorder.recording.t[0] = step.t
@@ -50,19 +65,29 @@ def ours(suffix: str, device: str, dtype: torch.dtype, small: bool, size, kinds:
 
 
 class EagerProcessor:
-    """Prompt-to-prompt on a diffusers UNet as it is usually written: the maps of all heads, edited in the open."""
+    """Prompt-to-prompt on a diffusers UNet as it is usually written: the maps of all heads, edited
+    in the open."""
 
     def __init__(self, p2p, site: str):
         self.p2p, self.is_cross, self.injects = p2p, site in p2p.cross_sites, site in p2p.self_sites
 
     def __call__(self, attn, x, encoder_hidden_states=None, attention_mask=None, **kwargs):
         context = encoder_hidden_states if self.is_cross else x
-        q, k, v = (attn.head_to_batch_dim(y) for y in (attn.to_q(x), attn.to_k(context), attn.to_v(context)))
-        P = torch.baddbmm(q.new_empty(1), q, k.mT, beta=0, alpha=attn.scale).softmax(-1).unflatten(0, (len(x), -1))
+        q, k, v = (
+            attn.head_to_batch_dim(y)
+            for y in (attn.to_q(x), attn.to_k(context), attn.to_v(context))
+        )
+        P = (
+            torch.baddbmm(q.new_empty(1), q, k.mT, beta=0, alpha=attn.scale)
+            .softmax(-1)
+            .unflatten(0, (len(x), -1))
+        )
         source, own = P[2:]  # (heads, N, L) each; the first two rows are unconditional
         if self.is_cross:
             p2p = self.p2p
-            M, blend, factors = (t[1].to(P.dtype) for t in (p2p.token_map, p2p.blend[0], p2p.reweight[0]))
+            M, blend, factors = (
+                t[1].to(P.dtype) for t in (p2p.token_map, p2p.blend[0], p2p.reweight[0])
+            )
             P[3] = factors * (blend * (source @ M) + (1 - blend) * own)
         elif self.injects:
             P[3] = source
@@ -74,10 +99,13 @@ def eager(name: str, device: str, dtype: torch.dtype, small: bool, size):
 
     from bench.unet import FULL, SMALL
     from minisd import PromptToPrompt
-    from minisd.checkpoint import SD_V1_SCHEDULE
+    from minisd.checkpoints.load import SD_V1_SCHEDULE
 
     sd = harness.full_size(device, dtype, small)
-    cond, x = sd.encode_prompt(list(PROMPTS)), sd.noise(0, height=size, width=size).repeat(2, 1, 1, 1)
+    cond, x = (
+        sd.encode_prompt(list(PROMPTS)),
+        sd.noise(0, height=size, width=size).repeat(2, 1, 1, 1),
+    )
     context = torch.cat([sd.encode_prompt([""]).expand_as(cond), cond])
     p2p = PromptToPrompt(sd, *PROMPTS, steps=50, height=size, width=size, **EDIT)
     with torch.device("meta"):
@@ -93,7 +121,9 @@ def eager(name: str, device: str, dtype: torch.dtype, small: bool, size):
 
     @torch.no_grad()
     def step():
-        eps_u, eps_c = unet(torch.cat([x, x]), t, encoder_hidden_states=context, return_dict=False)[0].chunk(2)
+        eps_u, eps_c = unet(torch.cat([x, x]), t, encoder_hidden_states=context, return_dict=False)[
+            0
+        ].chunk(2)
         return scheduler.step(eps_u + 7.5 * (eps_c - eps_u), t, x).prev_sample
 
     return {name: step}
@@ -119,14 +149,26 @@ def processes(device: str, small: bool, size: int | None) -> dict[str, tuple]:
 def table(record: dict) -> str:
     """The Markdown table of a result file."""
     times = record["rows"][0]["times"]
-    plain = {name.removeprefix("plain"): t["ms"] for name, t in times.items() if name.startswith("plain")}
+    plain = {
+        name.removeprefix("plain"): t["ms"] for name, t in times.items() if name.startswith("plain")
+    }
     eager = next((t["ms"] for name, t in times.items() if name.startswith("eager")), None)
     size = record["rows"][0]["size"]
-    heads = [f"{size} x {size}", "ms a step", "quartiles", "peak above the weights", "time / plain", "eager / time"]
+    heads = [
+        f"{size} x {size}",
+        "ms a step",
+        "quartiles",
+        "peak above the weights",
+        "time / plain",
+        "eager / time",
+    ]
     lines = [harness.origin(record), "", f"| {' | '.join(heads)} |", "|---|---|---|---|---|---|"]
     for name, t in times.items():
         own = next((ms for suffix, ms in plain.items() if name.endswith(suffix)), None)
-        ratios = [None if own is None else t["ms"] / own, None if eager is None else eager / t["ms"]]
+        ratios = [
+            None if own is None else t["ms"] / own,
+            None if eager is None else eager / t["ms"],
+        ]
         ms, low, high = (harness.four_digits(t[key]) for key in ("ms", "low", "high"))
         cells = [name, ms, f"{low} - {high}", harness.gigabytes(t["above"])]
         cells += ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
@@ -135,26 +177,44 @@ def table(record: dict) -> str:
 
 
 def misses(rows: list[dict]) -> list[str]:
-    """What misses its target: lockstep beside the plain run and beside eager (on a CPU, eager in float32)."""
+    """What misses its target: lockstep beside the plain run and beside eager (on a CPU, eager in
+    float32)."""
     times, bars = rows[0]["times"], []
-    for suffix, rival, must in (("", "eager", 4), (" fp32", "eager fp32", 1.25), (" bf16", "eager fp32", 2)):
-        own, plain, eager = (times.get(name) for name in (f"lockstep{suffix}", f"plain{suffix}", rival))
+    for suffix, rival, must in (
+        ("", "eager", 4),
+        (" fp32", "eager fp32", 1.25),
+        (" bf16", "eager fp32", 2),
+    ):
+        own, plain, eager = (
+            times.get(name) for name in (f"lockstep{suffix}", f"plain{suffix}", rival)
+        )
         if own and plain:
             bars.append((f"lockstep{suffix} / plain{suffix}", own["ms"] / plain["ms"], "<=", 1.1))
         if own and eager:
             bars.append((f"{rival} / lockstep{suffix}", eager["ms"] / own["ms"], ">=", must))
         if own and eager and not suffix:  # CUDA
-            bars.append(("memory above the weights, eager / lockstep", eager["above"] / own["above"], ">=", 8))
+            bars.append(
+                (
+                    "memory above the weights, eager / lockstep",
+                    eager["above"] / own["above"],
+                    ">=",
+                    8,
+                )
+            )
     return harness.slow(bars)
 
 
 def main(arguments=None) -> int:
     args = harness.options(__doc__, "bench.editing speed", arguments, size=int)
     contenders = processes(args.device, args.quick, args.size)
-    rows = [{"size": args.size or 512, "times": harness.contest(contenders, args.device, args.rounds)}]
+    rows = [
+        {"size": args.size or 512, "times": harness.contest(contenders, args.device, args.rounds)}
+    ]
     print(table({**harness.provenance(args.device), "rows": rows}))
     if not args.quick:
-        print("\n".join([f"wrote {harness.save('editing_speed', rows, args.device)}", *misses(rows)]))
+        print(
+            "\n".join([f"wrote {harness.save('editing_speed', rows, args.device)}", *misses(rows)])
+        )
     return 0
 
 

@@ -1,10 +1,12 @@
-"""Time GroupNorm + SiLU, LayerNorm and GEGLU of minisd_kernels beside PyTorch's, and check them in the same run.
+"""Time GroupNorm + SiLU, LayerNorm and GEGLU of minisd_kernels beside PyTorch's, and check them in
+the same run.
 
     python -m bench.fused [--quick] [--device cuda]
 
-The shapes are those of SD v1.x at 512x512. The rivals: PyTorch's own ops, and the same under torch.compile. Writes
-bench/results/<device>/fused.json, of which `python -m bench.report` makes the table in kernels/README.md. The models
-use none of these kernels; this says on which cards they might.
+The shapes are those of SD v1.x at 512x512. The rivals: PyTorch's own ops, and the same under
+torch.compile. Writes bench/results/<device>/fused.json, of which `python -m bench.report` makes the
+table in kernels/README.md. The models use none of these kernels; this says on which cards they
+might.
 """
 
 import argparse
@@ -35,11 +37,15 @@ def geglu(x):
     return h * F.gelu(gate)
 
 
-def case(op: str, B: int, C: int, side: int, dtype, device) -> tuple[Callable, Callable, Callable, tuple]:
+def case(
+    op: str, B: int, C: int, side: int, dtype, device
+) -> tuple[Callable, Callable, Callable, tuple]:
     """(ours, PyTorch's, the oracle, the arguments) of one op at one site of the UNet."""
     weight, bias = (torch.randn(C, device=device).to(dtype) for _ in range(2))
     if op == "group_norm_silu":
-        x = torch.randn(B, C, side, side, device=device).to(dtype, memory_format=torch.channels_last)
+        x = torch.randn(B, C, side, side, device=device).to(
+            dtype, memory_format=torch.channels_last
+        )
         return (lambda x, w, b: fused.group_norm_silu(x, GROUPS, w, b), group_norm_silu,
                 lambda x, w, b: reference.group_norm_silu(x, GROUPS, w, b), (x, weight, bias))  # fmt: skip
     if op == "layer_norm":
@@ -50,19 +56,33 @@ def case(op: str, B: int, C: int, side: int, dtype, device) -> tuple[Callable, C
 
 
 def error_ratio(got, eager, exact) -> float:
-    """Error against float64 over the budget, max(2 x PyTorch's, 4 eps x max|reference|); above 1 is wrong."""
-    budget = max(2 * (eager - exact).abs().max(), 4 * torch.finfo(eager.dtype).eps * exact.abs().max())
+    """Error against float64 over the budget, max(2 x PyTorch's, 4 eps x max|reference|); above 1 is
+    wrong."""
+    budget = max(
+        2 * (eager - exact).abs().max(), 4 * torch.finfo(eager.dtype).eps * exact.abs().max()
+    )
     return ((got - exact).abs().max() / budget).item()
 
 
 @torch.no_grad()
 def bench_case(op: str, B: int, C: int, side: int, dtype, device: str, rounds: int) -> dict:
     ours, torch_op, oracle, args = case(op, B, C, side, dtype, device)
-    row = {"op": op, "B": B, "C": C, "side": side, "dtype": str(dtype)[6:], "error_over_budget": None}
+    row = {
+        "op": op,
+        "B": B,
+        "C": C,
+        "side": side,
+        "dtype": str(dtype)[6:],
+        "error_over_budget": None,
+    }
     functions = {"torch": lambda: torch_op(*args)}
     if torch.device(device).type == "cuda":
         compiled = harness.compiled(torch_op)
-        functions = {"minisd": lambda: ours(*args), **functions, "torch.compile": lambda: compiled(*args)}
+        functions = {
+            "minisd": lambda: ours(*args),
+            **functions,
+            "torch.compile": lambda: compiled(*args),
+        }
         exact = oracle(*(x.double() for x in args))
         row["error_over_budget"] = error_ratio(ours(*args), torch_op(*args), exact)
     row["times"] = harness.interleave(functions, device, rounds, graph=True)
@@ -76,7 +96,9 @@ def misses(rows: list[dict]) -> list[str]:
     out, bars = [], []
     for row in rows:
         name = f"{row['op']} B{row['B']} C{row['C']} {row['side']}x{row['side']} {row['dtype']}"
-        if row["error_over_budget"] is not None and not row["error_over_budget"] <= 1:  # nan is wrong, too
+        if (
+            row["error_over_budget"] is not None and not row["error_over_budget"] <= 1
+        ):  # nan is wrong, too
             out.append(f"WRONG error over budget {row['error_over_budget']:.2f}: {name}")
         times = {contender: t["ms"] for contender, t in row["times"].items()}
         bars += [(f"{rival} / minisd, {name}", ms / times["minisd"], ">=", 1)
@@ -102,7 +124,9 @@ def table(record: dict) -> str:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.fused", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.fused", description=__doc__.split("\n\n")[0]
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="batch 2, float16")
@@ -110,7 +134,9 @@ def main(argv=None) -> int:
     if torch.device(args.device).type != "cuda":
         print("no GPU: the Triton kernels are left out, only PyTorch's ops are timed")
     ops, rows = ("group_norm_silu", "layer_norm", "geglu"), []
-    dtypes, batches = ((torch.float16,), (2,)) if args.quick else ((torch.float16, torch.bfloat16), (2, 8))
+    dtypes, batches = (
+        ((torch.float16,), (2,)) if args.quick else ((torch.float16, torch.bfloat16), (2, 8))
+    )
     for op, dtype, B in itertools.product(ops, dtypes, batches):
         rows += [bench_case(op, B, C, side, dtype, args.device, args.rounds) for C, side in GRID]
         path = harness.save("fused-quick" if args.quick else "fused", rows, args.device)

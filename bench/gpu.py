@@ -1,19 +1,22 @@
-"""Everything that needs a GPU, on a machine with only this checkout, torch, triton and transformers.
+"""Everything that needs a GPU, on a machine with only this checkout, torch, triton and
+transformers.
 
     python -m bench.gpu [PART ...] [--full] [--minutes 9.5]
 
-Parts, in this order: tests (the GPU-marked ones), attention, editing, txt2img, unet, fused, scaling, startup; all of
-them unless some are named, so that it can be split over several calls where the time of one is limited. Prints what is
-wrong or misses its target, and the seconds of each part. Needs no installation: the checkout is put on the path. What
-needs something that is not there is left out with a line saying so: the tests without pytest, what draws without
-Pillow, a test file or a rival without diffusers.
+Parts, in this order: tests (the GPU-marked ones), attention, editing, txt2img, unet, fused,
+scaling, startup; all of them unless some are named, so that it can be split over several calls
+where the time of one is limited. Prints what is wrong or misses its target, and the seconds of each
+part. Needs no installation: the checkout is put on the path. What needs something that is not there
+is left out with a line saying so: the tests without pytest, what draws without Pillow, a test file
+or a rival without diffusers.
 
-The whole ends within ten minutes: when --minutes (9.5) are over, what runs is interrupted, and the parts that did not
-end are named; what they had saved stays. On an H200 where nothing has been compiled yet all of it should fit, but that
-is an estimate and was never measured, in minutes: tests 1.5 - 2.25 (about 260 compiles of a second in four processes),
-attention 1.5 - 2 (compiles and FlexAttention), editing 0.75, txt2img 0.75 (6 processes), unet 1 - 1.5 (12 processes),
-fused 0.75, scaling 0.5, startup 1. --full adds the other dtypes, batches and sizes of the kernels and what compiles the
-whole UNet; it takes as long as it takes, unless --minutes says otherwise.
+The whole ends within ten minutes: when --minutes (9.5) are over, what runs is interrupted, and the
+parts that did not end are named; what they had saved stays. On an H200 where nothing has been
+compiled yet all of it should fit, but that is an estimate and was never measured, in minutes: tests
+1.5 - 2.25 (about 260 compiles of a second in four processes), attention 1.5 - 2 (compiles and
+FlexAttention), editing 0.75, txt2img 0.75 (6 processes), unet 1 - 1.5 (12 processes), fused 0.75,
+scaling 0.5, startup 1. --full adds the other dtypes, batches and sizes of the kernels and what
+compiles the whole UNet; it takes as long as it takes, unless --minutes says otherwise.
 """
 
 import argparse
@@ -31,26 +34,36 @@ import torch
 from bench import harness
 
 PARTS = ("tests", "attention", "editing", "txt2img", "unet", "fused", "scaling", "startup")
-NEEDS = {"tests": "pytest"} | dict.fromkeys(("editing", "txt2img", "unet", "scaling", "startup"), "PIL")
+NEEDS = {"tests": "pytest"} | dict.fromkeys(
+    ("editing", "txt2img", "unet", "scaling", "startup"), "PIL"
+)
 MARK = "pytest.mark.gpu"
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
-PASSED, FAILED, LATE = "passed", "failed", "not done in time"  # how a process ended; LATE: it was interrupted
+PASSED, FAILED, LATE = (
+    "passed",
+    "failed",
+    "not done in time",
+)  # how a process ended; LATE: it was interrupted
 
 
 def left(deadline: float) -> float | None:
-    """Seconds until the deadline (of time.monotonic), as subprocess takes them: None where it is math.inf."""
+    """Seconds until the deadline (of time.monotonic), as subprocess takes them: None where it is
+    math.inf."""
     return None if deadline == math.inf else max(0, deadline - time.monotonic())
 
 
 def collect(folder: Path, deadline: float) -> list[str]:
-    """The GPU tests of a folder, as pytest calls them; a file that imports what is not there, itself or by a module of
-    its own, is skipped with a line. subprocess.TimeoutExpired at the deadline."""
+    """The GPU tests of a folder, as pytest calls them; a file that imports what is not there,
+    itself or by a module of its own, is skipped with a line. subprocess.TimeoutExpired at the
+    deadline."""
     tests = []
     for file in sorted(folder.glob("test_*.py")):
         if MARK not in file.read_text():
             continue
         command = [*PYTEST, "--collect-only", str(file)]
-        done = subprocess.run(command, cwd=harness.ROOT, capture_output=True, text=True, timeout=left(deadline))
+        done = subprocess.run(
+            command, cwd=harness.ROOT, capture_output=True, text=True, timeout=left(deadline)
+        )
         lacks = re.search(r"ModuleNotFoundError: .*\b(diffusers|transformers|PIL)\b", done.stdout)
         if lacks:
             print(f"{file.name} skipped: {lacks[1]} is not installed", flush=True)
@@ -62,9 +75,12 @@ def collect(folder: Path, deadline: float) -> list[str]:
 
 
 def run_tests(tests: list[str], deadline: float, processes: int = 4) -> set[str]:
-    """How the tests end, in several processes, because most of their time is compiling, on one core each."""
+    """How the tests end, in several processes, because most of their time is compiling, on one core
+    each."""
     running = [
-        subprocess.Popen([*PYTEST, *share], cwd=harness.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        subprocess.Popen(
+            [*PYTEST, *share], cwd=harness.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
         for share in (tests[i::processes] for i in range(processes))
         if share
     ]
@@ -81,7 +97,9 @@ def finish(process: subprocess.Popen, deadline: float, patience: float = 10) -> 
         out, _ = process.communicate(timeout=left(deadline))
     except subprocess.TimeoutExpired:
         late = True
-        process.send_signal(signal.SIGINT)  # like Ctrl-C: pytest says what it found, temporary files go
+        process.send_signal(
+            signal.SIGINT
+        )  # like Ctrl-C: pytest says what it found, temporary files go
         try:
             out, _ = process.communicate(timeout=patience)
         except subprocess.TimeoutExpired:
@@ -119,10 +137,20 @@ def run(part: str, full: bool, deadline: float) -> set[str]:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.split("\n\n")[0])
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all")
-    parser.add_argument("--full", action="store_true", help="all shapes of the kernels, and the UNet compiled as well")
-    parser.add_argument("--minutes", type=float, help="interrupt what has not ended then (9.5; --full: no limit)")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu", description=__doc__.split("\n\n")[0]
+    )
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all"
+    )
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="all shapes of the kernels, and the UNet compiled as well",
+    )
+    parser.add_argument(
+        "--minutes", type=float, help="interrupt what has not ended then (9.5; --full: no limit)"
+    )
     args = parser.parse_args(argv)
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}; parts are {', '.join(PARTS)}")
@@ -143,7 +171,10 @@ def main(argv=None) -> int:
         ends[part] = run(part, args.full, deadline)
         seconds[part] = time.monotonic() - start
         print(f"{part}: {seconds[part]:.0f} s", flush=True)
-    print(", ".join(f"{part} {spent:.0f} s" for part, spent in seconds.items()), f"= {sum(seconds.values()):.0f} s")
+    print(
+        ", ".join(f"{part} {spent:.0f} s" for part, spent in seconds.items()),
+        f"= {sum(seconds.values()):.0f} s",
+    )
     wrong = [end for end in (FAILED, LATE) if any(end in each for each in ends.values())]
     for end in wrong:
         print(f"{end}: {', '.join(part for part in ends if end in ends[part])}")

@@ -1,7 +1,8 @@
 """Shared by the benchmarks: interleaved timing, peak memory, where the numbers come from, JSON.
 
-Contenders are timed in turns, one call of each per round, so that a clock that drifts or a neighbour on the machine
-hits all of them alike; the figure is the median over the rounds, with the quartiles as spread.
+Contenders are timed in turns, one call of each per round, so that a clock that drifts or a
+neighbour on the machine hits all of them alike; the figure is the median over the rounds, with the
+quartiles as spread.
 """
 
 import argparse
@@ -28,12 +29,18 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-CODE = (".", ":!bench/results", ":!*.md", ":!docs")  # pathspecs: what one benchmark writes is no change for the next
+CODE = (
+    ".",
+    ":!bench/results",
+    ":!*.md",
+    ":!docs",
+)  # pathspecs: what one benchmark writes is no change for the next
 RSS_RESET = Path("/proc/self/clear_refs")  # Linux: writing 5 resets the peak of the resident memory
 
 
 def use_checkout() -> None:
-    """Make minisd_kernels and the rest importable from this checkout, here and in child processes, unless installed.
+    """Make minisd_kernels and the rest importable from this checkout, here and in child processes,
+    unless installed.
 
     Called when the package `bench` is imported, before any module of it imports minisd.
     """
@@ -41,11 +48,18 @@ def use_checkout() -> None:
         return
     links = Path(tempfile.mkdtemp(prefix="minisd-path-"))
     atexit.register(shutil.rmtree, links, ignore_errors=True)
-    folders = {"minisd": "minisd", "minisd_kernels": "kernels", "minisd_weights": "weights", "bench": "bench"}
+    folders = {
+        "minisd": "minisd",
+        "minisd_kernels": "kernels",
+        "minisd_weights": "weights",
+        "bench": "bench",
+    }
     for name, folder in folders.items():
         (links / name).symlink_to(ROOT / folder)
     sys.path.insert(0, str(links))
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(links), *filter(None, [os.environ.get("PYTHONPATH")])])
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(links), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     importlib.invalidate_caches()
 
 
@@ -58,7 +72,10 @@ def processor() -> str:
     """What /proc/cpuinfo calls this CPU."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
 
 
 def provenance(device: str) -> dict:
@@ -91,18 +108,25 @@ def provenance(device: str) -> dict:
         "diffusers": version("diffusers"),
         "transformers": version("transformers"),
         "commit": "unknown" if commit is None else commit + (" with changes" if changes else ""),
-        "command": " ".join(["python -m", ".".join(Path(sys.argv[0]).with_suffix("").parts[-2:]), *sys.argv[1:]]),
+        "command": " ".join(
+            ["python -m", ".".join(Path(sys.argv[0]).with_suffix("").parts[-2:]), *sys.argv[1:]]
+        ),
     }
 
 
 def interleave(
-    functions: dict[str, Callable], device: str, rounds: int = 20, seconds: float = 2e-3, graph: bool = False
+    functions: dict[str, Callable],
+    device: str,
+    rounds: int = 20,
+    seconds: float = 2e-3,
+    graph: bool = False,
 ) -> dict[str, dict]:
-    """{name: {"ms", "low", "high"}}: median and quartiles of one call, the functions taken in turns.
+    """{name: {"ms", "low", "high"}}: median and quartiles of one call, the functions taken in
+    turns.
 
-    A sample repeats the call until it lasts about `seconds`, so that the clock's resolution does not matter. With
-    `graph`, on CUDA the repeated calls are captured once and replayed, so that Python's time for a call is not in it,
-    nor in how often it is repeated.
+    A sample repeats the call until it lasts about `seconds`, so that the clock's resolution does
+    not matter. With `graph`, on CUDA the repeated calls are captured once and replayed, so that
+    Python's time for a call is not in it, nor in how often it is repeated.
     """
     cuda = torch.device(device).type == "cuda"
 
@@ -154,7 +178,8 @@ def interleave(
 def compiled(function: Callable) -> Callable:
     """torch.compile for the sizes of the next call alone.
 
-    Otherwise sizes are symbolic from the second on, and at the ninth the function runs uncompiled, without a word.
+    Otherwise sizes are symbolic from the second on, and at the ninth the function runs uncompiled,
+    without a word.
     """
     torch._dynamo.reset()
     return torch.compile(function, dynamic=False, fullgraph=True)
@@ -177,7 +202,8 @@ def quartiles(ms: list[float]) -> dict[str, float]:
 
 
 def peak_memory(function: Callable, device: str) -> int | None:
-    """Bytes at the peak of one call above what is there before: allocated on CUDA, resident on Linux, else None."""
+    """Bytes at the peak of one call above what is there before: allocated on CUDA, resident on
+    Linux, else None."""
     if torch.device(device).type != "cuda" and not RSS_RESET.exists():
         return None
     before = reset_peak(device)
@@ -212,13 +238,15 @@ def resident(key: str) -> int:
 
 
 def contest(builders: dict[str, tuple], device: str, rounds: int) -> dict[str, dict]:
-    """{name: {"ms", "low", "high", "bytes", "above"}}: contenders in processes of their own, called in turns.
+    """{name: {"ms", "low", "high", "bytes", "above"}}: contenders in processes of their own, called
+    in turns.
 
-    builders: process -> (function, *arguments); the function, of a module, is called in the new process and returns the
-    contenders there, {name: what is timed}. One call of each warms up. bytes: at the peak of the calls, weights
-    included, resident memory of the process on a CPU and allocated memory on CUDA; above: of it, what was not there
-    before the call. On CUDA the first call counts, too: the replay of a graph allocates nothing, its capture does. (So
-    does what a compiler's tuning takes.) A process that fails or dies is left out with a line that says so.
+    builders: process -> (function, *arguments); the function, of a module, is called in the new
+    process and returns the contenders there, {name: what is timed}. One call of each warms up.
+    bytes: at the peak of the calls, weights included, resident memory of the process on a CPU and
+    allocated memory on CUDA; above: of it, what was not there before the call. On CUDA the first
+    call counts, too: the replay of a graph allocates nothing, its capture does. (So does what a
+    compiler's tuning takes.) A process that fails or dies is left out with a line that says so.
     """
     context, starting, workers = multiprocessing.get_context("spawn"), [], []
     for process_name, builder in builders.items():
@@ -227,7 +255,11 @@ def contest(builders: dict[str, tuple], device: str, rounds: int) -> dict[str, d
         process.start()
         there.close()
         starting.append((process_name, process, here))
-    for process_name, process, here in starting:  # they import together and build one after the other, undisturbed
+    for (
+        process_name,
+        process,
+        here,
+    ) in starting:  # they import together and build one after the other, undisturbed
         try:
             here.send("build")
             names = here.recv()
@@ -292,26 +324,41 @@ def random_model(kind, config, device: str, dtype: torch.dtype):
 
 
 def full_size(device: str, dtype: torch.dtype, small: bool = False):
-    """A StableDiffusion of SD v1.4's size with random weights; `small`: a quarter of its width, for a trial run."""
-    from minisd import AutoencoderKL, CLIPTextConfig, CLIPTextModel, NoiseSchedule, UNet, UNetConfig, VAEConfig
-    from minisd import StableDiffusion
-    from minisd.checkpoint import SD_V1_SCHEDULE, locate
+    """A StableDiffusion of SD v1.4's size with random weights; `small`: a quarter of its width, for
+    a trial run."""
+    from minisd import (
+        AutoencoderKL,
+        CLIPTextConfig,
+        CLIPTextModel,
+        NoiseSchedule,
+        StableDiffusion,
+        UNet,
+        UNetConfig,
+        VAEConfig,
+    )
+    from minisd.checkpoints.load import SD_V1_SCHEDULE, locate
 
     configs = (CLIPTextConfig(), UNetConfig(), VAEConfig())
     if small:
         configs = (
-            CLIPTextConfig(hidden_size=192, intermediate_size=768, num_hidden_layers=2, num_attention_heads=3),
-            UNetConfig(sample_size=32, block_out_channels=(64, 128, 256, 256), cross_attention_dim=192),
+            CLIPTextConfig(
+                hidden_size=192, intermediate_size=768, num_hidden_layers=2, num_attention_heads=3
+            ),
+            UNetConfig(
+                sample_size=32, block_out_channels=(64, 128, 256, 256), cross_attention_dim=192
+            ),
             VAEConfig(block_out_channels=(32, 64, 64, 64), sample_size=256),
         )
     kinds = (CLIPTextModel, UNet, AutoencoderKL)
     models = [random_model(kind, config, device, dtype) for kind, config in zip(kinds, configs)]
-    return StableDiffusion(locate("shapes").tokenizer, *models, NoiseSchedule.from_dict(SD_V1_SCHEDULE))
+    return StableDiffusion(
+        locate("shapes").tokenizer, *models, NoiseSchedule.from_dict(SD_V1_SCHEDULE)
+    )
 
 
 def as_loaded(sd, compile=False, graph=False):
     """The model as `minisd.load` would have it computed."""
-    from minisd.cuda_graph import Replay
+    from minisd.engine.graphs import Replay
     from minisd.pipeline import make_quick
 
     for model in (sd.text_encoder, sd.vae):
@@ -323,7 +370,7 @@ def as_loaded(sd, compile=False, graph=False):
 
 def one_step(predict, step, x):
     """A function that takes one step as `denoise` does."""
-    from minisd.samplers import take
+    from minisd.sampling.samplers import take
 
     @torch.no_grad()
     def run():
@@ -332,8 +379,11 @@ def one_step(predict, step, x):
     return run
 
 
-def random_weights(like: dict[str, torch.Tensor], device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Weights of variance 1 / inputs, cut from one pool of random numbers; norms are 1, biases 0."""
+def random_weights(
+    like: dict[str, torch.Tensor], device: str, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Weights of variance 1 / inputs, cut from one pool of random numbers; norms are 1, biases
+    0."""
     pool = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     out = {}
     for name, tensor in like.items():
@@ -353,18 +403,32 @@ def matrix_peak(dtype: torch.dtype, device: str) -> float:
     """FLOP/s of a large matrix product: what fractions of the peak are fractions of."""
     n = 8192 if torch.device(device).type == "cuda" else 512
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return 2 * n**3 / (interleave({"product": lambda: a @ b}, device, rounds=10)["product"]["ms"] * 1e-3)
+    return (
+        2
+        * n**3
+        / (interleave({"product": lambda: a @ b}, device, rounds=10)["product"]["ms"] * 1e-3)
+    )
 
 
 def options(doc: str, prog: str, arguments: list[str] | None = None, **more) -> argparse.Namespace:
-    """The command line that the benchmarks of the engine share; more: name -> type of further options, or the default
-    of one that is on (--name) or off (--no-name)."""
+    """The command line that the benchmarks of the engine share; more: name -> type of further
+    options, or the default of one that is on (--name) or off (--no-name)."""
     parser = argparse.ArgumentParser(prog=f"python -m {prog}", description=doc.split("\n\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, help="how often each contender is timed (default: 3 on a CPU, else 10)")
-    parser.add_argument("--quick", action="store_true", help="a trial run of a small model: nothing is written")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        help="how often each contender is timed (default: 3 on a CPU, else 10)",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a trial run of a small model: nothing is written"
+    )
     for name, kind in more.items():
-        how = dict(action=argparse.BooleanOptionalAction, default=kind) if isinstance(kind, bool) else dict(type=kind)
+        how = (
+            dict(action=argparse.BooleanOptionalAction, default=kind)
+            if isinstance(kind, bool)
+            else dict(type=kind)
+        )
         parser.add_argument(f"--{name}", **how)
     args = parser.parse_args(arguments)
     args.rounds = args.rounds or (1 if args.quick else 3 if args.device == "cpu" else 10)
@@ -383,7 +447,11 @@ def four_digits(ms: float) -> str:
 def slow(bars: list[tuple[str, float, str, float]]) -> list[str]:
     """A line for each figure that misses its target; bars: (what, figure, ">=" or "<=", target)."""
     met = {">=": operator.ge, "<=": operator.le}
-    return [f"SLOW  {what}: {x:.4g}, must be {sign} {bar}" for what, x, sign, bar in bars if not met[sign](x, bar)]
+    return [
+        f"SLOW  {what}: {x:.4g}, must be {sign} {bar}"
+        for what, x, sign, bar in bars
+        if not met[sign](x, bar)
+    ]
 
 
 def origin(record: dict) -> str:
@@ -402,8 +470,11 @@ def save(name: str, rows: list[dict], device: str) -> Path:
 
 
 def put(text: str, name: str, table: str) -> str:
-    """`text` with what stands between the lines `<!-- name -->` and `<!-- end ... -->` replaced by the table."""
+    """`text` with what stands between the lines `<!-- name -->` and `<!-- end ... -->` replaced by
+    the table."""
     block = re.compile(rf"(?<=<!-- {re.escape(name)} -->\n)(?:(?!<!--).)*(?=<!-- end)", re.DOTALL)
     if len(block.findall(text)) != 1:
-        raise ValueError(f"expected one block from <!-- {name} --> to <!-- end -->, found {len(block.findall(text))}")
+        raise ValueError(
+            f"expected one block from <!-- {name} --> to <!-- end -->, found {len(block.findall(text))}"
+        )
     return block.sub(lambda _: f"{table}\n", text)

@@ -1,15 +1,18 @@
-"""The figures that the editing literature reports, of a source picture and its edit: PIE-Bench's, from their formulas.
+"""The figures that the editing literature reports, of a source picture and its edit: PIE-Bench's,
+from their formulas.
 
     MSE         mean((a - b)^2), values in 0..1
     PSNR        -10 log10(MSE) in dB; equal pictures count as 100 dB
     SSIM        mean over pixels and channels of  (2 ma mb + C1)(2 vab + C2) / ((ma^2 + mb^2 + C1)(va + vb + C2)),
-                means m and (co)variances v under an 11 x 11 Gaussian of sd 1.5, where it fits into the picture
+                means m and (co)variances v under an 11 x 11 Gaussian of sd 1.5, where it fits into
+                the picture
     structure   mean((S(a) - S(b))^2), S the matrix of cosine similarities of all pairs of a picture's cells
 
-Sources: Ju et al. 2023 (PnP inversion, arXiv 2310.01506) for the protocol: of the background, both pictures are
-multiplied by 1 - mask and compared over the WHOLE picture; Wang et al. 2004 (SSIM); Tumanyan et al. 2022 (arXiv
-2201.00424) for the distance of self-similarities. Theirs compares keys of DINO; the feature here is the project's own,
-a histogram of edge directions, so `structure` orders methods on one set and is not to be compared with published ones.
+Sources: Ju et al. 2023 (PnP inversion, arXiv 2310.01506) for the protocol: of the background, both
+pictures are multiplied by 1 - mask and compared over the WHOLE picture; Wang et al. 2004 (SSIM);
+Tumanyan et al. 2022 (arXiv 2201.00424) for the distance of self-similarities. Theirs compares keys
+of DINO; the feature here is the project's own, a histogram of edge directions, so `structure`
+orders methods on one set and is not to be compared with published ones.
 """
 
 import numpy as np
@@ -17,14 +20,21 @@ from PIL import Image
 
 WINDOW, SD = 11, 1.5  # of SSIM's Gaussian, in pixels
 C1, C2 = 0.01**2, 0.03**2
-CELLS, CELL, BINS, FLAT = 16, 4, 8, 0.25  # cells a side, pixels a side of each, directions, and see `cells`
+CELLS, CELL, BINS, FLAT = (
+    16,
+    4,
+    8,
+    0.25,
+)  # cells a side, pixels a side of each, directions, and see `cells`
 
 
 def values(image) -> np.ndarray:
     """(H, W, 3) float64 in 0..1 of a PIL image or an 8-bit array."""
     pixels = np.asarray(image)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
-        raise ValueError(f"expected 8-bit RGB (height, width, 3), got {pixels.dtype} {pixels.shape}")
+        raise ValueError(
+            f"expected 8-bit RGB (height, width, 3), got {pixels.dtype} {pixels.shape}"
+        )
     return pixels / 255.0
 
 
@@ -48,7 +58,9 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
 
     ma, mb = mean(a), mean(b)
     va, vb, vab = mean(a * a) - ma**2, mean(b * b) - mb**2, mean(a * b) - ma * mb
-    return float(np.mean((2 * ma * mb + C1) * (2 * vab + C2) / ((ma**2 + mb**2 + C1) * (va + vb + C2))))
+    return float(
+        np.mean((2 * ma * mb + C1) * (2 * vab + C2) / ((ma**2 + mb**2 + C1) * (va + vb + C2)))
+    )
 
 
 def _gaussian(n: int) -> np.ndarray:
@@ -63,11 +75,14 @@ def _gaussian(n: int) -> np.ndarray:
 def cells(image: np.ndarray) -> np.ndarray:
     """A picture (H, W, 3) -> one descriptor for each of 16 x 16 cells, (256, BINS + 1).
 
-    Per cell, the sum of the gradient's length over its pixels (of the picture at 64 x 64, in grey) by direction, 0 to
-    180 degrees in BINS, and a constant FLAT * CELL^2, so that cells without edges are alike and unlike those with.
+    Per cell, the sum of the gradient's length over its pixels (of the picture at 64 x 64, in grey)
+    by direction, 0 to 180 degrees in BINS, and a constant FLAT * CELL^2, so that cells without
+    edges are alike and unlike those with.
     """
     side = CELLS * CELL
-    grey = Image.fromarray(np.float32(image.mean(axis=2))).resize((side, side), Image.Resampling.BILINEAR)
+    grey = Image.fromarray(np.float32(image.mean(axis=2))).resize(
+        (side, side), Image.Resampling.BILINEAR
+    )
     dy, dx = np.gradient(np.asarray(grey, np.float64))
     length, direction = np.hypot(dx, dy), np.arctan2(dy, dx) % np.pi
     bins = np.minimum((direction / np.pi * BINS).astype(int), BINS - 1)
@@ -88,10 +103,11 @@ def structure(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def field(source, edited, mask=None) -> dict[str, float | None]:
-    """PSNR, MSE and SSIM of the background, and the structure distance, of two 8-bit pictures of one size.
+    """PSNR, MSE and SSIM of the background, and the structure distance, of two 8-bit pictures of
+    one size.
 
-    mask: (H, W) bool, True where the edit belongs; None compares whole pictures. If it is True everywhere there is no
-    background, and its figures are None.
+    mask: (H, W) bool, True where the edit belongs; None compares whole pictures. If it is True
+    everywhere there is no background, and its figures are None.
     """
     a, b = values(source), values(edited)
     mask = np.zeros(a.shape[:2], bool) if mask is None else np.asarray(mask)
@@ -101,5 +117,9 @@ def field(source, edited, mask=None) -> dict[str, float | None]:
     figures = {"psnr": None, "mse": None, "ssim": None, "structure": structure(a, b)}
     if not mask.all():
         keep = ~mask[..., None]
-        figures |= {"psnr": psnr(a * keep, b * keep), "mse": mse(a * keep, b * keep), "ssim": ssim(a * keep, b * keep)}
+        figures |= {
+            "psnr": psnr(a * keep, b * keep),
+            "mse": mse(a * keep, b * keep),
+            "ssim": ssim(a * keep, b * keep),
+        }
     return figures

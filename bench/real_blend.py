@@ -1,16 +1,20 @@
-"""Blended diffusion and concept erasure on rendered scenes: parts of `python -m bench.editing real`.
+"""Blended diffusion and concept erasure on rendered scenes: parts of `python -m bench.editing
+real`.
 
 blend   In a rendered scene one thing is to become another: the mask is its box with a margin, the prompt the caption of
-        what is wanted. Outside the mask no pixel may change; inside, the thing said has to be there. Beside it the same
-        captions drawn by txt2img from the same noise: what the model can do without a mask.
+        what is wanted. Outside the mask no pixel may change; inside, the thing said has to be
+        there. Beside it the same captions drawn by txt2img from the same noise: what the model can
+        do without a mask.
 
 erase   A rendered scene is redrawn after its own caption, which names a texture, at ERASE_STRENGTH: by guidance alone,
-        and with two concepts, the textured thing at the weight w and the same thing without texture at -w. As a
-        control, on the first CONTROL scenes, the same with the texture that is not there.
+        and with two concepts, the textured thing at the weight w and the same thing without texture
+        at -w. As a control, on the first CONTROL scenes, the same with the texture that is not
+        there.
         present      pictures in which any object has the texture
         the rest     which attributes of the caption are right, with the thing said to be plain
 
-Captions are those that training never saw (scenes.split "heldout"). Settings were chosen on other scenes: TUNING.
+Captions are those that training never saw (scenes.split "heldout"). Settings were chosen on other
+scenes: TUNING.
 """
 
 import random
@@ -25,16 +29,23 @@ from tqdm import tqdm
 import minisd
 from bench.metrics import field
 from bench.scorer import Reading, judge, read
-from minisd import scenes
-from minisd.visualize import contact_sheet
+from minisd.training import scenes
+from minisd.viewing.visualize import contact_sheet
 
 STEPS, GUIDANCE, STRENGTH = 16, 7.5, 0.95
 MARGIN = 4.0  # of the mask around the thing's box, in 1/64 of the picture
 ERASE_STRENGTH, WEIGHT = 0.8, 7.5
 CONTROL = 20  # scenes of the control
-SEED, TUNING = {"blend": 3001, "erase": 3002}, 100_000  # of the scenes; TUNING is added for those the settings are from
+SEED, TUNING = (
+    {"blend": 3001, "erase": 3002},
+    100_000,
+)  # of the scenes; TUNING is added for those the settings are from
 BATCH = 10
-METHODS = {"guidance": "guidance alone", "erased": "erased", "control": "control: the other texture erased"}
+METHODS = {
+    "guidance": "guidance alone",
+    "erased": "erased",
+    "control": "control: the other texture erased",
+}
 NAMES = ("colour", "shape", "size", "texture")
 REST = ("count", "texture", "colour", "shape", "size", "place", "background")
 
@@ -61,10 +72,11 @@ class Redraw:
 
 
 def redraws(n: int, seed: int) -> list[Redraw]:
-    """n scenes whose captions training never saw, half of one thing, half of two, and what one thing is to become.
+    """n scenes whose captions training never saw, half of one thing, half of two, and what one
+    thing is to become.
 
-    The wanted caption, too, is held out. Its thing has another shape, colour and texture, and the size it had; in a
-    scene of two, it differs in shape and colour from the other.
+    The wanted caption, too, is held out. Its thing has another shape, colour and texture, and the
+    size it had; in a scene of two, it differs in shape and colour from the other.
     """
     rng, found = random.Random(seed), []
     while len(found) < n:
@@ -82,9 +94,12 @@ def redraws(n: int, seed: int) -> list[Redraw]:
                 colour=rng.choice([c for c in scenes.COLOURS if c != old.colour]),
                 texture=rng.choice([t for t in scenes.TEXTURES if t != old.texture]),
             )
-            wanted = replace(said, things=tuple(new if i == edited else t for i, t in enumerate(said.things)))
+            wanted = replace(
+                said, things=tuple(new if i == edited else t for i, t in enumerate(said.things))
+            )
             distinct = number == 1 or all(
-                getattr(wanted.things[0], name) != getattr(wanted.things[1], name) for name in ("shape", "colour")
+                getattr(wanted.things[0], name) != getattr(wanted.things[1], name)
+                for name in ("shape", "colour")
             )
             if distinct and scenes.split(wanted) == "heldout":
                 found.append(Redraw(scene, wanted, edited))
@@ -93,7 +108,8 @@ def redraws(n: int, seed: int) -> list[Redraw]:
 
 
 def thing_right(image, thing: scenes.Thing) -> dict[str, bool | None]:
-    """colour, shape, size, texture: right in the object that fits the thing best; all: each of them."""
+    """colour, shape, size, texture: right in the object that fits the thing best; all: each of
+    them."""
     verdict = judge(read(image), scenes.Description((thing,)))
     found = {name: verdict[name] for name in NAMES}
     return found | {"all": all(value for value in found.values() if value is not None)}
@@ -109,8 +125,19 @@ def blend(sd, n: int) -> tuple[dict, Image.Image]:
     images, captions = [], []
     for case, blend_image, plain in shown[:8]:
         images += [case.picture, Image.fromarray(case.mask).convert("RGB"), blend_image, plain]
-        captions += [str(case.scene.said), "mask", f"blend: {case.wanted}", "txt2img: the same prompt and noise"]
-    settings = {"steps": STEPS, "guidance": GUIDANCE, "strength": STRENGTH, "sampler": "dpm++", "seed": SEED["blend"]}
+        captions += [
+            str(case.scene.said),
+            "mask",
+            f"blend: {case.wanted}",
+            "txt2img: the same prompt and noise",
+        ]
+    settings = {
+        "steps": STEPS,
+        "guidance": GUIDANCE,
+        "strength": STRENGTH,
+        "sampler": "dpm++",
+        "seed": SEED["blend"],
+    }
     return settings | {"scenes": rows}, contact_sheet(images, captions, 8)
 
 
@@ -157,23 +184,33 @@ def share(values: list[bool | None]) -> str:
     return "-" if not said else f"{100 * sum(said) / len(said):.0f} % of {len(said)}"
 
 
-# ---- erasure -------------------------------------------------------------------------------------------------------
+# ---- erasure
+# -------------------------------------------------------------------------------------------------------
 
 
 def textured(n: int, seed: int) -> list[scenes.Scene]:
-    """n scenes with a texture on one thing; half of one thing, half of two that differ in shape and colour."""
+    """n scenes with a texture on one thing; half of one thing, half of two that differ in shape and
+    colour."""
     rng, found = random.Random(seed), []
     while len(found) < n:
         scene = scenes.sample(rng, "heldout")
         things, number = scene.said.things, 1 + len(found) % 2
-        distinct = len({t.shape for t in things}) == len({t.colour for t in things}) == number == len(things)
+        distinct = (
+            len({t.shape for t in things})
+            == len({t.colour for t in things})
+            == number
+            == len(things)
+        )
         if distinct and scene.said.background and sum(t.texture != "plain" for t in things) == 1:
             found.append(scene)
     return found
 
 
-def guided(sd, drawn: list[scenes.Scene], concepts: list[list[str]], seed: int) -> list[Image.Image]:
-    """The scenes redrawn after their captions, in one batch, without concepts[0] and with concepts[1]; [] is cfg.
+def guided(
+    sd, drawn: list[scenes.Scene], concepts: list[list[str]], seed: int
+) -> list[Image.Image]:
+    """The scenes redrawn after their captions, in one batch, without concepts[0] and with
+    concepts[1]; [] is cfg.
 
     concepts: two lists with a text for each scene.
     """
@@ -191,9 +228,15 @@ def erased(sd, batch: list[scenes.Scene], seed: int, control: bool = True):
     """(figures of each scene, {method: pictures})."""
     said = [scene.said for scene in batch]
     things = [next(t for t in each.things if t.texture != "plain") for each in said]
-    bare, other = ([str(replace(t, texture=name(t))) for t in things] for name in (lambda t: "plain", other_texture))
+    bare, other = (
+        [str(replace(t, texture=name(t))) for t in things]
+        for name in (lambda t: "plain", other_texture)
+    )
     concepts = {"guidance": [], "erased": [[*map(str, things)], bare], "control": [other, bare]}
-    images = {name: guided(sd, batch, concepts[name], seed) for name in list(concepts)[: 3 if control else 2]}
+    images = {
+        name: guided(sd, batch, concepts[name], seed)
+        for name in list(concepts)[: 3 if control else 2]
+    }
     rows = []
     for i, (each, thing) in enumerate(zip(said, things)):
         rest = replace(each, things=tuple(replace(t, texture="plain") for t in each.things))
@@ -221,10 +264,18 @@ def erase(sd, n: int) -> tuple[dict, Image.Image]:
     for i in tqdm(range(0, n, BATCH), desc="erase", file=sys.stderr):
         figures, drawn = erased(sd, cases[i : i + BATCH], SEED["erase"] + i, control=i < CONTROL)
         rows += figures
-        for case, row, *pair in list(zip(cases, figures, drawn["guidance"], drawn["erased"]))[: 8 if i == 0 else 0]:
+        for case, row, *pair in list(zip(cases, figures, drawn["guidance"], drawn["erased"]))[
+            : 8 if i == 0 else 0
+        ]:
             images += [scenes.render(case), *pair]
             captions += [row["prompt"], "redrawn by guidance alone", f"without: {row['concept']}"]
-    settings = {"steps": STEPS, "guidance": GUIDANCE, "strength": ERASE_STRENGTH, "weight": WEIGHT, "sampler": "dpm++"}
+    settings = {
+        "steps": STEPS,
+        "guidance": GUIDANCE,
+        "strength": ERASE_STRENGTH,
+        "weight": WEIGHT,
+        "sampler": "dpm++",
+    }
     return settings | {"seed": SEED["erase"], "scenes": rows}, contact_sheet(images, captions, 6)
 
 
@@ -232,10 +283,15 @@ def erase_table(record: dict) -> str:
     """The part `erase` as Markdown."""
     if "erase" not in record:
         return "Not measured yet."
-    lines = [f"| | present | lower by | {' | '.join(REST)} |", "|---|---|---" + "|---" * len(REST) + "|"]
+    lines = [
+        f"| | present | lower by | {' | '.join(REST)} |",
+        "|---|---|---" + "|---" * len(REST) + "|",
+    ]
     for method, name in METHODS.items():
         rows = [row for row in record["erase"]["scenes"] if method in row]
-        before, present = (sum(row[which]["present"] for row in rows) for which in ("guidance", method))
+        before, present = (
+            sum(row[which]["present"] for row in rows) for which in ("guidance", method)
+        )
         lower = "-" if method == "guidance" else f"{100 * (1 - present / before):.0f} %"
         cells = [share([row[method][attribute] for row in rows]) for attribute in REST]
         lines.append(f"| {name} | {present} of {len(rows)} | {lower} | {' | '.join(cells)} |")

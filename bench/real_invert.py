@@ -1,16 +1,18 @@
-"""Does inversion lead back to a real picture, and can that be edited? A part of `python -m bench.editing real`.
+"""Does inversion lead back to a real picture, and can that be edited? A part of `python -m
+bench.editing real`.
 
-The pictures are rendered scenes that training never saw, so what they show is known to the pixel. A picture is inverted
-after a prompt that says what it shows: a caption that training never saw and, where that leaves a size or the
-background open, those of the scene. In each, one thing is to get another colour; the prompt says so, and the truth of
-the edit is known as well.
+The pictures are rendered scenes that training never saw, so what they show is known to the pixel. A
+picture is inverted after a prompt that says what it shows: a caption that training never saw and,
+where that leaves a size or the background open, those of the scene. In each, one thing is to get
+another colour; the prompt says so, and the truth of the edit is known as well.
 
 way back    each method's reconstruction against the picture: PSNR, and how far it is below the PSNR of the VAE alone,
-            which encodes and decodes the picture and is the ceiling. `open` is DDIM after the caption as it stands:
-            where it leaves something open the model decides it on the way back, now and then otherwise
+            which encodes and decodes the picture and is the ceiling. `open` is DDIM after the
+            caption as it stands: where it leaves something open the model decides it on the way
+            back, now and then otherwise
 edits       prompt-to-prompt on the inverted picture, with the same schedule for every method. Colour: the thing has
-            the colour said, in the picture read by bench.scorer. Background (outside of the thing's box and a margin):
-            PSNR, MSE, SSIM; structure distance (bench.metrics)
+            the colour said, in the picture read by bench.scorer. Background (outside of the thing's
+            box and a margin): PSNR, MSE, SSIM; structure distance (bench.metrics)
 """
 
 import random
@@ -24,14 +26,18 @@ import torch
 import minisd
 from bench.metrics import field, psnr, values
 from bench.scorer import judge, read
-from minisd import scenes
 from minisd.editing.prompt_to_prompt import PromptToPrompt, stack
-from minisd.visualize import contact_sheet
+from minisd.training import scenes
+from minisd.viewing.visualize import contact_sheet
 
-SEED, TUNING = 3003, 100_000  # of the scenes; TUNING is added for those that the settings were chosen on
+SEED, TUNING = (
+    3003,
+    100_000,
+)  # of the scenes; TUNING is added for those that the settings were chosen on
 STEPS, GUIDED_STEPS, GUIDANCE = 50, 20, 7.5  # of DDIM without guidance, and with it
-# The guidance of the edits that lead away from the source's prompt, not from "": eps moves by scale (target - source),
-# and at 7.5 the colour goes past the one that is said: blue for purple, green for red.
+# The guidance of the edits that lead away from the source's prompt, not from "": eps moves by scale
+# (target - source), and at 7.5 the colour goes past the one that is said: blue for purple, green
+# for red.
 LOW = 1.5
 REFINE = 1
 NULL_TEXT, EDICT = 20, 10  # how many of the scenes the two expensive methods are measured on
@@ -47,8 +53,18 @@ EDITS = {  # name -> what the table calls it and its guidance
     "negative-prompt low": ("negative-prompt", LOW),
     "direct": ("direct", GUIDANCE),
 }
-DRAWN = ("ddim", "null-text low", "negative-prompt low", "direct")  # of these, what the contact sheet shows
-SHOWN = {"vae": "VAE alone", "refined": "refined", "ddim guided": "DDIM, 7.5", "null-text guided": "null-text, 7.5"}
+DRAWN = (
+    "ddim",
+    "null-text low",
+    "negative-prompt low",
+    "direct",
+)  # of these, what the contact sheet shows
+SHOWN = {
+    "vae": "VAE alone",
+    "refined": "refined",
+    "ddim guided": "DDIM, 7.5",
+    "null-text guided": "null-text, 7.5",
+}
 WAYS = {  # name -> what the table calls it, its steps and guidance (or the record's keys of them)
     "vae": ("VAE alone", "-", "-"),
     "ddim": ("DDIM", "steps", 1),
@@ -63,7 +79,8 @@ WAYS = {  # name -> what the table calls it, its steps and guidance (or the reco
 
 @dataclass(frozen=True)
 class Case:
-    """A scene, the description of it in which one thing, `edited`, has another colour, and the caption it came from."""
+    """A scene, the description of it in which one thing, `edited`, has another colour, and the
+    caption it came from."""
 
     scene: scenes.Scene
     wanted: scenes.Description
@@ -82,14 +99,21 @@ class Case:
 
 
 def filled(said: scenes.Description, scene: scenes.Scene) -> scenes.Description:
-    """The description with the sizes and the background that the scene has, where it leaves them open."""
-    sizes = [min(scenes.SIZES, key=lambda size: abs(scenes.SIZES[size] - box.side)) for box in scene.boxes]
-    things = tuple(replace(thing, size=thing.size or size) for thing, size in zip(said.things, sizes))
+    """The description with the sizes and the background that the scene has, where it leaves them
+    open."""
+    sizes = [
+        min(scenes.SIZES, key=lambda size: abs(scenes.SIZES[size] - box.side))
+        for box in scene.boxes
+    ]
+    things = tuple(
+        replace(thing, size=thing.size or size) for thing, size in zip(said.things, sizes)
+    )
     return replace(said, things=things, background=scene.background)
 
 
 def cases(n: int, seed: int = SEED) -> list[Case]:
-    """n scenes of held-out captions with held-out edits, half of one thing, half of two of other shape and colour."""
+    """n scenes of held-out captions with held-out edits, half of one thing, half of two of other
+    shape and colour."""
     rng, found = random.Random(seed), []
     while len(found) < n:
         scene = scenes.sample(rng, "heldout")
@@ -97,9 +121,15 @@ def cases(n: int, seed: int = SEED) -> list[Case]:
         distinct = len({t.shape for t in things}) == len({t.colour for t in things}) == len(things)
         if not distinct or len(things) != 1 + len(found) % 2:
             continue
-        unused = [colour for colour in scenes.COLOURS if colour not in {thing.colour for thing in things}]
-        for edited, colour in rng.sample(choices := list(product(range(len(things)), unused)), len(choices)):
-            new = tuple(replace(t, colour=colour) if i == edited else t for i, t in enumerate(things))
+        unused = [
+            colour for colour in scenes.COLOURS if colour not in {thing.colour for thing in things}
+        ]
+        for edited, colour in rng.sample(
+            choices := list(product(range(len(things)), unused)), len(choices)
+        ):
+            new = tuple(
+                replace(t, colour=colour) if i == edited else t for i, t in enumerate(things)
+            )
             wanted = replace(scene.said, things=new)
             if scenes.split(wanted) == "heldout":
                 whole = replace(scene, said=filled(scene.said, scene))
@@ -113,7 +143,8 @@ def batches(items: list):
 
 
 def edited(sd, batch: list[Case], inversion, guidance: float) -> list:
-    """Prompt-to-prompt on inverted pictures, rows [source 1, target 1, source 2, ...] -> pictures of the targets."""
+    """Prompt-to-prompt on inverted pictures, rows [source 1, target 1, source 2, ...] -> pictures
+    of the targets."""
     cross, own, self_steps = EDIT
     p2p = stack(
         *(
@@ -126,11 +157,16 @@ def edited(sd, batch: list[Case], inversion, guidance: float) -> list:
     )  # fmt: skip
     uncond = inversion.unconditional(sd)
     if inversion.uncond is not None:
-        twice = [u.repeat_interleave(2, dim=0) for u in (uncond if isinstance(uncond, list) else [uncond])]
+        twice = [
+            u.repeat_interleave(2, dim=0)
+            for u in (uncond if isinstance(uncond, list) else [uncond])
+        ]
         uncond = twice if isinstance(uncond, list) else twice[0]
     predict = minisd.cfg(sd.unet, uncond, sd.encode_prompt(p2p.prompts), guidance, p2p)
     x, after = inversion.latents.repeat_interleave(2, dim=0), inversion.after(slice(0, None, 2))
-    return sd.decode(minisd.denoise(x, minisd.DDIM(sd.schedule, inversion.steps), predict, after)[1::2])
+    return sd.decode(
+        minisd.denoise(x, minisd.DDIM(sd.schedule, inversion.steps), predict, after)[1::2]
+    )
 
 
 def way_back(sd, batch: list[Case], pictures, null_text: bool, with_edict: bool):
@@ -170,18 +206,31 @@ def invert(sd, n: int) -> tuple[dict, object]:
         latents, guided = way_back(sd, batch, pictures, done < NULL_TEXT, done < EDICT)
         back = {name: sd.decode(z) for name, z in latents.items()}
         for name, images in back.items():
-            ways.setdefault(name, []).extend(round(psnr(values(p), values(i)), 3) for p, i in zip(pictures, images))
-        drawn = {name: edited(sd, batch, inversion, EDITS[name][1]) for name, inversion in guided.items()}
+            ways.setdefault(name, []).extend(
+                round(psnr(values(p), values(i)), 3) for p, i in zip(pictures, images)
+            )
+        drawn = {
+            name: edited(sd, batch, inversion, EDITS[name][1]) for name, inversion in guided.items()
+        }
         for name, images in drawn.items():
             for case, picture, image in zip(batch, pictures, images):
                 figures = field(picture, image, case.mask(size))
                 right = {"colour": judge(read(image), case.wanted)["colour"]}
-                edits.setdefault(name, []).append(right | {k: round(v, 6) for k, v in figures.items()})
+                edits.setdefault(name, []).append(
+                    right | {k: round(v, 6) for k, v in figures.items()}
+                )
         if page is None:
             page = sheet(batch, pictures, back, drawn)
         done += len(batch)
         print(f"invert: {done} of {n} scenes", file=sys.stderr, flush=True)
-    about = {"n": n, "seed": SEED, "steps": STEPS, "guided_steps": GUIDED_STEPS, "guidance": GUIDANCE, "low": LOW}
+    about = {
+        "n": n,
+        "seed": SEED,
+        "steps": STEPS,
+        "guided_steps": GUIDED_STEPS,
+        "guidance": GUIDANCE,
+        "low": LOW,
+    }
     about["refine"] = REFINE
     return about | {"way_back": ways, "edits": edits}, page
 
@@ -190,7 +239,11 @@ def sheet(batch, pictures, back, drawn):
     """A row for each of the first scenes: the picture, what comes back of it, and its edits."""
     images, captions = [], []
     for i, case in list(enumerate(batch))[:ROWS]:
-        images += [pictures[i], *(back[name][i] for name in SHOWN), *(drawn[name][i] for name in DRAWN)]
+        images += [
+            pictures[i],
+            *(back[name][i] for name in SHOWN),
+            *(drawn[name][i] for name in DRAWN),
+        ]
         captions += [
             case.prompts[0],
             *SHOWN.values(),
@@ -206,7 +259,10 @@ def table(record: dict) -> str:
         return "Not measured yet."
     part = record["invert"]
     ways, edits = part["way_back"], part["edits"]
-    lines = ["| way back | steps | guidance | pictures | PSNR | below the VAE alone | median |", "|---" * 7 + "|"]
+    lines = [
+        "| way back | steps | guidance | pictures | PSNR | below the VAE alone | median |",
+        "|---" * 7 + "|",
+    ]
     for name, (text, steps, guidance) in WAYS.items():
         psnrs = ways[name]
         below = np.subtract(ways["vae"][: len(psnrs)], psnrs)
@@ -214,7 +270,10 @@ def table(record: dict) -> str:
         far = [f"{function(below):.2f} dB" for function in (np.mean, np.median)]
         cells = [text, steps, guidance, len(psnrs), f"{np.mean(psnrs):.1f} dB", *far]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    lines += ["", "| edit after | guidance | colour right | background PSNR | MSE | SSIM | structure |"]
+    lines += [
+        "",
+        "| edit after | guidance | colour right | background PSNR | MSE | SSIM | structure |",
+    ]
     lines.append("|---" * 7 + "|")
     for name, (text, guidance) in EDITS.items():
         mean = {key: np.mean([row[key] for row in edits[name]]) for key in edits[name][0]}

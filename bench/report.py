@@ -2,10 +2,11 @@
 
     python -m bench.report [--check]
 
-A table stands between the lines `<!-- NAME -->` and `<!-- end -->`. TABLES says for each which JSON files it comes from
-and which function makes Markdown of one of them; devices that have measured it follow one another. Of a device that has
-no X.json, X-quick.json is shown. Where no JSON is there, the block's own text stays. --check writes nothing, and exits
-with 1 if a table is not what its JSON says.
+A table stands between the lines `<!-- NAME -->` and `<!-- end -->`. TABLES says for each which JSON
+files it comes from and which function makes Markdown of one of them; devices that have measured it
+follow one another. Of a device that has no X.json, X-quick.json is shown. Where no JSON is there,
+the block's own text stays. --check writes nothing, and exits with 1 if a table is not what its JSON
+says.
 """
 
 import argparse
@@ -15,8 +16,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from bench import attention, editing, editing_speed, fused, harness, real_blend, real_invert
-from bench import scaling, shapes, startup, txt2img, unet
+from bench import (
+    attention,
+    editing,
+    editing_speed,
+    fused,
+    harness,
+    real_blend,
+    real_invert,
+    scaling,
+    shapes,
+    startup,
+    txt2img,
+    unet,
+)
 
 
 class Table(NamedTuple):
@@ -38,12 +51,15 @@ TABLES = [
     Table("README.md", "bench.editing real: invert", "editing_real", real_invert.table),
     Table("README.md", "bench.editing real: blend", "editing_real", real_blend.blend_table),
     Table("README.md", "bench.editing real: erase", "editing_real", real_blend.erase_table),
-    Table("weights/README.md", "bench.shapes", "shapes", lambda record: shapes.table(record["scores"])),
+    Table(
+        "weights/README.md", "bench.shapes", "shapes", lambda record: shapes.table(record["scores"])
+    ),
 ]
 
 
 def rewritten(text: str, file: str, results: Path = harness.ROOT / "bench/results") -> str:
-    """The text of a README with its tables made anew from the JSON files; ValueError: a table has no block there."""
+    """The text of a README with its tables made anew from the JSON files; ValueError: a table has
+    no block there."""
     for table in TABLES:
         both = [results.glob(f"*/{table.results}{suffix}.json") for suffix in ("-quick", "")]
         by_device = {path.parent: path for paths in both for path in paths}  # the full run counts
@@ -55,8 +71,12 @@ def rewritten(text: str, file: str, results: Path = harness.ROOT / "bench/result
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 if a table is out of date")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.report", description=__doc__.split("\n\n")[0]
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing, exit with 1 if a table is out of date"
+    )
     args = parser.parse_args(argv)
     stale = []
     for file in sorted({table.file for table in TABLES}):

@@ -1,6 +1,8 @@
-"""What is in a picture of the `shapes` world, read from its pixels alone, and whether a caption is right about it.
+"""What is in a picture of the `shapes` world, read from its pixels alone, and whether a caption is
+right about it.
 
-The scorer knows the colour tables and the caption parser of `minisd.scenes`, nothing of how pictures are drawn:
+The scorer knows the colour tables and the caption parser of `minisd.training.scenes`, nothing of
+how pictures are drawn:
 
     background   median colour of the picture's edge
     objects      pixels far from that colour (after a 3x3 median), joined into connected components
@@ -9,7 +11,8 @@ The scorer knows the colour tables and the caption parser of `minisd.scenes`, no
     size         larger side of the bounding box
     texture      does the brightness inside the object oscillate along one axis (striped), both (dotted) or none (plain)
 
-Thresholds are distances in RGB (0..1) and in 1/64 of the picture's side, so that the size in pixels does not matter.
+Thresholds are distances in RGB (0..1) and in 1/64 of the picture's side, so that the size in pixels
+does not matter.
 """
 
 from dataclasses import dataclass
@@ -17,26 +20,40 @@ from itertools import permutations
 
 import numpy as np
 
-from minisd.scenes import BACKGROUNDS, COLOURS, POSITIONS, RELATIONS, SHAPES, Description, parse
+from minisd.training.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    POSITIONS,
+    RELATIONS,
+    SHAPES,
+    Description,
+    parse,
+)
 
 ATTRIBUTES = ("count", "colour", "shape", "size", "texture", "place", "background", "all")
 
 FAR = 0.18  # from the background's colour: not background (noise of 0.05 a channel stays below 0.1 after the median)
-EDGE = 0.25  # of an object's own contrast: where its outline is drawn; dark parts on black have 0.45
+EDGE = (
+    0.25  # of an object's own contrast: where its outline is drawn; dark parts on black have 0.45
+)
 MIN_AREA = 40.0  # of an object, in (1/64)^2; the smallest drawn is a triangle of 128
 THIN = 16.0  # area left after erosion, below which an object is read up to its outline
 SMALL, BIG = (11.0, 22.0), (22.0, 33.0)  # sides that read as each size; drawn are 16-18 and 26-28
 ARM = 0.38  # half width of a cross's arm, relative to half its side
 MATCH = 0.65  # intersection over union with the best shape, below which there is no shape
 VOTE = 0.6  # share of the hue votes, below which there is no colour
-PERIOD, SWING = 6.25, 0.055  # of the pattern, in 1/64; its least amplitude, relative to the bright part
+PERIOD, SWING = (
+    6.25,
+    0.055,
+)  # of the pattern, in 1/64; its least amplitude, relative to the bright part
 BACKGROUND_NEAR = 0.2  # to a named background; the nearest two, white and pink, are 0.34 apart
 CENTER = 7.0  # largest offset from the picture's middle, along both axes, that reads as its center
 
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """One object: mask (height, width) bool, holes filled; centre and side of its box in 1/64; names or None."""
+    """One object: mask (height, width) bool, holes filled; centre and side of its box in 1/64;
+    names or None."""
 
     mask: np.ndarray
     x: float
@@ -50,20 +67,24 @@ class Found:
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """All objects of a picture, largest first, and the name of its background (None: no named colour is near)."""
+    """All objects of a picture, largest first, and the name of its background (None: no named
+    colour is near)."""
 
     objects: list[Found]
     background: str | None
 
 
-# ---- reading -------------------------------------------------------------------------------------------------------
+# ---- reading
+# -------------------------------------------------------------------------------------------------------
 
 
 def read(image) -> Reading:
     """Read a PIL image or an array (height, width, 3), uint8 or float in 0..1."""
     pixels = np.asarray(image)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype.kind not in "uf":
-        raise ValueError(f"expected (height, width, 3) in uint8 or float 0..1, got {pixels.shape} {pixels.dtype}")
+        raise ValueError(
+            f"expected (height, width, 3) in uint8 or float 0..1, got {pixels.shape} {pixels.dtype}"
+        )
     pixels = pixels / 255.0 if pixels.dtype.kind == "u" else pixels.astype(np.float64)
     unit = min(pixels.shape[:2]) / 64
     edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
@@ -100,7 +121,8 @@ def fill_holes(mask: np.ndarray) -> np.ndarray:
 
 
 def _flood(seed, mask):
-    """All of mask that is connected to seed: grow by one pixel in four directions until nothing changes."""
+    """All of mask that is connected to seed: grow by one pixel in four directions until nothing
+    changes."""
     while True:
         grown = seed.copy()
         grown[1:] |= seed[:-1]
@@ -147,43 +169,56 @@ def _found(mask, pixels, smooth, unit):
         side=float(side),
         colour=_colour(smooth[core]),
         shape=_shape(mask[top:bottom, left:right]),
-        size="small" if SMALL[0] <= side < SMALL[1] else "big" if BIG[0] <= side <= BIG[1] else None,
+        size="small"
+        if SMALL[0] <= side < SMALL[1]
+        else "big"
+        if BIG[0] <= side <= BIG[1]
+        else None,
         texture=_texture(pixels, core),
     )
 
 
 def _span(counts, unit):
-    """First and one past the last row (or column) with more than a few stray pixels, if there is any such."""
+    """First and one past the last row (or column) with more than a few stray pixels, if there is
+    any such."""
     used = np.flatnonzero(counts >= 3 * unit)
     used = used if len(used) else np.flatnonzero(counts)
     return used[0], used[-1] + 1
 
 
 def _hue(rgb):
-    """Hue in degrees (0 red, 120 green, 240 blue) and chroma (largest less smallest channel) of (..., 3) colours."""
+    """Hue in degrees (0 red, 120 green, 240 blue) and chroma (largest less smallest channel) of
+    (..., 3) colours."""
     r, g, b = np.moveaxis(np.asarray(rgb, np.float64), -1, 0)
     hue = np.degrees(np.arctan2(np.sqrt(3) * (g - b), 2 * r - g - b)) % 360
     return hue, np.max(rgb, axis=-1) - np.min(rgb, axis=-1)
 
 
 def _colour(rgb):
-    """The named colour with the most votes: a pixel votes for the nearest hue, with the weight of its chroma."""
+    """The named colour with the most votes: a pixel votes for the nearest hue, with the weight of
+    its chroma."""
     names = list(COLOURS)
     hue, chroma = _hue(rgb)
     apart = np.abs((hue[:, None] - _hue(list(COLOURS.values()))[0] + 180) % 360 - 180)
     votes = np.bincount(apart.argmin(axis=1), weights=chroma, minlength=len(names))
     # A gray object has hues too, but hardly any chroma.
-    return names[votes.argmax()] if chroma.mean() > 0.15 and votes.max() > VOTE * votes.sum() else None
+    return (
+        names[votes.argmax()] if chroma.mean() > 0.15 and votes.max() > VOTE * votes.sum() else None
+    )
 
 
 def _shape(mask):
-    """The shape whose ideal outline has the largest intersection over union with the mask, which spans its own box.
+    """The shape whose ideal outline has the largest intersection over union with the mask, which
+    spans its own box.
 
-    A blurred object's mask is its outline moved outwards by some `grow`, so each shape is tried with a few: all points
-    whose signed distance from the ideal of side (side - 2 grow) is at most `grow`. The triangle stands on the bottom.
+    A blurred object's mask is its outline moved outwards by some `grow`, so each shape is tried
+    with a few: all points whose signed distance from the ideal of side (side - 2 grow) is at most
+    `grow`. The triangle stands on the bottom.
     """
     bottom, side = mask.shape[0] / 2, max(mask.shape)
-    mask = np.pad(mask, [(side - n, side - n) for n in mask.shape])  # room for the ideal where the box is not square
+    mask = np.pad(
+        mask, [(side - n, side - n) for n in mask.shape]
+    )  # room for the ideal where the box is not square
     y, x = (np.arange(n) + 0.5 - n / 2 for n in mask.shape)
     y, x = y[:, None], np.abs(x)
     match = dict.fromkeys(SHAPES, 0.0)
@@ -202,20 +237,26 @@ def _shape(mask):
 
 
 def _texture(pixels, core):
-    """plain, striped or dotted: does the brightness in an object's core rise and fall along no axis, one, or both?
+    """plain, striped or dotted: does the brightness in an object's core rise and fall along no
+    axis, one, or both?
 
     Least squares of   brightness = c0 + c1 cos(k y) + c2 sin(k y) + c3 cos(k x) + c4 sin(k x),   k = 2 pi / PERIOD.
     """
     ys, xs = np.nonzero(core)
     brightness = np.linalg.norm(pixels[core], axis=-1)
     k = 2 * np.pi / (PERIOD * min(core.shape) / 64)
-    waves = np.stack([np.ones(len(ys)), np.cos(k * ys), np.sin(k * ys), np.cos(k * xs), np.sin(k * xs)], axis=1)
+    waves = np.stack(
+        [np.ones(len(ys)), np.cos(k * ys), np.sin(k * ys), np.cos(k * xs), np.sin(k * xs)], axis=1
+    )
     bright = max(np.percentile(brightness, 90), 0.1)  # a black object is plain, not divided by zero
     _, *c = np.linalg.lstsq(waves, brightness / bright, rcond=1e-3)[0]
-    return ("plain", "striped", "dotted")[int(np.hypot(c[0], c[1]) > SWING) + int(np.hypot(c[2], c[3]) > SWING)]
+    return ("plain", "striped", "dotted")[
+        int(np.hypot(c[0], c[1]) > SWING) + int(np.hypot(c[2], c[3]) > SWING)
+    ]
 
 
-# ---- scoring -------------------------------------------------------------------------------------------------------
+# ---- scoring
+# -------------------------------------------------------------------------------------------------------
 
 
 def score(image, caption: str | Description) -> dict[str, bool | None]:
@@ -224,31 +265,42 @@ def score(image, caption: str | Description) -> dict[str, bool | None]:
 
 
 def judge(reading: Reading, said: Description) -> dict[str, bool | None]:
-    """Attribute -> right, wrong, or None where the caption does not say it; "all" is the conjunction of those it says.
+    """Attribute -> right, wrong, or None where the caption does not say it; "all" is the
+    conjunction of those it says.
 
     count       as many objects as things said
     colour, shape, size, texture   right for EVERY thing that says it (no texture word says plain); wrong for a thing
                 that has no object
     place       the position in the picture, or the relation of the two objects (dominant axis between box centres)
 
-    Which object stands for which thing: the assignment with the most right colours, shapes, sizes and textures in sum,
-    and among equals one with the place right. So where attributes disagree about who is who, the majority wins.
+    Which object stands for which thing: the assignment with the most right colours, shapes, sizes
+    and textures in sum, and among equals one with the place right. So where attributes disagree
+    about who is who, the majority wins.
     """
     missing = max(len(said.things) - len(reading.objects), 0)
     candidates = permutations([*reading.objects, *[None] * missing], len(said.things))
-    attributes = max((_compare(objects, said) for objects in candidates), key=lambda pair: pair[0])[1]
+    attributes = max((_compare(objects, said) for objects in candidates), key=lambda pair: pair[0])[
+        1
+    ]
     result = {"count": len(reading.objects) == len(said.things), **attributes}
-    result["background"] = None if said.background is None else reading.background == said.background
+    result["background"] = (
+        None if said.background is None else reading.background == said.background
+    )
     result["all"] = all(right for right in result.values() if right is not None)
     return result
 
 
 def _compare(objects, said):
-    """((number of right attributes, place right), attribute -> bool | None) of one assignment of objects to things."""
+    """((number of right attributes, place right), attribute -> bool | None) of one assignment of
+    objects to things."""
     right, attributes = 0, {}
     for name in ("colour", "shape", "size", "texture"):
         wanted = [(getattr(thing, name), found) for thing, found in zip(said.things, objects)]
-        verdicts = [found is not None and getattr(found, name) == want for want, found in wanted if want is not None]
+        verdicts = [
+            found is not None and getattr(found, name) == want
+            for want, found in wanted
+            if want is not None
+        ]
         right += sum(verdicts)
         attributes[name] = all(verdicts) if verdicts else None
     attributes["place"] = None

@@ -2,9 +2,10 @@
 
     python -m bench.shapes [--model shapes|FOLDER] [--n 200] [--json OUT] [--sheet OUT.png]
 
-Draws n captions of each split that training never saw, and scores the pictures with bench.scorer: `heldout` are
-captions of known colour-shape pairs, `composition` name a pair that training never showed. Also n rendered scenes
-through the VAE and back: their PSNR, and their scores, the ceiling that VAE and scorer leave to the diffusion model.
+Draws n captions of each split that training never saw, and scores the pictures with bench.scorer:
+`heldout` are captions of known colour-shape pairs, `composition` name a pair that training never
+showed. Also n rendered scenes through the VAE and back: their PSNR, and their scores, the ceiling
+that VAE and scorer leave to the diffusion model.
 """
 
 import argparse
@@ -24,13 +25,17 @@ from tqdm import tqdm
 
 import minisd
 from bench.scorer import ATTRIBUTES, score
-from minisd import scenes
-from minisd.checkpoint import bundled
-from minisd.visualize import contact_sheet
+from minisd.checkpoints.load import bundled
+from minisd.training import scenes
+from minisd.viewing.visualize import contact_sheet
 
 BATCH = 25
 ROWS = (*ATTRIBUTES, "all, one object", "all, two objects")
-SEED = {"heldout": 1001, "composition": 1002, "reconstruction": 1003}  # of the captions, and of the scenes
+SEED = {
+    "heldout": 1001,
+    "composition": 1002,
+    "reconstruction": 1003,
+}  # of the captions, and of the scenes
 
 
 def captions(split: str, n: int) -> list[str]:
@@ -40,7 +45,8 @@ def captions(split: str, n: int) -> list[str]:
 
 
 def tally(texts: list[str], verdicts: list[dict]) -> dict[str, dict]:
-    """Row -> {"said": captions that say it, "right": share of them (None: no caption says it)}, for each of ROWS."""
+    """Row -> {"said": captions that say it, "right": share of them (None: no caption says it)}, for
+    each of ROWS."""
     said, right = Counter(), Counter()
     for text, verdict in zip(texts, verdicts, strict=True):
         number = "one object" if len(scenes.parse(text).things) == 1 else "two objects"
@@ -48,7 +54,10 @@ def tally(texts: list[str], verdicts: list[dict]) -> dict[str, dict]:
             if value is not None:
                 said[name] += 1
                 right[name] += value
-    return {name: {"said": said[name], "right": right[name] / said[name] if said[name] else None} for name in ROWS}
+    return {
+        name: {"said": said[name], "right": right[name] / said[name] if said[name] else None}
+        for name in ROWS
+    }
 
 
 def psnr(a, b) -> float:
@@ -62,23 +71,41 @@ def table(tallies: dict[str, dict]) -> str:
     lines = ["| | " + " | ".join(tallies) + " |", "|---|" + "---|" * len(tallies)]
     for name in ROWS:
         cells = (t[name] for t in tallies.values())
-        lines.append(f"| {name} | " + " | ".join(
-            f"{100 * cell['right']:.1f} % of {cell['said']}" if cell["said"] else "-" for cell in cells) + " |")
+        lines.append(
+            f"| {name} | "
+            + " | ".join(
+                f"{100 * cell['right']:.1f} % of {cell['said']}" if cell["said"] else "-"
+                for cell in cells
+            )
+            + " |"
+        )
     return "\n".join(lines)
 
 
 def sheet(images: list[Image.Image], texts: list[str], verdicts: list[dict]) -> Image.Image:
     """A contact sheet: each picture with its caption and, in brackets, what is wrong."""
-    wrong = [", ".join(name for name in ATTRIBUTES[:-1] if verdict[name] is False) for verdict in verdicts]
-    return contact_sheet(images, [f"{text} [{faults}]" if faults else text for text, faults in zip(texts, wrong)], 8)
+    wrong = [
+        ", ".join(name for name in ATTRIBUTES[:-1] if verdict[name] is False)
+        for verdict in verdicts
+    ]
+    return contact_sheet(
+        images, [f"{text} [{faults}]" if faults else text for text, faults in zip(texts, wrong)], 8
+    )
 
 
 def generate(sd, texts: list[str], steps: int, guidance: float) -> list[Image.Image]:
-    """One picture for each caption, picture i with seed i, by DPM-Solver++ 2M with Karras sigmas."""
+    """One picture for each caption, picture i with seed i, by DPM-Solver++ 2M with Karras
+    sigmas."""
     images = []
     for i in tqdm(range(0, len(texts), BATCH), desc="drawing", file=sys.stderr):
         images += sd.txt2img(
-            texts[i : i + BATCH], seed=i, steps=steps, guidance=guidance, sampler="dpm++", progress=False)
+            texts[i : i + BATCH],
+            seed=i,
+            steps=steps,
+            guidance=guidance,
+            sampler="dpm++",
+            progress=False,
+        )
     return images
 
 
@@ -95,19 +122,29 @@ def reconstruct(sd, n: int):
 
 def hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file of a checkpoint folder."""
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(
-        prog="python -m bench.shapes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="shapes", help="a bundled model or a checkpoint folder (default: shapes)")
+        prog="python -m bench.shapes",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--model", default="shapes", help="a bundled model or a checkpoint folder (default: shapes)"
+    )
     parser.add_argument("--n", type=int, default=200, help="captions of each split (default: 200)")
     parser.add_argument("--steps", type=int, default=25, help="DPM-Solver++ steps (default: 25)")
     parser.add_argument("--guidance", type=float, default=7.5, help="guidance scale (default: 7.5)")
     parser.add_argument("--json", type=Path, help="write all figures here")
-    parser.add_argument("--sheet", type=Path, help="write a contact sheet of the held-out captions here (PNG)")
+    parser.add_argument(
+        "--sheet", type=Path, help="write a contact sheet of the held-out captions here (PNG)"
+    )
     args = parser.parse_args(arguments)
 
     started, folder = time.time(), bundled().get(args.model, Path(args.model))
@@ -121,20 +158,36 @@ def main(arguments=None):
         if args.sheet and split == "heldout":
             sheet(images[:64], texts[:64], verdicts[:64]).save(args.sheet)
     texts, pictures, decoded = reconstruct(sd, args.n)
-    tallies["reconstruction"] = tally(texts, [score(image, text) for image, text in zip(decoded, texts)])
+    tallies["reconstruction"] = tally(
+        texts, [score(image, text) for image, text in zip(decoded, texts)]
+    )
     fidelity = float(np.mean([psnr(a, b) for a, b in zip(pictures, decoded)]))
 
     print(table(tallies))
     print(f"\nVAE reconstruction: {fidelity:.2f} dB, mean of {args.n} pictures")
     if args.json:
-        versions = {"python": platform.python_version(), "minisd": minisd.__version__, "torch": torch.__version__,
-                    "numpy": np.__version__}
+        versions = {
+            "python": platform.python_version(),
+            "minisd": minisd.__version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        }
         record = {
-            "command": " ".join(["python -m bench.shapes", *(sys.argv[1:] if arguments is None else arguments)]),
-            "versions": versions, "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-            "device": str(sd.device), "dtype": str(sd.dtype), "seconds": round(time.time() - started, 1),
-            "seeds": {"captions": SEED, "pictures": "0 to n - 1"}, "n": args.n, "steps": args.steps,
-            "guidance": args.guidance, "sampler": "dpm++", "psnr": fidelity, "scores": tallies,
+            "command": " ".join(
+                ["python -m bench.shapes", *(sys.argv[1:] if arguments is None else arguments)]
+            ),
+            "versions": versions,
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+            "device": str(sd.device),
+            "dtype": str(sd.dtype),
+            "seconds": round(time.time() - started, 1),
+            "seeds": {"captions": SEED, "pictures": "0 to n - 1"},
+            "n": args.n,
+            "steps": args.steps,
+            "guidance": args.guidance,
+            "sampler": "dpm++",
+            "psnr": fidelity,
+            "scores": tallies,
             "sha256": hashes(folder),
         }
         args.json.write_text(json.dumps(record, indent=2) + "\n")

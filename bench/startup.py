@@ -2,9 +2,9 @@
 
     python -m bench.startup [--device cuda] [--rounds 3] [--quick]
 
-Each figure is of fresh processes, in turns; the first round is not counted. Loading is of a folder of SD v1.4's size
-with random weights (float32 on a CPU, else float16) that lies in the page cache, beside reading its files into memory.
-Writes bench/results/<device>/startup.json.
+Each figure is of fresh processes, in turns; the first round is not counted. Loading is of a folder
+of SD v1.4's size with random weights (float32 on a CPU, else float16) that lies in the page cache,
+beside reading its files into memory. Writes bench/results/<device>/startup.json.
 """
 
 import json
@@ -38,7 +38,7 @@ def write_folder(folder: Path, device: str, small: bool) -> None:
     """A checkpoint in diffusers' folder layout."""
     from safetensors.torch import save_file
 
-    from minisd.checkpoint import MODELS, SD_V1_SCHEDULE, bundled, weights_file
+    from minisd.checkpoints.load import MODELS, SD_V1_SCHEDULE, bundled, weights_file
 
     sd = harness.full_size("cpu", torch.float32 if device == "cpu" else torch.float16, small)
     for part in MODELS:
@@ -53,7 +53,9 @@ def write_folder(folder: Path, device: str, small: bool) -> None:
 
 def seconds(code: str) -> float:
     """What the code takes in a fresh interpreter, the interpreter's own start left out."""
-    done = subprocess.run([sys.executable, "-c", TIMED.format(code=code)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", TIMED.format(code=code)], capture_output=True, text=True
+    )
     if done.returncode:
         raise RuntimeError(done.stderr)
     return float(done.stdout.split()[-1])
@@ -61,11 +63,20 @@ def seconds(code: str) -> float:
 
 def table(record: dict) -> str:
     """The Markdown table of a result file."""
-    lines = [harness.origin(record), "", "| what | seconds | quartiles | against |", "|---|---|---|---|"]
+    lines = [
+        harness.origin(record),
+        "",
+        "| what | seconds | quartiles | against |",
+        "|---|---|---|---|",
+    ]
     for row in record["rows"]:
-        against = f"{row['times']['ms'] / row['base_ms']:.2f} x {row['base']}" if row["base"] else ""
+        against = (
+            f"{row['times']['ms'] / row['base_ms']:.2f} x {row['base']}" if row["base"] else ""
+        )
         t = {key: value / 1e3 for key, value in row["times"].items()}
-        lines.append(f"| {row['what']} | {t['ms']:.2f} | {t['low']:.2f} - {t['high']:.2f} | {against} |")
+        lines.append(
+            f"| {row['what']} | {t['ms']:.2f} | {t['low']:.2f} - {t['high']:.2f} | {against} |"
+        )
     return "\n".join(lines)
 
 
@@ -82,7 +93,7 @@ def main() -> int:
             "import minisd, every public name": (
                 "import minisd; [getattr(minisd, name) for name in minisd.__all__]", "", "import torch"),
             "minisd --help": (
-                "from minisd.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass", "", None),
+                "from minisd.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass", "", None),
             "read the files": (READ.format(folder=folder), "", None),
             "minisd.load of them": (load.format(folder, device), ready, "read the files"),
             "shapes: load and the first picture, imports included": (
@@ -97,7 +108,12 @@ def main() -> int:
                     times[what].append(spent * 1e3)
     quartiles = {what: harness.quartiles(ms) for what, ms in times.items()}
     rows = [
-        {"what": what, "base": base, "base_ms": quartiles[base]["ms"] if base else None, "times": quartiles[what]}
+        {
+            "what": what,
+            "base": base,
+            "base_ms": quartiles[base]["ms"] if base else None,
+            "times": quartiles[what],
+        }
         for what, (_, _, base) in cases.items()
     ]
     print(table({**harness.provenance(args.device), "rows": rows}))

@@ -2,10 +2,11 @@
 
     python -m bench.tune [--device cuda] [--rounds 20]
 
-For each kind of launch and each head dim, some tiles and the rule's take turns at the sites of SD v1.x, batch 2 and 8,
-plain and edited, in float16. The one with the least time, as a fraction of the rule's and in the mean over the sites,
-is kept if it is quicker by more than the spread: its upper quartiles below the rule's lower ones. What is kept becomes
-this card's entry in kernels/tuned.json, which bfloat16 uses, too; float32 stays with the rule.
+For each kind of launch and each head dim, some tiles and the rule's take turns at the sites of SD
+v1.x, batch 2 and 8, plain and edited, in float16. The one with the least time, as a fraction of the
+rule's and in the mean over the sites, is kept if it is quicker by more than the spread: its upper
+quartiles below the rule's lower ones. What is kept becomes this card's entry in kernels/tuned.json,
+which bfloat16 uses, too; float32 stays with the rule.
 """
 
 import argparse
@@ -18,16 +19,32 @@ import torch
 from minisd_kernels import tuned
 
 from bench import harness
-from bench.attention import GRID_512, GRID_768, TEXT, H, attention, error_ratio, inputs, make_edit, measure
+from bench.attention import (
+    GRID_512,
+    GRID_768,
+    TEXT,
+    H,
+    attention,
+    error_ratio,
+    inputs,
+    make_edit,
+    measure,
+)
 
 FLASH = [(64, 32, 4, 2), (64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2),
          (128, 32, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)]  # fmt: skip
-CROSS = [{"BLOCK_N": 16 * warps, "num_warps": warps} for warps in (1, 2, 4, 8)]  # more warps would double the work
+CROSS = [
+    {"BLOCK_N": 16 * warps, "num_warps": warps} for warps in (1, 2, 4, 8)
+]  # more warps would double the work
 TILES = {
-    "attention": [dict(zip(("BLOCK_N", "BLOCK_L", "num_warps", "num_stages"), tile)) for tile in FLASH],
+    "attention": [
+        dict(zip(("BLOCK_N", "BLOCK_L", "num_warps", "num_stages"), tile)) for tile in FLASH
+    ],
     "cross_attention": CROSS,
     "cross_attention_save": CROSS,
-    "cross_attention_save_mean": [tile | {"WIDEST": widest} for tile in CROSS for widest in (32, 256)],
+    "cross_attention_save_mean": [
+        tile | {"WIDEST": widest} for tile in CROSS for widest in (32, 256)
+    ],
 }
 FORMS = {
     "attention": ("plain", "self-injection"),
@@ -47,23 +64,33 @@ def cases(op: str, D: int) -> list[tuple[int, int, int, str]]:
 
 
 @torch.no_grad()
-def against_rule(op: str, D: int, case: tuple, tiles: dict, device: str, rounds: int) -> dict[str, tuple]:
-    """{tile: (its time over the rule's, its upper quartile over the rule's lower one)} of those with right results."""
+def against_rule(
+    op: str, D: int, case: tuple, tiles: dict, device: str, rounds: int
+) -> dict[str, tuple]:
+    """{tile: (its time over the rule's, its upper quartile over the rule's lower one)} of those
+    with right results."""
     B, N, L, form = case
     q, k, v = inputs(B, H, N, L, D, torch.float16, device)
     edit = make_edit(form, B, H, N, L, D, torch.float16, device)
-    entry, key = tuned.table().setdefault(harness.device_name(device), {}), tuned.key(op, D, q.element_size())
+    entry, key = (
+        tuned.table().setdefault(harness.device_name(device), {}),
+        tuned.key(op, D, q.element_size()),
+    )
 
     def launched(name, call, *args):
         entry[key] = tiles[name]  # where the launch looks
         return call(*args)
 
-    functions = {name: partial(launched, name, attention, q, k, v, edit, "triton") for name in tiles}
+    functions = {
+        name: partial(launched, name, attention, q, k, v, edit, "triton") for name in tiles
+    }
     times, _, _ = measure(functions, device, rounds)
     right = [name for name in times if launched(name, error_ratio, q, k, v, edit) <= 1]
     del entry[key]
     rule = times["rule"]
-    return {name: (times[name]["ms"] / rule["ms"], times[name]["high"] / rule["low"]) for name in right}
+    return {
+        name: (times[name]["ms"] / rule["ms"], times[name]["high"] / rule["low"]) for name in right
+    }
 
 
 def quickest(op: str, D: int, device: str, rounds: int) -> dict:
@@ -71,14 +98,21 @@ def quickest(op: str, D: int, device: str, rounds: int) -> dict:
     tiles = {"rule": {}} | {str(tile): tile for tile in TILES[op]}
     sites = [against_rule(op, D, case, tiles, device, rounds) for case in cases(op, D)]
     everywhere = [name for name in tiles if all(name in site for site in sites)]
-    ratios = {name: [statistics.fmean(x) for x in zip(*(site[name] for site in sites))] for name in everywhere}
+    ratios = {
+        name: [statistics.fmean(x) for x in zip(*(site[name] for site in sites))]
+        for name in everywhere
+    }
     name = min(ratios, key=lambda name: ratios[name][0])
-    print(f"{op}, D {D}: {name}, {ratios[name][0]:.3f} of the rule's time, {ratios[name][1]:.3f} with the spread")
+    print(
+        f"{op}, D {D}: {name}, {ratios[name][0]:.3f} of the rule's time, {ratios[name][1]:.3f} with the spread"
+    )
     return tiles[name] if ratios[name][1] < 1 else {}
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.tune", description=__doc__.split("\n\n")[0]
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args(argv)

@@ -1,10 +1,11 @@
-"""A whole picture, text encoding and decoding included, at SD v1.4's size with random weights: minisd beside diffusers.
+"""A whole picture, text encoding and decoding included, at SD v1.4's size with random weights:
+minisd beside diffusers.
 
     python -m bench.txt2img [--device cuda] [--rounds 10] [--steps 2] [--compiled] [--quick]
 
-CUDA: 512x512, 25 steps of DPM-Solver++ and 50 of DDIM in float16; --compiled adds what compiles the whole UNet, which
-takes minutes each. CPU: --steps of each, 2 by default, in float32 and bfloat16. Writes
-bench/results/<device>/txt2img.json, and prints what misses its target.
+CUDA: 512x512, 25 steps of DPM-Solver++ and 50 of DDIM in float16; --compiled adds what compiles the
+whole UNet, which takes minutes each. CPU: --steps of each, 2 by default, in float32 and bfloat16.
+Writes bench/results/<device>/txt2img.json, and prints what misses its target.
 """
 
 import sys
@@ -25,13 +26,19 @@ def ours(name, device, dtype, sampler, steps, small, **options):
 
 
 def theirs(name, device, dtype, sampler, steps, small, compile=False):
-    """diffusers' pipeline on the same weights, which it shares with a minisd model that is then dropped."""
-    from diffusers import AutoencoderKL, DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
-    from diffusers import UNet2DConditionModel
+    """diffusers' pipeline on the same weights, which it shares with a minisd model that is then
+    dropped."""
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        DPMSolverMultistepScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     from bench.unet import FULL, SMALL
-    from minisd.checkpoint import SD_V1_SCHEDULE, bundled
+    from minisd.checkpoints.load import SD_V1_SCHEDULE, bundled
 
     sd = harness.full_size(device, dtype, small)
     widths, text = sd.vae.config.block_out_channels, vars(sd.text_encoder.config)
@@ -41,11 +48,17 @@ def theirs(name, device, dtype, sampler, steps, small, compile=False):
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         )  # fmt: skip
         unet = UNet2DConditionModel(attention_head_dim=8, **(SMALL if small else FULL))
-    text_encoder = CLIPTextModel(CLIPTextConfig(**text)).to(device, dtype)  # not on meta: it holds position ids
+    text_encoder = CLIPTextModel(CLIPTextConfig(**text)).to(
+        device, dtype
+    )  # not on meta: it holds position ids
     for theirs, mine in ((vae, sd.vae), (unet, sd.unet), (text_encoder, sd.text_encoder)):
         theirs.load_state_dict(mine.state_dict(), assign=True)
         theirs.eval().requires_grad_(False)
-    kind, extra = (DDIMScheduler, {"clip_sample": False}) if sampler == "ddim" else (DPMSolverMultistepScheduler, {})
+    kind, extra = (
+        (DDIMScheduler, {"clip_sample": False})
+        if sampler == "ddim"
+        else (DPMSolverMultistepScheduler, {})
+    )
     tokenizer = CLIPTokenizer.from_pretrained(bundled()["shapes"] / "tokenizer")
     pipe = StableDiffusionPipeline(
         vae=vae, text_encoder=text_encoder, unet=unet, tokenizer=tokenizer,
@@ -57,9 +70,13 @@ def theirs(name, device, dtype, sampler, steps, small, compile=False):
         pipe.unet.fuse_qkv_projections()
         pipe.unet = torch.compile(pipe.unet, mode="max-autotune", fullgraph=True)
     pipe.set_progress_bar_config(disable=True)
-    warnings.filterwarnings("ignore")  # random weights make pictures that are not finite or not nice
+    warnings.filterwarnings(
+        "ignore"
+    )  # random weights make pictures that are not finite or not nice
     generator = torch.Generator()
-    return {name: lambda: pipe(PROMPT, num_inference_steps=steps, generator=generator.manual_seed(0))}
+    return {
+        name: lambda: pipe(PROMPT, num_inference_steps=steps, generator=generator.manual_seed(0))
+    }
 
 
 def contenders(device: str) -> dict[str, tuple]:
@@ -78,7 +95,12 @@ def contenders(device: str) -> dict[str, tuple]:
 
 def table(record: dict) -> str:
     """The Markdown table of a result file."""
-    lines = [harness.origin(record), "", "| picture | | seconds | quartiles | peak memory |", "|---|---|---|---|---|"]
+    lines = [
+        harness.origin(record),
+        "",
+        "| picture | | seconds | quartiles | peak memory |",
+        "|---|---|---|---|---|",
+    ]
     for row in record["rows"]:
         for name, t in row["times"].items():
             lines.append(
@@ -89,7 +111,8 @@ def table(record: dict) -> str:
 
 
 def misses(rows: list[dict]) -> list[str]:
-    """What misses its target: 50 steps of DDIM on CUDA, the quickest of ours; a step is a picture over its steps."""
+    """What misses its target: 50 steps of DDIM on CUDA, the quickest of ours; a step is a picture
+    over its steps."""
     bars = []
     for times in (row["times"] for row in rows if (row["sampler"], row["steps"]) == ("ddim", 50)):
         ours = {name: t["ms"] for name, t in times.items() if name.startswith("minisd")}
@@ -107,7 +130,9 @@ def main() -> int:
     args = harness.options(__doc__, "bench.txt2img", steps=int, compiled=False)
     cpu, rows = torch.device(args.device).type == "cpu", []
     if args.compiled and cpu:
-        raise SystemExit("--compiled is of CUDA: on a CPU nothing here is compiled (bench.unet compiles there)")
+        raise SystemExit(
+            "--compiled is of CUDA: on a CPU nothing here is compiled (bench.unet compiles there)"
+        )
     for sampler, full in list(STEPS.items())[: 1 if args.quick else None]:
         steps = args.steps or (2 if args.quick or cpu else full)
         builders = {
@@ -115,10 +140,21 @@ def main() -> int:
             for name, (function, dtype) in contenders(torch.device(args.device).type).items()
             if args.compiled or "compiled" not in name
         }
-        rows.append({"sampler": sampler, "steps": steps, "times": harness.contest(builders, args.device, args.rounds)})
+        rows.append(
+            {
+                "sampler": sampler,
+                "steps": steps,
+                "times": harness.contest(builders, args.device, args.rounds),
+            }
+        )
         print(table({**harness.provenance(args.device), "rows": rows[-1:]}), flush=True)
         if not args.quick:
-            print(f"wrote {harness.save('txt2img', rows, args.device)}", *misses(rows[-1:]), sep="\n", flush=True)
+            print(
+                f"wrote {harness.save('txt2img', rows, args.device)}",
+                *misses(rows[-1:]),
+                sep="\n",
+                flush=True,
+            )
     return 0
 
 

@@ -1,7 +1,7 @@
 """minisd: Stable Diffusion v1.x written out so that every tensor can be followed.
 
-The public names below resolve on first use (PEP 562), so that `import minisd` and `minisd --help` load neither torch
-nor triton.
+The public names below resolve on first use (PEP 562), so that `import minisd` and `minisd --help`
+load neither torch nor triton.
 """
 
 from importlib import import_module
@@ -11,25 +11,25 @@ __version__ = "0.1.0"
 _HOME = {  # public name -> module that defines it
     "load": "pipeline",
     "StableDiffusion": "pipeline",
-    "UNet": "unet",
-    "UNetConfig": "unet",
-    "AutoencoderKL": "vae",
-    "VAEConfig": "vae",
-    "CLIPTextModel": "clip",
-    "CLIPTextConfig": "clip",
-    "CLIPTokenizer": "tokenizer",
-    "AttentionEdit": "attention",
-    "Attention": "attention",
-    "NoiseSchedule": "schedule",
-    "Level": "schedule",
-    "Step": "samplers",
-    "DDIM": "samplers",
-    "DPMpp2M": "samplers",
-    "denoise": "samplers",
-    "conditional": "guidance",
-    "cfg": "guidance",
-    "erase": "guidance",
-    "sega": "guidance",
+    "UNet": "models.unet",
+    "UNetConfig": "models.unet",
+    "AutoencoderKL": "models.vae",
+    "VAEConfig": "models.vae",
+    "CLIPTextModel": "models.clip",
+    "CLIPTextConfig": "models.clip",
+    "CLIPTokenizer": "models.tokenizer",
+    "AttentionEdit": "models.attention",
+    "Attention": "models.attention",
+    "NoiseSchedule": "sampling.schedule",
+    "Level": "sampling.schedule",
+    "Step": "sampling.samplers",
+    "DDIM": "sampling.samplers",
+    "DPMpp2M": "sampling.samplers",
+    "denoise": "sampling.samplers",
+    "conditional": "sampling.guidance",
+    "cfg": "sampling.guidance",
+    "erase": "sampling.guidance",
+    "sega": "sampling.guidance",
     "edit_prompt": "editing.prompt_to_prompt",
     "PromptToPrompt": "editing.prompt_to_prompt",
     "LocalBlend": "editing.local_blend",
@@ -46,13 +46,13 @@ _HOME = {  # public name -> module that defines it
     "direct_inversion": "editing.inversion",
     "null_text": "editing.null_text",
     "edict": "editing.edict",
-    "heatmap": "visualize",
-    "word_sheet": "visualize",
-    "contact_sheet": "visualize",
-    "Trace": "trace",
-    "fit_preview": "trace",
-    "latent_rgb": "trace",
-    "animate": "trace",
+    "heatmap": "viewing.visualize",
+    "word_sheet": "viewing.visualize",
+    "contact_sheet": "viewing.visualize",
+    "Trace": "viewing.trace",
+    "fit_preview": "viewing.trace",
+    "latent_rgb": "viewing.trace",
+    "animate": "viewing.trace",
 }
 
 __all__ = ["__version__", *_HOME]
@@ -60,7 +60,9 @@ __all__ = ["__version__", *_HOME]
 
 def __getattr__(name):
     if name not in _HOME:
-        raise AttributeError(f"module 'minisd' has no attribute {name!r}; public names: {', '.join(sorted(_HOME))}")
+        raise AttributeError(
+            f"module 'minisd' has no attribute {name!r}; public names: {', '.join(sorted(_HOME))}"
+        )
     value = getattr(import_module(f"minisd.{_HOME[name]}"), name)
     globals()[name] = value
     return value

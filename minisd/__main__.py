@@ -1,8 +1,9 @@
 """`python -m minisd`, and the command `minisd`; cli.py has what it does.
 
-What is here is about Ctrl-C in the first seconds. Python raises KeyboardInterrupt wherever it happens to be, and inside
-the import of torch or numpy that ends in `terminate called`, in a module that is half there, or in nothing at all. As
-long as the command has written nothing, the process therefore ends where it is.
+What is here is about Ctrl-C in the first seconds. Python raises KeyboardInterrupt wherever it
+happens to be, and inside the import of torch or numpy that ends in `terminate called`, in a module
+that is half there, or in nothing at all. As long as the command has written nothing, the process
+therefore ends where it is.
 """
 
 import os
@@ -16,12 +17,16 @@ def end(*_) -> None:
 
 
 def main() -> int:
-    early = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # it is ignored in a shell's background job
+    early = (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )  # it is ignored in a shell's background job
     if early:
         signal.signal(signal.SIGINT, end)
-    from .cli import main
+    from .cli.main import main
 
-    return main(before_writing=lambda: early and signal.signal(signal.SIGINT, signal.default_int_handler))
+    return main(
+        before_writing=lambda: early and signal.signal(signal.SIGINT, signal.default_int_handler)
+    )
 
 
 if __name__ == "__main__":

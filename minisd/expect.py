@@ -1,4 +1,5 @@
-"""What public functions expect of an argument: a ValueError says what was got and what was expected."""
+"""What public functions expect of an argument: a ValueError says what was got and what was
+expected."""
 
 import math
 import operator
@@ -26,7 +27,8 @@ def number(name: str, value, low: float = -math.inf, high: float = math.inf) -> 
 
 
 def rows(of: str | None = None, /, **counts: int) -> int:
-    """How many rows things of these counts make, where there is one of each for all rows or one for each row.
+    """How many rows things of these counts make, where there is one of each for all rows or one for
+    each row.
 
     of: the thing of which there is one for each row, always; None: that of which there are most.
     """
@@ -34,14 +36,20 @@ def rows(of: str | None = None, /, **counts: int) -> int:
     if total < 1 or not set(counts.values()) <= {1, total}:
         *first, last = (f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
         each = "" if of is None else f" of the {of.replace('_', ' ')}"
-        raise ValueError(f"got {', '.join(first)} and {last}, expected one for all or one for each{each}, at least one")
+        raise ValueError(
+            f"got {', '.join(first)} and {last}, expected one for all or one for each{each}, at least one"
+        )
     return total
 
 
 def shape(name: str, x, *sizes: int | str) -> None:
-    """x is a tensor of these sizes; a letter stands for any size from 1 on. Reads no value, so no device waits."""
+    """x is a tensor of these sizes; a letter stands for any size from 1 on. Reads no value, so no
+    device waits."""
     fits = isinstance(x, Tensor) and x.ndim == len(sizes)
-    if not (fits and all(n == size or isinstance(size, str) and n > 0 for n, size in zip(x.shape, sizes))):
+    if not (
+        fits
+        and all(n == size or isinstance(size, str) and n > 0 for n, size in zip(x.shape, sizes))
+    ):
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{name}: got {got}, expected a tensor ({', '.join(map(str, sizes))})")
 

@@ -1,5 +1,5 @@
-"""What several tests of the command and the Hub need; the kernels' compiles, which run beside the other tests; and,
-below pytest's summary, the measured figures."""
+"""What several tests of the command and the Hub need; the kernels' compiles, which run beside the
+other tests; and, below pytest's summary, the measured figures."""
 
 import os
 import shutil
@@ -26,18 +26,32 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def compiles(request, tmp_path_factory):
-    """(process, folder): where test_kernels_compiled.py is to run, its compiles, begun with the session.
+    """(process, folder): where test_kernels_compiled.py is to run, its compiles, begun with the
+    session.
 
-    At low priority: they take the core that most tests leave idle, and write table.json and log into the folder.
+    At low priority: they take the core that most tests leave idle, and write table.json and log
+    into the folder.
     """
     if not any(map(compiled, request.session.items)):
         yield None
         return
     folder = tmp_path_factory.mktemp("kernels")
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "bench.kernel_resources", "--jobs", "2", "--json", str(folder / "table.json")]
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
+        "OMP_NUM_THREADS": "1"
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "bench.kernel_resources",
+        "--jobs",
+        "2",
+        "--json",
+        str(folder / "table.json"),
+    ]
     with open(folder / "log", "w") as log:
-        process = subprocess.Popen(command, cwd=Path(__file__).parents[1], env=env, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            command, cwd=Path(__file__).parents[1], env=env, stdout=log, stderr=log
+        )
     os.setpriority(os.PRIO_PROCESS, process.pid, 10)
     yield process, folder
     process.terminate()
@@ -65,7 +79,7 @@ def here(original, tmp_path, monkeypatch):
 @pytest.fixture
 def minisd_command(capsys):
     """Run the command in this process -> exit code, stdout, stderr."""
-    from minisd import cli
+    from minisd.cli import main as cli
 
     def run(*argv):
         try:
@@ -80,7 +94,7 @@ def minisd_command(capsys):
 @pytest.fixture
 def repo(tmp_path):
     """A copy of the bundled model that a test may change, with what published repos hold beside."""
-    from minisd.sources import bundled
+    from minisd.checkpoints.sources import bundled
 
     folder = Path(shutil.copytree(bundled()["shapes"], tmp_path / "repo"))
     unet = "unet/diffusion_pytorch_model"
@@ -93,7 +107,8 @@ def repo(tmp_path):
 
 @pytest.fixture
 def hub(repo, tmp_path, monkeypatch):
-    """A Hub with the repo owner/shapes; huggingface_hub asks it, and keeps its cache in tmp_path."""
+    """A Hub with the repo owner/shapes; huggingface_hub asks it, and keeps its cache in
+    tmp_path."""
     import huggingface_hub.constants
     from hub_server import Hub
 
@@ -105,12 +120,15 @@ def hub(repo, tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
         monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.setattr(time, "sleep", lambda seconds: None)  # huggingface_hub waits between its attempts
+        monkeypatch.setattr(
+            time, "sleep", lambda seconds: None
+        )  # huggingface_hub waits between its attempts
         yield hub
 
 
 def pytest_terminal_summary(terminalreporter):
-    """The largest figure of each name that tests gave to `record_property`, and the memory taken."""
+    """The largest figure of each name that tests gave to `record_property`, and the memory
+    taken."""
     worst = {}
     for reports in terminalreporter.stats.values():
         for report in reports:
@@ -124,4 +142,6 @@ def pytest_terminal_summary(terminalreporter):
         from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
 
         own, child = (getrusage(who).ru_maxrss / 2**20 for who in (RUSAGE_SELF, RUSAGE_CHILDREN))
-        terminalreporter.write_line(f"peak memory: {own:.1f} GiB, and {child:.1f} GiB in the largest child process")
+        terminalreporter.write_line(
+            f"peak memory: {own:.1f} GiB, and {child:.1f} GiB in the largest child process"
+        )

@@ -1,10 +1,11 @@
-"""A Hugging Face Hub on loopback: the routes, headers and redirects that huggingface_hub's downloads use.
+"""A Hugging Face Hub on loopback: the routes, headers and redirects that huggingface_hub's
+downloads use.
 
-HEAD and GET /{repo}/resolve/{revision}/{file}: small files come at once with their git blob id as ETag; .safetensors
-are redirected, with X-Linked-Etag (sha256) and X-Linked-Size, to a second server that stands for the CDN and knows
-Range. Errors carry X-Error-Code. What shall go wrong is put into `faults`, file name -> list of faults, taken one by
-one: an HTTP status, "cut" (the connection ends halfway), "short" (half of the file, said to be all), "damaged" (a byte
-flipped).
+HEAD and GET /{repo}/resolve/{revision}/{file}: small files come at once with their git blob id as
+ETag; .safetensors are redirected, with X-Linked-Etag (sha256) and X-Linked-Size, to a second server
+that stands for the CDN and knows Range. Errors carry X-Error-Code. What shall go wrong is put into
+`faults`, file name -> list of faults, taken one by one: an HTTP status, "cut" (the connection ends
+halfway), "short" (half of the file, said to be all), "damaged" (a byte flipped).
 """
 
 import hashlib
@@ -17,13 +18,15 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """`with Hub({"owner/name": folder}) as hub:` serves the folders; hub.url is its address, hub.log what was asked:
-    (method, host, file, Range header, Authorization header)."""
+    """`with Hub({"owner/name": folder}) as hub:` serves the folders; hub.url is its address,
+    hub.log what was asked: (method, host, file, Range header, Authorization header)."""
 
     def __init__(self, repos: dict[str, Path]):
         self.repos, self.faults, self.log, self.blobs = repos, {}, [], {}
         self.private, self.gated, self.revisions = set(), set(), []
-        self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), self._handler(host)) for host in ("hub", "cdn")]
+        self.servers = [
+            ThreadingHTTPServer(("127.0.0.1", 0), self._handler(host)) for host in ("hub", "cdn")
+        ]
         self.url, self.cdn = (f"http://127.0.0.1:{server.server_port}" for server in self.servers)
 
     def __enter__(self):
@@ -38,7 +41,11 @@ class Hub:
 
     def asked(self, method="GET"):
         """The files that were asked for, in order; the redirects to the CDN count once."""
-        return [name for how, host, name, *_ in self.log if how == method and (host == "cdn" or not is_large(name))]
+        return [
+            name
+            for how, host, name, *_ in self.log
+            if how == method and (host == "cdn" or not is_large(name))
+        ]
 
     def _handler(hub, host):  # noqa: N805  the handler's own self is the request
         class Handler(BaseHTTPRequestHandler):
@@ -78,7 +85,11 @@ class Hub:
                     return self.refuse(404, "EntryNotFound", "Entry not found")
                 if not is_large(name):
                     return self.send(folder / name, hub.fault(name))
-                status = hub.fault(name) if isinstance(next(iter(hub.faults.get(name, [])), None), int) else None
+                status = (
+                    hub.fault(name)
+                    if isinstance(next(iter(hub.faults.get(name, [])), None), int)
+                    else None
+                )
                 if status is not None:
                     return self.refuse(status, None, "fault")
                 data = (folder / name).read_bytes()
@@ -93,7 +104,15 @@ class Hub:
                 self.end_headers()
 
             def note(self, name):
-                hub.log.append((self.command, host, name, self.headers.get("Range"), self.headers.get("Authorization")))
+                hub.log.append(
+                    (
+                        self.command,
+                        host,
+                        name,
+                        self.headers.get("Range"),
+                        self.headers.get("Authorization"),
+                    )
+                )
 
             def refuse(self, status, code, message):
                 self.send_response(status)
@@ -108,7 +127,9 @@ class Hub:
                 if isinstance(fault, int):
                     return self.refuse(fault, None, "fault")
                 data = path.read_bytes()
-                first = int((re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")) or [0, 0])[1])
+                first = int(
+                    (re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")) or [0, 0])[1]
+                )
                 if fault == "damaged":
                     data = data[:-1] + bytes([data[-1] ^ 1])
                 if fault == "short":
@@ -122,7 +143,9 @@ class Hub:
                 self.send_header("Content-Length", str(len(data) - first))
                 self.end_headers()
                 if self.command == "GET":
-                    self.wfile.write(data[first : len(data) // 2] if fault == "cut" else data[first:])
+                    self.wfile.write(
+                        data[first : len(data) // 2] if fault == "cut" else data[first:]
+                    )
                     self.close_connection = fault == "cut"
 
         return Handler

@@ -1,15 +1,17 @@
-"""The methods of drawing and editing, on a model of any size: what `compile` and `graph` have to hold for."""
+"""The methods of drawing and editing, on a model of any size: what `compile` and `graph` have to
+hold for."""
 
 import torch
 
 import minisd
-from minisd.images import to_pil, to_tensor
+from minisd.viewing.images import to_pil, to_tensor
 
 PROMPTS = ["a red circle", "a red square"]
 
 
 def methods(sd):
-    """name -> (drawing or editing, the CUDA graphs it captures; 0: it finds one of those before)."""
+    """name -> (drawing or editing, the CUDA graphs it captures; 0: it finds one of those
+    before)."""
     options = dict(steps=4, progress=False)
     size = sd.unet.config.sample_size * sd.vae.factor
     image = picture(size)

@@ -1,4 +1,5 @@
-"""Pairs of a random diffusers / transformers model and ours with the same weights, and how far apart they are."""
+"""Pairs of a random diffusers / transformers model and ours with the same weights, and how far
+apart they are."""
 
 from diffusers import AutoencoderKL as ReferenceVAE
 from diffusers import UNet2DConditionModel
@@ -33,7 +34,10 @@ def unet_pair(seed=0, **config):
 def vae_pair(seed=0, **config):
     """A random tiny diffusers VAE and ours with the same weights."""
     depth = len(config["block_out_channels"])
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * depth, "up_block_types": ("UpDecoderBlock2D",) * depth}
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * depth,
+        "up_block_types": ("UpDecoderBlock2D",) * depth,
+    }
     reference = randomise(ReferenceVAE(**blocks, **config), seed)
     return reference, load(AutoencoderKL(VAEConfig.from_dict(dict(reference.config))), reference)
 
@@ -42,7 +46,9 @@ def text_pair(seed=0, **config):
     """A random tiny transformers CLIP text model and ours with the same weights."""
     config = {"vocab_size": 99, "bos_token_id": 97, "eos_token_id": 98, "pad_token_id": 98} | config
     reference = randomise(ReferenceText(ReferenceTextConfig(**config)), seed)
-    return reference, load(CLIPTextModel(CLIPTextConfig.from_dict(reference.config.to_dict())), reference)
+    return reference, load(
+        CLIPTextModel(CLIPTextConfig.from_dict(reference.config.to_dict())), reference
+    )
 
 
 def load(ours, reference):
@@ -51,6 +57,11 @@ def load(ours, reference):
 
 
 def difference(ours, reference):
-    """max |ours - reference| / max |reference|; a NaN or infinity anywhere gives one, which no bar passes."""
-    assert ours.shape == reference.shape, f"shape {tuple(ours.shape)} instead of {tuple(reference.shape)}"
-    return ((ours.double() - reference.double()).abs().max() / reference.double().abs().max()).item()
+    """max |ours - reference| / max |reference|; a NaN or infinity anywhere gives one, which no bar
+    passes."""
+    assert ours.shape == reference.shape, (
+        f"shape {tuple(ours.shape)} instead of {tuple(reference.shape)}"
+    )
+    return (
+        (ours.double() - reference.double()).abs().max() / reference.double().abs().max()
+    ).item()

@@ -1,7 +1,8 @@
-"""Inversion again, independently: loops on diffusers' UNet and schedulers, one picture at a time, torch.optim.Adam.
+"""Inversion again, independently: loops on diffusers' UNet and schedulers, one picture at a time,
+torch.optim.Adam.
 
-Written from the formulas of the papers that minisd/editing/inversion.py, null_text.py and edict.py name. It shares no
-code with them.
+Written from the formulas of the papers that minisd/editing/inversion.py, null_text.py and edict.py
+name. It shares no code with them.
 """
 
 import numpy as np
@@ -35,20 +36,29 @@ def invert(unet, config, z, cond, steps, refine=0, skip=0, one_t_per_row=False):
 
 @torch.no_grad()
 def sample(unet, config, x, uncond, cond, steps, guidance, skip=0):
-    """All latents from x on. uncond: one, or a list with one for each step of the whole schedule; None: no guidance."""
+    """All latents from x on. uncond: one, or a list with one for each step of the whole schedule;
+    None: no guidance."""
     plan, path = scheduler(DDIMScheduler, config, steps), [x]
     for i in range(skip, steps):
         t = plan.timesteps[i]
         eps = eps_of(unet, path[-1], t, cond)
         if uncond is not None:
-            u = eps_of(unet, path[-1], t, (uncond[i] if isinstance(uncond, list) else uncond).expand_as(cond))
+            u = eps_of(
+                unet,
+                path[-1],
+                t,
+                (uncond[i] if isinstance(uncond, list) else uncond).expand_as(cond),
+            )
             eps = u + guidance * (eps - u)
         path.append(plan.step(eps, t, path[-1]).prev_sample)
     return path
 
 
-def null_text(unet, config, path, null, cond, steps, guidance, inner_steps, early_stop=1e-5, skip=0):
-    """The published loop for ONE picture: path from noise to z, null and cond (1, L, D) -> (embeddings, losses, x)."""
+def null_text(
+    unet, config, path, null, cond, steps, guidance, inner_steps, early_stop=1e-5, skip=0
+):
+    """The published loop for ONE picture: path from noise to z, null and cond (1, L, D) ->
+    (embeddings, losses, x)."""
     plan, phi, x, found, losses = scheduler(DDIMScheduler, config, steps), null, path[0], [], []
     unet.requires_grad_(False)
     for i, target in zip(range(skip, steps), path[1:]):
@@ -60,7 +70,11 @@ def null_text(unet, config, path, null, cond, steps, guidance, inner_steps, earl
         losses.append([])
         for _ in range(inner_steps):
             eps_u = eps_of(unet, x, t, phi)
-            loss = (plan.step(eps_u + guidance * (eps_c - eps_u), t, x).prev_sample - target).square().mean()
+            loss = (
+                (plan.step(eps_u + guidance * (eps_c - eps_u), t, x).prev_sample - target)
+                .square()
+                .mean()
+            )
             adam.zero_grad()
             loss.backward()
             adam.step()
@@ -77,7 +91,8 @@ def null_text(unet, config, path, null, cond, steps, guidance, inner_steps, earl
 
 @torch.no_grad()
 def edit(unet, config, x, uncond, cond, lengths, targets, steps, guidance, self_limit, path=None):
-    """Prompt-to-prompt by materialised maps (oracle_p2p); path: the source row is put back on it (direct inversion).
+    """Prompt-to-prompt by materialised maps (oracle_p2p); path: the source row is put back on it
+    (direct inversion).
 
     uncond (1 or rows, L, D) or a list; path from noise to z.
     """
@@ -100,7 +115,8 @@ def edit(unet, config, x, uncond, cond, lengths, targets, steps, guidance, self_
 
 @torch.no_grad()
 def edict(unet, config, z, uncond, source, target, steps, guidance, run, p):
-    """Invert after source, draw after target, the last `run` steps of the schedule; float64 latents -> the pair.
+    """Invert after source, draw after target, the last `run` steps of the schedule; float64 latents
+    -> the pair.
 
     alpha-bar at t and at the step's other end, t - 1000 // steps, or the first one below zero.
     """

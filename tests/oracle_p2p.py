@@ -1,8 +1,9 @@
-"""Prompt-to-prompt again, independently: an attention processor on diffusers' UNet with every map materialised.
+"""Prompt-to-prompt again, independently: an attention processor on diffusers' UNet with every map
+materialised.
 
-Written from the formulas of Hertz et al. 2022, token by token in Python loops, with diffusers' DDIMScheduler. It
-shares no code with minisd.editing; which word of a target comes from which word of the source is spelled out by the
-test.
+Written from the formulas of Hertz et al. 2022, token by token in Python loops, with diffusers'
+DDIMScheduler. It shares no code with minisd.editing; which word of a target comes from which word
+of the source is spelled out by the test.
 """
 
 from dataclasses import dataclass, field
@@ -16,10 +17,11 @@ L = 77
 
 @dataclass
 class Target:
-    """pairs: for each target word the index of the source word that it takes its maps from, or None (a new word).
+    """pairs: for each target word the index of the source word that it takes its maps from, or None
+    (a new word).
 
-    cross: {None: (first step, end)} for all columns, and {word index: (first step, end)} for those of a word.
-    own: self-attention's (first step, end). factors: {target word index: factor}.
+    cross: {None: (first step, end)} for all columns, and {word index: (first step, end)} for those
+    of a word. own: self-attention's (first step, end). factors: {target word index: factor}.
     """
 
     pairs: list
@@ -39,10 +41,16 @@ class Blend:
 
 
 class Controller:
-    """The state that the processors share: the step, the rows, and the sums of maps that the blend reads."""
+    """The state that the processors share: the step, the rows, and the sums of maps that the blend
+    reads."""
 
     def __init__(self, lengths, targets, self_limit, blend_tokens):
-        self.lengths, self.targets, self.self_limit, self.blend_tokens = lengths, targets, self_limit, blend_tokens
+        self.lengths, self.targets, self.self_limit, self.blend_tokens = (
+            lengths,
+            targets,
+            self_limit,
+            blend_tokens,
+        )
         self.step, self.sums = 0, []
 
     def span(self, row, word):
@@ -93,7 +101,9 @@ class Processor:
     def __init__(self, controller, name):
         self.controller, self.name = controller, name
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs
+    ):
         is_cross = encoder_hidden_states is not None
         source = encoder_hidden_states if is_cross else hidden_states
         q, k, v = (
@@ -115,7 +125,10 @@ def blended(x, controller, blend, grid):
 
     def mask(words, pool):
         maps = torch.stack(
-            [sum(total[row, :, t] for word in words[row] for t in controller.span(row, word)) for row in range(len(x))]
+            [
+                sum(total[row, :, t] for word in words[row] for t in controller.span(row, word))
+                for row in range(len(x))
+            ]
         ).reshape(len(x), 1, *grid)
         maps = F.max_pool2d(maps, (3, 3), (1, 1), padding=(1, 1)) if pool else maps
         maps = F.interpolate(maps, size=x.shape[2:])
@@ -130,8 +143,22 @@ def blended(x, controller, blend, grid):
 
 
 @torch.no_grad()
-def run(unet, scheduler, x, uncond, cond, lengths, targets, steps, guidance, self_limit, blend=None, blend_grid=(0, 0)):
-    """Final latents of source and targets. x (1, C, h, w), uncond (1, L, D) or one for each step, cond (rows, L, D).
+def run(
+    unet,
+    scheduler,
+    x,
+    uncond,
+    cond,
+    lengths,
+    targets,
+    steps,
+    guidance,
+    self_limit,
+    blend=None,
+    blend_grid=(0, 0),
+):
+    """Final latents of source and targets. x (1, C, h, w), uncond (1, L, D) or one for each step,
+    cond (rows, L, D).
 
     lengths: for each row, the number of tokens of each word.
     """

@@ -1,7 +1,8 @@
-"""Editing of real pictures again, independently: eager loops over diffusers' UNet, VAE and schedulers.
+"""Editing of real pictures again, independently: eager loops over diffusers' UNet, VAE and
+schedulers.
 
-Written from the formulas of the papers; shares no code with minisd.editing. Pictures are (1, 3, H, W) in [-1, 1],
-latents (1, C, h, w), text embeddings (1, L, D).
+Written from the formulas of the papers; shares no code with minisd.editing. Pictures are (1, 3, H,
+W) in [-1, 1], latents (1, C, h, w), text embeddings (1, L, D).
 """
 
 import numpy as np
@@ -33,7 +34,9 @@ def answer(unet, x, t, context):
 
 
 @torch.no_grad()
-def blend(unet, vae, scheduler, picture, mask, uncond, cond, start, behind, steps, strength, guidance):
+def blend(
+    unet, vae, scheduler, picture, mask, uncond, cond, start, behind, steps, strength, guidance
+):
     """Blended latent diffusion: the final latents. mask (h, w), 1 where it is redrawn."""
     z0, m = encode(vae, picture), mask[None, None].to(picture)
     timesteps = begin(scheduler, steps, strength)
@@ -46,7 +49,20 @@ def blend(unet, vae, scheduler, picture, mask, uncond, cond, start, behind, step
 
 
 @torch.no_grad()
-def erase(unet, scheduler, z0, noise, uncond, cond, concepts, weights, steps, strength, guidance, sega=None):
+def erase(
+    unet,
+    scheduler,
+    z0,
+    noise,
+    uncond,
+    cond,
+    concepts,
+    weights,
+    steps,
+    strength,
+    guidance,
+    sega=None,
+):
     """Concept erasure: the final latents, from the clean latent z0 or (None) from the noise alone.
 
     sega: None, or (threshold, warmup, momentum scale, beta) of semantic guidance.
@@ -73,7 +89,8 @@ def erase(unet, scheduler, z0, noise, uncond, cond, concepts, weights, steps, st
 
 
 def largest(direction, threshold):
-    """Channel by channel: the values whose size is at least the given quantile of all sizes, the others 0."""
+    """Channel by channel: the values whose size is at least the given quantile of all sizes, the
+    others 0."""
     out = torch.zeros_like(direction)
     for row in range(len(direction)):
         for channel in range(direction.shape[1]):

@@ -1,4 +1,5 @@
-"""The tiny random model of the prompt-to-prompt tests: attention at 8 x 8 and 4 x 4, every letter a token."""
+"""The tiny random model of the prompt-to-prompt tests: attention at 8 x 8 and 4 x 4, every letter a
+token."""
 
 import tiny
 from oracle import CROSS_DOWN, CROSS_UP, unet_pair
@@ -7,7 +8,8 @@ import minisd
 
 
 def load(folder):
-    """(diffusers' UNet, minisd's StableDiffusion with the same UNet). The tokenizer has one token per character."""
+    """(diffusers' UNet, minisd's StableDiffusion with the same UNet). The tokenizer has one token
+    per character."""
     tiny.save(folder)
     sd = minisd.load(folder, device="cpu")
     reference, sd.unet = unet_pair(

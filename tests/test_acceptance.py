@@ -1,4 +1,5 @@
-"""The real Stable Diffusion v1.4 weights, where they are at hand: pytest -m weights --model PATH."""
+"""The real Stable Diffusion v1.4 weights, where they are at hand: pytest -m weights --model
+PATH."""
 
 import hashlib
 import json
@@ -8,9 +9,10 @@ import pytest
 import torch
 
 import minisd
-from minisd import check, checkpoint, sources
-from minisd.check import ACCEPTANCE, TOLERANCE, acceptance
-from minisd.images import to_tensor
+from minisd.checkpoints import check, sources
+from minisd.checkpoints import load as checkpoint
+from minisd.checkpoints.check import ACCEPTANCE, TOLERANCE, acceptance
+from minisd.viewing.images import to_tensor
 
 
 @pytest.mark.weights
@@ -26,7 +28,8 @@ def test_v1_4_draws_the_values_that_diffusers_publishes(request, record_property
 
 
 def test_the_acceptance_picture_of_the_bundled_model():
-    """Its nine values are those of the lower right corner, the last channel, row by row, of what cfg and DDIM draw."""
+    """Its nine values are those of the lower right corner, the last channel, row by row, of what
+    cfg and DDIM draw."""
     sd = minisd.load("shapes", device="cpu")
     picture, values = acceptance(sd)
     assert picture.shape == (1, 3, 64, 64) and values.shape == (9,)
@@ -34,17 +37,23 @@ def test_the_acceptance_picture_of_the_bundled_model():
         assert value == picture[0, 2, 61 + i // 3, 61 + i % 3]
     assert 0 <= picture.min() and picture.max() <= 1
     x = torch.from_numpy(np.random.RandomState(0).standard_normal((1, 4, 16, 16))).float()
-    [drawn] = sd.txt2img(check.ASTRONAUT, steps=3, guidance=7.5, sampler="ddim", latents=x, progress=False)
+    [drawn] = sd.txt2img(
+        check.ASTRONAUT, steps=3, guidance=7.5, sampler="ddim", latents=x, progress=False
+    )
     assert (to_tensor([drawn], 64, 64) / 2 + 0.5 - picture).abs().max() < 0.6 / 255
     wrong = [line for verdict, line in check.check_picture(sd, is_v1_4=True) if verdict is False]
-    assert len(wrong) == 1 and "v1.4's acceptance values: off by" in wrong[0]  # another model does not pass for it
+    assert (
+        len(wrong) == 1 and "v1.4's acceptance values: off by" in wrong[0]
+    )  # another model does not pass for it
 
 
 def test_a_picture_of_one_colour_is_wrong():
     sd = minisd.load("shapes", device="cpu")
     for tensor in (sd.vae.decoder.conv_out.weight, sd.vae.decoder.conv_out.bias):
         tensor.zero_()
-    assert [*check.check_picture(sd, False)] == [(False, "a picture in 3 steps: standard deviation 0.000")]
+    assert [*check.check_picture(sd, False)] == [
+        (False, "a picture in 3 steps: standard deviation 0.000")
+    ]
 
 
 def test_vocabularies_that_are_wrong(monkeypatch):
@@ -63,10 +72,15 @@ def test_vocabularies_that_are_wrong(monkeypatch):
 
 def test_what_is_taken_for_v1_4():
     unet, vae, text = ("145a07e0f05ec5bb", "4fbcf0ebe55a0984", "7b3a12df205cb3c7")
-    full = {start: next(sha for sha in check.PUBLISHED if sha.startswith(start)) for start in (unet, vae, text)}
+    full = {
+        start: next(sha for sha in check.PUBLISHED if sha.startswith(start))
+        for start in (unet, vae, text)
+    }
     assert check.is_v1_4(full)
     not_ema = next(sha for sha in check.PUBLISHED if sha.startswith("ac3d1bff"))
     assert not check.is_v1_4(full | {unet: not_ema})
     assert not check.is_v1_4(full | {text: "0" * 64})
     parts = ("unet", "vae", "text_encoder")
-    assert set(check.PUBLISHED.values()) >= {(sources.SHORT_NAMES["sd-v1-4"], part) for part in parts}
+    assert set(check.PUBLISHED.values()) >= {
+        (sources.SHORT_NAMES["sd-v1-4"], part) for part in parts
+    }

@@ -1,4 +1,5 @@
-"""minisd.attention: every edit by every implementation that runs here, against the formula in float64."""
+"""minisd.models.attention: every edit by every implementation that runs here, against the formula
+in float64."""
 
 import itertools
 
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from minisd_kernels import reference
 
-from minisd.attention import Attention, AttentionEdit, attention
+from minisd.models.attention import Attention, AttentionEdit, attention
 
 R, S, H, N, L, D = 3, 2, 2, 5, 7, 16
 SOURCES = ("none", "source_row", "inject", "inject_qk")
@@ -21,7 +22,11 @@ def inputs(source, mix, dtype=torch.float64, n=N, keys=L, seed=0):
     def rand(*shape):
         return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
 
-    q, k, v = rand(R, n, H, D).transpose(1, 2), rand(R, keys, H, D).transpose(1, 2), rand(R, keys, H, D).transpose(1, 2)
+    q, k, v = (
+        rand(R, n, H, D).transpose(1, 2),
+        rand(R, keys, H, D).transpose(1, 2),
+        rand(R, keys, H, D).transpose(1, 2),
+    )
     edit = {}
     if source == "source_row":
         edit["source_row"] = torch.tensor([1, 0])
@@ -35,7 +40,8 @@ def inputs(source, mix, dtype=torch.float64, n=N, keys=L, seed=0):
 
 
 def oracle(q, k, v, edit):
-    """The formula, row by row and head by head, in float64: shares nothing with the code under test."""
+    """The formula, row by row and head by head, in float64: shares nothing with the code under
+    test."""
     q, k, v = q.double(), k.double(), v.double()
     out, maps = torch.empty(R, H, q.shape[2], D, dtype=torch.float64), []
     for b, h in itertools.product(range(R), range(H)):
@@ -81,7 +87,10 @@ def test_saved_maps_and_queries_are_those_used(source, mix, impl):
     edit = edit._replace(
         save=torch.full((S, H, N, L), float("nan"), dtype=torch.float64),
         save_mean=torch.ones(S, N, L),
-        save_qk=(torch.empty(S, H, N, D, dtype=torch.float64), torch.empty(S, H, L, D, dtype=torch.float64)),
+        save_qk=(
+            torch.empty(S, H, N, D, dtype=torch.float64),
+            torch.empty(S, H, L, D, dtype=torch.float64),
+        ),
     )
     torch.testing.assert_close(attention(q, k, v, edit, impl), want, atol=1e-12, rtol=0)
     torch.testing.assert_close(edit.save, maps, atol=1e-12, rtol=0)
@@ -92,17 +101,23 @@ def test_saved_maps_and_queries_are_those_used(source, mix, impl):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("source, mix", CASES)
 def test_sdpa_is_as_exact_as_eager(source, mix, dtype):
-    """Error against float64 <= max(2 x same-dtype eager, 4 eps x max|reference|), more than 128 keys included."""
+    """Error against float64 <= max(2 x same-dtype eager, 4 eps x max|reference|), more than 128
+    keys included."""
     for seed, keys in ((0, 77), (1, 130)):
         q, k, v, edit = inputs(source, mix, dtype, n=257, keys=keys, seed=seed)
         want, _ = oracle(q, k, v, edit)
-        error, eager = ((attention(q, k, v, edit, impl).double() - want).abs().max() for impl in ("sdpa", "reference"))
+        error, eager = (
+            (attention(q, k, v, edit, impl).double() - want).abs().max()
+            for impl in ("sdpa", "reference")
+        )
         assert error <= max(2 * eager, 4 * torch.finfo(dtype).eps * want.abs().max())
 
 
 def test_saving_alone_leaves_the_output():
     q, k, v, _ = inputs("none", ())
-    edit = AttentionEdit(save_qk=(torch.empty(1, H, N, D).double(), torch.empty(1, H, L, D).double()))
+    edit = AttentionEdit(
+        save_qk=(torch.empty(1, H, N, D).double(), torch.empty(1, H, L, D).double())
+    )
     torch.testing.assert_close(attention(q, k, v, edit), attention(q, k, v), atol=0, rtol=0)
     assert torch.equal(edit.save_qk[0], q[2:])
 
@@ -136,26 +151,68 @@ def bad(name, value, match, **others):
 @pytest.mark.parametrize(
     "fields, match",
     [
-        bad("source_row", torch.zeros(4, dtype=torch.int64), "one number of rows from 1 to the batch, 3"),
-        bad("source_row", torch.zeros(2), "source_row: expected torch.int32 or torch.int64, got torch.float32"),
+        bad(
+            "source_row",
+            torch.zeros(4, dtype=torch.int64),
+            "one number of rows from 1 to the batch, 3",
+        ),
+        bad(
+            "source_row",
+            torch.zeros(2),
+            "source_row: expected torch.int32 or torch.int64, got torch.float32",
+        ),
         bad("source_row", torch.zeros((), dtype=torch.int64), "one number of rows"),
-        bad("inject", torch.zeros(2, H, N, L + 1), r"inject: expected shape \(2, 2, 5, 7\), got \(2, 2, 5, 8\)"),
+        bad(
+            "inject",
+            torch.zeros(2, H, N, L + 1),
+            r"inject: expected shape \(2, 2, 5, 7\), got \(2, 2, 5, 8\)",
+        ),
         bad("blend", torch.zeros(2, L), "blend: expected a source"),
         bad("token_map", torch.zeros(2, L, L), "token_map: expected a source"),
-        bad("reweight", torch.zeros(2, L).double(), "reweight: expected torch.float32, got torch.float64"),
-        bad("reweight", torch.zeros(2, L, device="meta"), "reweight: expected a tensor on cpu like q, got meta"),
-        bad("reweight", torch.zeros(2, L), "one number of rows", source_row=torch.zeros(1, dtype=torch.int64)),
-        bad("inject", torch.zeros(2, H, N, L), "both source_row and inject", source_row=torch.tensor([0, 1])),
+        bad(
+            "reweight",
+            torch.zeros(2, L).double(),
+            "reweight: expected torch.float32, got torch.float64",
+        ),
+        bad(
+            "reweight",
+            torch.zeros(2, L, device="meta"),
+            "reweight: expected a tensor on cpu like q, got meta",
+        ),
+        bad(
+            "reweight",
+            torch.zeros(2, L),
+            "one number of rows",
+            source_row=torch.zeros(1, dtype=torch.int64),
+        ),
+        bad(
+            "inject",
+            torch.zeros(2, H, N, L),
+            "both source_row and inject",
+            source_row=torch.tensor([0, 1]),
+        ),
         bad("inject_qk", (torch.zeros(2, H, N, D).double(),) * 2, "inject_qk: expected shape"),
-        bad("inject_qk", (torch.zeros(2, H, N, D), torch.zeros(2, H, L, D)), "inject_qk: expected torch.float64"),
+        bad(
+            "inject_qk",
+            (torch.zeros(2, H, N, D), torch.zeros(2, H, L, D)),
+            "inject_qk: expected torch.float64",
+        ),
         bad(
             "inject_qk",
             (torch.zeros(2, H, N, D).double(), torch.zeros(2, H, L, D).double()),
             "both source_row and inject_qk",
             source_row=torch.tensor([0, 1]),
         ),
-        bad("save_qk", (torch.zeros(4, H, N, D).double(), torch.zeros(4, H, L, D).double()), "at most 3 rows"),
-        bad("save_mean", torch.zeros(2, N, L).half(), "save_mean: expected torch.float32, got torch.float16"),
+        bad(
+            "save_qk",
+            (torch.zeros(4, H, N, D).double(), torch.zeros(4, H, L, D).double()),
+            "at most 3 rows",
+        ),
+        bad(
+            "save_mean",
+            torch.zeros(2, N, L).half(),
+            "save_mean: expected torch.float32, got torch.float16",
+        ),
     ],
 )
 @pytest.mark.parametrize("impl", ["sdpa", "reference", "triton"])
@@ -167,12 +224,16 @@ def test_bad_edits_are_refused(fields, match, impl):
 
 def test_unknown_impl_and_rows_are_refused():
     q, k, v, _ = inputs("none", ())
-    with pytest.raises(ValueError, match="impl: expected one of triton, sdpa, reference, got 'flash'"):
+    with pytest.raises(
+        ValueError, match="impl: expected one of triton, sdpa, reference, got 'flash'"
+    ):
         attention(q, k, v, impl="flash")
     with pytest.raises(ValueError, match=r"source_row: expected values from 0 to 1, got \[2\]"):
         AttentionEdit(source_row=torch.tensor([0, 2])).check_rows()
     with pytest.raises(ValueError, match=r"source_row: expected values from 0 to 1, got \[-1, 3\]"):
-        AttentionEdit(source_row=torch.tensor([[0, 1], [-1, 0], [0, 3]])).check_rows()  # a table, a row for each step
+        AttentionEdit(
+            source_row=torch.tensor([[0, 1], [-1, 0], [0, 3]])
+        ).check_rows()  # a table, a row for each step
     edit = AttentionEdit(source_row=torch.tensor([1, 0]))
     assert edit.check_rows() is edit
 
@@ -184,30 +245,41 @@ def test_module_passes_its_edit_on():
     kv = site.project(context)
     edit = AttentionEdit(source_row=torch.tensor([1, 0]))
     q = site.to_q(x).view(R, N, 2, 16).transpose(1, 2)
-    want = site.to_out[0](reference.attention(q, *kv, edit.source_row).transpose(1, 2).reshape(R, N, 32))
+    want = site.to_out[0](
+        reference.attention(q, *kv, edit.source_row).transpose(1, 2).reshape(R, N, 32)
+    )
     for site.impl in ("sdpa", "reference"):
         torch.testing.assert_close(site(x, kv, edit), want, atol=1e-12, rtol=0)
         assert (site(x, kv) - want).abs().max() > 1e-3
 
 
 def test_fused_projections(monkeypatch):
-    """One product for q, k and v, with the values of three; three again once a weight is moved, replaced or trained."""
+    """One product for q, k and v, with the values of three; three again once a weight is moved,
+    replaced or trained."""
     torch.manual_seed(0)
     site = Attention(32, heads=2).requires_grad_(False)
     x, products = torch.randn(R, N, 32), []
     linear = F.linear
-    monkeypatch.setattr(F, "linear", lambda x, w, b=None: products.append(len(w)) or linear(x, w, b))
+    monkeypatch.setattr(
+        F, "linear", lambda x, w, b=None: products.append(len(w)) or linear(x, w, b)
+    )
 
     def run():
         products.clear()
         return site(x)
 
-    want, names, state = run(), list(site.state_dict()), {k: v.clone() for k, v in site.state_dict().items()}
+    want, names, state = (
+        run(),
+        list(site.state_dict()),
+        {k: v.clone() for k, v in site.state_dict().items()},
+    )
     assert products == [32] * 4
     site.fuse()
     torch.testing.assert_close(run(), want, atol=1e-6, rtol=0)
     assert products == [96, 32]
-    assert list(site.state_dict()) == names and all(torch.equal(v, state[k]) for k, v in site.state_dict().items())
+    assert list(site.state_dict()) == names and all(
+        torch.equal(v, state[k]) for k, v in site.state_dict().items()
+    )
 
     site.load_state_dict({k: 2 * v for k, v in state.items()})  # in place: the matrix sees it
     other = run()
@@ -227,4 +299,6 @@ def test_fused_projections(monkeypatch):
     kv = cross.project(torch.randn(R, L, 32))
     want = cross(x, kv)
     cross.fuse()
-    torch.testing.assert_close(cross(x, kv), want, atol=1e-6, rtol=0)  # keys and values came beforehand
+    torch.testing.assert_close(
+        cross(x, kv), want, atol=1e-6, rtol=0
+    )  # keys and values came beforehand

@@ -1,4 +1,5 @@
-"""Large pictures in bands of rows: the same function, and nothing as large as the picture but what a block hands on."""
+"""Large pictures in bands of rows: the same function, and nothing as large as the picture but what
+a block hands on."""
 
 import weakref
 
@@ -6,9 +7,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minisd import AutoencoderKL, VAEConfig, bands
-from minisd.blocks import add
-from minisd.onednn import use_onednn
+from minisd import AutoencoderKL, VAEConfig
+from minisd.engine import bands
+from minisd.engine.onednn import use_onednn
+from minisd.models.blocks import add
 
 
 @pytest.fixture
@@ -39,7 +41,9 @@ def both(model, dtype):
 
 
 def far(got, expected):
-    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(got, expected, strict=True))
+    return max(
+        ((a - b).abs().max() / b.abs().max()).item() for a, b in zip(got, expected, strict=True)
+    )
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -68,7 +72,9 @@ class Sizes(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **kwargs or {})
         new = isinstance(out, torch.Tensor) and not any(
-            isinstance(x, torch.Tensor) and x.untyped_storage()._cdata == out.untyped_storage()._cdata for x in args
+            isinstance(x, torch.Tensor)
+            and x.untyped_storage()._cdata == out.untyped_storage()._cdata
+            for x in args
         )
         if new and "empty" not in str(function):
             self.largest = max(self.largest, out.numel())
@@ -89,7 +95,10 @@ def test_nothing_is_as_large_as_the_picture_but_what_a_block_hands_on(in_bands):
 
 def test_a_stage_does_not_keep_its_input():
     model, seen = vae(torch.float32), []
-    before, after = model.decoder.up_blocks[-2].upsamplers[0], model.decoder.up_blocks[-1].resnets[1]
+    before, after = (
+        model.decoder.up_blocks[-2].upsamplers[0],
+        model.decoder.up_blocks[-1].resnets[1],
+    )
     before.register_forward_hook(lambda module, args, out: seen.append(weakref.ref(out)))
     after.register_forward_pre_hook(lambda module, args: seen.append(seen[0]()))
     with torch.no_grad():
@@ -112,11 +121,21 @@ def test_what_is_still_needed_is_not_written_over(in_bands):
 
 @torch.no_grad()
 def test_sums_keep_the_memory_order():
-    """Rows of x count for every group of h; a lost channels_last would cost a copy in each convolution after it."""
+    """Rows of x count for every group of h; a lost channels_last would cost a copy in each
+    convolution after it."""
     for rows, of_h in ((1, 1), (1, 2), (2, 6)):
-        x, h = torch.randn(rows, 3, 5, 4), torch.randn(of_h, 3, 5, 4).to(memory_format=torch.channels_last)
+        x, h = (
+            torch.randn(rows, 3, 5, 4),
+            torch.randn(of_h, 3, 5, 4).to(memory_format=torch.channels_last),
+        )
         expected, strides = x.repeat(of_h // rows, 1, 1, 1) + h, h.stride()
         out = add(x, h)
-        assert torch.equal(out, expected) and out.stride() == strides and out.data_ptr() == h.data_ptr()
+        assert (
+            torch.equal(out, expected)
+            and out.stride() == strides
+            and out.data_ptr() == h.data_ptr()
+        )
         with torch.enable_grad():
-            assert torch.equal(add(x.requires_grad_(), expected), x.repeat(of_h // rows, 1, 1, 1) + expected)
+            assert torch.equal(
+                add(x.requires_grad_(), expected), x.repeat(of_h // rows, 1, 1, 1) + expected
+            )

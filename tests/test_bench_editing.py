@@ -1,4 +1,5 @@
-"""bench.editing: its pairs, its measures, the bars on the committed results, and 8 of its pairs drawn again."""
+"""bench.editing: its pairs, its measures, the bars on the committed results, and 8 of its pairs
+drawn again."""
 
 import itertools
 import json
@@ -10,8 +11,20 @@ import pytest
 
 import minisd
 from bench import editing, harness
-from bench.editing import KINDS, METHODS, TRIED, TUNING, candidates, draw, measure, measured, score, summary, table
-from minisd import scenes
+from bench.editing import (
+    KINDS,
+    METHODS,
+    TRIED,
+    TUNING,
+    candidates,
+    draw,
+    measure,
+    measured,
+    score,
+    summary,
+    table,
+)
+from minisd.training import scenes
 
 README = Path(__file__).parent.parent / "README.md"
 RESULTS = harness.ROOT / "bench" / "results" / "cpu" / "editing.json"
@@ -48,7 +61,9 @@ def test_pairs_are_held_out_and_change_one_attribute(kind):
         if kind == "reweighted word":
             assert new.colour is None
             said = str(pair.source), str(pair.target)
-            source, target = ([word for word in text.split() if word not in ("a", "an")] for text in said)
+            source, target = (
+                [word for word in text.split() if word not in ("a", "an")] for text in said
+            )
             source.remove(old.colour)
             assert source == target
 
@@ -76,10 +91,13 @@ def rendered(said, boxes):
 
 
 def answer(pair):
-    """What the edit should show; where the colour's word is weighted away, the edited object in another colour."""
+    """What the edit should show; where the colour's word is weighted away, the edited object in
+    another colour."""
     things = list(pair.target.things)
     if things[pair.edited].colour is None:
-        colour = next(c for c in scenes.COLOURS if c not in (thing.colour for thing in pair.source.things))
+        colour = next(
+            c for c in scenes.COLOURS if c not in (thing.colour for thing in pair.source.things)
+        )
         things[pair.edited] = replace(things[pair.edited], colour=colour)
     return replace(pair.target, things=tuple(things))
 
@@ -90,7 +108,12 @@ def test_measures(kind):
     boxes = scenes.draw(pair.source, rng).boxes
     source, target = rendered(pair.source, boxes), rendered(answer(pair), boxes)
     scores = measure(pair, source, target)
-    assert scores["right"] and scores["other_iou"] == 1 and scores["psnr"] == 100 and scores["edited_iou"] > 0.3
+    assert (
+        scores["right"]
+        and scores["other_iou"] == 1
+        and scores["psnr"] == 100
+        and scores["edited_iou"] > 0.3
+    )
     assert not measure(pair, source, source)["right"]
 
     # the change happened to the other object: that is not right
@@ -98,14 +121,18 @@ def test_measures(kind):
     attribute = KINDS[kind].attribute
     value = getattr(answer(pair).things[pair.edited], attribute)
     wrong[1 - pair.edited] = replace(wrong[1 - pair.edited], **{attribute: value})
-    assert not measure(pair, source, rendered(replace(pair.source, things=tuple(wrong)), boxes))["right"]
+    assert not measure(pair, source, rendered(replace(pair.source, things=tuple(wrong)), boxes))[
+        "right"
+    ]
 
     # the other object has gone elsewhere, and the background has changed
     other = boxes[1 - pair.edited]
     moved = list(boxes)
     moved[1 - pair.edited] = replace(other, x=(other.x + 20) % 40 + 12)
     background = next(b for b in scenes.BACKGROUNDS if b != pair.source.background)
-    scores = measure(pair, source, rendered(replace(answer(pair), background=background), tuple(moved)))
+    scores = measure(
+        pair, source, rendered(replace(answer(pair), background=background), tuple(moved))
+    )
     assert scores["other_iou"] < 0.8 and scores["psnr"] < 12
 
     # nothing to compare with: the source has no object that could be the other
@@ -117,7 +144,12 @@ def test_summary_and_table():
     scores = {"right": True, "other_iou": 0.5, "edited_iou": 1.0, "psnr": 20.0}
     worse = {"right": False, "other_iou": 0.25, "edited_iou": 0.0, "psnr": None}
     pairs = [{"source_right": s is scores} | dict.fromkeys(METHODS, s) for s in (scores, worse)]
-    assert summary(pairs, METHODS[0]) == {"right": 0.5, "other_iou": 0.375, "edited_iou": 0.5, "psnr": 20.0}
+    assert summary(pairs, METHODS[0]) == {
+        "right": 0.5,
+        "other_iou": 0.375,
+        "edited_iou": 0.5,
+        "psnr": 20.0,
+    }
     rows = table({"prompt_to_prompt": {"colour swap": pairs}}).splitlines()
     assert rows[2] == (
         "| colour swap | prompt-to-prompt | 100 % of 1 (50 % of 2) | 0.50 (0.38) | 1.00 (0.50) | 20.0 dB (20.0) |"
@@ -125,7 +157,8 @@ def test_summary_and_table():
 
 
 def test_a_run_that_was_stopped_goes_on(sd, tmp_path, monkeypatch):
-    """The rows of FILE.part are not drawn again, those that follow are; another run's rows are refused."""
+    """The rows of FILE.part are not drawn again, those that follow are; another run's rows are
+    refused."""
     drawn = []
 
     def fake(sd, pairs, steps):
@@ -140,12 +173,28 @@ def test_a_run_that_was_stopped_goes_on(sd, tmp_path, monkeypatch):
     rows = whole["prompt_to_prompt"]["colour swap"]
     assert len(rows) >= 9 and not (tmp_path / "out.json.part").exists()
 
-    settings = {key: whole[key] for key in
-                ("sampler", "steps", "guidance", "threshold", "n", "seed", "unet_sha256", "dtype", "attention")}
-    (tmp_path / "out.json.part").write_text("".join(json.dumps(line) + "\n" for line in (settings, *rows[:5])))
+    settings = {
+        key: whole[key]
+        for key in (
+            "sampler",
+            "steps",
+            "guidance",
+            "threshold",
+            "n",
+            "seed",
+            "unet_sha256",
+            "dtype",
+            "attention",
+        )
+    }
+    (tmp_path / "out.json.part").write_text(
+        "".join(json.dumps(line) + "\n" for line in (settings, *rows[:5]))
+    )
     drawn.clear()
     editing.main([*arguments, "9"])
-    assert json.loads((tmp_path / "out.json").read_text())["prompt_to_prompt"]["colour swap"] == rows
+    assert (
+        json.loads((tmp_path / "out.json").read_text())["prompt_to_prompt"]["colour swap"] == rows
+    )
     assert str(drawn[0].source) == rows[5]["source"] and drawn[0].seed == rows[5]["seed"]
     (tmp_path / "out.json.part").write_text(json.dumps(settings) + "\n")
     with pytest.raises(ValueError, match="is of another run"):
@@ -163,21 +212,27 @@ def test_the_readme_shows_the_results(record):
 
 def test_the_settings_were_chosen_on_other_pairs(record):
     for kind, rows in record["prompt_to_prompt"].items():
-        tried = [(str(pair.source), str(pair.target)) for pair in itertools.islice(candidates(kind, TUNING), TRIED)]
+        tried = [
+            (str(pair.source), str(pair.target))
+            for pair in itertools.islice(candidates(kind, TUNING), TRIED)
+        ]
         assert not [row for row in rows if (row["source"], row["target"]) in tried]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bars(record, kind):
     pairs = [pair for pair in record["prompt_to_prompt"][kind] if pair["source_right"]]
-    assert len(pairs) >= 100 and len({(p["source"], p["target"], p["seed"]) for p in pairs}) == len(pairs)
+    assert len(pairs) >= 100 and len({(p["source"], p["target"], p["seed"]) for p in pairs}) == len(
+        pairs
+    )
     edit, baseline = (summary(pairs, method) for method in METHODS)
     assert edit["right"] >= 0.85 and edit["other_iou"] >= 0.95
     assert edit["other_iou"] > baseline["other_iou"] + 0.09 and edit["psnr"] > baseline["psnr"] + 10
 
 
 def test_eight_pairs_again(record, sd):
-    """Two pairs of each kind score as the record says; a pixel near a threshold may differ between machines."""
+    """Two pairs of each kind score as the record says; a pixel near a threshold may differ between
+    machines."""
     agree = close = 0
     for kind, rows in record["prompt_to_prompt"].items():
         pairs = list(itertools.islice(measured(kind), 2))
@@ -186,5 +241,7 @@ def test_eight_pairs_again(record, sd):
             assert again["source"] == row["source"] and again["target"] == row["target"]
             for method in METHODS:
                 agree += again[method]["right"] == row[method]["right"]
-                close += abs((again[method]["other_iou"] or 0) - (row[method]["other_iou"] or 0)) < 0.05
+                close += (
+                    abs((again[method]["other_iou"] or 0) - (row[method]["other_iou"] or 0)) < 0.05
+                )
     assert agree >= 15 and close >= 15  # of 16

@@ -1,4 +1,5 @@
-"""The engine's benchmarks compare like with like: what they time gives the same latents. Nothing is timed here."""
+"""The engine's benchmarks compare like with like: what they time gives the same latents. Nothing is
+timed here."""
 
 import argparse
 import contextlib
@@ -15,7 +16,14 @@ import torch
 from bench import editing_speed, gpu, harness, report, scaling, txt2img, unet
 
 TIMES = {"ms": 2000.0, "low": 1900.0, "high": 2100.0, "bytes": 3_400_000_000, "above": 500_000_000}
-RECORD = {"device": "cpu", "processor": "a CPU", "threads": 2, "torch": "2.13", "commit": "0" * 40, "command": "x"}
+RECORD = {
+    "device": "cpu",
+    "processor": "a CPU",
+    "threads": 2,
+    "torch": "2.13",
+    "commit": "0" * 40,
+    "command": "x",
+}
 
 
 def same(ours, theirs, bar=1e-4):
@@ -33,7 +41,9 @@ def test_a_step_is_diffusers_step():
 
 def test_an_edited_step_is_the_eager_step():
     arguments = ("cpu", torch.float32, True, None)
-    ours = editing_speed.ours("", *arguments, ("plain", "lockstep", "with maps", "record", "replay"))
+    ours = editing_speed.ours(
+        "", *arguments, ("plain", "lockstep", "with maps", "record", "replay")
+    )
     [eager] = editing_speed.eager("eager", *arguments).values()
     expected = eager()
     same(ours["lockstep"](), expected)
@@ -57,14 +67,20 @@ def build(names):
 
 
 def test_contenders_take_turns_in_their_own_processes(capsys):
-    out = harness.contest({"one": (build, ["a", "b"]), "other": (build, ["missing"])}, "cpu", rounds=2)
-    assert list(out) == ["a", "b"] and "other left out: ImportError: no module of that name" in capsys.readouterr().out
+    out = harness.contest(
+        {"one": (build, ["a", "b"]), "other": (build, ["missing"])}, "cpu", rounds=2
+    )
+    assert (
+        list(out) == ["a", "b"]
+        and "other left out: ImportError: no module of that name" in capsys.readouterr().out
+    )
     assert all(t["low"] <= t["ms"] <= t["high"] and t["bytes"] > 50e6 for t in out.values())
     assert all(10e6 < t["above"] < 100e6 for t in out.values())
 
 
 def test_on_a_card_the_first_call_counts_for_the_peak(monkeypatch):
-    """The replay of a CUDA graph allocates nothing; its capture did. On a CPU the first call is a warm-up alone."""
+    """The replay of a CUDA graph allocates nothing; its capture did. On a CPU the first call is a
+    warm-up alone."""
     memory = {"now": 100, "peak": 0, "calls": 0}
 
     def call():
@@ -91,7 +107,8 @@ def test_on_a_card_the_first_call_counts_for_the_peak(monkeypatch):
 
 
 def test_a_graph_is_repeated_as_often_as_its_replay_is_quick(monkeypatch):
-    """A clock in ms on which a call takes 1 from Python and 0.01 in a replay: 2 ms hold 200 replayed calls."""
+    """A clock in ms on which a call takes 1 from Python and 0.01 in a replay: 2 ms hold 200
+    replayed calls."""
     now, captured, replayed = [0.0], [], []
 
     class Event:
@@ -135,7 +152,10 @@ def test_a_graph_is_repeated_as_often_as_its_replay_is_quick(monkeypatch):
 def test_tables():
     times = {"minisd fp32": TIMES, "diffusers fp32": {**TIMES, "ms": 3000.0}}
     table = unet.table({**RECORD, "rows": [{"batch": 1, "times": times}]})
-    assert "a CPU, 2 threads" in table and "| minisd fp32 | 2000 | 1900 - 2100 | 3.40 GB | 1.50 |" in table
+    assert (
+        "a CPU, 2 threads" in table
+        and "| minisd fp32 | 2000 | 1900 - 2100 | 3.40 GB | 1.50 |" in table
+    )
     times["minisd fp32"] = {**TIMES, "ms": 5.2134, "low": 5.1, "high": 87.654}  # as on a card
     alone = {"batch": 1, "times": {"minisd fp32": times["minisd fp32"]}}
     [head, rule, row] = unet.table({**RECORD, "rows": [alone]}).splitlines()[2:]
@@ -144,16 +164,29 @@ def test_tables():
     table = txt2img.table({**RECORD, "rows": [{"sampler": "ddim", "steps": 2, "times": times}]})
     assert "| ddim, 2 steps | diffusers fp32 | 3 | 1.9 - 2.1 | 3.40 GB |" in table
     card = {"plain": times["minisd fp32"]}
-    assert "| plain | 5.213 | 5.1 - 87.65 |" in editing_speed.table({**RECORD, "rows": [{"size": 512, "times": card}]})
-    times = {"plain fp32": TIMES, "lockstep fp32": {**TIMES, "ms": 2100.0}, "eager fp32": {**TIMES, "ms": 4200.0}}
+    assert "| plain | 5.213 | 5.1 - 87.65 |" in editing_speed.table(
+        {**RECORD, "rows": [{"size": 512, "times": card}]}
+    )
+    times = {
+        "plain fp32": TIMES,
+        "lockstep fp32": {**TIMES, "ms": 2100.0},
+        "eager fp32": {**TIMES, "ms": 4200.0},
+    }
     table = editing_speed.table({**RECORD, "rows": [{"size": 384, "times": times}]})
     assert "| lockstep fp32 | 2100 | 1900 - 2100 | 0.50 GB | 1.05 | 2.00 |" in table
     rows = [
         {"what": "step", "size": size, "batch": batch, "along": along, "ms": ms, "bytes": 1000 * ms}
-        for size, batch, along, ms in ((256, 1, "both", 10), (512, 1, "size", 80), (256, 4, "batch", 40))
+        for size, batch, along, ms in (
+            (256, 1, "both", 10),
+            (512, 1, "size", 80),
+            (256, 4, "batch", 40),
+        )
     ]
     table = scaling.table({**RECORD, "rows": rows})
-    assert "| step: exponent of pixels | | | 1.50 | 1.50 |" in table and "of batch | | | 1.00 | 1.00 |" in table
+    assert (
+        "| step: exponent of pixels | | | 1.50 | 1.50 |" in table
+        and "of batch | | | 1.00 | 1.00 |" in table
+    )
 
 
 def times_of(**ms):
@@ -164,10 +197,14 @@ def times_of(**ms):
 
 def test_what_misses_its_target_is_named():
     """Made-up rows: met just so, and missed just so."""
-    times = times_of(minisd=400, diffusers=812.5, **{"minisd graph": 325, "diffusers compiled": 406.25})
+    times = times_of(
+        minisd=400, diffusers=812.5, **{"minisd graph": 325, "diffusers compiled": 406.25}
+    )
     assert txt2img.misses([{"sampler": "ddim", "steps": 50, "times": times}]) == []
     times["minisd graph"]["ms"] = 326
-    assert txt2img.misses([{"sampler": "dpm++", "steps": 25, "times": times}]) == []  # has no target
+    assert (
+        txt2img.misses([{"sampler": "dpm++", "steps": 25, "times": times}]) == []
+    )  # has no target
     assert txt2img.misses([{"sampler": "ddim", "steps": 50, "times": times}]) == [
         "SLOW  minisd graph, ms a step: 6.52, must be <= 6.5",
         "SLOW  diffusers / minisd graph: 2.492, must be >= 2.5",
@@ -182,9 +219,17 @@ def test_what_misses_its_target_is_named():
         "SLOW  eager / lockstep: 3.826, must be >= 4",
         "SLOW  memory above the weights, eager / lockstep: 7.921, must be >= 8",
     ]
-    on_cpu = {"plain fp32": 10, "lockstep fp32": 11, "plain bf16": 6, "lockstep bf16": 6.5, "eager fp32": 13.75}
+    on_cpu = {
+        "plain fp32": 10,
+        "lockstep fp32": 11,
+        "plain bf16": 6,
+        "lockstep bf16": 6.5,
+        "eager fp32": 13.75,
+    }
     assert editing_speed.misses([{"times": times_of(**on_cpu)}]) == []
-    assert editing_speed.misses([{"times": times_of(**on_cpu | {"lockstep fp32": 11.1, "lockstep bf16": 7})}]) == [
+    assert editing_speed.misses(
+        [{"times": times_of(**on_cpu | {"lockstep fp32": 11.1, "lockstep bf16": 7})}]
+    ) == [
         "SLOW  lockstep fp32 / plain fp32: 1.11, must be <= 1.1",
         "SLOW  eager fp32 / lockstep fp32: 1.239, must be >= 1.25",
         "SLOW  lockstep bf16 / plain bf16: 1.167, must be <= 1.1",
@@ -198,7 +243,9 @@ def test_what_misses_its_target_is_named():
         {"minisd graph": 100, "diffusers": 50},  # on CUDA pictures have targets
     ]
     rows = [{"batch": 1, "times": times_of(**ms)} for ms in batch_1]
-    rows.append({"batch": 2, "times": times_of(**{"minisd fp32": 100, "diffusers fp32": 50})})  # has no target
+    rows.append(
+        {"batch": 2, "times": times_of(**{"minisd fp32": 100, "diffusers fp32": 50})}
+    )  # has no target
     assert unet.misses(rows) == [
         "SLOW  diffusers bf16 channels_last / minisd bf16: 1.09, must be >= 1.1",
         "SLOW  diffusers fp32 channels_last / minisd fp32: 1.02, must be >= 1.03",
@@ -207,7 +254,9 @@ def test_what_misses_its_target_is_named():
 
 
 def test_every_engine_benchmark_has_its_table():
-    assert {"unet", "txt2img", "editing_speed", "startup", "scaling"} <= {table.results for table in report.TABLES}
+    assert {"unet", "txt2img", "editing_speed", "startup", "scaling"} <= {
+        table.results for table in report.TABLES
+    }
 
 
 @pytest.mark.parametrize("name", ["unet", "txt2img", "editing_speed", "scaling", "startup"])
@@ -219,7 +268,8 @@ def test_a_quick_run_writes_nothing(name):
 
 @pytest.mark.parametrize("full", [[], ["--full"]])
 def test_the_run_on_a_card_starts_everything_with_options_that_are_known(full, monkeypatch, capsys):
-    """bench.gpu with the card and the processes mocked: each benchmark reads its own command line."""
+    """bench.gpu with the card and the processes mocked: each benchmark reads its own command
+    line."""
 
     class Read(Exception):
         pass
@@ -236,11 +286,20 @@ def test_the_run_on_a_card_starts_everything_with_options_that_are_known(full, m
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(subprocess, "Popen", start)
-    monkeypatch.setattr(gpu, "finish", lambda process, deadline: gpu.FAILED if process.returncode else gpu.PASSED)
-    monkeypatch.setattr(gpu, "collect", lambda folder, deadline: deadlines.append(deadline) or [folder])
-    monkeypatch.setattr(gpu, "run_tests", lambda found, deadline: tests.extend(found) or {gpu.FAILED, gpu.LATE})
+    monkeypatch.setattr(
+        gpu, "finish", lambda process, deadline: gpu.FAILED if process.returncode else gpu.PASSED
+    )
+    monkeypatch.setattr(
+        gpu, "collect", lambda folder, deadline: deadlines.append(deadline) or [folder]
+    )
+    monkeypatch.setattr(
+        gpu, "run_tests", lambda found, deadline: tests.extend(found) or {gpu.FAILED, gpu.LATE}
+    )
     assert gpu.main(["unet", "editing"]) == 0 and not tests
-    assert [command[:1] for command in commands] == [["bench.editing"], ["bench.unet"]]  # in their order
+    assert [command[:1] for command in commands] == [
+        ["bench.editing"],
+        ["bench.unet"],
+    ]  # in their order
     assert "unet: 0 s" in capsys.readouterr().out
     commands.clear()
     with pytest.raises(SystemExit):
@@ -250,11 +309,18 @@ def test_the_run_on_a_card_starts_everything_with_options_that_are_known(full, m
     assert "not done in time: unet, scaling" in capsys.readouterr().out
     assert gpu.main(full) == 1  # two of them fail: said in the end, and the others have run
     assert capsys.readouterr().out.endswith("failed: tests, fused\nnot done in time: tests\n")
-    assert tests == [harness.ROOT / "tests"] and [deadline == math.inf for deadline in deadlines] == [bool(full)]
+    assert tests == [harness.ROOT / "tests"] and [
+        deadline == math.inf for deadline in deadlines
+    ] == [bool(full)]
     assert {command[0] for command in commands} == {
-        f"bench.{name}" for name in ("attention", "fused", "editing", "unet", "txt2img", "scaling", "startup")
+        f"bench.{name}"
+        for name in ("attention", "fused", "editing", "unet", "txt2img", "scaling", "startup")
     }
-    assert all(("--compiled" in command) == bool(full) for command in commands if "compiled" in str(command))
+    assert all(
+        ("--compiled" in command) == bool(full)
+        for command in commands
+        if "compiled" in str(command)
+    )
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
     for module, *arguments in commands:
         monkeypatch.setattr(sys, "argv", [f"{module}.py", *arguments])
@@ -264,16 +330,21 @@ def test_the_run_on_a_card_starts_everything_with_options_that_are_known(full, m
 
 
 def test_the_run_on_a_card_needs_no_installation_but_a_card():
-    """In a fresh interpreter that knows the checkout's folder alone, for its child processes, too."""
+    """In a fresh interpreter that knows the checkout's folder alone, for its child processes,
+    too."""
     code = (
         "import subprocess, sys, bench;"
         "code = 'import minisd, minisd_kernels, minisd_weights, bench';"
         "sys.exit(subprocess.run([sys.executable, '-c', code]).returncode)"
     )
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=harness.ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=harness.ROOT, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    done = subprocess.run([sys.executable, "-m", "bench.scaling", "--help"], cwd=harness.ROOT, env=env)
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.scaling", "--help"], cwd=harness.ROOT, env=env
+    )
     assert done.returncode == 0  # it imports minisd
     env["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, "-m", "bench.gpu"]
@@ -282,7 +353,8 @@ def test_the_run_on_a_card_needs_no_installation_but_a_card():
 
 
 def test_gpu_tests_that_cannot_be_imported_are_skipped(tmp_path):
-    """With diffusers out of reach, pytest really collecting: also where a module of the tests' own imports it."""
+    """With diffusers out of reach, pytest really collecting: also where a module of the tests' own
+    imports it."""
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['diffusers'] = None")
     (tmp_path / "own.py").write_text("import diffusers")
     mark = f"import pytest\n@{gpu.MARK}\ndef test_it():\n    pass\n"
@@ -294,14 +366,29 @@ def test_gpu_tests_that_cannot_be_imported_are_skipped(tmp_path):
         f"print(*gpu.collect(Path({str(tmp_path)!r}), inf), *gpu.collect(gpu.harness.ROOT / 'tests', inf), sep='\\n')"
     )
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=harness.ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=harness.ROOT, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     found, skipped = [], []
     for line in done.stdout.splitlines():
         (skipped if line.endswith("skipped: diffusers is not installed") else found).append(line)
     assert skipped[0].startswith("test_needs.py") and found[0] == str(tmp_path / "test_broken.py")
-    assert len([line for line in found if line.startswith("tests/test_kernels_gpu.py::test_cross_attention[")]) > 20
-    marked = {file.name for file in (harness.ROOT / "tests").glob("test_*.py") if gpu.MARK in file.read_text()}
+    assert (
+        len(
+            [
+                line
+                for line in found
+                if line.startswith("tests/test_kernels_gpu.py::test_cross_attention[")
+            ]
+        )
+        > 20
+    )
+    marked = {
+        file.name
+        for file in (harness.ROOT / "tests").glob("test_*.py")
+        if gpu.MARK in file.read_text()
+    }
     here = {line.split("::")[0].removeprefix("tests/") for line in found[1:]}
     assert here | {line.split()[0] for line in skipped[1:]} == marked
 
@@ -322,7 +409,9 @@ def test_what_is_not_done_at_the_deadline_is_interrupted(deaf, capsys):
     handler = "SIG_IGN" if deaf else "default_int_handler"
     code = f"import signal, time\nsignal.signal(signal.SIGINT, signal.{handler})\n"
     code += "try: print('started', flush=True); time.sleep(60)\nfinally: print('tidy')"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
     assert process.stdout.readline() == b"started\n"
     assert gpu.finish(process, time.monotonic(), patience=0.5 if deaf else 10) == gpu.LATE
     assert capsys.readouterr().out.split() == ([] if deaf else ["tidy"])
@@ -330,12 +419,15 @@ def test_what_is_not_done_at_the_deadline_is_interrupted(deaf, capsys):
 
 @pytest.mark.parametrize("slow", [True, False])
 def test_the_part_in_which_the_time_ends(slow, tmp_path, monkeypatch, capsys):
-    """It is interrupted, whatever it makes of that; if it failed first, that is what it is listed for. The next part is
-    not started. With real processes, and a clock that is past the deadline when the second of them works or is dead."""
+    """It is interrupted, whatever it makes of that; if it failed first, that is what it is listed
+    for. The next part is not started. With real processes, and a clock that is past the deadline
+    when the second of them works or is dead."""
     working, clock, popen = tmp_path / "working", [0.0], subprocess.Popen
     waits = f"import pathlib, time\ntry: pathlib.Path({str(working)!r}).touch(); time.sleep(60)\n"
     (tmp_path / "good.py").write_text("")
-    (tmp_path / "last.py").write_text(waits + "except KeyboardInterrupt: pass" if slow else "raise SystemExit(1)")
+    (tmp_path / "last.py").write_text(
+        waits + "except KeyboardInterrupt: pass" if slow else "raise SystemExit(1)"
+    )
 
     def start(command, cwd):
         process = popen(command, cwd=cwd)
@@ -351,7 +443,11 @@ def test_the_part_in_which_the_time_ends(slow, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(subprocess, "Popen", start)
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     assert gpu.main(list(parts)) == 1
-    said = "not done in time: editing, txt2img\n" if slow else "failed: editing\nnot done in time: txt2img\n"
+    said = (
+        "not done in time: editing, txt2img\n"
+        if slow
+        else "failed: editing\nnot done in time: txt2img\n"
+    )
     assert capsys.readouterr().out.endswith("\nattention 0 s, editing 600 s = 600 s\n" + said)
 
 
@@ -362,7 +458,9 @@ def test_collecting_ends_at_the_deadline(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(harness, "ROOT", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(time, "monotonic", lambda: next(clock, 600.0))
-    monkeypatch.setattr(gpu, "run_tests", lambda tests, deadline: pytest.fail("they were collected"))
+    monkeypatch.setattr(
+        gpu, "run_tests", lambda tests, deadline: pytest.fail("they were collected")
+    )
     assert gpu.main(["tests"]) == 1
     assert capsys.readouterr().out.endswith("not done in time: tests\n")
 
@@ -377,7 +475,8 @@ def test_where_there_is_no_git(tmp_path, monkeypatch):
 
 
 def test_what_a_benchmark_writes_is_no_change(tmp_path, monkeypatch):
-    """The commit of a figure is followed by "with changes" where code differs, not where other figures do."""
+    """The commit of a figure is followed by "with changes" where code differs, not where other
+    figures do."""
 
     def git(*arguments):
         who = ["-c", "user.name=n", "-c", "user.email=e"]

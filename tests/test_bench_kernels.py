@@ -37,7 +37,7 @@ def test_each_shape_is_compiled_once_and_for_itself(monkeypatch):
 
 
 def test_self_attention_reads_one_tensor():
-    """(B, N, 3 * H * D), as minisd.attention has it on CUDA: the token stride is that of all three."""
+    """(B, N, 3 * H * D), as minisd.models.attention has it on CUDA: the token stride is that of all three."""
     qkv = bench.inputs(2, 3, 7, 7, 8, torch.float16, "cpu")
     assert len({x.untyped_storage().data_ptr() for x in qkv}) == 1
     for i, x in enumerate(qkv):

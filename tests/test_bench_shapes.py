@@ -1,4 +1,5 @@
-"""The pure functions of the bundled model's benchmark; the model itself is measured by running it."""
+"""The pure functions of the bundled model's benchmark; the model itself is measured by running
+it."""
 
 import json
 import random
@@ -10,7 +11,7 @@ from PIL import Image
 
 from bench import shapes
 from bench.scorer import score
-from minisd import scenes
+from minisd.training import scenes
 
 
 def test_captions_are_fixed_and_were_not_in_training():
@@ -23,7 +24,11 @@ def test_captions_are_fixed_and_were_not_in_training():
 def test_tally_counts_only_what_is_said():
     image = Image.new("RGB", (64, 64), "white")
     image.paste((225, 35, 35), (20, 20, 47, 47))
-    texts = ["a red square on a white background", "a red circle", "a big red square above a blue square"]
+    texts = [
+        "a red square on a white background",
+        "a red circle",
+        "a big red square above a blue square",
+    ]
     result = shapes.tally(texts, [score(image, text) for text in texts])
     assert result["background"] == {"said": 1, "right": 1.0}
     assert result["count"] == {"said": 3, "right": 2 / 3}
@@ -34,7 +39,10 @@ def test_tally_counts_only_what_is_said():
     table = shapes.table({"heldout": result})
     assert "| shape | 33.3 % of 3 |" in table and "| all, one object | 50.0 % of 2 |" in table
     nothing = shapes.tally(texts[1:2], [score(image, texts[1])])
-    assert nothing["background"] == {"said": 0, "right": None} and "| background | - |" in shapes.table({"x": nothing})
+    assert nothing["background"] == {
+        "said": 0,
+        "right": None,
+    } and "| background | - |" in shapes.table({"x": nothing})
 
 
 def test_psnr():
@@ -48,11 +56,20 @@ def test_a_perfect_model_scores_full_marks(tmp_path, monkeypatch, capsys):
 
     def txt2img(texts, seed, **options):
         assert options == {"steps": 25, "guidance": 7.5, "sampler": "dpm++", "progress": False}
-        return [scenes.render(scenes.draw(scenes.parse(t), random.Random(seed + i))) for i, t in enumerate(texts)]
+        return [
+            scenes.render(scenes.draw(scenes.parse(t), random.Random(seed + i)))
+            for i, t in enumerate(texts)
+        ]
 
     fake = SimpleNamespace(
-        txt2img=txt2img, encode_image=list, decode=list, device="cpu", dtype="float32",
-        unet=SimpleNamespace(config=SimpleNamespace(sample_size=16)), vae=SimpleNamespace(factor=4))
+        txt2img=txt2img,
+        encode_image=list,
+        decode=list,
+        device="cpu",
+        dtype="float32",
+        unet=SimpleNamespace(config=SimpleNamespace(sample_size=16)),
+        vae=SimpleNamespace(factor=4),
+    )
     monkeypatch.setitem(vars(shapes.minisd), "load", lambda model: fake)  # the public name is lazy
     model = tmp_path / "model"
     model.mkdir()

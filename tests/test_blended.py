@@ -1,7 +1,8 @@
-"""Blended latent diffusion: equal to the oracle, exact outside the mask, and what it does with every kind of mask."""
+"""Blended latent diffusion: equal to the oracle, exact outside the mask, and what it does with
+every kind of mask."""
 
-import oracle_real
 import numpy as np
+import oracle_real
 import pytest
 import tiny
 import torch
@@ -10,7 +11,7 @@ from PIL import Image
 import minisd
 from minisd.editing import blended
 from minisd.editing.blended import latent_mask, noises, paste, read_mask
-from minisd.schedule import Level
+from minisd.sampling.schedule import Level
 
 QUIET = dict(steps=4, progress=False)
 
@@ -27,7 +28,9 @@ def sd(pair):
 
 
 def picture(width=40, height=24, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
 def box(width=40, height=24, left=9, top=5, right=30, bottom=20):
@@ -53,7 +56,8 @@ def spy(sd, monkeypatch):
 @pytest.mark.parametrize("strength", [0.95, 0.5, 1.0])
 @pytest.mark.parametrize("sampler", oracle_real.SCHEDULERS)
 def test_equals_the_oracle(pair, sampler, strength, monkeypatch, record_property):
-    """Final latents within 1e-4; half strength begins inside the schedule of a multistep sampler."""
+    """Final latents within 1e-4; half strength begins inside the schedule of a multistep
+    sampler."""
     pipe, sd = pair
     image, mask = picture(), np.random.default_rng(3).random((24, 40)) < 0.5
     final = spy(sd, monkeypatch)
@@ -78,30 +82,50 @@ def test_equals_the_oracle(pair, sampler, strength, monkeypatch, record_property
 
 def test_the_background_has_the_same_noise_at_every_step(sd):
     image, mask, seen = picture(), box(), []
-    minisd.blend(sd, image, mask, "a", seed=5, on_step=lambda x, step: seen.append((x.clone(), step)), **QUIET)
+    minisd.blend(
+        sd,
+        image,
+        mask,
+        "a",
+        seed=5,
+        on_step=lambda x, step: seen.append((x.clone(), step)),
+        **QUIET,
+    )
     start, behind = noises(sd, 5, 1, 24, 40)
     assert torch.equal(start, sd.noise(5, 1, 24, 40)) and (start - behind).abs().mean() > 0.5
     outside = ~latent_mask(mask, 6, 10).expand(1, 4, 6, 10)
     z0 = sd.encode_image(image)
-    assert len(seen) == 3 and [step.index for _, step in seen] == [1, 2, 3]  # strength 0.95 of 4 steps
+    assert len(seen) == 3 and [step.index for _, step in seen] == [
+        1,
+        2,
+        3,
+    ]  # strength 0.95 of 4 steps
     for x, step in seen:
         expected = step.next.alpha * z0 + step.next.sigma * behind
-        assert torch.equal(x[outside], expected[outside]) and not torch.equal(x[~outside], expected[~outside])
+        assert torch.equal(x[outside], expected[outside]) and not torch.equal(
+            x[~outside], expected[~outside]
+        )
 
 
 def test_after_the_last_step_the_latents_outside_are_the_pictures_own(sd, monkeypatch):
     final, mask = spy(sd, monkeypatch), box()
-    minisd.blend(sd, picture(), mask, "a", sampler="ddim", **QUIET)  # ends at the level of timestep 0, not at 0
+    minisd.blend(
+        sd, picture(), mask, "a", sampler="ddim", **QUIET
+    )  # ends at the level of timestep 0, not at 0
     outside, z0 = ~latent_mask(mask, 6, 10)[0, 0], sd.encode_image(picture())
     assert torch.equal(final[0][..., outside], z0[..., outside])
-    assert blended.Background(z0, z0, torch.zeros(1, 1, 6, 10, dtype=bool))(z0, Level(1.0, 0.0)).equal(z0)
+    assert blended.Background(z0, z0, torch.zeros(1, 1, 6, 10, dtype=bool))(
+        z0, Level(1.0, 0.0)
+    ).equal(z0)
 
 
 def test_all_white_is_img2img(sd):
     image = picture()
     expected = sd.img2img(image, "a cat", 0.7, seed=3, **QUIET)
     for paste_back in (True, False):
-        ours = minisd.blend(sd, image, np.ones((24, 40), bool), "a cat", 0.7, seed=3, paste_back=paste_back, **QUIET)
+        ours = minisd.blend(
+            sd, image, np.ones((24, 40), bool), "a cat", 0.7, seed=3, paste_back=paste_back, **QUIET
+        )
         assert (pixels(ours) == pixels(expected)).all()
 
 
@@ -119,7 +143,9 @@ def test_outside_the_mask_no_pixel_changes(sd, size, feather):
     assert ours.size == size and not changed[~mask].any() and changed[mask].mean() > 0.9
     assert bare.size == (size[0] // 4 * 4, size[1] // 4 * 4)
     if size == (40, 24):
-        assert (pixels([bare]) != pixels([image]))[0].any(axis=-1)[~mask].mean() > 0.9  # which is why it is pasted
+        assert (pixels([bare]) != pixels([image]))[0].any(axis=-1)[
+            ~mask
+        ].mean() > 0.9  # which is why it is pasted
         if feather == 0:
             assert (pixels([ours])[0][mask] == pixels([bare])[0][mask]).all()
 
@@ -137,7 +163,9 @@ def test_with_a_size_the_picture_is_resized_first(sd):
 @pytest.mark.parametrize("strength, steps", [(0, 25), (0.09, 10), (0.0, 1)])
 def test_without_a_step_to_run_the_picture_is_returned(sd, strength, steps):
     for paste_back in (True, False):
-        [ours] = minisd.blend(sd, picture(45, 27), box(45, 27), "a", strength, steps=steps, paste_back=paste_back)
+        [ours] = minisd.blend(
+            sd, picture(45, 27), box(45, 27), "a", strength, steps=steps, paste_back=paste_back
+        )
         assert (pixels([ours]) == pixels([picture(45, 27)])).all()
 
 
@@ -160,15 +188,21 @@ def test_feathering_ends_with_the_mask(monkeypatch):
         layers.append(-torch.nn.functional.max_pool2d(-layers[-1], 3, stride=1, padding=1))
     share = torch.stack(layers).mean(0)[0, :, :, None].numpy()
     black, white = Image.new("RGB", (60, 40), "black"), Image.new("RGB", (60, 40), "white")
-    assert (np.asarray(paste(black, white, mask, 5)) == (share * 255).round()).all() and share.max() == 1
+    assert (
+        np.asarray(paste(black, white, mask, 5)) == (share * 255).round()
+    ).all() and share.max() == 1
     pool, calls = torch.nn.functional.max_pool2d, []
-    monkeypatch.setattr(torch.nn.functional, "max_pool2d", lambda *args, **kw: calls.append(1) or pool(*args, **kw))
+    monkeypatch.setattr(
+        torch.nn.functional, "max_pool2d", lambda *args, **kw: calls.append(1) or pool(*args, **kw)
+    )
     faint = paste(black, white, box(60, 40, 9, 9, 50, 30), 100_000)
     assert np.asarray(faint).max() == 0 and len(calls) == 11
     faint = paste(black, white, box(60, 40, 9, 9, 50, 30), 100)
     assert np.asarray(faint).max() == round(255 * 11 / 101)
     calls.clear()
-    assert (np.asarray(paste(black, white, np.ones((40, 60), bool), 10**5)) == 255).all() and not calls  # no edge
+    assert (
+        np.asarray(paste(black, white, np.ones((40, 60), bool), 10**5)) == 255
+    ).all() and not calls  # no edge
 
 
 # batches
@@ -182,12 +216,17 @@ def test_each_picture_its_mask_prompt_and_seed(sd, monkeypatch):
     assert (final[0][1] - final[1][0]).abs().max() <= 1e-4 * final[1].abs().max()
     assert np.abs(pixels(both)[1] - pixels([alone])[0]).max() <= 1
     three = minisd.blend(sd, images[0], masks[0], ["a", "b", "a"], seed=[7, 7, 7], **QUIET)
-    assert np.abs(pixels(three)[0] - pixels(three)[2]).max() <= 1 and (pixels(three)[0] != pixels(three)[1]).any()
+    assert (
+        np.abs(pixels(three)[0] - pixels(three)[2]).max() <= 1
+        and (pixels(three)[0] != pixels(three)[1]).any()
+    )
 
 
 def test_on_step_may_replace_the_latents(sd, monkeypatch):
     final = spy(sd, monkeypatch)
-    minisd.blend(sd, picture(), box(), "a", on_step=lambda x, step: torch.full_like(x, 0.1), **QUIET)
+    minisd.blend(
+        sd, picture(), box(), "a", on_step=lambda x, step: torch.full_like(x, 0.1), **QUIET
+    )
     assert (final[0][..., latent_mask(box(), 6, 10)[0, 0]] == 0.1).all()
 
 
@@ -215,7 +254,9 @@ def test_every_kind_of_mask_is_the_same_mask(tmp_path):
 
 def test_the_latent_mask_takes_the_nearest_pixel():
     mask = np.zeros((24, 40), bool)
-    mask[6, 14] = mask[8:12, 20:24] = True  # 4 x 4 pixels a position; (6, 14) is the middle one of position (1, 3)
+    mask[6, 14] = mask[8:12, 20:24] = (
+        True  # 4 x 4 pixels a position; (6, 14) is the middle one of position (1, 3)
+    )
     m = latent_mask(mask, 6, 10)
     assert m.shape == (1, 1, 6, 10) and m.nonzero()[:, 2:].tolist() == [[1, 3], [2, 5]]
 

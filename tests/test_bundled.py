@@ -1,4 +1,5 @@
-"""The bundled model `shapes`: the files that were described and measured, and a model that diffusers can run too."""
+"""The bundled model `shapes`: the files that were described and measured, and a model that
+diffusers can run too."""
 
 import json
 import re
@@ -22,7 +23,9 @@ def test_the_readme_gives_the_sha256_of_each_file():
 
 def test_the_measured_weights_are_the_bundled_ones():
     record = json.loads((ROOT / "bench/results/cpu/shapes.json").read_text(encoding="utf-8"))
-    assert record["sha256"] == hashes(FOLDER), "run `python -m bench.shapes --json bench/results/cpu/shapes.json` again"
+    assert record["sha256"] == hashes(FOLDER), (
+        "run `python -m bench.shapes --json bench/results/cpu/shapes.json` again"
+    )
 
 
 def test_diffusers_draws_the_same(record_property):
@@ -32,7 +35,9 @@ def test_diffusers_draws_the_same(record_property):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipe = StableDiffusionPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, use_karras_sigmas=True)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(
+        pipe.scheduler.config, use_karras_sigmas=True
+    )
     pipe.set_progress_bar_config(disable=True)
     last = []
     sd.txt2img(caption, steps=3, seed=1, progress=False, on_step=lambda x, step: last.append(x))

@@ -15,7 +15,9 @@ import pytest
 from PIL import Image
 
 import minisd
-from minisd import checkpoint, cli, pipeline
+from minisd import pipeline
+from minisd.checkpoints import load as checkpoint
+from minisd.cli import main as cli
 
 TINY = ["--model", "tiny", "--steps", "3", "--device", "cpu"]
 
@@ -24,7 +26,9 @@ pytestmark = pytest.mark.usefixtures("here")
 
 
 def files(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if "tiny" not in path.parts)
+    return sorted(
+        str(path.relative_to(folder)) for path in folder.rglob("*") if "tiny" not in path.parts
+    )
 
 
 def pixels(path):
@@ -47,14 +51,35 @@ def picture(path, mode="RGB", width=45, height=26):
 
 
 def test_txt2img_draws_what_the_pipeline_draws(minisd_command, here):
-    options = ["--size", "40x24", "--guidance", "3", "--negative", "blurry", "--sampler", "ddim", "--seed", "7"]
-    code, out, err = minisd_command("txt2img", "a red circle", *TINY, *options, "-o", "new/folder/out.png")
+    options = [
+        "--size",
+        "40x24",
+        "--guidance",
+        "3",
+        "--negative",
+        "blurry",
+        "--sampler",
+        "ddim",
+        "--seed",
+        "7",
+    ]
+    code, out, err = minisd_command(
+        "txt2img", "a red circle", *TINY, *options, "-o", "new/folder/out.png"
+    )
     assert code == 0 and out == "new/folder/out.png\n" and "3/3" in err
     assert files(here) == ["new", "new/folder", "new/folder/out.png"]
 
     sd = minisd.load("tiny", device="cpu")
     [expected] = sd.txt2img(
-        "a red circle", "blurry", steps=3, guidance=3, sampler="ddim", seed=7, height=24, width=40, progress=False
+        "a red circle",
+        "blurry",
+        steps=3,
+        guidance=3,
+        sampler="ddim",
+        seed=7,
+        height=24,
+        width=40,
+        progress=False,
     )
     assert (pixels("new/folder/out.png") == np.asarray(expected)).all()
     assert chunks("new/folder/out.png") == {
@@ -66,7 +91,9 @@ def test_txt2img_draws_what_the_pipeline_draws(minisd_command, here):
 
 def test_img2img_draws_what_the_pipeline_draws(minisd_command):
     picture("in.png")
-    code, out, _ = minisd_command("img2img", "in.png", "a dog", "--strength", "0.7", *TINY, "-o", "out.png")
+    code, out, _ = minisd_command(
+        "img2img", "in.png", "a dog", "--strength", "0.7", *TINY, "-o", "out.png"
+    )
     assert (code, out) == (0, "out.png\n")
     sd = minisd.load("tiny", device="cpu")
     [expected] = sd.img2img(Image.open("in.png"), "a dog", 0.7, steps=3, progress=False)
@@ -81,7 +108,16 @@ def test_img2img_draws_what_the_pipeline_draws(minisd_command):
         ["txt2img", "a cat", "-n", "3", "--seed", "5", "--dtype", "bfloat16"],
         ["txt2img", "--negative=-5 'apples' \"and\" $HOME", "--seed", "-9", "--", "--steps"],
         ["txt2img", "two\nlines; $HOME -- 'quoted'"],
-        ["txt2img", "Zürich, 雪 🎨", "--sampler", "dpm++ linspace", "--size", "24x40", "--guidance", "1"],
+        [
+            "txt2img",
+            "Zürich, 雪 🎨",
+            "--sampler",
+            "dpm++ linspace",
+            "--size",
+            "24x40",
+            "--guidance",
+            "1",
+        ],
         ["img2img", "in.png", "a dog", "--strength", "0.9", "-n", "2"],
         ["img2img", "a picture.jpg", "a dog", "--size", "32x32", "--negative", "cats"],
         ["img2img", "in.png", "a dog", "--strength", "0"],
@@ -115,14 +151,18 @@ def test_prompt_that_is_cut_warns_in_one_line(minisd_command):
     code, _, err = minisd_command("txt2img", "word " * 90, *TINY, "-o", "out.png")
     warning = [line for line in err.splitlines() if "warning" in line]
     assert code == 0 and len(warning) == 1
-    assert re.fullmatch(r"minisd: warning: the prompt has \d+ tokens and 75 fit; this part was cut: .*", warning[0])
+    assert re.fullmatch(
+        r"minisd: warning: the prompt has \d+ tokens and 75 fit; this part was cut: .*", warning[0]
+    )
 
 
 # files
 
 
 def test_several_pictures_and_folders(minisd_command, here):
-    assert minisd_command("txt2img", "a", *TINY, "-n", "2", "-o", "x.png")[1] == "x-0.png\nx-1.png\n"
+    assert (
+        minisd_command("txt2img", "a", *TINY, "-n", "2", "-o", "x.png")[1] == "x-0.png\nx-1.png\n"
+    )
     assert [chunks(f"x-{i}.png")["seed"] for i in range(2)] == ["0", "1"]
     assert (pixels("x-0.png") != pixels("x-1.png")).any()
 
@@ -131,7 +171,9 @@ def test_several_pictures_and_folders(minisd_command, here):
     out = minisd_command("txt2img", "b", *TINY, "-n", "2", "-o", "new")[1]
     assert out == "new/minisd-00001.png\nnew/minisd-00002.png\n"
     assert (here / "new/minisd-00000.png").read_bytes() == before
-    assert minisd_command("txt2img", "a", *TINY)[1] == "minisd-00000.png\n"  # the working folder is the default
+    assert (
+        minisd_command("txt2img", "a", *TINY)[1] == "minisd-00000.png\n"
+    )  # the working folder is the default
 
 
 def test_a_picture_is_whole_or_not_there(minisd_command, here, monkeypatch):
@@ -158,12 +200,25 @@ def test_written_files_are_ordinary_files(minisd_command, here):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX signals")
 def test_ctrl_c_leaves_nothing_behind(here):
-    command = [sys.executable, "-m", "minisd", "txt2img", "a", *TINY, "--steps", "1000", "-o", "new/out.png"]
+    command = [
+        sys.executable,
+        "-m",
+        "minisd",
+        "txt2img",
+        "a",
+        *TINY,
+        "--steps",
+        "1000",
+        "-o",
+        "new/out.png",
+    ]
     command += ["--trace", "new/trace"]
     restore = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  a background job ignores it
     process = subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=restore)
     seen = b""
-    while not re.search(rb" [1-9]\d*/1000", seen):  # some steps are done; the bar does not show each
+    while not re.search(
+        rb" [1-9]\d*/1000", seen
+    ):  # some steps are done; the bar does not show each
         seen += process.stderr.read(1) or pytest.fail(f"ended early: {seen.decode()[-500:]}")
     assert "new/trace/step_0000_t0999.png" in files(here)
     process.send_signal(signal.SIGINT)
@@ -201,7 +256,9 @@ def test_ctrl_c_while_the_arguments_are_read(minisd_command, monkeypatch):
 def test_a_reader_that_goes_away_is_no_error():
     ours, theirs = os.pipe()
     os.close(ours)
-    done = subprocess.run([sys.executable, "-m", "minisd", "models"], stdout=theirs, stderr=subprocess.PIPE)
+    done = subprocess.run(
+        [sys.executable, "-m", "minisd", "models"], stdout=theirs, stderr=subprocess.PIPE
+    )
     os.close(theirs)
     assert (done.returncode, done.stderr) == (141, b"")
 
@@ -217,17 +274,27 @@ def test_a_name_may_be_as_long_as_the_system_allows(here):
 
 
 def test_what_the_terminal_cannot_show_is_escaped(here):
-    cli.write_png(here / "a.png", Image.new("RGB", (8, 8)), {"version": "minisd 0", "prompt": "雪 red"})
+    cli.write_png(
+        here / "a.png", Image.new("RGB", (8, 8)), {"version": "minisd 0", "prompt": "雪 red"}
+    )
     run = [sys.executable, "-m", "minisd", "info", "a.png"]
-    done = subprocess.run(run, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii:strict"})
+    done = subprocess.run(
+        run, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii:strict"}
+    )
     assert done.returncode == 0 and rb"prompt:          \u96ea red" in done.stdout
 
 
 def test_info_of_a_picture_that_means_ill(minisd_command, here):
-    chunks = {"version": "minisd 0", "prompt": "a\x1b[2Jcat", "arguments": "edit 'a cat'; rm -rf $HOME `id` a\x9bm"}
+    chunks = {
+        "version": "minisd 0",
+        "prompt": "a\x1b[2Jcat",
+        "arguments": "edit 'a cat'; rm -rf $HOME `id` a\x9bm",
+    }
     cli.write_png(here / "a.png", Image.new("RGB", (8, 8)), chunks)
     code, out, _ = minisd_command("info", "a.png")
-    assert code == 0 and r"prompt:          a\x1b[2Jcat" in out and out.replace("\n", "").isprintable()
+    assert (
+        code == 0 and r"prompt:          a\x1b[2Jcat" in out and out.replace("\n", "").isprintable()
+    )
     assert out.endswith("\n\nminisd edit 'a cat;' rm -rf '$HOME' '`id`' 'a\\x9bm'\n")
     cli.write_png(here / "a.png", Image.new("RGB", (8, 8)), chunks | {"arguments": "edit 'a"})
     assert minisd_command("info", "a.png")[::2] == (2, "minisd: error: No closing quotation\n")
@@ -244,7 +311,9 @@ def test_info_of_a_model(minisd_command):
         total += count
         assert f"{part}: {count:,} parameters in {len(parameters)} tensors (F32)" in out
     assert f"total: {total:,} parameters" in out
-    assert "block_out_channels: (16, 32)" in out and "tokenizer: 514 pieces, 77 ids per prompt" in out
+    assert (
+        "block_out_channels: (16, 32)" in out and "tokenizer: 514 pieces, 77 ids per prompt" in out
+    )
 
 
 # help and errors
@@ -262,9 +331,24 @@ def test_help_shows_the_defaults(minisd_command):
 
 
 def test_the_model_is_v1_4_where_none_is_named():
-    [commands] = [action.choices for action in cli.build_parser()._actions if isinstance(action.choices, dict)]
-    taking = {name: parser for name, parser in commands.items() if "--model" in parser._option_string_actions}
-    assert set(taking) == {"txt2img", "img2img", "edit", "heatmap", "invert", "blend", "erase", "export"}
+    [commands] = [
+        action.choices for action in cli.build_parser()._actions if isinstance(action.choices, dict)
+    ]
+    taking = {
+        name: parser
+        for name, parser in commands.items()
+        if "--model" in parser._option_string_actions
+    }
+    assert set(taking) == {
+        "txt2img",
+        "img2img",
+        "edit",
+        "heatmap",
+        "invert",
+        "blend",
+        "erase",
+        "export",
+    }
     assert {parser.get_default("model") for parser in taking.values()} == {"sd-v1-4"}
 
 
@@ -281,28 +365,58 @@ def test_choices_are_those_of_the_pipeline():
         (["txt2img"], "the following arguments are required: prompt"),
         (["txt2img", "a", "--size", "64"], "got '64', expected WIDTHxHEIGHT"),
         (["txt2img", "a", "--size", "64x-8"], "got '64x-8', expected WIDTHxHEIGHT"),
-        (["txt2img", "a", "--size", "30x32", *TINY], "the picture is 30 x 32 pixels, expected positive multiples of 4"),
+        (
+            ["txt2img", "a", "--size", "30x32", *TINY],
+            "the picture is 30 x 32 pixels, expected positive multiples of 4",
+        ),
         (["txt2img", "a", "-n", "0"], "got 0, expected at least 1"),
         (["txt2img", "a", "--steps", "x"], "invalid positive value: 'x'"),
-        (["txt2img", "a", *TINY, "--steps", "1001"], "steps is 1001, expected a whole number from 1 to 1000"),
+        (
+            ["txt2img", "a", *TINY, "--steps", "1001"],
+            "steps is 1001, expected a whole number from 1 to 1000",
+        ),
         (["txt2img", "a", "--sampler", "euler"], "invalid choice: 'euler' (choose from"),
         (["txt2img", "a", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["txt2img", "a", "--model", "nope"], "there is no model 'nope'"),
         (["txt2img", "a", *TINY, "--device", "gpu"], "device 'gpu' cannot be used here"),
         (["txt2img", "a", *TINY, "--seed", str(2**64)], "at least one, from -2**63 to 2**64 - 1"),
-        (["txt2img", "a", *TINY, "--guidance", "nan"], "argument --guidance: got nan, expected a finite number"),
-        (["txt2img", "a", "--negative", "b", "--guidance", "1"], "--negative: it has no effect at --guidance 1"),
+        (
+            ["txt2img", "a", *TINY, "--guidance", "nan"],
+            "argument --guidance: got nan, expected a finite number",
+        ),
+        (
+            ["txt2img", "a", "--negative", "b", "--guidance", "1"],
+            "--negative: it has no effect at --guidance 1",
+        ),
         (["txt2img", "a", *TINY, "--device", "meta"], "device 'meta' cannot be used here"),
-        (["txt2img", "a", *TINY, "-o", "out.jpg"], "-o out.jpg: expected a name that ends in .png, or a folder"),
-        (["txt2img", "a", "-n", "2", "-o", f"{'n' * 250}.png"], "File name too long"),  # with -0 and -1 it is
+        (
+            ["txt2img", "a", *TINY, "-o", "out.jpg"],
+            "-o out.jpg: expected a name that ends in .png, or a folder",
+        ),
+        (
+            ["txt2img", "a", "-n", "2", "-o", f"{'n' * 250}.png"],
+            "File name too long",
+        ),  # with -0 and -1 it is
         (["txt2img", "a", "--trace", "n" * 256], "File name too long"),
         (["export", "--to", "file/x"], "--to file/x: "),
-        (["txt2img", "a", *TINY, "-o", "file/out.png"], "file is not a folder that can be written to"),
-        (["img2img", "in.png", "a", *TINY, "--strength", "1.1"], "strength is 1.1, expected a number from 0 to 1"),
-        (["info", "in.png"], "in.png carries no settings: minisd did not draw it, or they were stripped"),
+        (
+            ["txt2img", "a", *TINY, "-o", "file/out.png"],
+            "file is not a folder that can be written to",
+        ),
+        (
+            ["img2img", "in.png", "a", *TINY, "--strength", "1.1"],
+            "strength is 1.1, expected a number from 0 to 1",
+        ),
+        (
+            ["info", "in.png"],
+            "in.png carries no settings: minisd did not draw it, or they were stripped",
+        ),
         (["info", "none.png"], "No such file or directory: 'none.png'"),
         (["info", "file"], "file is neither a picture nor a .safetensors file"),
-        (["info", "tiny", "--variant", "fp16"], "diffusion_pytorch_model.fp16.safetensors is missing"),
+        (
+            ["info", "tiny", "--variant", "fp16"],
+            "diffusion_pytorch_model.fp16.safetensors is missing",
+        ),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(minisd_command, here, arguments, message):
@@ -318,7 +432,9 @@ def test_errors_are_one_line_and_exit_code_2(minisd_command, here, arguments, me
 def test_checkpoint_errors_of_many_lines_show_the_first(minisd_command, original, here):
     shutil.copytree(original, here / "broken")
     config = here / "broken/unet/config.json"
-    config.write_text(config.read_text().replace('"cross_attention_dim": 24', '"cross_attention_dim": 32'))
+    config.write_text(
+        config.read_text().replace('"cross_attention_dim": 24', '"cross_attention_dim": 32')
+    )
     code, _, err = minisd_command("txt2img", "a", "--model", "broken")
     assert code == 2 and re.fullmatch(
         r"minisd: error: \d+ tensors do not fit the models: \(\d+ more lines with --debug\)\n", err
@@ -331,7 +447,10 @@ def test_debug_shows_the_traceback(minisd_command):
     run = [sys.executable, "-m", "minisd", "info", "none.png"]
     quiet = subprocess.run(run, capture_output=True, text=True)
     loud = subprocess.run([*run, "--debug"], capture_output=True, text=True)
-    assert quiet.returncode == 2 and quiet.stderr == "minisd: error: [Errno 2] No such file or directory: 'none.png'\n"
+    assert (
+        quiet.returncode == 2
+        and quiet.stderr == "minisd: error: [Errno 2] No such file or directory: 'none.png'\n"
+    )
     assert loud.returncode == 1 and "Traceback" in loud.stderr
 
 
@@ -360,7 +479,9 @@ def pictures(tmp_path_factory):
     picture(folder / "float.tif", "F")
     picture(folder / "dot.png", width=1, height=1)
     huge = whole.read_bytes().replace(struct.pack(">II", 40, 24), struct.pack(">II", 20000, 20000))
-    (folder / "huge.png").write_bytes(huge[:29] + struct.pack(">I", zlib.crc32(huge[12:29])) + huge[33:])
+    (folder / "huge.png").write_bytes(
+        huge[:29] + struct.pack(">I", zlib.crc32(huge[12:29])) + huge[33:]
+    )
     return folder
 
 
@@ -378,7 +499,10 @@ def test_bad_pictures_are_refused_in_one_line(minisd_command, here, pictures, ar
         ("dot.png", ""),  # too small to draw, or not of the mask's proportions
     ]:
         path = pictures / name
-        given = [{"PICTURE": path, "whole.png": pictures / "whole.png"}.get(each, each) for each in arguments]
+        given = [
+            {"PICTURE": path, "whole.png": pictures / "whole.png"}.get(each, each)
+            for each in arguments
+        ]
         code, out, err = minisd_command(*given, *TINY, "-o", "new/out.png", "--trace", "new/trace")
         assert code == 2 and out == "" and message.format(path=path) in err
         assert err.count("\n") == 1 and err.startswith("minisd: error: ") and files(here) == []
@@ -391,9 +515,13 @@ def test_pictures_are_taken_as_a_viewer_shows_them(minisd_command, here, picture
     upright[274] = 6  # stored lying on its left side
     Image.fromarray(np.rot90(rgb).copy()).save("turned.png", exif=upright)
     Image.fromarray(rgb).convert("RGBA").save("clear.png")
-    Image.fromarray(rgb).save("moving.png", save_all=True, append_images=[Image.new("RGB", (40, 24))])
+    Image.fromarray(rgb).save(
+        "moving.png", save_all=True, append_images=[Image.new("RGB", (40, 24))]
+    )
     for name, strength in [("turned.png", "0"), ("clear.png", "0"), ("moving.png", "0.3")]:
-        code, _, _ = minisd_command("img2img", name, "a", *TINY, "--strength", strength, "-o", "out.png")
+        code, _, _ = minisd_command(
+            "img2img", name, "a", *TINY, "--strength", strength, "-o", "out.png"
+        )
         assert code == 0 and (pixels("out.png") == rgb).all()
     dot = ["img2img", pictures / "dot.png", "a", *TINY, "--strength", "0", "-o", "out.png"]
     assert "the picture is 1 x 1 pixels, expected at least 4 x 4" in minisd_command(*dot)[2]
@@ -406,7 +534,9 @@ def test_pictures_of_any_mode(minisd_command, mode):
         Image.fromarray(np.full((24, 40), 40000, np.uint16)).save("in.tif")
     else:
         picture("in.tif", mode)
-    assert minisd_command("img2img", "in.tif", "a", *TINY, "--strength", "0", "-o", "out.png")[0] == 0
+    assert (
+        minisd_command("img2img", "in.tif", "a", *TINY, "--strength", "0", "-o", "out.png")[0] == 0
+    )
     assert Image.open("out.png").mode == "RGB"
     if mode == "I;16":
         assert (pixels("out.png") == round(40000 / 257)).all()

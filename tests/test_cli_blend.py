@@ -32,13 +32,21 @@ def test_blend(minisd_command):
     given = ["blend", "in.png", "mask.png", "a cat"]
     assert minisd_command(*given, "--feather", "1", "-o", "b.png", *TINY)[:2] == (0, "b.png\n")
     sd, image = minisd.load("tiny", device="cpu"), Image.fromarray(PICTURE)
-    [expected] = minisd.blend(sd, image, "mask.png", "a cat", steps=3, seed=4, feather=1, progress=False)
+    [expected] = minisd.blend(
+        sd, image, "mask.png", "a cat", steps=3, seed=4, feather=1, progress=False
+    )
     assert (pixels("b.png") == pixels(expected)).all()
-    assert (pixels("b.png")[MASK == 0] == PICTURE[MASK == 0]).all() and (pixels("b.png") != PICTURE).any()
+    assert (pixels("b.png")[MASK == 0] == PICTURE[MASK == 0]).all() and (
+        pixels("b.png") != PICTURE
+    ).any()
     code, about, _ = minisd_command("info", "b.png")
     line = "minisd blend in.png mask.png 'a cat' --feather 1 -o b.png " + " ".join(TINY)
     assert code == 0 and about.splitlines()[-1] == line
-    assert "mask:            mask.png" in about and "image_sha256:" in about and "mask_sha256:" in about
+    assert (
+        "mask:            mask.png" in about
+        and "image_sha256:" in about
+        and "mask_sha256:" in about
+    )
     minisd_command(*given, "--no-paste-back", "--strength", "1", "-o", "bare.png", *TINY)
     assert (pixels("bare.png")[MASK == 0] != PICTURE[MASK == 0]).any(axis=-1).mean() > 0.9
 
@@ -50,23 +58,33 @@ def test_blend_with_traces(minisd_command, here):
     names = sorted(path.name[:9] for path in (here / "steps").glob("step_*.png"))
     assert names == ["step_0001", "step_0002"]  # strength 0.95 of 3 steps
     line = minisd_command("info", "b.png")[1].splitlines()[-1]
-    assert line == shlex.join(["minisd", "blend", *given])  # the folder of the trace is not empty any more
+    assert line == shlex.join(
+        ["minisd", "blend", *given]
+    )  # the folder of the trace is not empty any more
     assert minisd_command(*shlex.split(line)[1:])[0] == 0
 
 
 def test_erase(minisd_command):
     options = ["--image", "in.png", "--strength", "0.7", "--erase-scale", "4,-2", "--sega"]
     options += ["--warmup", "2", "--threshold", "0.6", "--momentum", "0.3"]
-    assert minisd_command("erase", "a cat", "a hat", "a mat", *options, "-o", "e.png", *TINY)[:2] == (0, "e.png\n")
+    assert minisd_command("erase", "a cat", "a hat", "a mat", *options, "-o", "e.png", *TINY)[
+        :2
+    ] == (0, "e.png\n")
     sd = minisd.load("tiny", device="cpu")
     run = partial(minisd.erase_concepts, sd, steps=3, seed=4, progress=False)
     guide = partial(minisd.sega, threshold=0.6, warmup=2, momentum=0.3)
-    [expected] = run(Image.fromarray(PICTURE), "a cat", ["a hat", "a mat"], 0.7, [4, -2], guide=guide)
+    [expected] = run(
+        Image.fromarray(PICTURE), "a cat", ["a hat", "a mat"], 0.7, [4, -2], guide=guide
+    )
     assert (pixels("e.png") == pixels(expected)).all()
     code, about, _ = minisd_command("info", "e.png")
     assert code == 0 and "image:           in.png" in about
-    assert about.splitlines()[-1].startswith("minisd erase 'a cat' 'a hat' 'a mat' --image in.png --strength 0.7")
-    assert minisd_command("erase", "a cat", "a hat", "--size", "40x24", "-o", "n.png", *TINY)[0] == 0
+    assert about.splitlines()[-1].startswith(
+        "minisd erase 'a cat' 'a hat' 'a mat' --image in.png --strength 0.7"
+    )
+    assert (
+        minisd_command("erase", "a cat", "a hat", "--size", "40x24", "-o", "n.png", *TINY)[0] == 0
+    )
     assert (pixels("n.png") == pixels(run(None, "a cat", "a hat", height=24, width=40)[0])).all()
 
 
@@ -92,5 +110,7 @@ def test_erase(minisd_command):
 def test_errors_are_one_line_and_nothing_is_written(minisd_command, here, arguments, message):
     before = sorted(here.iterdir())
     code, out, err = minisd_command(*arguments, *TINY, "-o", "x.png")
-    assert code == 2 and out == "" and len(err.splitlines()) <= 2 and message in err.splitlines()[-1]
+    assert (
+        code == 2 and out == "" and len(err.splitlines()) <= 2 and message in err.splitlines()[-1]
+    )
     assert sorted(here.iterdir()) == before

@@ -1,4 +1,5 @@
-"""The static buffers of CUDA graphs, without a GPU: what is replayed reads nothing but its own buffers."""
+"""The static buffers of CUDA graphs, without a GPU: what is replayed reads nothing but its own
+buffers."""
 
 import p2p_model
 import pytest
@@ -7,13 +8,14 @@ from methods import PROMPTS, as_tensor, methods
 from torch.utils._pytree import tree_leaves
 
 import minisd
-from minisd import cuda_graph
-from minisd.attention import AttentionEdit
+from minisd.engine import graphs as cuda_graph
+from minisd.models.attention import AttentionEdit
 
 
 class Mocked(cuda_graph.Replay):
-    """Replay with the capture taken out: it calls the function again on the buffers that it was captured with, and
-    writes into the same outputs. Like a graph it sees nothing of the later calls but what is copied into the buffers.
+    """Replay with the capture taken out: it calls the function again on the buffers that it was
+    captured with, and writes into the same outputs. Like a graph it sees nothing of the later calls
+    but what is copied into the buffers.
     """
 
     def __init__(self):
@@ -86,7 +88,9 @@ def test_save_buffers_are_written_to_themselves_and_once_per_call():
     assert torch.equal(total, torch.full((3,), 6.0)) and replay.captures == 1
     other = torch.zeros(3)
     replay("a", function, torch.ones(3), {"site": AttentionEdit(save_mean=other)})
-    assert torch.equal(other, torch.ones(3)) and total[0] == 6 and replay.captures == 2  # other memory, another graph
+    assert (
+        torch.equal(other, torch.ones(3)) and total[0] == 6 and replay.captures == 2
+    )  # other memory, another graph
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +99,8 @@ def sd(tmp_path_factory):
 
 
 def test_every_method_draws_the_same_through_the_buffers(sd):
-    """To 8 bits for pictures, 1e-5 for latents; and one graph, of the whole step, serves all steps of a run."""
+    """To 8 bits for pictures, 1e-5 for latents; and one graph, of the whole step, serves all steps
+    of a run."""
     expected = {name: method() for name, (method, _) in methods(sd).items()}
     sd.unet.replay = Mocked()
     try:
@@ -118,7 +123,10 @@ def test_inference_mode_inside_and_outside(sd):
         with torch.inference_mode():
             inside = [as_tensor(sd.txt2img(PROMPTS, steps=4, progress=False)) for _ in range(2)]
         outside = as_tensor(sd.txt2img(PROMPTS, steps=4, progress=False))
-        assert all(torch.equal(each, expected) for each in (*inside, outside)) and sd.unet.replay.captures == 1
+        assert (
+            all(torch.equal(each, expected) for each in (*inside, outside))
+            and sd.unet.replay.captures == 1
+        )
     finally:
         del sd.unet.replay
 
@@ -129,7 +137,10 @@ def test_gradients_go_around_the_graph(sd):
         uncond = sd.encode_prompt([""]).requires_grad_()
         predict = minisd.cfg(sd.unet, uncond, sd.encode_prompt(PROMPTS[:1]), 3.0)
         x, step = sd.noise(0), next(iter(minisd.DDIM(sd.schedule, 4)))
-        for function in (lambda: predict(x, step), lambda: minisd.samplers.take(step, predict, x)[0]):
+        for function in (
+            lambda: predict(x, step),
+            lambda: minisd.sampling.samplers.take(step, predict, x)[0],
+        ):
             uncond.grad = None
             function().sum().backward()
             assert uncond.grad.abs().max() > 0 and sd.unet.replay.captures == 0
@@ -138,7 +149,9 @@ def test_gradients_go_around_the_graph(sd):
 
 
 def test_graph_needs_cuda():
-    with pytest.raises(ValueError, match="graph=True replays CUDA graphs and needs a CUDA device, got cpu"):
+    with pytest.raises(
+        ValueError, match="graph=True replays CUDA graphs and needs a CUDA device, got cpu"
+    ):
         minisd.load("shapes", device="cpu", graph=True)
 
 

@@ -6,7 +6,7 @@ import torch
 from methods import PROMPTS, as_tensor, methods
 
 import minisd
-from minisd import onednn
+from minisd.engine import onednn
 from minisd.pipeline import pick_dtype
 
 
@@ -27,8 +27,14 @@ def drawn(sd):
 
 
 def test_auto_is_bfloat16_where_the_processor_has_it(monkeypatch):
-    for has, dtype in (({}, torch.float32), ({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": 1}, torch.bfloat16)):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {"avx512_bf16": False} | has)
+    for has, dtype in (
+        ({}, torch.float32),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": 1}, torch.bfloat16),
+    ):
+        monkeypatch.setattr(
+            torch.cpu, "get_capabilities", lambda has=has: {"avx512_bf16": False} | has
+        )
         assert pick_dtype("auto", torch.device("cpu")) == dtype
     assert pick_dtype("auto", torch.device("cuda")) == torch.float16
     assert pick_dtype(None, torch.device("cpu")) == torch.float32
@@ -54,7 +60,9 @@ def test_a_run_embeds_its_times_and_its_text_once(folder):
     predict, x = minisd.conditional(sd.unet, sd.encode_prompt(PROMPTS[:1])), sd.noise(0)
     inverse = minisd.denoise(x, minisd.DDIM(sd.schedule, 6, inverse=True), predict)
     assert rows == [5, 5, 4, 6]
-    again = minisd.denoise(inverse, minisd.DDIM(sd.schedule, 3, skip=1), predict)  # other times: a second table
+    again = minisd.denoise(
+        inverse, minisd.DDIM(sd.schedule, 3, skip=1), predict
+    )  # other times: a second table
     assert rows == [5, 5, 4, 6, 3] and again.isfinite().all()
 
 
@@ -77,11 +85,19 @@ def test_fused_projections_draw_the_same(folder):
     fused.unet.fuse_qkv()
     sites = [module for name, module in fused.unet.named_modules() if name.endswith("attn1")]
     assert sites and all(site.qkv_weight() is not None for site in sites)
-    assert all(site.qkv_weight() is None for name, site in fused.unet.named_modules() if name.endswith("attn2"))
+    assert all(
+        site.qkv_weight() is None
+        for name, site in fused.unet.named_modules()
+        if name.endswith("attn2")
+    )
     torch.testing.assert_close(drawn(fused), drawn(plain), atol=1e-4, rtol=0)
 
 
-LEFT_OUT = ("no guidance", "inverse", "uncond for each step")  # two latents where others here have one
+LEFT_OUT = (
+    "no guidance",
+    "inverse",
+    "uncond for each step",
+)  # two latents where others here have one
 SHAPES = {  # those that no method before has had
     "dpm++": ["2 latents under guidance"],
     "img2img": ["1 latent under guidance"],
@@ -89,22 +105,31 @@ SHAPES = {  # those that no method before has had
     "erase": ["2 latents, guidance of 3 groups"],
     "replay": ["1 latent under guidance, edited by stored maps"],
     "invert, redraw": ["1 latent without guidance"],  # redraw's are img2img's
-    "null-text": ["1 latent without guidance, the text as it is", "the same with gradients", "the same under guidance"],
+    "null-text": [
+        "1 latent without guidance, the text as it is",
+        "the same with gradients",
+        "the same under guidance",
+    ],
 }
 
 
 def test_compile_is_one_graph_for_every_method(folder):
     """One for each set of shapes (SHAPES), the same at all steps and whenever it is called again.
 
-    None has a break: `load` compiles with fullgraph=True, which makes that an error. There are more than torch's limit
-    of 8. Pictures are the uncompiled model's to one level of 8 bits, latents to 1e-4.
+    None has a break: `load` compiles with fullgraph=True, which makes that an error. There are more
+    than torch's limit of 8. Pictures are the uncompiled model's to one level of 8 bits, latents to
+    1e-4.
     """
-    expected = {name: method() for name, (method, _) in methods(minisd.load(folder, device="cpu")).items()}
+    expected = {
+        name: method() for name, (method, _) in methods(minisd.load(folder, device="cpu")).items()
+    }
     graphs = []
 
     def backend(graph, inputs):
         graphs.append(graph)
-        if len(graphs) == 2:  # of two latents: of one, aot_eager's group_norm refuses strides that inductor takes
+        if (
+            len(graphs) == 2
+        ):  # of two latents: of one, aot_eager's group_norm refuses strides that inductor takes
             return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
         return graph.forward  # as it was traced, which is quicker
 
@@ -112,7 +137,9 @@ def test_compile_is_one_graph_for_every_method(folder):
     torch._dynamo.register_backend(backend, "counting")
     sd = minisd.load(folder, device="cpu", compile="counting")
     compiled = {name: method for name, (method, _) in methods(sd).items() if name not in LEFT_OUT}
-    assert len(graphs) == 1  # of `record`, for the recording to replay: 1 latent under guidance, maps saved
+    assert (
+        len(graphs) == 1
+    )  # of `record`, for the recording to replay: 1 latent under guidance, maps saved
     for name, method in compiled.items():
         before, ours = len(graphs), method()
         assert len(graphs) - before == len(SHAPES.get(name, [])), name

@@ -1,4 +1,5 @@
-"""Concept erasure and semantic guidance: equal to the oracle, their limits, and what they refuse."""
+"""Concept erasure and semantic guidance: equal to the oracle, their limits, and what they
+refuse."""
 
 import inspect
 from functools import partial
@@ -11,8 +12,8 @@ import torch
 from PIL import Image
 
 import minisd
-from minisd.guidance import cfg, erase, sega
-from minisd.samplers import DDIM, DPMpp2M, denoise
+from minisd.sampling.guidance import cfg, erase, sega
+from minisd.sampling.samplers import DDIM, DPMpp2M, denoise
 
 QUIET = dict(steps=4, progress=False)
 CONCEPTS, WEIGHTS = ["a dog", "a red mat"], [2.5, -1.0]
@@ -30,7 +31,9 @@ def sd(pair):
 
 
 def picture(width=40, height=24, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
 def pixels(images):
@@ -53,7 +56,8 @@ def final(sd, monkeypatch, *arguments, **options):
 @pytest.mark.parametrize("strength", [None, 0.6, 0.3])
 @pytest.mark.parametrize("sampler", oracle_real.SCHEDULERS)
 def test_equals_the_oracle(pair, sampler, strength, guide, monkeypatch, record_property):
-    """Final latents within 1e-4, from noise (strength None) and from inside the schedule of a picture."""
+    """Final latents within 1e-4, from noise (strength None) and from inside the schedule of a
+    picture."""
     pipe, sd = pair
     options = (0.7, 6, 0.3, 0.6)
     names = ("threshold", "warmup", "momentum", "beta")
@@ -64,7 +68,11 @@ def test_equals_the_oracle(pair, sampler, strength, guide, monkeypatch, record_p
     )  # fmt: skip
     cond, uncond = pipe.encode_prompt(["a cat"], "cpu", 1, True, negative_prompt=["bad"])
     concepts = [pipe.encode_prompt([text], "cpu", 1, False)[0] for text in CONCEPTS]
-    z0 = None if strength is None else oracle_real.encode(pipe.vae, pipe.image_processor.preprocess(picture()))
+    z0 = (
+        None
+        if strength is None
+        else oracle_real.encode(pipe.vae, pipe.image_processor.preprocess(picture()))
+    )
     run = partial(
         oracle_real.erase, pipe.unet, oracle_real.SCHEDULERS[sampler](tiny.SCHEDULER), z0, sd.noise(3, 1, 24, 40),
         uncond, cond, concepts, WEIGHTS, 10, 1.0 if strength is None else strength, 4.0,
@@ -73,7 +81,9 @@ def test_equals_the_oracle(pair, sampler, strength, guide, monkeypatch, record_p
     difference = ((ours - expected).abs().max() / expected.abs().max()).item()
     record_property(f"{guide}, final latents", difference)
     assert difference <= 1e-4
-    other = run(options if guide == "erase" else (0.7, 6, 0.0, 0.6))  # the other guide, or no momentum
+    other = run(
+        options if guide == "erase" else (0.7, 6, 0.0, 0.6)
+    )  # the other guide, or no momentum
     assert (ours - other).abs().max() > 1e-3 * expected.abs().max()
 
 
@@ -93,7 +103,9 @@ def test_one_call_of_the_unet_with_two_rows_and_one_for_each_concept(sd):
 
 def test_nothing_erased_is_txt2img_and_img2img(sd):
     expected = sd.txt2img("a cat", seed=3, sampler="ddim", **QUIET)
-    ours = minisd.erase_concepts(sd, None, "a cat", "a dog", erase_scale=0, seed=3, sampler="ddim", **QUIET)
+    ours = minisd.erase_concepts(
+        sd, None, "a cat", "a dog", erase_scale=0, seed=3, sampler="ddim", **QUIET
+    )
     assert np.abs(pixels(ours) - pixels(expected)).max() <= 1
     expected = sd.img2img(picture(), ["a", "b"], 0.5, seed=3, **QUIET)
     ours = minisd.erase_concepts(sd, picture(), ["a", "b"], "a dog", 0.5, 0.0, seed=3, **QUIET)
@@ -104,19 +116,29 @@ def test_nothing_erased_is_txt2img_and_img2img(sd):
 
 def test_without_a_step_to_run_the_picture_is_returned(sd):
     for strength, steps in ((0, 50), (0.09, 10)):
-        images = minisd.erase_concepts(sd, picture(45, 27), ["a", "b"], "c", strength, steps=steps, progress=False)
-        assert len(images) == 2 and all(image.tobytes() == picture(45, 27).tobytes() for image in images)
-    [small] = minisd.erase_concepts(sd, picture(45, 27), "a", "c", 0, height=12, width=20, progress=False)
+        images = minisd.erase_concepts(
+            sd, picture(45, 27), ["a", "b"], "c", strength, steps=steps, progress=False
+        )
+        assert len(images) == 2 and all(
+            image.tobytes() == picture(45, 27).tobytes() for image in images
+        )
+    [small] = minisd.erase_concepts(
+        sd, picture(45, 27), "a", "c", 0, height=12, width=20, progress=False
+    )
     assert small.size == (20, 12)
 
 
 def test_strength_is_a_third_unless_it_is_given(sd):
     """0.3 of the steps, as published, with a picture; all of them without one."""
     seen = []
-    minisd.erase_concepts(sd, picture(), "a", "b", steps=10, progress=False, on_step=lambda x, s: seen.append(s.index))
+    minisd.erase_concepts(
+        sd, picture(), "a", "b", steps=10, progress=False, on_step=lambda x, s: seen.append(s.index)
+    )
     assert seen == [7, 8, 9]
     seen.clear()
-    minisd.erase_concepts(sd, None, "a", "b", steps=3, progress=False, on_step=lambda x, s: seen.append(s.index))
+    minisd.erase_concepts(
+        sd, None, "a", "b", steps=3, progress=False, on_step=lambda x, s: seen.append(s.index)
+    )
     assert seen == [0, 1, 2]
 
 
@@ -137,15 +159,21 @@ def test_sega_without_its_extras_is_erase(sd, rows):
 
 def test_the_weight_of_a_concept_is_one_whatever_the_guide():
     functions = (minisd.erase_concepts, erase, sega)
-    assert {inspect.signature(each).parameters["erase_scale"].default for each in functions} == {10.0}
+    assert {inspect.signature(each).parameters["erase_scale"].default for each in functions} == {
+        10.0
+    }
 
 
 def test_sega_changes_only_the_largest_values_and_only_after_the_warmup(sd, rows):
     x, steps = sd.noise(1, 2), list(DDIM(sd.schedule, 4))
     predict = sega(sd.unet, *rows, 5.0, WEIGHTS[0], threshold=0.75, warmup=2, momentum=0)
-    changes = [(predict(x, step) - cfg(sd.unet, *rows[:2], 5.0)(x, step)).abs() > 1e-3 for step in steps]
+    changes = [
+        (predict(x, step) - cfg(sd.unet, *rows[:2], 5.0)(x, step)).abs() > 1e-3 for step in steps
+    ]
     shares = [change.float().mean().item() for change in changes]
-    assert shares[:2] == [0, 0] and all(0.25 <= share <= 0.5 for share in shares[2:])  # a quarter for each concept
+    assert shares[:2] == [0, 0] and all(
+        0.25 <= share <= 0.5 for share in shares[2:]
+    )  # a quarter for each concept
     one = sega(sd.unet, *rows[:2], rows[2][:1], 5.0, 2.5, threshold=0.75, warmup=0, momentum=0)
     change = (one(x, steps[0]) - cfg(sd.unet, *rows[:2], 5.0)(x, steps[0])).abs() > 1e-4
     assert (change.flatten(2).sum(dim=2) == 16).all()  # 16 of the 64 positions of every channel
@@ -161,7 +189,9 @@ def test_the_momentum_of_a_run_does_not_reach_the_next(sd, rows):
 def test_weights_lead_away_or_towards(sd, rows):
     x, step = sd.noise(1), list(DDIM(sd.schedule, 4))[1]
     plain = cfg(sd.unet, *rows[:2], 5.0)(x, step)
-    away, towards = (sega(sd.unet, *rows, 5.0, w, warmup=0, momentum=0)(x, step) - plain for w in (3.0, -3.0))
+    away, towards = (
+        sega(sd.unet, *rows, 5.0, w, warmup=0, momentum=0)(x, step) - plain for w in (3.0, -3.0)
+    )
     assert (away + towards).abs().max() <= 1e-4 * away.abs().max() and away.abs().max() > 0.01
 
 
@@ -187,7 +217,9 @@ def test_weights_lead_away_or_towards(sd, rows):
 ])  # fmt: skip
 def test_arguments_that_are_refused(sd, arguments, message):
     with pytest.raises(ValueError, match=message):
-        minisd.erase_concepts(sd, **{"image": picture(), "prompt": "a", "concepts": "b"} | QUIET | arguments)
+        minisd.erase_concepts(
+            sd, **{"image": picture(), "prompt": "a", "concepts": "b"} | QUIET | arguments
+        )
 
 
 def test_concepts_are_texts(sd):

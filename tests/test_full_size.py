@@ -1,6 +1,8 @@
-"""Equality and memory at the full size of Stable Diffusion v1.4, with random weights: 860 M + 84 M + 123 M parameters.
+"""Equality and memory at the full size of Stable Diffusion v1.4, with random weights: 860 M + 84 M
++ 123 M parameters.
 
-The bar is max |difference| <= 2e-5 max |reference| in fp32. Ours and the reference share one copy of the weights.
+The bar is max |difference| <= 2e-5 max |reference| in fp32. Ours and the reference share one copy
+of the weights.
 """
 
 import json
@@ -18,14 +20,15 @@ from transformers import CLIPTextConfig as ReferenceTextConfig
 from transformers import CLIPTextModel as ReferenceText
 
 from minisd import AutoencoderKL, CLIPTextConfig, CLIPTextModel, UNet, UNetConfig, VAEConfig
-from minisd.onednn import use_onednn
+from minisd.engine.onednn import use_onednn
 
 pytestmark = pytest.mark.full
 BAR = 2e-5
 
 
 def build_reference(name):
-    """diffusers' or transformers' model of SD v1.4's size: fresh layers are random already, norms are made so."""
+    """diffusers' or transformers' model of SD v1.4's size: fresh layers are random already, norms
+    are made so."""
     torch.manual_seed(0)
     if name == "unet":
         model = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
@@ -39,7 +42,12 @@ def build_reference(name):
         )
     else:
         model = ReferenceText(
-            ReferenceTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12)
+            ReferenceTextConfig(
+                hidden_size=768,
+                intermediate_size=3072,
+                num_attention_heads=12,
+                num_hidden_layers=12,
+            )
         )
     with torch.no_grad():
         for parameter in model.parameters():
@@ -72,7 +80,12 @@ def test_unet(record_property):
             eps = reference(x, t, context).sample
             assert_equal(f"UNet {size}", ours(x, torch.tensor(t), context), eps, record_property)
     with torch.no_grad():
-        assert_equal(f"UNet {size} by oneDNN", use_onednn(ours)(x, torch.tensor(t), context), eps, record_property)
+        assert_equal(
+            f"UNet {size} by oneDNN",
+            use_onednn(ours)(x, torch.tensor(t), context),
+            eps,
+            record_property,
+        )
 
 
 def test_vae(record_property):
@@ -100,7 +113,9 @@ def test_text(record_property):
     assert ours.config == CLIPTextConfig()
     ids = torch.randint(0, 49406, (4, 77))
     ids[:, 0] = 49406
-    for row, length in enumerate((1, 8, 40, 76)):  # the end token, and pads after it, as a tokenizer makes them
+    for row, length in enumerate(
+        (1, 8, 40, 76)
+    ):  # the end token, and pads after it, as a tokenizer makes them
         ids[row, length:] = 49407
     with torch.no_grad():
         assert_equal("CLIP-L", ours(ids), reference(ids).last_hidden_state, record_property)
@@ -110,7 +125,8 @@ LOAD = """
 import json, sys, minisd, minisd.pipeline
 
 def memory(key):
-    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) * 1024
+    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
+    * 1024
 
 before = memory("VmRSS")
 sd = minisd.load(sys.argv[1], device="cpu", dtype="float32")
@@ -141,13 +157,16 @@ def folder(tmp_path_factory):
 
 def run(program, folder):
     """What a program of its own process prints, JSON."""
-    done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(folder)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 def test_loading_takes_little_more_than_the_weights(folder, record_property):
-    """A folder of fp16 files, loaded as fp32 in a process of its own: peak resident memory < 1.3 x weights."""
+    """A folder of fp16 files, loaded as fp32 in a process of its own: peak resident memory < 1.3 x
+    weights."""
     measured = run(LOAD, folder)
     assert measured["weights"] == 4 * (859_520_964 + 83_653_863 + 123_060_480)
     record_property("loading, peak memory over weights", measured["peak"] / measured["weights"])
@@ -159,7 +178,8 @@ import json, sys, torch, minisd
 from minisd.editing.null_text import adam, differentiable
 
 def memory(key):
-    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) * 1024
+    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
+    * 1024
 
 sd = minisd.load(sys.argv[1], device="cpu", dtype="float32")
 loaded = memory("VmRSS")
@@ -179,14 +199,15 @@ with torch.no_grad():
 moved = (phi - null).abs()
 print(json.dumps({
     "loaded": loaded, "optimised": optimised, "edited": memory("VmHWM"), "loss": loss.item(),
-    "moved": [moved.max().item(), (moved > 0.009).float().mean().item()], "finite": out.isfinite().all().item(),
-    "differ": (out[0] - out[1]).abs().max().item(),
+    "moved": [moved.max().item(), (moved > 0.009).float().mean().item()], "finite":
+    out.isfinite().all().item(), "differ": (out[0] - out[1]).abs().max().item(),
 }))
 """
 
 
 def test_a_null_text_step_and_an_edit_step_fit_12_gb(folder, record_property):
-    """One inner step of Adam on the unconditional embedding and one guided step of prompt-to-prompt at 512 x 512."""
+    """One inner step of Adam on the unconditional embedding and one guided step of prompt-to-prompt
+    at 512 x 512."""
     measured = run(EDIT, folder)
     for name in ("loaded", "optimised", "edited"):
         record_property(f"null-text and edit, GB resident, {name}", measured[name] / 1e9)

@@ -1,7 +1,9 @@
-"""A fuzz of what reads foreign data: safetensors headers, configs, schedules, vocabularies, prompts, pictures.
+"""A fuzz of what reads foreign data: safetensors headers, configs, schedules, vocabularies,
+prompts, pictures.
 
-Each target either succeeds with a result that holds its promises, or raises its one documented error. What once broke
-it is kept in tests/corpus/<target>/ and is replayed first; FUZZ_SECONDS=600 fuzzes each target that long.
+Each target either succeeds with a result that holds its promises, or raises its one documented
+error. What once broke it is kept in tests/corpus/<target>/ and is replayed first; FUZZ_SECONDS=600
+fuzzes each target that long.
 """
 
 import io
@@ -20,16 +22,17 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from minisd import checkpoint, sources
-from minisd.clip import CLIPTextConfig
+from minisd.checkpoints import load as checkpoint
+from minisd.checkpoints import sources
+from minisd.checkpoints.tensor_file import read_header
 from minisd.editing.inversion import FORMAT, METHODS, TENSORS, Inversion
-from minisd.images import read_picture, to_tensor
-from minisd.samplers import DDIM, DPMpp2M
-from minisd.schedule import NoiseSchedule
-from minisd.tensor_file import read_header
-from minisd.tokenizer import CLIPTokenizer
-from minisd.unet import UNetConfig
-from minisd.vae import VAEConfig
+from minisd.models.clip import CLIPTextConfig
+from minisd.models.tokenizer import CLIPTokenizer
+from minisd.models.unet import UNetConfig
+from minisd.models.vae import VAEConfig
+from minisd.sampling.samplers import DDIM, DPMpp2M
+from minisd.sampling.schedule import NoiseSchedule
+from minisd.viewing.images import read_picture, to_tensor
 
 CORPUS = Path(__file__).parent / "corpus"
 SECONDS = float(os.environ.get("FUZZ_SECONDS", 2.5))  # of each target
@@ -38,7 +41,8 @@ SHAPES = sources.bundled()["shapes"]
 
 
 def fuzz(**strategies):
-    """Run a test on drawn values until its time is over, EXAMPLES at least unless that takes longer."""
+    """Run a test on drawn values until its time is over, EXAMPLES at least unless that takes
+    longer."""
 
     def decorate(test):
         end = 0.0
@@ -53,7 +57,9 @@ def fuzz(**strategies):
                     raise
 
         health = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
-        run = settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=health)(timed)
+        run = settings(
+            max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=health
+        )(timed)
         # What pytest calls takes no fixtures: the values come from hypothesis.
         inner = given(**strategies)(run)
 
@@ -83,7 +89,9 @@ JSON = st.recursive(
     | st.floats()
     | st.text(max_size=8)
     | st.sampled_from([0, 1, -1, 2**63, 1e400]),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
     max_leaves=8,
 )
 
@@ -112,14 +120,23 @@ ENTRIES = st.fixed_dictionaries(
         "data_offsets": OFFSETS,
     },
 )
-HEADERS = st.dictionaries(st.text(max_size=6) | st.just("__metadata__"), ENTRIES | JSON, max_size=4) | JSON
+HEADERS = (
+    st.dictionaries(st.text(max_size=6) | st.just("__metadata__"), ENTRIES | JSON, max_size=4)
+    | JSON
+)
 
 
-@fuzz(header=HEADERS, data=st.binary(max_size=40), lie=st.integers(-3, 3) | st.integers(0, 2**64 - 1) | st.just(0))
+@fuzz(
+    header=HEADERS,
+    data=st.binary(max_size=40),
+    lie=st.integers(-3, 3) | st.integers(0, 2**64 - 1) | st.just(0),
+)
 def test_headers(header, data, lie):
     text = json.dumps(header).encode("utf-8", "surrogatepass")
     with tempfile.TemporaryDirectory() as folder:
-        header_is_read_or_refused(struct.pack("<Q", (len(text) + lie) % 2**64) + text + data, Path(folder))
+        header_is_read_or_refused(
+            struct.pack("<Q", (len(text) + lie) % 2**64) + text + data, Path(folder)
+        )
 
 
 def damaged(contents, places):
@@ -137,11 +154,16 @@ def damaged(contents, places):
 
 
 PLACES = st.lists(
-    st.tuples(st.integers(0, 2), st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=6
+    st.tuples(st.integers(0, 2), st.floats(0, 1, exclude_max=True), st.integers(0, 255)),
+    min_size=1,
+    max_size=6,
 )
 SMALL = json.dumps(
     {"__metadata__": {"format": "pt"}}
-    | {f"layer.{i}": {"dtype": "F16", "shape": [2, 2], "data_offsets": [8 * i, 8 * i + 8]} for i in range(4)}
+    | {
+        f"layer.{i}": {"dtype": "F16", "shape": [2, 2], "data_offsets": [8 * i, 8 * i + 8]}
+        for i in range(4)
+    }
 ).encode()
 SMALL = struct.pack("<Q", len(SMALL)) + SMALL + bytes(32)
 
@@ -162,7 +184,9 @@ def test_headers_that_once_broke_it(path, tmp_path):
 
 def like(cls):
     """Configs with the keys of a dataclass and values of any kind."""
-    keys = st.sampled_from([*cls.__dataclass_fields__, "act_fn", "unknown", "text_config", "down_block_types"])
+    keys = st.sampled_from(
+        [*cls.__dataclass_fields__, "act_fn", "unknown", "text_config", "down_block_types"]
+    )
     numbers = st.integers(-2, 9) | st.lists(st.integers(-1, 99), max_size=4)
     return st.dictionaries(keys, numbers | JSON, max_size=6)
 
@@ -188,7 +212,9 @@ def test_configs(part, changes):
     own = json.loads((SHAPES / part / "config.json").read_text())
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, about layers without weights
-        config_is_read_or_refused(part, own | changes[list(checkpoint.MODELS).index(part)], Path(folder))
+        config_is_read_or_refused(
+            part, own | changes[list(checkpoint.MODELS).index(part)], Path(folder)
+        )
 
 
 @corpus("config")
@@ -220,7 +246,12 @@ def schedule_is_built_or_refused(config, steps, skip):
         return
     a = schedule.alphas_cumprod
     assert a.isfinite().all() and (a >= 0).all() and (a <= 1).all()
-    for make in (DDIM, lambda *args: DDIM(*args, inverse=True), DPMpp2M, lambda *args: DPMpp2M(*args, karras=False)):
+    for make in (
+        DDIM,
+        lambda *args: DDIM(*args, inverse=True),
+        DPMpp2M,
+        lambda *args: DPMpp2M(*args, karras=False),
+    ):
         try:
             plan = list(make(schedule, steps, skip))
         except ValueError:
@@ -244,7 +275,9 @@ def test_schedules_that_once_broke_it(path):
 # vocabularies and prompts
 
 TOKENIZER = CLIPTokenizer.from_folder(SHAPES / "tokenizer")
-PIECES = st.text(max_size=3) | st.sampled_from(["a", "b</w>", "ab</w>", "<|startoftext|>", "<|endoftext|>", "</w>", ""])
+PIECES = st.text(max_size=3) | st.sampled_from(
+    ["a", "b</w>", "ab</w>", "<|startoftext|>", "<|endoftext|>", "</w>", ""]
+)
 
 
 def vocabulary_is_read_or_refused(vocab, merges, folder):
@@ -259,12 +292,19 @@ def vocabulary_is_read_or_refused(vocab, merges, folder):
 
 @fuzz(
     vocab=st.dictionaries(PIECES, st.integers(0, 9) | JSON, max_size=8) | JSON,
-    merges=st.lists(st.tuples(PIECES, PIECES).map(" ".join), max_size=4).map("\n".join) | st.text(max_size=20),
+    merges=st.lists(st.tuples(PIECES, PIECES).map(" ".join), max_size=4).map("\n".join)
+    | st.text(max_size=20),
     whole=st.booleans(),
 )
 def test_vocabularies(vocab, merges, whole):
     if whole and isinstance(vocab, dict):
-        vocab = {"<|startoftext|>": 100, "<|endoftext|>": 101, "a": 1, "b</w>": 2, "ab</w>": 3} | vocab
+        vocab = {
+            "<|startoftext|>": 100,
+            "<|endoftext|>": 101,
+            "a": 1,
+            "b</w>": 2,
+            "ab</w>": 3,
+        } | vocab
     with tempfile.TemporaryDirectory() as folder:
         vocabulary_is_read_or_refused(vocab, merges, Path(folder))
 
@@ -282,9 +322,15 @@ def prompt_is_encoded_or_refused(text):
         except ValueError:
             assert any("\ud800" <= c <= "\udfff" for c in text)
             return
-    assert ids.shape == (1, 77) and ids[0, 0] == TOKENIZER.bos_id and TOKENIZER.eos_id in ids[0].tolist()
+    assert (
+        ids.shape == (1, 77)
+        and ids[0, 0] == TOKENIZER.bos_id
+        and TOKENIZER.eos_id in ids[0].tolist()
+    )
     own = TOKENIZER.encode(text)
-    assert all(0 <= i < len(TOKENIZER.vocab) for i in own) and len(TOKENIZER.tokenize(text)) == len(own)
+    assert all(0 <= i < len(TOKENIZER.vocab) for i in own) and len(TOKENIZER.tokenize(text)) == len(
+        own
+    )
     TOKENIZER.decode(own)
 
 
@@ -303,17 +349,31 @@ def test_prompts_that_once_broke_it(path):
 
 # saved inversions
 
-ABOUT = {"prompts": ["a"], "steps": 2, "skip": 0, "timesteps": [1, 501], "method": "ddim", "guidance": None}
+ABOUT = {
+    "prompts": ["a"],
+    "steps": 2,
+    "skip": 0,
+    "timesteps": [1, 501],
+    "method": "ddim",
+    "guidance": None,
+}
 SIDES = st.lists(st.integers(0, 2), max_size=4) | st.sampled_from(
     [[1, 4, 2, 2], [2, 1, 3, 5], [3, 1, 4, 2, 2], [2, 4, 1]]
 )
-KINDS = st.sampled_from([torch.float32, torch.float16, torch.int64, torch.bool, torch.float8_e4m3fn])
+KINDS = st.sampled_from(
+    [torch.float32, torch.float16, torch.int64, torch.bool, torch.float8_e4m3fn]
+)
 
 
 @fuzz(
-    about=st.dictionaries(st.sampled_from([*ABOUT, "a"]), JSON | st.sampled_from(METHODS), max_size=3) | JSON,
+    about=st.dictionaries(
+        st.sampled_from([*ABOUT, "a"]), JSON | st.sampled_from(METHODS), max_size=3
+    )
+    | JSON,
     tensors=st.dictionaries(
-        st.sampled_from([*TENSORS, "snapshot.0", "snapshot.9", "snapshot.x", "a"]), st.tuples(SIDES, KINDS), max_size=3
+        st.sampled_from([*TENSORS, "snapshot.0", "snapshot.9", "snapshot.x", "a"]),
+        st.tuples(SIDES, KINDS),
+        max_size=3,
     ),
 )
 def test_inversions(about, tensors):
@@ -357,7 +417,9 @@ def pictures():
         for kind in ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM", "ICO"):
             buffer = io.BytesIO()
             try:
-                Image.new(mode, (9, 7), 1 if mode in ("P", "L", "1", "I;16") else None).save(buffer, kind)
+                Image.new(mode, (9, 7), 1 if mode in ("P", "L", "1", "I;16") else None).save(
+                    buffer, kind
+                )
             except (OSError, KeyError, ValueError):
                 continue  # the format has no such mode
             files[f"{kind} {mode}"] = buffer.getvalue()

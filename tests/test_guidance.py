@@ -1,4 +1,5 @@
-"""Guidance against its formulas, with a stand-in UNet that sees every argument, and once with minisd's own UNet."""
+"""Guidance against its formulas, with a stand-in UNet that sees every argument, and once with
+minisd's own UNet."""
 
 import subprocess
 import sys
@@ -6,12 +7,14 @@ import sys
 import pytest
 import torch
 
-from minisd.guidance import cfg, conditional, erase, sega
-from minisd.samplers import DDIM, denoise
-from minisd.schedule import NoiseSchedule
-from minisd.unet import UNet, UNetConfig
+from minisd.models.unet import UNet, UNetConfig
+from minisd.sampling.guidance import cfg, conditional, erase, sega
+from minisd.sampling.samplers import DDIM, denoise
+from minisd.sampling.schedule import NoiseSchedule
 
-SCHEDULE = NoiseSchedule.from_dict({"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"})
+SCHEDULE = NoiseSchedule.from_dict(
+    {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+)
 STEPS = list(DDIM(SCHEDULE, 4))
 
 
@@ -37,7 +40,9 @@ class Recorder:
     def __call__(self, x, t, context, edits):
         self.calls.append((x, t, context, edits))
         groups = len(context) // len(x)
-        return torch.stack([eps(row, t, text) for row, text in zip(x.repeat(groups, 1, 1, 1), context)])
+        return torch.stack(
+            [eps(row, t, text) for row, text in zip(x.repeat(groups, 1, 1, 1), context)]
+        )
 
 
 class Preparing(Recorder):
@@ -50,17 +55,23 @@ class Preparing(Recorder):
         return {"context": context}
 
     def __call__(self, x, t, context, edits):
-        return super().__call__(x, t, context["context"] if isinstance(context, dict) else context, edits)
+        return super().__call__(
+            x, t, context["context"] if isinstance(context, dict) else context, edits
+        )
 
 
 def rowwise(x, step, rows):
-    return torch.stack([eps(latent, step.t, text) for latent, text in zip(x, rows.expand(len(x), -1, -1))])
+    return torch.stack(
+        [eps(latent, step.t, text) for latent, text in zip(x, rows.expand(len(x), -1, -1))]
+    )
 
 
 @pytest.mark.parametrize("step", STEPS)
 def test_conditional(step):
     unet = Recorder()
-    torch.testing.assert_close(conditional(unet, COND)(X, step), rowwise(X, step, COND), rtol=0, atol=0)
+    torch.testing.assert_close(
+        conditional(unet, COND)(X, step), rowwise(X, step, COND), rtol=0, atol=0
+    )
     ((x, t, context, edits),) = unet.calls
     assert x is X and torch.equal(context, COND) and edits == {}
     assert t.shape == () and t.dtype == torch.int64 and t.item() == step.t
@@ -72,9 +83,13 @@ def test_conditional(step):
 def test_cfg(scale, uncond, cond):
     unet, step = Recorder(), STEPS[1]
     u, c = rowwise(X, step, uncond), rowwise(X, step, cond)
-    torch.testing.assert_close(cfg(unet, uncond, cond, scale)(X, step), u + scale * (c - u), rtol=0, atol=1e-14)
+    torch.testing.assert_close(
+        cfg(unet, uncond, cond, scale)(X, step), u + scale * (c - u), rtol=0, atol=1e-14
+    )
     ((_, _, context, _),) = unet.calls
-    assert torch.equal(context[:2], uncond.expand(2, -1, -1)) and torch.equal(context[2:], cond.expand(2, -1, -1))
+    assert torch.equal(context[:2], uncond.expand(2, -1, -1)) and torch.equal(
+        context[2:], cond.expand(2, -1, -1)
+    )
 
 
 def test_cfg_of_scale_1_runs_no_unconditional_half():
@@ -104,7 +119,9 @@ def test_erase_with_concepts_of_their_own_for_each_latent():
     got = erase(Recorder(), UNCOND, COND, both, 3.0, [4.0, -1.0])(X, STEPS[2])
     for i in range(2):
         alone = erase(Recorder(), UNCOND, COND[i : i + 1], CONCEPTS[i : i + 2], 3.0, [4.0, -1.0])
-        torch.testing.assert_close(got[i : i + 1], alone(X[i : i + 1], STEPS[2]), rtol=0, atol=1e-13)
+        torch.testing.assert_close(
+            got[i : i + 1], alone(X[i : i + 1], STEPS[2]), rtol=0, atol=1e-13
+        )
 
 
 def test_defaults_are_the_published_scales():
@@ -123,7 +140,9 @@ def test_uncond_of_every_step(make):
         with torch.no_grad():
             predict = make(unet, unconds, COND)
             for step in list(DDIM(SCHEDULE, 4, skip=1)):
-                assert torch.equal(predict(X, step), make(Recorder(), unconds[step.index], COND)(X, step))
+                assert torch.equal(
+                    predict(X, step), make(Recorder(), unconds[step.index], COND)(X, step)
+                )
 
 
 @pytest.mark.parametrize("make", [conditional, lambda *a, **k: cfg(a[0], UNCOND, *a[1:], **k)])
@@ -146,7 +165,8 @@ def test_keys_and_values_are_prepared_once_per_prompt():
 
 
 def test_gradients_reach_the_embedding_after_a_run_without_them():
-    """Null-text inversion optimises uncond: nothing that was prepared without gradients may be used then."""
+    """Null-text inversion optimises uncond: nothing that was prepared without gradients may be used
+    then."""
     uncond = UNCOND.clone().requires_grad_()
     predict = cfg(Preparing(), uncond, COND)
     with torch.no_grad():
@@ -163,20 +183,50 @@ def semantic(**options):
 @pytest.mark.parametrize(
     ("predict", "words"),
     [
-        (lambda: conditional(Recorder(), randn(3, 7, 6)), r"cond has shape \(3, 7, 6\), expected .*\(2, L, D\)"),
+        (
+            lambda: conditional(Recorder(), randn(3, 7, 6)),
+            r"cond has shape \(3, 7, 6\), expected .*\(2, L, D\)",
+        ),
         (lambda: conditional(Recorder(), "a cat"), r"cond is 'a cat', expected \(1, L, D\)"),
         (lambda: cfg(Recorder(), [None] * 4, COND), r"uncond is None, expected \(1, L, D\)"),
-        (lambda: conditional(Recorder(), COND[0]), r"cond has shape \(7, 6\), expected \(1, L, D\)"),
+        (
+            lambda: conditional(Recorder(), COND[0]),
+            r"cond has shape \(7, 6\), expected \(1, L, D\)",
+        ),
         (lambda: cfg(Recorder(), randn(4, 7, 6), COND), r"uncond has shape \(4, 7, 6\)"),
-        (lambda: cfg(Recorder(), [UNCOND] * 3, COND), "uncond is a list of 3 entries, but step 3 needs one entry"),
-        (lambda: erase(Recorder(), UNCOND, COND, CONCEPTS[0]), r"concepts has shape \(7, 6\), expected \(n, L, D\)"),
-        (lambda: erase(Recorder(), UNCOND, COND, CONCEPTS, 7.5, [1.0, 2.0]), "one weight or one per concept"),
-        (lambda: erase(Recorder(), UNCOND, COND, CONCEPTS, 7.5, [1.0]), "one weight or one per concept"),
-        (lambda: erase(Recorder(), UNCOND, COND, CONCEPTS, 7.5, "10"), "erase_scale is '10', expected a finite number"),
-        (lambda: erase(Recorder(), UNCOND, COND, CONCEPTS, "3"), "guidance scale is '3', expected a finite number"),
-        (lambda: cfg(Recorder(), UNCOND, COND, "3"), "guidance scale is '3', expected a finite number"),
+        (
+            lambda: cfg(Recorder(), [UNCOND] * 3, COND),
+            "uncond is a list of 3 entries, but step 3 needs one entry",
+        ),
+        (
+            lambda: erase(Recorder(), UNCOND, COND, CONCEPTS[0]),
+            r"concepts has shape \(7, 6\), expected \(n, L, D\)",
+        ),
+        (
+            lambda: erase(Recorder(), UNCOND, COND, CONCEPTS, 7.5, [1.0, 2.0]),
+            "one weight or one per concept",
+        ),
+        (
+            lambda: erase(Recorder(), UNCOND, COND, CONCEPTS, 7.5, [1.0]),
+            "one weight or one per concept",
+        ),
+        (
+            lambda: erase(Recorder(), UNCOND, COND, CONCEPTS, 7.5, "10"),
+            "erase_scale is '10', expected a finite number",
+        ),
+        (
+            lambda: erase(Recorder(), UNCOND, COND, CONCEPTS, "3"),
+            "guidance scale is '3', expected a finite number",
+        ),
+        (
+            lambda: cfg(Recorder(), UNCOND, COND, "3"),
+            "guidance scale is '3', expected a finite number",
+        ),
         (lambda: cfg(Recorder(), UNCOND, COND, True), "guidance scale is True"),
-        (lambda: cfg(Recorder(), UNCOND[:, :5], COND), r"texts differ in shape: uncond \(2, 5, 6\), cond \(2, 7, 6\)"),
+        (
+            lambda: cfg(Recorder(), UNCOND[:, :5], COND),
+            r"texts differ in shape: uncond \(2, 5, 6\), cond \(2, 7, 6\)",
+        ),
         (lambda: semantic(threshold="0.9"), "threshold is '0.9', expected a number from 0 to 1"),
         (lambda: semantic(warmup=1.5), "warmup is 1.5, expected a whole number, at least 0"),
         (lambda: semantic(momentum=None), "momentum is None, expected a finite number"),
@@ -189,7 +239,8 @@ def test_bad_arguments(predict, words):
 
 
 def test_with_the_unet():
-    """The group order, the prepared keys and the shared prefix of minisd's UNet give what separate calls give."""
+    """The group order, the prepared keys and the shared prefix of minisd's UNet give what separate
+    calls give."""
     config = UNetConfig(
         sample_size=8,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -208,11 +259,21 @@ def test_with_the_unet():
         u, c, e = (unet(x, t, rows.expand(2, -1, -1)) for rows in (UNCOND, COND, CONCEPTS[:1]))
         got = erase(unet, UNCOND, COND, CONCEPTS[:1])(x, step)
         torch.testing.assert_close(got, u + 7.5 * (c - u) - 10.0 * (e - u), rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(cfg(unet, UNCOND, COND)(x, step), u + 7.5 * (c - u), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        cfg(unet, UNCOND, COND)(x, step), u + 7.5 * (c - u), rtol=1e-9, atol=1e-9
+    )
     assert (c - u).abs().max() > 1e-3
 
 
 def test_guidance_loads_no_model():
-    code = "import sys, minisd.guidance; print(*(m for m in sys.modules if m.startswith('minisd')))"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert set(loaded) == {"minisd", "minisd.expect", "minisd.guidance", "minisd.samplers", "minisd.schedule"}
+    code = "import sys, minisd.sampling.guidance; print(*(m for m in sys.modules if m.startswith('minisd')))"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert set(loaded) == {
+        "minisd",
+        "minisd.expect",
+        "minisd.sampling.guidance",
+        "minisd.sampling.samplers",
+        "minisd.sampling.schedule",
+    }

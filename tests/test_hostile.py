@@ -1,6 +1,8 @@
-"""Input that lies, is damaged or is absurd ends in one clear error: no crash, no hang, no memory taken on its word.
+"""Input that lies, is damaged or is absurd ends in one clear error: no crash, no hang, no memory
+taken on its word.
 
-Files are built from the bundled model; memory is what Python allocates (tracemalloc). The fuzz is in test_fuzz.py.
+Files are built from the bundled model; memory is what Python allocates (tracemalloc). The fuzz is
+in test_fuzz.py.
 """
 
 import json
@@ -17,9 +19,11 @@ import pytest
 import torch
 
 import minisd
-from minisd import checkpoint, cli, sources
-from minisd.names import LDM_PREFIX, rename_ldm
-from minisd.tensor_file import MAX_HEADER, read_header
+from minisd.checkpoints import load as checkpoint
+from minisd.checkpoints import sources
+from minisd.checkpoints.names import LDM_PREFIX, rename_ldm
+from minisd.checkpoints.tensor_file import MAX_HEADER, read_header
+from minisd.cli import main as cli
 
 SHAPES = sources.bundled()["shapes"]
 UNET = sources.weights_file("unet", None)
@@ -116,7 +120,9 @@ def test_headers_that_lie(tmp_path, lie):
     path.write_bytes(contents)
     with frugal(), pytest.raises(checkpoint.CheckpointError) as caught:
         read_header(path)
-    assert str(caught.value).startswith(f"{path} cannot be read as safetensors: ") and message in str(caught.value)
+    assert str(caught.value).startswith(
+        f"{path} cannot be read as safetensors: "
+    ) and message in str(caught.value)
     assert len(str(caught.value)) < 1000 and str(caught.value).isprintable()
 
 
@@ -125,7 +131,10 @@ def test_a_header_of_a_gigabyte_is_not_read(tmp_path):
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", 10**9))
         file.truncate(2 * 10**9)  # a hole: it takes no space
-    with frugal(megabytes=1), pytest.raises(checkpoint.CheckpointError, match=f"expected at most {MAX_HEADER}"):
+    with (
+        frugal(megabytes=1),
+        pytest.raises(checkpoint.CheckpointError, match=f"expected at most {MAX_HEADER}"),
+    ):
         read_header(path)
 
 
@@ -143,7 +152,9 @@ def test_weights_of_a_dtype_that_is_no_float(folder, kind, message):
     header, data = json.loads(contents[8 : 8 + length]), contents[8 + length :]
     start, stop = header["conv_in.bias"]["data_offsets"]
     size = {"I64": 8}.get(kind)
-    if size is not None:  # as many bytes as the lie needs: the tensor grows, and with it the offsets after it
+    if (
+        size is not None
+    ):  # as many bytes as the lie needs: the tensor grows, and with it the offsets after it
         grow = 80 * size - (stop - start)
         data = data[:stop] + bytes(grow) + data[stop:]
         for name, each in header.items():
@@ -164,7 +175,10 @@ def test_single_files_with_names_of_any_kind(part):
     config = checkpoint.MODELS[part][1]()
     with frugal(seconds=3):
         for name in NAMES:
-            assert rename_ldm(part, LDM_PREFIX[part] + name, config) == name and rename_ldm(part, name, config) is None
+            assert (
+                rename_ldm(part, LDM_PREFIX[part] + name, config) == name
+                and rename_ldm(part, name, config) is None
+            )
 
 
 def test_an_index_of_shards_is_not_followed(folder, tmp_path):
@@ -172,7 +186,10 @@ def test_an_index_of_shards_is_not_followed(folder, tmp_path):
     (folder / UNET).unlink()
     index = {"metadata": {}, "weight_map": {"conv_in.weight": "../../outside.safetensors"}}
     (folder / (UNET + ".index.json")).write_text(json.dumps(index))
-    told = refused(folder, f"{folder / UNET} is missing; beside it: diffusion_pytorch_model.safetensors.index.json")
+    told = refused(
+        folder,
+        f"{folder / UNET} is missing; beside it: diffusion_pytorch_model.safetensors.index.json",
+    )
     assert "neither shards with an index nor .bin pickles" in told
 
 
@@ -226,7 +243,9 @@ ABSURD = [
 
 
 @pytest.mark.parametrize(
-    ("part", "change", "message"), ABSURD, ids=[f"{part}-{message[:40]}" for part, _, message in ABSURD]
+    ("part", "change", "message"),
+    ABSURD,
+    ids=[f"{part}-{message[:40]}" for part, _, message in ABSURD],
 )
 def test_configs_with_absurd_numbers(folder, part, change, message):
     path = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
@@ -236,7 +255,16 @@ def test_configs_with_absurd_numbers(folder, part, change, message):
 
 
 @pytest.mark.parametrize(
-    "text", ["[" * 200_000, "{" * 200_000, '{"a": ' + "9" * 5000 + "}", "[]", "null", "\ud800", " " * 2_000_000]
+    "text",
+    [
+        "[" * 200_000,
+        "{" * 200_000,
+        '{"a": ' + "9" * 5000 + "}",
+        "[]",
+        "null",
+        "\ud800",
+        " " * 2_000_000,
+    ],
 )
 def test_configs_that_are_no_config(folder, text):
     (folder / "vae" / "config.json").write_text(text, errors="surrogatepass")
@@ -282,7 +310,10 @@ def test_a_vocabulary_with_ids_that_the_text_encoder_does_not_have(folder):
     for number in (616, 2**31):
         path.write_text(json.dumps(vocabulary | {"<|endoftext|>": number}))
         with frugal(megabytes=50):
-            refused(folder, f"makes 77 ids up to {number}, the text encoder takes at most 77 ids below 616")
+            refused(
+                folder,
+                f"makes 77 ids up to {number}, the text encoder takes at most 77 ids below 616",
+            )
 
 
 # prompts
@@ -295,7 +326,14 @@ def tokenizer():
 
 @pytest.mark.parametrize(
     "prompt",
-    ["a" * 10**6, "a " * 200_000, "é̂" * 50_000, "🎨" * 50_000, "雪" * 50_000, "<|endoftext|>" * 80_000],
+    [
+        "a" * 10**6,
+        "a " * 200_000,
+        "é̂" * 50_000,
+        "🎨" * 50_000,
+        "雪" * 50_000,
+        "<|endoftext|>" * 80_000,
+    ],
     ids=["one word", "many words", "combining", "emoji", "ideographs", "special tokens"],
 )
 def test_prompts_of_up_to_a_megabyte_are_cut_with_a_short_warning(tokenizer, prompt):
@@ -315,7 +353,8 @@ def test_prompts_of_nothing_are_the_empty_prompt(tokenizer, prompt):
 
 
 @pytest.mark.parametrize(
-    "prompt", ["a\0red\0circle", "\0", "مربع أحمر", "\u202ea red circle\u202c", "ﷺ", "\ufeff", "a\x1b[2Jb"]
+    "prompt",
+    ["a\0red\0circle", "\0", "مربع أحمر", "\u202ea red circle\u202c", "ﷺ", "\ufeff", "a\x1b[2Jb"],
 )
 def test_prompts_of_any_characters_are_drawn(tokenizer, prompt):
     ids = tokenizer.encode(prompt)
@@ -327,7 +366,9 @@ def test_prompts_of_any_characters_are_drawn(tokenizer, prompt):
 
 @pytest.mark.parametrize("prompt", ["\ud800", "a\udfff", "\udc00" * 10**6])
 def test_lone_surrogates_are_refused_in_a_short_message(tokenizer, prompt):
-    with pytest.raises(ValueError, match="expected a prompt of valid Unicode, got lone surrogates in ") as caught:
+    with pytest.raises(
+        ValueError, match="expected a prompt of valid Unicode, got lone surrogates in "
+    ) as caught:
         tokenizer([prompt])
     assert len(str(caught.value)) < 20_000
     str(caught.value).encode("ascii")  # it can be printed anywhere
@@ -341,10 +382,13 @@ def tree(folder):
 
 
 def test_nothing_is_written_beside_the_output(folder, tmp_path, monkeypatch, capsys):
-    """A checkpoint whose texts are paths, exported: the files have the names that minisd gives them."""
+    """A checkpoint whose texts are paths, exported: the files have the names that minisd gives
+    them."""
     scheduler = folder / "scheduler" / "scheduler_config.json"
     escape = "../../../escape"
-    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"_class_name": escape, escape: escape}))
+    scheduler.write_text(
+        json.dumps(json.loads(scheduler.read_text()) | {"_class_name": escape, escape: escape})
+    )
     vocabulary = folder / "tokenizer" / "vocab.json"
     vocabulary.write_text(json.dumps(json.loads(vocabulary.read_text()) | {escape: 600}))
     monkeypatch.chdir(tmp_path)
@@ -359,6 +403,10 @@ def test_nothing_is_written_beside_the_output(folder, tmp_path, monkeypatch, cap
     os.symlink(tmp_path / "elsewhere", tmp_path / "link")  # to a place that is not there
     before = tree(tmp_path)
     capsys.readouterr()
-    for bad in (["--to", "model"], ["--to", "model/unet/config.json"], ["--single-file", "--to", "a.ckpt"]):
+    for bad in (
+        ["--to", "model"],
+        ["--to", "model/unet/config.json"],
+        ["--single-file", "--to", "a.ckpt"],
+    ):
         assert cli.main(["export", "--model", "shapes", *bad]) == 2
         assert capsys.readouterr().err.count("\n") == 1 and tree(tmp_path) == before

@@ -1,4 +1,5 @@
-"""Pictures from files as a viewer shows them or refused in words, and files that are whole or not there."""
+"""Pictures from files as a viewer shows them or refused in words, and files that are whole or not
+there."""
 
 import os
 import stat
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minisd.images import made, read_picture, whole
+from minisd.viewing.images import made, read_picture, whole
 
 
 def values(image):
@@ -18,7 +19,9 @@ def values(image):
 
 def colours(width=7, height=5, channels=3, dtype=np.uint8):
     high = np.iinfo(dtype).max
-    return np.random.default_rng(0).integers(0, high, (height, width, channels), dtype=dtype, endpoint=True)
+    return np.random.default_rng(0).integers(
+        0, high, (height, width, channels), dtype=dtype, endpoint=True
+    )
 
 
 def chunk(kind, data):
@@ -29,7 +32,9 @@ def png(width, height, depth, colour_type, rows=b""):
     """A PNG file written by hand. colour_type: 0 grey, 2 RGB, 4 grey and alpha, 6 RGBA."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
     data = zlib.compress(b"".join(b"\0" + row for row in rows))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "webp", "gif", "jpg", "ppm"])
@@ -37,13 +42,17 @@ def test_rgb_of_the_common_formats(tmp_path, suffix):
     flat = np.broadcast_to(colours(1, 1), (8, 8, 3)).copy()
     Image.fromarray(flat).save(tmp_path / f"a.{suffix}")
     image = read_picture(tmp_path / f"a.{suffix}")
-    assert image.mode == "RGB" and np.abs(values(image) - flat).max() <= (6 if suffix in ("webp", "jpg") else 0)
+    assert image.mode == "RGB" and np.abs(values(image) - flat).max() <= (
+        6 if suffix in ("webp", "jpg") else 0
+    )
 
 
 @pytest.mark.parametrize(("colour_type", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
 def test_sixteen_bits_become_eight(tmp_path, colour_type, channels):
     deep = colours(channels=channels, dtype=np.uint16)
-    (tmp_path / "a.png").write_bytes(png(7, 5, 16, colour_type, [row.astype(">u2").tobytes() for row in deep]))
+    (tmp_path / "a.png").write_bytes(
+        png(7, 5, 16, colour_type, [row.astype(">u2").tobytes() for row in deep])
+    )
     level = deep / 257
     if channels in (2, 4):  # transparency on white
         level = 255 + (level[..., :-1] - 255) * deep[..., -1:] / 65535
@@ -54,7 +63,9 @@ def test_sixteen_bits_become_eight(tmp_path, colour_type, channels):
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_sixteen_bits_of_a_tiff_or_a_pgm(tmp_path, order):
     deep = colours(channels=1, dtype=np.uint16)[..., 0]
-    image = Image.frombytes("I;16" if order == "<" else "I;16B", (7, 5), deep.astype(f"{order}u2").tobytes())
+    image = Image.frombytes(
+        "I;16" if order == "<" else "I;16B", (7, 5), deep.astype(f"{order}u2").tobytes()
+    )
     image.save(tmp_path / "a.tif")
     (tmp_path / "a.pgm").write_bytes(b"P5 7 5 65535\n" + deep.astype(">u2").tobytes())
     for name in ("a.tif", "a.pgm"):
@@ -113,7 +124,11 @@ def test_one_pixel(tmp_path):
     [
         ("empty.png", b"", "cannot identify image file"),
         ("text.png", b"not a picture", "cannot identify image file"),
-        ("cut.png", png(64, 64, 8, 2, [os.urandom(192) for _ in range(64)])[:9000], "cannot be read as a picture"),
+        (
+            "cut.png",
+            png(64, 64, 8, 2, [os.urandom(192) for _ in range(64)])[:9000],
+            "cannot be read as a picture",
+        ),
         ("no pixels.png", png(9, 9, 8, 2), "cannot be read as a picture"),
         ("cut.jpg", None, "cannot be read as a picture"),
         ("cut.webp", None, "cannot be read as a picture"),
@@ -135,7 +150,11 @@ def test_what_is_no_picture_is_refused_in_one_line(tmp_path, name, data, message
         path.write_bytes(data)
     with pytest.raises(ValueError) as caught:
         read_picture(path)
-    assert str(caught.value).startswith(str(path)) and message in str(caught.value) and "\n" not in str(caught.value)
+    assert (
+        str(caught.value).startswith(str(path))
+        and message in str(caught.value)
+        and "\n" not in str(caught.value)
+    )
 
 
 def test_missing_files_and_folders(tmp_path):
@@ -174,11 +193,16 @@ def test_a_file_is_written_through_a_link_with_ordinary_rights(tmp_path):
         part.write_text("new")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "old").read_text() == "new"
     (tmp_path / "plain").write_text("")
-    assert stat.S_IMODE((tmp_path / "old").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+    assert stat.S_IMODE((tmp_path / "old").stat().st_mode) == stat.S_IMODE(
+        (tmp_path / "plain").stat().st_mode
+    )
 
 
 def test_folders_that_are_in_use_stay(tmp_path):
     with pytest.raises(OSError), made(tmp_path / "a" / "b"):
         (tmp_path / "a" / "kept").write_text("")
         raise OSError
-    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["a", "a/kept"]
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        "a",
+        "a/kept",
+    ]

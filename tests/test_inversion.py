@@ -1,4 +1,5 @@
-"""DDIM inversion, its refinement, the two remedies that need no optimisation, EDICT: against the eager oracle."""
+"""DDIM inversion, its refinement, the two remedies that need no optimisation, EDICT: against the
+eager oracle."""
 
 import dataclasses
 import json
@@ -34,7 +35,9 @@ def sd(pair):
 
 
 def picture(seed=0, batch=1, height=32, width=32):
-    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return (
+        torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    )
 
 
 def far(ours, reference):
@@ -43,11 +46,13 @@ def far(ours, reference):
     return ((ours - reference).abs().max() / reference.abs().max()).item()
 
 
-# ---- DDIM inversion ------------------------------------------------------------------------------------------------
+# ---- DDIM inversion
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "steps, skip, refine, per_row", [(7, 0, 0, False), (1, 0, 0, True), (6, 2, 3, True), (50, 44, 1, False)]
+    "steps, skip, refine, per_row",
+    [(7, 0, 0, False), (1, 0, 0, True), (6, 2, 3, True), (50, 44, 1, False)],
 )
 def test_inversion_and_the_way_back_equal_the_oracle(pair, steps, skip, refine, per_row):
     """per_row: the oracle's UNet takes one timestep for each row (1-d), ours a single one (0-d)."""
@@ -55,7 +60,11 @@ def test_inversion_and_the_way_back_equal_the_oracle(pair, steps, skip, refine, 
     prompts, image = [SOURCE, "a red bird"], picture(1, 2, 24, 40)
     ours = invert(sd, image, prompts, steps, skip=skip, refine=refine, trajectory=True, **QUIET)
     cond, z = sd.encode_prompt(prompts), sd.encode_image(image)
-    assert (ours.z == z).all() and (ours.trajectory[-1] == z).all() and (ours.trajectory[0] == ours.latents).all()
+    assert (
+        (ours.z == z).all()
+        and (ours.trajectory[-1] == z).all()
+        and (ours.trajectory[0] == ours.latents).all()
+    )
     theirs = oracle_invert.invert(reference, tiny.SCHEDULER, z, cond, steps, refine, skip, per_row)
     assert len(ours.trajectory) == len(theirs) == steps - skip + 1
     assert all(far(mine, other) <= 1e-4 for mine, other in zip(ours.trajectory, reversed(theirs)))
@@ -63,12 +72,15 @@ def test_inversion_and_the_way_back_equal_the_oracle(pair, steps, skip, refine, 
     null, targets = sd.encode_prompt([""]), ["a dog", "a blue bird"]
     for prompt, guidance in ((None, 1.0), (None, 7.5), (targets, 7.5)):
         c = cond if prompt is None else sd.encode_prompt(prompt)
-        back = oracle_invert.sample(reference, tiny.SCHEDULER, theirs[-1], null, c, steps, guidance, skip)
+        back = oracle_invert.sample(
+            reference, tiny.SCHEDULER, theirs[-1], null, c, steps, guidance, skip
+        )
         assert far(redraw(sd, ours, prompt, guidance, **QUIET), back[-1]) <= 1e-4
 
 
 def test_refinement_leads_back(sd):
-    """Each iteration comes nearer to the solution of prev(x_t) = x_s, and the plain inversion is not near it."""
+    """Each iteration comes nearer to the solution of prev(x_t) = x_s, and the plain inversion is
+    not near it."""
     errors = []
     for refine in (0, 1, 2, 20):
         inversion = invert(sd, picture(2), SOURCE, 50, skip=42, refine=refine, **QUIET)
@@ -77,7 +89,9 @@ def test_refinement_leads_back(sd):
 
 
 def test_snapshots_are_of_the_steps_in_the_order_of_the_run(sd):
-    inversion = invert(sd, picture(3), SOURCE, 6, skip=1, trajectory=True, visual_steps=[0, 2, 4], **QUIET)
+    inversion = invert(
+        sd, picture(3), SOURCE, 6, skip=1, trajectory=True, visual_steps=[0, 2, 4], **QUIET
+    )
     assert inversion.snapshots.keys() == {0, 2, 4}
     for number, x in inversion.snapshots.items():
         assert (x == inversion.trajectory[len(inversion.trajectory) - 2 - number]).all()
@@ -86,7 +100,9 @@ def test_snapshots_are_of_the_steps_in_the_order_of_the_run(sd):
     first = next(iter(DDIM(sd.schedule, 6, skip=1)))
     t = torch.tensor(first.t)
     with torch.no_grad():
-        x = first.update(inversion.latents, sd.unet(inversion.latents, t, sd.encode_prompt([SOURCE])))
+        x = first.update(
+            inversion.latents, sd.unet(inversion.latents, t, sd.encode_prompt([SOURCE]))
+        )
     assert (shots[0] - x).abs().max() < 1e-5
     assert invert(sd, picture(3), SOURCE, 2, **QUIET).trajectory is None
     for bad in ([6], [-1], ["0"]):
@@ -109,8 +125,15 @@ def test_half_precision_keeps_float32_latents(tmp_path, sd):
     p2p_model.load(tmp_path)
     half = minisd.load(tmp_path, device="cpu", dtype="bfloat16")
     inversion = invert(half, picture(4), SOURCE, 4, **QUIET)
-    assert inversion.latents.dtype == inversion.z.dtype == redraw(half, inversion, **QUIET).dtype == torch.float32
-    assert edit_prompt(half, SOURCE, SWAP, **negative_prompt_inversion(half, inversion).edit_options(half), **QUIET)
+    assert (
+        inversion.latents.dtype
+        == inversion.z.dtype
+        == redraw(half, inversion, **QUIET).dtype
+        == torch.float32
+    )
+    assert edit_prompt(
+        half, SOURCE, SWAP, **negative_prompt_inversion(half, inversion).edit_options(half), **QUIET
+    )
 
 
 @pytest.mark.parametrize(
@@ -131,7 +154,8 @@ def test_bad_arguments_of_invert(sd, arguments, message):
         invert(sd, **arguments, **QUIET)
 
 
-# ---- negative-prompt and direct inversion, and editing -------------------------------------------------------------
+# ---- negative-prompt and direct inversion, and editing
+# -------------------------------------------------------------
 
 
 def test_negative_prompt_inversion_makes_guidance_harmless_to_the_source(sd):
@@ -179,7 +203,9 @@ def test_editing_an_inverted_picture_equals_the_oracle(pair, method):
 
 def test_direct_inversion_of_several_sources_in_one_batch(sd):
     """`after` puts back the rows that it is told to, and no other."""
-    inversion = direct_inversion(invert(sd, picture(7, 2), [SOURCE, SWAP], 4, trajectory=True, **QUIET))
+    inversion = direct_inversion(
+        invert(sd, picture(7, 2), [SOURCE, SWAP], 4, trajectory=True, **QUIET)
+    )
     after, x = inversion.after(slice(None, None, 2)), torch.randn(4, 4, 8, 8)
     for step in DDIM(sd.schedule, 4):
         y = after(x, step)
@@ -187,7 +213,9 @@ def test_direct_inversion_of_several_sources_in_one_batch(sd):
     assert (redraw(sd, inversion, guidance=7.5, **QUIET) == inversion.z).all()
     later = direct_inversion(invert(sd, picture(7), SOURCE, 4, skip=2, trajectory=True, **QUIET))
     first = next(iter(DDIM(sd.schedule, 4, skip=2)))
-    assert (later.after()(x[:1], first) == later.trajectory[1]).all() and (redraw(sd, later, **QUIET) == later.z).all()
+    assert (later.after()(x[:1], first) == later.trajectory[1]).all() and (
+        redraw(sd, later, **QUIET) == later.z
+    ).all()
     with pytest.raises(ValueError, match="source row"):
         redraw(sd, inversion, "a bird", **QUIET)
     with pytest.raises(ValueError, match="got 2 pictures"):
@@ -199,26 +227,37 @@ def test_what_does_not_fit_is_refused(pair, tmp_path):
     inversion = invert(sd, picture(8), SOURCE, 3, **QUIET)
     with pytest.raises(ValueError, match="direct inversion needs trajectory"):
         direct_inversion(inversion)
-    with pytest.raises(ValueError, match="1 pictures and 2 prompts, expected one for all or one for each of the"):
+    with pytest.raises(
+        ValueError, match="1 pictures and 2 prompts, expected one for all or one for each of the"
+    ):
         redraw(sd, inversion, ["a", "b"], **QUIET)
     with pytest.raises(ValueError, match="skip=0"):
         invert(sd, picture(8), SOURCE, 3, skip=1, **QUIET).edit_options(sd)
     other = minisd.StableDiffusion(sd.tokenizer, sd.text_encoder, sd.unet, sd.vae, sd.schedule)
     other.schedule = minisd.NoiseSchedule.from_dict(tiny.SCHEDULER | {"steps_offset": 0})
     short = torch.zeros(1, 5, sd.unet.config.cross_attention_dim)
-    with pytest.raises(ValueError, match=r"the embeddings are \(5, 24\) for each text, the model's are \(77, 24\)"):
+    with pytest.raises(
+        ValueError, match=r"the embeddings are \(5, 24\) for each text, the model's are \(77, 24\)"
+    ):
         redraw(sd, dataclasses.replace(inversion, uncond=short), **QUIET)
-    for use in (redraw, lambda sd, inversion: inversion.edit_options(sd), negative_prompt_inversion):
+    for use in (
+        redraw,
+        lambda sd, inversion: inversion.edit_options(sd),
+        negative_prompt_inversion,
+    ):
         with pytest.raises(ValueError, match="made with another model"):
             use(other, inversion)
 
 
-# ---- files ---------------------------------------------------------------------------------------------------------
+# ---- files
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def saved(sd, tmp_path):
-    inversion = invert(sd, picture(9, 2), [SOURCE, "ein Vöglein"], 3, trajectory=True, visual_steps=[2], **QUIET)
+    inversion = invert(
+        sd, picture(9, 2), [SOURCE, "ein Vöglein"], 3, trajectory=True, visual_steps=[2], **QUIET
+    )
     inversion = negative_prompt_inversion(sd, inversion)
     inversion.save(tmp_path / "new" / "a.safetensors")
     return inversion, tmp_path / "new" / "a.safetensors"
@@ -248,7 +287,10 @@ def test_a_file_is_written_whole_or_not_at_all(saved, monkeypatch):
 
 def test_a_bad_file_is_refused(saved):
     _, path = saved
-    data, tensors = path.read_bytes(), {name: x.clone() for name, x in load_file(path).items()}  # not mapped
+    data, tensors = (
+        path.read_bytes(),
+        {name: x.clone() for name, x in load_file(path).items()},
+    )  # not mapped
     about = minisd.editing.inversion.safe_open(path, "pt").metadata()
 
     def refused(message):
@@ -269,13 +311,19 @@ def test_a_bad_file_is_refused(saved):
             "trajectory": tensors["trajectory"][1:].contiguous()
         },
         r"latents: got \(1, ": {"latents": tensors["latents"][:1].contiguous()},
-        r"uncond: got \(1, .*, expected a tensor \(2, L, D\)": {"uncond": tensors["uncond"][:1].contiguous()},
+        r"uncond: got \(1, .*, expected a tensor \(2, L, D\)": {
+            "uncond": tensors["uncond"][:1].contiguous()
+        },
         r"snapshot.2: got \(2, 1, ": {"snapshot.2": tensors["latents"][:, :1].contiguous()},
         "needs uncond": {"uncond": None},
-        r"uncond: got \(3, 2, 0, 24\), expected a tensor \(3, 2, L, D\)": {"uncond": torch.zeros(3, 2, 0, 24)},
+        r"uncond: got \(3, 2, 0, 24\), expected a tensor \(3, 2, L, D\)": {
+            "uncond": torch.zeros(3, 2, 0, 24)
+        },
         "not finite .'latents'": {"latents": tensors["latents"].to(torch.float8_e4m3fn)},
         "not finite .'snapshot.2'": {"snapshot.2": tensors["latents"] / 0},
-        "number of a snapshot is 3, expected a whole number from 0 to 2": {"snapshot.3": tensors["latents"].clone()},
+        "number of a snapshot is 3, expected a whole number from 0 to 2": {
+            "snapshot.3": tensors["latents"].clone()
+        },
         "unknown .'snapshot.٣'": {"snapshot.٣": tensors["latents"].clone()},
     }
     for message, change in changes.items():
@@ -302,7 +350,8 @@ def test_a_bad_file_is_refused(saved):
         Inversion.load(path.parent / "nothing.safetensors")
 
 
-# ---- EDICT ---------------------------------------------------------------------------------------------------------
+# ---- EDICT
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("steps, strength", [(10, 0.8), (5, 1.0), (4, 0.2), (1, 1.0)])
@@ -323,7 +372,8 @@ def test_edict_equals_the_oracle(pair, steps, strength):
 
 
 def test_edict_is_exact(sd):
-    """Under guidance, after 50 steps, with attention edits: what inversion without coupling cannot."""
+    """Under guidance, after 50 steps, with attention edits: what inversion without coupling
+    cannot."""
     p2p = PromptToPrompt(sd, SOURCE, SWAP, steps=50)
     null, source, target = sd.encode_prompt(["", SOURCE, SWAP]).split(1)
     z = sd.encode_image(picture(11)).repeat(2, 1, 1, 1).double()

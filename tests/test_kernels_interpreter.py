@@ -282,7 +282,7 @@ if INTERPRETED:
     @pytest.mark.parametrize("save", [False, True], ids=["edit", "edit and save"])
     def test_compiles_to_one_graph_for_all_steps(backend, save):
         """A block with an edited self and an edited cross site: no break, no recompile when the values change."""
-        from minisd.attention import Attention, AttentionEdit
+        from minisd.models.attention import Attention, AttentionEdit
 
         torch.manual_seed(0)
         own, cross = Attention(32, 2), Attention(32, 2, 24)
@@ -326,9 +326,9 @@ if INTERPRETED:
 
     @pytest.mark.parametrize("name", ["source_row", "inject"])
     def test_minisd_attention_by_triton(name):
-        """Every kind of edit of minisd.attention reaches the right kernel: equal to the reference in float32."""
-        from minisd.attention import AttentionEdit
-        from minisd.attention import attention as attend
+        """Every kind of edit of minisd.models.attention reaches the right kernel: equal to the reference in float32."""
+        from minisd.models.attention import AttentionEdit
+        from minisd.models.attention import attention as attend
 
         for keys in (5, 140):
             q, k, v = tensors(B, 1, 9, keys, 16, torch.float32, seed=keys)

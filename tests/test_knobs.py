@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from minisd.cli import build_parser
+from minisd.cli.main import build_parser
 
 PAGE = (Path(__file__).parent.parent / "docs/knobs.md").read_text(encoding="utf-8")
 
@@ -13,7 +13,11 @@ PAGE = (Path(__file__).parent.parent / "docs/knobs.md").read_text(encoding="utf-
 def options(command):
     """The options of a command: name -> default."""
     (commands,) = (action for action in build_parser()._actions if isinstance(action.choices, dict))
-    return {name: action.default for action in commands.choices[command]._actions for name in action.option_strings}
+    return {
+        name: action.default
+        for action in commands.choices[command]._actions
+        for name in action.option_strings
+    }
 
 
 @pytest.mark.parametrize("command", ["edit", "invert", "blend", "erase"])
@@ -25,4 +29,6 @@ def test_options_and_defaults(command):
         assert name in given, f"{command} has no {name}"
         number = re.match(r"-?[\d.]+", told)
         if isinstance(default := given[name], (int, float)) and not isinstance(default, bool):
-            assert number and float(number[0]) == default, f"{command} {name}: {told}, the command has {default}"
+            assert number and float(number[0]) == default, (
+                f"{command} {name}: {told}, the command has {default}"
+            )

@@ -1,8 +1,8 @@
 """UNet, VAE and CLIP text encoder equal diffusers' and transformers' on tiny random models.
 
-The bar is max |difference| <= 1e-5 max |reference| in fp32. Every parameter is random, norms and biases too. Mistakes
-that a looser test would not see (epsilon of a GroupNorm, tanh GELU, swapped norms ...) are made on purpose below, and
-have to fail.
+The bar is max |difference| <= 1e-5 max |reference| in fp32. Every parameter is random, norms and
+biases too. Mistakes that a looser test would not see (epsilon of a GroupNorm, tanh GELU, swapped
+norms ...) are made on purpose below, and have to fail.
 """
 
 import inspect
@@ -13,27 +13,47 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import CROSS_DOWN, CROSS_UP, difference, text_pair, unet_pair, vae_pair
-from oracle import ReferenceTextConfig, ReferenceVAE, UNet2DConditionModel
+from oracle import (
+    CROSS_DOWN,
+    CROSS_UP,
+    ReferenceTextConfig,
+    ReferenceVAE,
+    UNet2DConditionModel,
+    difference,
+    text_pair,
+    unet_pair,
+    vae_pair,
+)
 
-import minisd.clip
-import minisd.unet
-import minisd.vae
+import minisd.models.clip
+import minisd.models.unet
+import minisd.models.vae
 from minisd import AttentionEdit, CLIPTextConfig, UNet, UNetConfig, VAEConfig
-from minisd.unet import timestep_embedding
+from minisd.models.unet import timestep_embedding
 
 BAR = 1e-5
 
 UNETS = {  # name: config, latent size
-    "one head of 8": (dict(block_out_channels=(8, 16), layers_per_block=1, attention_head_dim=1), (8, 8)),
-    "head dim 40 and 80": (dict(block_out_channels=(80, 160), layers_per_block=1, attention_head_dim=2), (6, 10)),
-    "head dim 160": (dict(block_out_channels=(160, 160), layers_per_block=1, attention_head_dim=1), (5, 4)),
+    "one head of 8": (
+        dict(block_out_channels=(8, 16), layers_per_block=1, attention_head_dim=1),
+        (8, 8),
+    ),
+    "head dim 40 and 80": (
+        dict(block_out_channels=(80, 160), layers_per_block=1, attention_head_dim=2),
+        (6, 10),
+    ),
+    "head dim 160": (
+        dict(block_out_channels=(160, 160), layers_per_block=1, attention_head_dim=1),
+        (5, 4),
+    ),
     "three levels, ragged latent": (
         dict(block_out_channels=(16, 24, 32), layers_per_block=2, attention_head_dim=2),
         (9, 13),
     ),
     "four levels, heads per block": (
-        dict(block_out_channels=(16, 24, 32, 48), layers_per_block=1, attention_head_dim=[2, 3, 4, 6]),
+        dict(
+            block_out_channels=(16, 24, 32, 48), layers_per_block=1, attention_head_dim=[2, 3, 4, 6]
+        ),
         (16, 8),
     ),
     "four levels, latent of 3x5": (
@@ -63,7 +83,13 @@ UNETS = {  # name: config, latent size
         (8, 8),
     ),
     "other numbers of channels in and out": (
-        dict(block_out_channels=(16, 16), layers_per_block=1, attention_head_dim=2, in_channels=9, out_channels=8),
+        dict(
+            block_out_channels=(16, 16),
+            layers_per_block=1,
+            attention_head_dim=2,
+            in_channels=9,
+            out_channels=8,
+        ),
         (4, 8),
     ),
     "one level": (
@@ -90,7 +116,9 @@ VAES = {
     ),
 }
 TEXTS = {
-    "quick_gelu": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4),
+    "quick_gelu": dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4
+    ),
     "gelu, eps, 20 positions": dict(
         hidden_size=48,
         intermediate_size=40,
@@ -103,7 +131,8 @@ TEXTS = {
 }
 
 
-# What makes the activations that the norms read: layers after a norm, and the biases of those that pass activations on.
+# What makes the activations that the norms read: layers after a norm, and the biases of those that
+# pass activations on.
 SIZE = re.compile(
     r"(conv_in|conv1|conv2|time_emb_proj|proj_in|to_out\.0|net\.2|\w+_embedding|out_proj|fc2)\.(weight|bias)$"
     r"|(conv_shortcut|samplers\.0\.conv|proj_out)\.bias$"
@@ -120,7 +149,8 @@ def shrink(scale, reference, ours):
 
 
 def unet_case(config, size, scale=1.0):
-    """-> our UNet, and a function that runs it on 3 latents at 3 times and tells its difference from the reference."""
+    """-> our UNet, and a function that runs it on 3 latents at 3 times and tells its difference
+    from the reference."""
     reference, ours = unet_pair(**config)
     shrink(scale, reference, ours)
     torch.manual_seed(1)
@@ -135,11 +165,16 @@ def vae_case(config, size=(24, 40), scale=1.0):
     reference, ours = vae_pair(**config)
     shrink(scale, reference, ours)
     torch.manual_seed(1)
-    x, z = torch.randn(2, ours.config.in_channels, *size), torch.randn(2, ours.config.latent_channels, 5, 3)
+    x, z = (
+        torch.randn(2, ours.config.in_channels, *size),
+        torch.randn(2, ours.config.latent_channels, 5, 3),
+    )
     with torch.no_grad():
         posterior = reference.encode(x).latent_dist
         expected = posterior.mean, posterior.logvar, reference.decode(z).sample
-    return ours, torch.no_grad()(lambda: max(map(difference, (*ours.encode(x), ours.decode(z)), expected)))
+    return ours, torch.no_grad()(
+        lambda: max(map(difference, (*ours.encode(x), ours.decode(z)), expected))
+    )
 
 
 def text_case(config, scale=1.0):
@@ -150,7 +185,9 @@ def text_case(config, scale=1.0):
     lengths = (1, 7, ids.shape[1])
     with torch.no_grad():
         expected = [reference(ids[:, :n]).last_hidden_state for n in lengths]
-    return ours, torch.no_grad()(lambda: max(difference(ours(ids[:, :n]), e) for n, e in zip(lengths, expected)))
+    return ours, torch.no_grad()(
+        lambda: max(difference(ours(ids[:, :n]), e) for n, e in zip(lengths, expected))
+    )
 
 
 @pytest.mark.parametrize("name", UNETS)
@@ -180,15 +217,17 @@ def test_text(name, record_property):
 SMALL = 1e-3  # activations of this size make the epsilon of a norm visible
 
 
-# ---- mistakes that have to be seen ---------------------------------------------------------------------------------
+# ---- mistakes that have to be seen
+# ---------------------------------------------------------------------------------
 
 
 def functional(**changed):
-    """torch.nn.functional with some functions exchanged, for one module of ours: the reference keeps the real one."""
+    """torch.nn.functional with some functions exchanged, for one module of ours: the reference
+    keeps the real one."""
     return SimpleNamespace(**(vars(F) | changed))
 
 
-def swapped_norms(self, x, context, edits, forward=minisd.unet.TransformerBlock.forward):
+def swapped_norms(self, x, context, edits, forward=minisd.models.unet.TransformerBlock.forward):
     self.norm1, self.norm2 = self.norm2, self.norm1
     out = forward(self, x, context, edits)
     self.norm1, self.norm2 = self.norm2, self.norm1
@@ -206,33 +245,64 @@ def reads(cls, **change):
 
 
 MISTAKES = {  # name: comparison, what is broken, how
-    "swapped norms": ("unet", minisd.unet.TransformerBlock, "forward", swapped_norms),
-    "tanh GELU": ("unet", minisd.unet, "F", functional(gelu=lambda x: F.gelu(x, approximate="tanh"))),
-    "eps of the transformer's norm": ("unet", minisd.unet, "TRANSFORMER_NORM_EPS", 1e-5),
-    "eps of the UNet's resnets": ("unet", UNetConfig, "from_dict", reads(UNetConfig, norm_eps=1e-6)),
-    "sin before cos": ("unet", minisd.unet, "timestep_embedding", sinusoids(flip_sin_to_cos=False)),
-    "shifted frequencies": ("unet", minisd.unet, "timestep_embedding", sinusoids(freq_shift=1)),
+    "swapped norms": ("unet", minisd.models.unet.TransformerBlock, "forward", swapped_norms),
+    "tanh GELU": (
+        "unet",
+        minisd.models.unet,
+        "F",
+        functional(gelu=lambda x: F.gelu(x, approximate="tanh")),
+    ),
+    "eps of the transformer's norm": ("unet", minisd.models.unet, "TRANSFORMER_NORM_EPS", 1e-5),
+    "eps of the UNet's resnets": (
+        "unet",
+        UNetConfig,
+        "from_dict",
+        reads(UNetConfig, norm_eps=1e-6),
+    ),
+    "sin before cos": (
+        "unet",
+        minisd.models.unet,
+        "timestep_embedding",
+        sinusoids(flip_sin_to_cos=False),
+    ),
+    "shifted frequencies": (
+        "unet",
+        minisd.models.unet,
+        "timestep_embedding",
+        sinusoids(freq_shift=1),
+    ),
     "upsampling that always doubles": (
         "unet",
-        minisd.unet.Upsample,
+        minisd.models.unet.Upsample,
         "forward",
-        lambda self, x, size=None: F.interpolate(self.conv(F.interpolate(x, scale_factor=2.0)), size=size),
+        lambda self, x, size=None: F.interpolate(
+            self.conv(F.interpolate(x, scale_factor=2.0)), size=size
+        ),
     ),
-    "eps of the VAE's norms": ("vae", minisd.vae, "NORM_EPS", 1e-5),
+    "eps of the VAE's norms": ("vae", minisd.models.vae, "NORM_EPS", 1e-5),
     "symmetric padding in the encoder": (
         "vae",
-        minisd.vae.Downsample,
+        minisd.models.vae.Downsample,
         "forward",
         lambda self, x: F.conv2d(x, self.conv.weight, self.conv.bias, stride=2, padding=1),
     ),
-    "the true GELU in CLIP": ("text", minisd.clip, "ACTIVATIONS", {"quick_gelu": F.gelu}),
+    "the true GELU in CLIP": ("text", minisd.models.clip, "ACTIVATIONS", {"quick_gelu": F.gelu}),
     "no causal mask": (
         "text",
-        minisd.clip,
+        minisd.models.clip,
         "F",
-        functional(scaled_dot_product_attention=lambda q, k, v, is_causal: F.scaled_dot_product_attention(q, k, v)),
+        functional(
+            scaled_dot_product_attention=lambda q, k, v, is_causal: F.scaled_dot_product_attention(
+                q, k, v
+            )
+        ),
     ),
-    "eps of CLIP's norms": ("text", CLIPTextConfig, "from_dict", reads(CLIPTextConfig, layer_norm_eps=1e-6)),
+    "eps of CLIP's norms": (
+        "text",
+        CLIPTextConfig,
+        "from_dict",
+        reads(CLIPTextConfig, layer_norm_eps=1e-6),
+    ),
 }
 
 
@@ -263,12 +333,14 @@ def test_a_mistake_is_seen(name, monkeypatch):
     assert max(case(kind, scale)[1]() for scale in (1, SMALL)) > 2 * BAR
 
 
-# ---- reduced precision ---------------------------------------------------------------------------------------------
+# ---- reduced precision
+# ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_reduced_precision(dtype):
-    """Ours in bf16 or fp16 errs at most twice as much against the fp32 reference as the reference itself does."""
+    """Ours in bf16 or fp16 errs at most twice as much against the fp32 reference as the reference
+    itself does."""
     ids, t = torch.arange(20).reshape(2, 10), torch.tensor([0, 900])
     torch.manual_seed(0)
     x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 11, 24)
@@ -285,7 +357,10 @@ def test_reduced_precision(dtype):
         check(ours(x16, t, context16), reference(x16, t, context16).sample, exact)
 
         reference, ours = vae_pair(**VAES["depth 3"])
-        exact_mean, exact_picture = reference.encode(picture).latent_dist.mean, reference.decode(z).sample
+        exact_mean, exact_picture = (
+            reference.encode(picture).latent_dist.mean,
+            reference.decode(z).sample,
+        )
         (picture16, z16), _ = cast(picture, z), (reference.to(dtype), ours.to(dtype))
         check(ours.encode(picture16)[0], reference.encode(picture16).latent_dist.mean, exact_mean)
         check(ours.decode(z16), reference.decode(z16).sample, exact_picture)
@@ -311,7 +386,8 @@ def test_the_log_variance_is_clamped():
     assert (logvar.min(), logvar.max()) == (-30, 20)
 
 
-# ---- what is ours alone --------------------------------------------------------------------------------------------
+# ---- what is ours alone
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -320,7 +396,8 @@ def pair():
 
 
 def test_guidance_groups_share_their_prefix(pair):
-    """3 groups of 2 latents are what the reference gives for the 6 rows; a prepared context gives the same bits."""
+    """3 groups of 2 latents are what the reference gives for the 6 rows; a prepared context gives
+    the same bits."""
     reference, ours = pair
     torch.manual_seed(0)
     x, context, t = torch.randn(2, 4, 9, 6), torch.randn(6, 5, 24), torch.tensor([3, 700])
@@ -344,10 +421,17 @@ def test_times_of_all_steps_at_once(pair):
     """Rows of what `prepare_times` makes of many times stand for each of them."""
     reference, ours = pair
     torch.manual_seed(1)
-    x, context, times = torch.randn(2, 4, 9, 6), torch.randn(4, 5, 24), torch.tensor([981, 700, 3, 0])
+    x, context, times = (
+        torch.randn(2, 4, 9, 6),
+        torch.randn(4, 5, 24),
+        torch.tensor([981, 700, 3, 0]),
+    )
     with torch.no_grad():
         rows = ours.prepare_times(times)
-        assert rows.shape == (4, sum(m.conv1.out_channels for m in ours.modules() if hasattr(m, "time_emb_proj")))
+        assert rows.shape == (
+            4,
+            sum(m.conv1.out_channels for m in ours.modules() if hasattr(m, "time_emb_proj")),
+        )
         for i in range(4):
             assert difference(ours(x, rows[i : i + 1], context), ours(x, times[i], context)) <= BAR
         expected = reference(x.repeat(2, 1, 1, 1), times[1:3].repeat(2), context).sample
@@ -365,12 +449,16 @@ def test_sites(pair):
     assert len(ours.sites()) == 2 * len(ours.sites("self")) == 2 * len(ours.sites("cross"))
     seen = {}
     for name in ours.sites("self"):
-        modules[name].to_q.register_forward_hook(lambda module, args, out, name=name: seen.update({name: out.shape[1]}))
+        modules[name].to_q.register_forward_hook(
+            lambda module, args, out, name=name: seen.update({name: out.shape[1]})
+        )
     with torch.no_grad():
         ours(torch.randn(1, 4, 9, 6), torch.tensor(1), torch.randn(1, 5, 24))
     assert list(seen) == ours.sites("self")  # forward order
     assert {name: math.prod(ours.grid(name, (9, 6))) for name in seen} == seen
-    assert ours.sites("self", max_tokens=15, size=(9, 6)) == [name for name in seen if seen[name] <= 15]
+    assert ours.sites("self", max_tokens=15, size=(9, 6)) == [
+        name for name in seen if seen[name] <= 15
+    ]
     assert ours.sites(max_tokens=15, size=(9, 6)) != ours.sites(max_tokens=15)
     assert all(modules[name].name == name for name in ours.sites())
 
@@ -379,7 +467,9 @@ def test_attention_is_set_everywhere(pair):
     _, ours = pair
     assert ours.attention == "sdpa"
     ours.attention = "reference"
-    assert {module.impl for name, module in ours.named_modules() if name in ours.sites()} == {"reference"}
+    assert {module.impl for name, module in ours.named_modules() if name in ours.sites()} == {
+        "reference"
+    }
     ours.attention = "sdpa"
     with pytest.raises(ValueError, match="triton, sdpa, reference, got 'flash'"):
         ours.attention = "flash"
@@ -392,8 +482,15 @@ def test_unet_errors(pair):
         ours(x, t, context, {"attn7": AttentionEdit()})
     with pytest.raises(ValueError, match="multiple of the latents' rows"):
         ours(x, t, context[:1])
-    for t_given, got in ((torch.tensor([1, 2, 3]), r"\(3,\)"), (5, "5"), (torch.ones(2, 1), r"\(2, 1\)")):
-        with pytest.raises(ValueError, match=f"t: got {got}, expected a tensor, 0-d or with one value for each latent"):
+    for t_given, got in (
+        (torch.tensor([1, 2, 3]), r"\(3,\)"),
+        (5, "5"),
+        (torch.ones(2, 1), r"\(2, 1\)"),
+    ):
+        with pytest.raises(
+            ValueError,
+            match=f"t: got {got}, expected a tensor, 0-d or with one value for each latent",
+        ):
             ours(x, t_given, context)
     for wrong in (x[:, :3], x[0], x[:0], None):
         with pytest.raises(ValueError, match=r"x: got .*, expected a tensor \(B, 4, h, w\)"):
@@ -406,14 +503,16 @@ def test_unet_errors(pair):
 
 
 def test_vae_and_text_encoder_errors():
-    vae = minisd.vae.AutoencoderKL(VAEConfig(block_out_channels=(4, 4), norm_num_groups=2))
+    vae = minisd.models.vae.AutoencoderKL(VAEConfig(block_out_channels=(4, 4), norm_num_groups=2))
     for wrong in (torch.zeros(1, 4, 8, 8), torch.zeros(3, 8, 8), None):
         with pytest.raises(ValueError, match=r"picture: got .*, expected a tensor \(B, 3, H, W\)"):
             vae.encode(wrong)
     for wrong in (torch.zeros(1, 3, 8, 8), torch.zeros(4, 8, 8), torch.zeros(1, 4, 0, 8)):
         with pytest.raises(ValueError, match=r"latents: got .*, expected a tensor \(B, 4, h, w\)"):
             vae.decode(wrong)
-    text = minisd.clip.CLIPTextModel(CLIPTextConfig(hidden_size=8, num_attention_heads=1, vocab_size=9))
+    text = minisd.models.clip.CLIPTextModel(
+        CLIPTextConfig(hidden_size=8, num_attention_heads=1, vocab_size=9)
+    )
     with pytest.raises(ValueError, match="token ids: got 78 in a row, expected at most 77"):
         text(torch.zeros(1, 78).long())
     for wrong in (torch.zeros(77).long(), [[1, 2]]):
@@ -426,26 +525,44 @@ def test_the_time_embedding_is_the_formula():
     t = torch.tensor([1, 999])
     angles = t.double()[:, None] * 10000.0 ** (-torch.arange(16).double() / 16)
     expected = torch.cat([angles.cos(), angles.sin()], dim=1)
-    assert (timestep_embedding(t, 32) - expected).abs().max() < 1e-4  # fp32 holds t * freq to 6e-5 at t = 999
+    assert (
+        timestep_embedding(t, 32) - expected
+    ).abs().max() < 1e-4  # fp32 holds t * freq to 6e-5 at t = 999
 
 
 @pytest.mark.parametrize(
     "config, change, words",
     (
-        (UNetConfig, {"use_linear_projection": True}, "use_linear_projection: got True, but this key is unknown"),
+        (
+            UNetConfig,
+            {"use_linear_projection": True},
+            "use_linear_projection: got True, but this key is unknown",
+        ),
         (UNetConfig, {"act_fn": "gelu"}, "act_fn: got 'gelu', supported is 'silu'"),
         (UNetConfig, {"class_embed_type": "timestep"}, "class_embed_type"),
         (UNetConfig, {"down_block_types": ["AttnDownBlock2D"] * 4}, "down_block_types: expected 4"),
         (UNetConfig, {"attention_head_dim": [8, 8]}, "expected a number or 4 of them"),
-        (UNetConfig, {"attention_head_dim": None}, r"attention_head_dim: got None, expected int \| tuple"),
+        (
+            UNetConfig,
+            {"attention_head_dim": None},
+            r"attention_head_dim: got None, expected int \| tuple",
+        ),
         (UNetConfig, {"norm_eps": "1e-5"}, "norm_eps: got '1e-5', expected float"),
         (UNetConfig, {"flip_sin_to_cos": None}, "flip_sin_to_cos: got None, expected bool"),
         (UNetConfig, {"sample_size": [64]}, r"sample_size: got \(64,\), expected int \| tuple"),
         (UNetConfig, {"block_out_channels": [320, "640"]}, "block_out_channels: got"),
         (VAEConfig, {"scaling_factor": None}, "scaling_factor: got None, expected float"),
         (VAEConfig, {"latents_mean": [0.0]}, "latents_mean"),
-        (VAEConfig, {"mid_block_add_attention": False}, "mid_block_add_attention: got False, supported is True"),
-        (CLIPTextConfig, {"hidden_act": "relu"}, "hidden_act: got 'relu', supported are quick_gelu, gelu"),
+        (
+            VAEConfig,
+            {"mid_block_add_attention": False},
+            "mid_block_add_attention: got False, supported is True",
+        ),
+        (
+            CLIPTextConfig,
+            {"hidden_act": "relu"},
+            "hidden_act: got 'relu', supported are quick_gelu, gelu",
+        ),
     ),
 )
 def test_configs_refuse_other_maths(config, change, words):
@@ -458,7 +575,9 @@ def other_value(value):
     """A value of the same kind, or 1 for None, that is not `value`."""
     if isinstance(value, bool) or value is None:
         return not value if value is not None else 1
-    return value + (type(value)("x") if isinstance(value, str) else value if isinstance(value, tuple) else 1)
+    return value + (
+        type(value)("x") if isinstance(value, str) else value if isinstance(value, tuple) else 1
+    )
 
 
 @pytest.mark.parametrize(

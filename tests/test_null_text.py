@@ -1,4 +1,5 @@
-"""Null-text inversion against the published loop on diffusers' UNet, with torch's own Adam, one picture at a time."""
+"""Null-text inversion against the published loop on diffusers' UNet, with torch's own Adam, one
+picture at a time."""
 
 import sys
 
@@ -42,7 +43,16 @@ def oracle(pair, inversion, row, inner_steps, early_stop=1e-5):
     path = list(inversion.trajectory[:, row : row + 1])
     null, cond = sd.encode_prompt(["", inversion.prompts[row]]).split(1)
     return oracle_invert.null_text(
-        reference, tiny.SCHEDULER, path, null, cond, inversion.steps, 7.5, inner_steps, early_stop, inversion.skip
+        reference,
+        tiny.SCHEDULER,
+        path,
+        null,
+        cond,
+        inversion.steps,
+        7.5,
+        inner_steps,
+        early_stop,
+        inversion.skip,
     )
 
 
@@ -51,12 +61,18 @@ def oracle(pair, inversion, row, inner_steps, early_stop=1e-5):
     [(5, 0, 3, 1e-5), (1, 0, 2, 1e-5), (50, 44, 4, 1e-5), (50, 44, 6, 0.003)],
     ids=["five steps", "one step", "the end of fifty", "rows stop one by one"],
 )
-def test_loss_curves_embeddings_and_pictures_equal_the_oracle(pair, steps, skip, inner_steps, early_stop):
+def test_loss_curves_embeddings_and_pictures_equal_the_oracle(
+    pair, steps, skip, inner_steps, early_stop
+):
     """Three pictures in one batch; the oracle takes them one by one."""
     _, sd = pair
     inversion = invert(sd, pictures(3, 24, 32), PROMPTS, steps, skip=skip, trajectory=True, **QUIET)
     ours = null_text(sd, inversion, inner_steps=inner_steps, early_stop=early_stop, **QUIET)
-    assert ours.losses.shape == (steps, inner_steps, 3) and ours.guidance == 7.5 and ours.method == "null-text"
+    assert (
+        ours.losses.shape == (steps, inner_steps, 3)
+        and ours.guidance == 7.5
+        and ours.method == "null-text"
+    )
     assert ours.losses[:skip].isnan().all() and (ours.latents == inversion.latents).all()
     z, lengths = redraw(sd, ours, **QUIET), set()
     for row in range(3):
@@ -64,7 +80,10 @@ def test_loss_curves_embeddings_and_pictures_equal_the_oracle(pair, steps, skip,
         for i, (theirs, phi) in enumerate(zip(losses, embeddings), skip):
             mine = ours.losses[i, :, row]
             lengths.add(len(theirs))
-            assert mine[: len(theirs)].tolist() == pytest.approx(theirs, rel=0.01) and mine[len(theirs) :].isnan().all()
+            assert (
+                mine[: len(theirs)].tolist() == pytest.approx(theirs, rel=0.01)
+                and mine[len(theirs) :].isnan().all()
+            )
             assert far(ours.uncond[i, row : row + 1], phi) < 1e-3
         assert far(z[row : row + 1], x) <= 1e-4
     assert (len(lengths) > 1) == (early_stop > 1e-5)
@@ -83,7 +102,8 @@ def test_it_leads_back_where_guidance_leads_astray(pair):
 
 
 def test_more_than_fifty_steps_run_through_the_same_rates(sd, monkeypatch):
-    """Step i of 100 has the rate and the threshold of step i / 2 of 50; Adam's first step moves by just the rate."""
+    """Step i of 100 has the rate and the threshold of step i / 2 of 50; Adam's first step moves by
+    just the rate."""
     module, stops = sys.modules[differentiable.__module__], []
     adam = module.adam
     monkeypatch.setattr(module, "adam", lambda *given: stops.append(given[-1]) or adam(*given))
@@ -96,17 +116,24 @@ def test_more_than_fifty_steps_run_through_the_same_rates(sd, monkeypatch):
 
 
 def test_memory_saving_and_the_network_s_state(sd, monkeypatch):
-    """`recompute` changes no number; nothing but the unconditional call has gradients; the UNet is left as it was."""
+    """`recompute` changes no number; nothing but the unconditional call has gradients; the UNet is
+    left as it was."""
     inversion = invert(sd, pictures(1), SOURCE, 3, trajectory=True, **QUIET)
     calls, forward = [], type(sd.unet).forward
 
     def spy(self, x, t, context, edits=None):
-        calls.append((self.recompute, torch.is_grad_enabled(), x.requires_grad, context.requires_grad))
+        calls.append(
+            (self.recompute, torch.is_grad_enabled(), x.requires_grad, context.requires_grad)
+        )
         return forward(self, x, t, context, edits)
 
     monkeypatch.setattr(type(sd.unet), "forward", spy)
     plain = null_text(sd, inversion, inner_steps=2, early_stop=0, **QUIET)
-    one_step = [(False, False, False, False), *[(False, True, False, True)] * 2, (False, False, False, False)]
+    one_step = [
+        (False, False, False, False),
+        *[(False, True, False, True)] * 2,
+        (False, False, False, False),
+    ]
     assert calls == 3 * one_step  # e(cond), the inner steps, e(phi)
     saved = null_text(sd, inversion, inner_steps=2, early_stop=0, recompute=True, **QUIET)
     assert calls[12:] == [(True, *call[1:]) for call in calls[:12]]
@@ -135,7 +162,10 @@ def test_recomputing_keeps_fewer_activations(sd):
             return x
 
         context = sd.encode_prompt([SOURCE]).requires_grad_()
-        with differentiable(sd.unet, recompute), torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        with (
+            differentiable(sd.unet, recompute),
+            torch.autograd.graph.saved_tensors_hooks(count, lambda x: x),
+        ):
             sd.unet(torch.randn(1, 4, 16, 16), torch.tensor(5), context)
         return total
 
@@ -157,14 +187,18 @@ def test_editing_a_picture_and_its_file(pair, tmp_path):
     lengths = [[len(word) for word in prompt.split()] for prompt in (SOURCE, SWAP)]
     x, uncond, cond = inversion.latents[:1], list(loaded.uncond), sd.encode_prompt([SOURCE, SWAP])
     targets = [Target([0, 1, 2, 3, 4], {None: (0, 4)}, (0, 2))]
-    theirs = oracle_invert.edit(reference, tiny.SCHEDULER, x, uncond, cond, lengths, targets, steps, 7.5, 16)
+    theirs = oracle_invert.edit(
+        reference, tiny.SCHEDULER, x, uncond, cond, lengths, targets, steps, 7.5, 16
+    )
     assert far(latents[-1], theirs) <= 1e-4
 
 
 def test_half_precision(tmp_path):
     p2p_model.load(tmp_path)
     sd = minisd.load(tmp_path, device="cpu", dtype="bfloat16")
-    found = null_text(sd, invert(sd, pictures(1), SOURCE, 2, trajectory=True, **QUIET), inner_steps=2, **QUIET)
+    found = null_text(
+        sd, invert(sd, pictures(1), SOURCE, 2, trajectory=True, **QUIET), inner_steps=2, **QUIET
+    )
     assert found.uncond.dtype == torch.float32 and found.losses.isfinite().all()
     assert redraw(sd, found, **QUIET).isfinite().all()
 

@@ -1,4 +1,5 @@
-"""oneDNN in place of torch.nn's layers: the same function, the same state dicts, gradients where they are asked for."""
+"""oneDNN in place of torch.nn's layers: the same function, the same state dicts, gradients where
+they are asked for."""
 
 import copy
 
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from minisd import AutoencoderKL, CLIPTextConfig, CLIPTextModel, UNet, UNetConfig, VAEConfig
-from minisd.onednn import Conv2d, Linear, available, use_onednn
+from minisd.engine.onednn import Conv2d, Linear, available, use_onednn
 
 pytestmark = pytest.mark.skipif(not available(torch.float32), reason="no oneDNN for this processor")
 TINY = UNetConfig(
@@ -56,18 +57,32 @@ def test_a_linear_layer(shape):
         assert type(ours) is Linear
         x = torch.randn(*shape[:-1], 48)[..., ::2]  # no stride of 1
         assert far(ours(x), plain(x)) <= 2e-6
-    assert far(ours(torch.randn(24, 5).T), plain(torch.randn(24, 5).T)) > 0.1  # the comparison can fail
+    assert (
+        far(ours(torch.randn(24, 5).T), plain(torch.randn(24, 5).T)) > 0.1
+    )  # the comparison can fail
 
 
 @torch.no_grad()
 def test_whole_models():
     torch.manual_seed(0)
-    vae = AutoencoderKL(VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4))
-    numbers = dict(vocab_size=99, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3)
+    vae = AutoencoderKL(
+        VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
+    )
+    numbers = dict(
+        vocab_size=99,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+    )
     text = CLIPTextModel(CLIPTextConfig(**numbers))
     x, z, ids = torch.randn(2, 4, 9, 6), torch.randn(1, 4, 5, 7), torch.randint(0, 99, (2, 77))
     context, t = torch.randn(4, 7, 24), torch.tensor(500)
-    for model, call in ((unet(), lambda m: m(x, t, context)), (vae, lambda m: m.decode(z)), (text, lambda m: m(ids))):
+    for model, call in (
+        (unet(), lambda m: m(x, t, context)),
+        (vae, lambda m: m.decode(z)),
+        (text, lambda m: m(ids)),
+    ):
         model = model.eval().requires_grad_(False)
         expected, names = call(model), list(model.state_dict())
         ours = use_onednn(copy.deepcopy(model))
@@ -83,7 +98,9 @@ def test_state_dicts_stay_what_they_are():
     use_onednn(model)(x, t, context)
     assert any(module.weight.is_mkldnn for module in convolutions(model))
     after = model.state_dict()
-    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+    assert list(after) == list(before) and all(
+        torch.equal(after[name], before[name]) for name in before
+    )
 
     other = {name: 2 * value for name, value in before.items()}
     model.load_state_dict(other, strict=True)
@@ -100,7 +117,9 @@ def test_dtypes():
     ours(x, t, context)
     for dtype, bar in ((torch.bfloat16, 0.05), (torch.float64, 1e-12), (torch.float32, 1e-5)):
         got = ours.to(dtype)(x.to(dtype), t, context.to(dtype))
-        plain = copy.deepcopy(model).to(torch.bfloat16).to(dtype)  # what the first change left of the weights
+        plain = (
+            copy.deepcopy(model).to(torch.bfloat16).to(dtype)
+        )  # what the first change left of the weights
         assert got.dtype == dtype and far(got, plain(x.to(dtype), t, context.to(dtype))) <= bar
         assert all(module.weight.is_mkldnn == available(dtype) for module in convolutions(ours))
 
@@ -127,7 +146,9 @@ def test_compile_sees_the_plain_layers():
     model, x, context, t = unet(), torch.randn(1, 4, 8, 8), torch.randn(1, 7, 24), torch.tensor(1)
     ours = use_onednn(copy.deepcopy(model))
     expected = model(x, t, context)
-    assert far(torch.compile(ours, backend="eager", fullgraph=True)(x, t, context), expected) <= 1e-5
+    assert (
+        far(torch.compile(ours, backend="eager", fullgraph=True)(x, t, context), expected) <= 1e-5
+    )
     torch._dynamo.reset()
 
 

@@ -15,7 +15,8 @@ import minisd
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*ROOT.glob("minisd/**/*.py"), *ROOT.glob("kernels/*.py")])
 
-# DESIGN 3: who may import whom. A module that is not listed is a leaf that stands on nothing of minisd's.
+# DESIGN 3: who may import whom. A module that is not listed is a leaf that stands on nothing of
+# minisd's.
 CONFIGS = {"config", "expect"}
 MODELS = CONFIGS | {"attention", "bands", "blocks", "unet", "vae", "clip"}
 SOURCES_AND_FILES = {"sources", "tensor_file"}
@@ -40,9 +41,11 @@ ALLOWED = {
     "export": CHECKPOINT | {"images"},
     "check": PIPELINE,
     # "": minisd itself, for __version__
-    "cli": PIPELINE | {"visualize", "editing", "trace", "cli_blend", "cli_edit", "cli_invert", "cli_models", ""},
+    "cli": PIPELINE
+    | {"visualize", "editing", "trace", "cli_blend", "cli_edit", "cli_invert", "cli_models", ""},
     "cli_blend": PIPELINE | {"editing", "cli"},
-    "cli_edit": PIPELINE | {"visualize", "editing", "cli", "cli_invert"},  # the same layer, in a file of its own
+    "cli_edit": PIPELINE
+    | {"visualize", "editing", "cli", "cli_invert"},  # the same layer, in a file of its own
     "cli_invert": PIPELINE | {"editing", "cli"},
     "cli_models": PIPELINE | {"export", "check", "cli"},
     "__main__": {"cli"},
@@ -52,38 +55,59 @@ ALLOWED = {
 
 def imports(path):
     """Every module that a file imports, anywhere in it, by absolute name."""
-    package = "minisd_kernels" if path.parent.name == "kernels" else ".".join(path.relative_to(ROOT).parent.parts)
+    package = (
+        "minisd_kernels"
+        if path.parent.name == "kernels"
+        else ".".join(path.relative_to(ROOT).parent.parts)
+    )
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = (
+                package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            )
             module = ".".join([*base, node.module] if node.module else base)
-            found |= {f"{module}.{alias.name}" for alias in node.names} if module == "minisd" else {module}
+            found |= (
+                {f"{module}.{alias.name}" for alias in node.names}
+                if module == "minisd"
+                else {module}
+            )
     return found
 
 
 def layer(name):
-    """minisd.unet.UNet -> unet; minisd.editing.inversion -> editing; minisd.__version__ -> ""; others: the top name."""
+    """minisd.models.unet.UNet -> unet; minisd.editing.inversion -> editing; minisd.__version__ ->
+    ""; others: the top name."""
     top, _, rest = name.partition(".")
     if top != "minisd":
         return top
     part = rest.split(".")[0]
-    return part if (ROOT / "minisd" / f"{part}.py").exists() or (ROOT / "minisd" / part).is_dir() else ""
+    return (
+        part
+        if (ROOT / "minisd" / f"{part}.py").exists() or (ROOT / "minisd" / part).is_dir()
+        else ""
+    )
 
 
 def test_the_import_reader_reads():
-    assert "minisd_kernels" in imports(ROOT / "minisd/attention.py")
-    assert {"minisd.attention", "minisd.blocks"} <= imports(ROOT / "minisd/unet.py")
-    assert "minisd.pipeline" in imports(ROOT / "minisd/cli.py")  # inside a function
-    assert "torch" in imports(ROOT / "minisd/unet.py")
+    assert "minisd_kernels" in imports(ROOT / "minisd/models/attention.py")
+    assert {"minisd.models.attention", "minisd.models.blocks"} <= imports(
+        ROOT / "minisd/models/unet.py"
+    )
+    assert "minisd.pipeline" in imports(ROOT / "minisd/cli/main.py")  # inside a function
+    assert "torch" in imports(ROOT / "minisd/models/unet.py")
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_run_one_way(path):
     names = {layer(name) for name in imports(path)}
-    local = {name for name in names if name == "" or name.startswith("minisd") or (ROOT / f"minisd/{name}.py").exists()}
+    local = {
+        name
+        for name in names
+        if name == "" or name.startswith("minisd") or (ROOT / f"minisd/{name}.py").exists()
+    }
     local |= names & {"editing"}
     if path.parent.name == "kernels":
         assert local <= {"minisd_kernels"}
@@ -92,13 +116,19 @@ def test_imports_run_one_way(path):
         assert local <= ALLOWED.get(own, set())
     assert not names & {"diffusers", "transformers", "tests", "bench"}
     assert "triton" not in names or path.parent.name == "kernels"
-    assert "minisd_kernels" not in names or path.parent.name == "kernels" or path.name == "attention.py"
+    assert (
+        "minisd_kernels" not in names
+        or path.parent.name == "kernels"
+        or path.name == "attention.py"
+    )
 
 
 def loaded_by(code):
     """Modules of a fresh interpreter after running `code`."""
     code = f"import sys\n{code}\nprint('\\n' + '\\n'.join(sys.modules))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     return set(out.splitlines())
 
 
@@ -106,19 +136,27 @@ def loaded_by(code):
     "code",
     [
         "import minisd; minisd.__version__; dir(minisd)",
-        "from minisd.cli import main\ntry: main(['txt2img', '--help'])\nexcept SystemExit: pass",
-        "from minisd.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass",
+        "from minisd.cli.main import main\ntry: main(['txt2img', '--help'])\nexcept SystemExit: pass",
+        "from minisd.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass",
     ],
 )
 def test_importing_minisd_and_asking_for_help_load_no_library(code):
     modules = loaded_by(code)
     assert "minisd" in modules
-    assert not modules & {"torch", "triton", "numpy", "PIL", "tokenizers", "huggingface_hub", "tqdm"}
+    assert not modules & {
+        "torch",
+        "triton",
+        "numpy",
+        "PIL",
+        "tokenizers",
+        "huggingface_hub",
+        "tqdm",
+    }
 
 
 def test_loading_and_drawing_on_a_cpu_load_neither_triton_nor_the_oracles():
     modules = loaded_by("import minisd; [getattr(minisd, name) for name in minisd.__all__]")
-    assert {"torch", "minisd.pipeline", "minisd.guidance"} <= modules
+    assert {"torch", "minisd.pipeline", "minisd.sampling.guidance"} <= modules
     assert not {name.split(".")[0] for name in modules} & {"triton", "diffusers", "transformers"}
 
 
@@ -144,25 +182,51 @@ def wheel(tmp_path_factory):
 
 
 def test_the_wheel_holds_every_source_and_the_bundled_weights(wheel):
-    packed = {info.filename: info.file_size for info in wheel.infolist() if ".dist-info/" not in info.filename}
+    packed = {
+        info.filename: info.file_size
+        for info in wheel.infolist()
+        if ".dist-info/" not in info.filename
+    }
     expected = {}
-    for folder, package in (("minisd", "minisd"), ("kernels", "minisd_kernels"), ("weights", "minisd_weights")):
+    for folder, package in (
+        ("minisd", "minisd"),
+        ("kernels", "minisd_kernels"),
+        ("weights", "minisd_weights"),
+    ):
         for path in (ROOT / folder).rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts:
-                expected[f"{package}/{path.relative_to(ROOT / folder).as_posix()}"] = path.stat().st_size
+                expected[f"{package}/{path.relative_to(ROOT / folder).as_posix()}"] = (
+                    path.stat().st_size
+                )
     assert packed == expected
-    assert {"minisd/py.typed", "minisd/cli.py", "minisd/editing/__init__.py", "minisd_kernels/ops.py"} <= packed.keys()
-    assert "kernels/__init__.py" not in packed and not any(name.startswith(("kernels/", "weights/")) for name in packed)
+    assert {
+        "minisd/py.typed",
+        "minisd/cli/main.py",
+        "minisd/editing/__init__.py",
+        "minisd_kernels/ops.py",
+    } <= packed.keys()
+    assert "kernels/__init__.py" not in packed and not any(
+        name.startswith(("kernels/", "weights/")) for name in packed
+    )
 
 
-@pytest.mark.skipif(not (ROOT / "weights/shapes").is_dir(), reason="the bundled model is not trained yet")
+@pytest.mark.skipif(
+    not (ROOT / "weights/shapes").is_dir(), reason="the bundled model is not trained yet"
+)
 def test_the_wheel_holds_a_whole_bundled_model(wheel):
     names = set(wheel.namelist())
     for part in ("unet", "vae", "text_encoder"):
         assert f"minisd_weights/shapes/{part}/config.json" in names
-    sizes = {info.filename: info.file_size for info in wheel.infolist() if info.filename.endswith(".safetensors")}
+    sizes = {
+        info.filename: info.file_size
+        for info in wheel.infolist()
+        if info.filename.endswith(".safetensors")
+    }
     assert len(sizes) == 3 and sum(sizes.values()) <= 40e6 and max(sizes.values()) <= 15 * 2**20
-    assert {"minisd_weights/shapes/tokenizer/vocab.json", "minisd_weights/shapes/tokenizer/merges.txt"} <= names
+    assert {
+        "minisd_weights/shapes/tokenizer/vocab.json",
+        "minisd_weights/shapes/tokenizer/merges.txt",
+    } <= names
     assert "minisd_weights/shapes/scheduler/scheduler_config.json" in names
 
 
@@ -178,7 +242,9 @@ def test_the_wheel_names_the_command_and_its_requirements(wheel):
 
 
 def test_ci_runs_the_test_line_of_the_readme():
-    [line] = re.findall(r"^ +(pip install .* && pytest)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    [line] = re.findall(
+        r"^ +(pip install .* && pytest)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M
+    )
     assert line in (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
 
 

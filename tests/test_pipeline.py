@@ -1,4 +1,5 @@
-"""The whole pipeline against diffusers' pipelines, both reading the same files; then what minisd adds or refuses."""
+"""The whole pipeline against diffusers' pipelines, both reading the same files; then what minisd
+adds or refuses."""
 
 import dataclasses
 import warnings
@@ -13,10 +14,12 @@ from PIL import Image
 
 import minisd
 from minisd import pipeline
-from minisd.images import to_pil, to_rgb
+from minisd.viewing.images import to_pil, to_rgb
 
 SCHEDULERS = {
-    "dpm++": lambda: DPMSolverMultistepScheduler.from_config(tiny.SCHEDULER, use_karras_sigmas=True),
+    "dpm++": lambda: DPMSolverMultistepScheduler.from_config(
+        tiny.SCHEDULER, use_karras_sigmas=True
+    ),
     "dpm++ linspace": lambda: DPMSolverMultistepScheduler.from_config(tiny.SCHEDULER),
     "ddim": lambda: DDIMScheduler.from_config(tiny.SCHEDULER),
 }
@@ -35,7 +38,9 @@ def sd(pair):
 
 
 def picture(width=40, height=24, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
 def values(images):
@@ -43,7 +48,8 @@ def values(images):
 
 
 def assert_same(latents, expected, images, expected_images, record_property):
-    """Latents within 1e-4 of the largest, pictures equal on 99.9 % of the values and nowhere further apart than 1."""
+    """Latents within 1e-4 of the largest, pictures equal on 99.9 % of the values and nowhere
+    further apart than 1."""
     assert latents.shape == expected.shape
     error = ((latents - expected).abs().max() / expected.abs().max()).item()
     difference = np.abs(values(images) - values(expected_images))
@@ -68,23 +74,37 @@ def test_txt2img_equals_diffusers(pair, sampler, guidance, record_property):
     x = sd.noise(7, batch=2, height=24, width=40)
     arguments = dict(num_inference_steps=8, guidance_scale=guidance, height=24, width=40)
     pipe.scheduler = SCHEDULERS[sampler]()
-    expected = pipe(prompts, negative_prompt=negatives, latents=x, output_type="latent", **arguments).images
+    expected = pipe(
+        prompts, negative_prompt=negatives, latents=x, output_type="latent", **arguments
+    ).images
     pictures = pipe(prompts, negative_prompt=negatives, latents=x, **arguments).images
 
     last = {}
     images = sd.txt2img(
-        prompts, negatives, steps=8, guidance=guidance, sampler=sampler, latents=x, on_step=final(last), progress=False
+        prompts,
+        negatives,
+        steps=8,
+        guidance=guidance,
+        sampler=sampler,
+        latents=x,
+        on_step=final(last),
+        progress=False,
     )
     assert_same(last["x"], expected, images, pictures, record_property)
-    assert images[0].size == (40, 24) and values(images).std() > 20  # not a flat or saturated picture
+    assert (
+        images[0].size == (40, 24) and values(images).std() > 20
+    )  # not a flat or saturated picture
 
 
 @pytest.mark.parametrize("guidance", [1, 3, 7.5])
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 def test_img2img_equals_diffusers(pair, sampler, guidance, monkeypatch, record_property):
     pipe, sd = pair
-    # diffusers samples the posterior from the generator that then draws the noise; minisd takes the mode.
-    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mean)
+    # diffusers samples the posterior from the generator that then draws the noise; minisd takes the
+    # mode.
+    monkeypatch.setattr(
+        DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mean
+    )
     reference = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
     reference.scheduler = SCHEDULERS[sampler]()
     reference.set_progress_bar_config(disable=True)
@@ -113,7 +133,9 @@ def test_prompts_and_pictures_are_encoded_as_by_diffusers(pair):
         warnings.simplefilter("ignore")  # the last prompt is cut
         ours = sd.encode_prompt(texts)
         reference, _ = pipe.encode_prompt(texts, "cpu", 1, False)
-    assert ours.shape == (3, 77, 24) and (ours - reference).abs().max() <= 1e-5 * reference.abs().max()
+    assert (
+        ours.shape == (3, 77, 24) and (ours - reference).abs().max() <= 1e-5 * reference.abs().max()
+    )
 
     image = picture(45, 26)
     posterior = pipe.vae.encode(pipe.image_processor.preprocess(image)).latent_dist
@@ -125,37 +147,52 @@ def test_prompts_and_pictures_are_encoded_as_by_diffusers(pair):
         ),
     ):
         reference = reference * 0.18215
-        assert ours.shape == (1, 4, 6, 11) and (ours - reference).abs().max() <= 1e-5 * reference.abs().max()
+        assert (
+            ours.shape == (1, 4, 6, 11)
+            and (ours - reference).abs().max() <= 1e-5 * reference.abs().max()
+        )
 
 
 def test_the_parts_joined_by_hand_are_txt2img(sd):
     null, cond = sd.encode_prompt(["", "a red circle"]).split(1)
-    z = minisd.denoise(sd.noise(seed=3), minisd.DPMpp2M(sd.schedule, 4), minisd.cfg(sd.unet, null, cond))
-    assert (values(sd.decode(z)) == values(sd.txt2img("a red circle", steps=4, seed=3, progress=False))).all()
+    z = minisd.denoise(
+        sd.noise(seed=3), minisd.DPMpp2M(sd.schedule, 4), minisd.cfg(sd.unet, null, cond)
+    )
+    assert (
+        values(sd.decode(z)) == values(sd.txt2img("a red circle", steps=4, seed=3, progress=False))
+    ).all()
 
 
 # rows, seeds and pictures
 
 
 def test_the_same_seed_gives_the_same_bits(sd):
-    first, second = ([*sd.txt2img("a", steps=5, seed=11, num_images=2, progress=False)] for _ in range(2))
+    first, second = (
+        [*sd.txt2img("a", steps=5, seed=11, num_images=2, progress=False)] for _ in range(2)
+    )
     assert (values(first) == values(second)).all()
     assert (values(first[:1]) != values(first[1:])).mean() > 0.5
 
 
 def test_picture_i_is_drawn_with_seed_plus_i(sd):
     assert torch.equal(sd.noise(5, batch=3), torch.cat([sd.noise(5), sd.noise(6), sd.noise(7)]))
-    assert torch.equal(sd.noise(5, batch=3), sd.noise([5, 6, 7])) and torch.equal(sd.noise([5], batch=1), sd.noise(5))
+    assert torch.equal(sd.noise(5, batch=3), sd.noise([5, 6, 7])) and torch.equal(
+        sd.noise([5], batch=1), sd.noise(5)
+    )
     with pytest.raises(ValueError, match="got 2 seeds for 3 pictures, expected one for each"):
         sd.noise([1, 2], batch=3)
     for batch in (0, 1.0, "3"):
         with pytest.raises(ValueError, match="batch is .*, expected a whole number, at least 1"):
             sd.noise(0, batch=batch)
     assert torch.equal(sd.noise([5, 9]), torch.cat([sd.noise(5), sd.noise(9)]))
-    assert torch.equal(sd.noise(5), torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(5)))
+    assert torch.equal(
+        sd.noise(5), torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(5))
+    )
 
     drawn = {}
-    sd.txt2img(["a", "b"], ["c", "d"], steps=3, seed=5, num_images=2, progress=False, on_step=final(drawn))
+    sd.txt2img(
+        ["a", "b"], ["c", "d"], steps=3, seed=5, num_images=2, progress=False, on_step=final(drawn)
+    )
     alone = {}
     for i, (prompt, negative) in enumerate([("a", "c"), ("a", "c"), ("b", "d"), ("b", "d")]):
         sd.txt2img(prompt, negative, steps=3, seed=5 + i, progress=False, on_step=final(alone))
@@ -165,7 +202,10 @@ def test_picture_i_is_drawn_with_seed_plus_i(sd):
 def test_given_latents_stand_in_for_the_seed(sd):
     x = sd.noise(3, height=16, width=32)
     given = sd.txt2img("a", steps=3, seed=99, latents=x, progress=False)
-    assert (values(given) == values(sd.txt2img("a", steps=3, seed=3, height=16, width=32, progress=False))).all()
+    assert (
+        values(given)
+        == values(sd.txt2img("a", steps=3, seed=3, height=16, width=32, progress=False))
+    ).all()
     image = picture(32, 16)
     given = sd.img2img(image, "a", steps=3, latents=x, progress=False)
     assert (values(given) == values(sd.img2img(image, "a", steps=3, seed=3, progress=False))).all()
@@ -192,14 +232,30 @@ def test_guidance_1_computes_no_unconditional_half(sd):
 
 def test_on_step_sees_each_step_and_may_replace_the_latents(sd):
     seen = []
-    sd.txt2img("a", steps=4, progress=False, on_step=lambda x, step: seen.append((step.index, tuple(x.shape))))
+    sd.txt2img(
+        "a",
+        steps=4,
+        progress=False,
+        on_step=lambda x, step: seen.append((step.index, tuple(x.shape))),
+    )
     assert seen == [(i, (1, 4, 8, 8)) for i in range(4)]
     seen.clear()
-    sd.img2img(picture(), "a", 0.5, steps=4, progress=False, on_step=lambda x, step: seen.append(step.index))
+    sd.img2img(
+        picture(),
+        "a",
+        0.5,
+        steps=4,
+        progress=False,
+        on_step=lambda x, step: seen.append(step.index),
+    )
     assert seen == [2, 3]
-    replaced = sd.txt2img("a", steps=4, progress=False, on_step=lambda x, step: torch.full_like(x, 0.1))
+    replaced = sd.txt2img(
+        "a", steps=4, progress=False, on_step=lambda x, step: torch.full_like(x, 0.1)
+    )
     assert (values(replaced) == values(sd.decode(torch.full((1, 4, 8, 8), 0.1)))).all()
-    wide = sd.txt2img("a", steps=4, progress=False, on_step=lambda x, step: torch.full_like(x, 0.1).double())
+    wide = sd.txt2img(
+        "a", steps=4, progress=False, on_step=lambda x, step: torch.full_like(x, 0.1).double()
+    )
     assert (values(wide) == values(replaced)).all()
 
 
@@ -210,7 +266,9 @@ def test_strength_0_returns_the_picture(sd):
         assert len(images) == 4 and all(each.tobytes() == image.tobytes() for each in images)
     pair = sd.img2img([image, picture(9, 10)], ["a", "b"], 0, num_images=2, progress=False)
     assert [each.size for each in pair] == [(45, 26)] * 2 + [(9, 10)] * 2
-    [small] = sd.img2img(image, "a", 0, height=24, width=44, progress=False)  # with a size, resized to that
+    [small] = sd.img2img(
+        image, "a", 0, height=24, width=44, progress=False
+    )  # with a size, resized to that
     assert small.tobytes() == image.resize((44, 24), Image.Resampling.LANCZOS).tobytes()
 
 
@@ -258,7 +316,10 @@ def test_decode_gives_pictures_or_a_tensor_that_encode_takes(sd, monkeypatch):
     assert (values(to_pil(tensor)) == values(sd.decode(z))).all()
     assert sd.encode_image(tensor).shape == z.shape
     for bad in ("nan", "inf", "-inf"):
-        with monkeypatch.context() as patch, pytest.raises(ArithmeticError, match="NaN or infinite"):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(ArithmeticError, match="NaN or infinite"),
+        ):
             patch.setattr(sd.vae, "decode", lambda z: torch.full((1, 3, 8, 8), float(bad)))  # noqa: B023
             sd.decode(z)
 
@@ -287,7 +348,10 @@ def test_the_models_are_for_inference(sd):
     ("arguments", "message"),
     [
         (dict(prompt=[]), "0 prompts"),
-        (dict(prompt=["a", "b"], negative_prompt=["c", "d", "e"]), "2 prompts and 3 negative prompts"),
+        (
+            dict(prompt=["a", "b"], negative_prompt=["c", "d", "e"]),
+            "2 prompts and 3 negative prompts",
+        ),
         (dict(sampler="euler"), "'euler', expected one of 'dpm..', 'dpm.. linspace', 'ddim'"),
         (dict(steps=0), "steps is 0, expected a whole number from 1 to 1000"),
         (dict(steps=1001), "steps is 1001"),
@@ -305,7 +369,10 @@ def test_the_models_are_for_inference(sd):
             dict(height=20_000, width=4000),
             r"4000 x 20000 pixels, expected at most 4,194,304 in all: give a smaller size \(--size WxH",
         ),
-        (dict(latents=torch.zeros(1, 1).expand(1, 4, 2052 // 4, 2048 // 4)), "2048 x 2052 pixels, expected at most"),
+        (
+            dict(latents=torch.zeros(1, 1).expand(1, 4, 2052 // 4, 2048 // 4)),
+            "2048 x 2052 pixels, expected at most",
+        ),
         (dict(num_images=2.0), "num_images is 2.0"),
         (dict(guidance="7"), "guidance scale is '7', expected a finite number"),
         (dict(sampler=["ddim"]), r"sampler is \['ddim'\], expected one of"),
@@ -335,11 +402,23 @@ def test_txt2img_refuses(sd, arguments, message):
         (picture(), dict(steps="4"), "steps is '4', expected a whole number from 1 to 1000"),
         ([], {}, "empty list, expected at least one picture"),
         (torch.zeros(0, 3, 8, 8), {}, r"expected floats \(B, 3, H, W\)"),
-        ([picture()] * 3, {}, "1 prompts and 3 pictures, expected one for all or one for each of the prompts"),
+        (
+            [picture()] * 3,
+            {},
+            "1 prompts and 3 pictures, expected one for all or one for each of the prompts",
+        ),
         (picture(3, 40), {}, "the picture is 3 x 40 pixels, expected at least 4 x 4"),
         (picture(), dict(width=41), "41 x 24 pixels"),
-        (Image.new("RGB", (4000, 3000)), {}, "4000 x 3000 pixels, expected at most 4,194,304 in all"),
-        (torch.zeros(1, 1, 1).expand(1, 3, 4000, 3000), {}, "3000 x 4000 pixels, expected at most 4,194,304 in all"),
+        (
+            Image.new("RGB", (4000, 3000)),
+            {},
+            "4000 x 3000 pixels, expected at most 4,194,304 in all",
+        ),
+        (
+            torch.zeros(1, 1, 1).expand(1, 3, 4000, 3000),
+            {},
+            "3000 x 4000 pixels, expected at most 4,194,304 in all",
+        ),
         (torch.zeros(1, 3, 8, 10), {}, "10 x 8 pixels"),
         (torch.zeros(1, 3, 8, 8), dict(height=16), "only PIL images are resized"),
         (torch.zeros(3, 8, 8), {}, r"expected floats \(B, 3, H, W\)"),
@@ -353,7 +432,9 @@ def test_img2img_refuses(sd, image, arguments, message):
 
 
 def test_a_large_picture_is_scaled_by_a_size(sd):
-    [image] = sd.img2img(Image.new("RGB", (4000, 3000)), "a", steps=2, height=24, width=32, progress=False)
+    [image] = sd.img2img(
+        Image.new("RGB", (4000, 3000)), "a", steps=2, height=24, width=32, progress=False
+    )
     assert image.size == (32, 24) and sd.latent_size(2048, 2048) == (512, 512)
 
 
@@ -366,15 +447,38 @@ def test_memory_that_is_not_there(sd, monkeypatch):
     def fails(*arguments):
         raise RuntimeError("another fault")
 
-    z, size = sd.noise(0, height=24, width=40), "not enough memory for pictures of 40 x 24: try a smaller size"
+    z, size = (
+        sd.noise(0, height=24, width=40),
+        "not enough memory for pictures of 40 x 24: try a smaller size",
+    )
     inversion = minisd.invert(sd, picture(), "a", 2, trajectory=True, progress=False)
     for part, name, run, message in (
-        (sd.unet, "forward", lambda: minisd.invert(sd, picture(), "a", 2, progress=False), "memory for latents of"),
-        (sd.unet, "forward", lambda: minisd.redraw(sd, inversion, progress=False), "memory for latents of"),
-        (sd.unet, "forward", lambda: minisd.null_text(sd, inversion, progress=False), "memory for latents of"),
+        (
+            sd.unet,
+            "forward",
+            lambda: minisd.invert(sd, picture(), "a", 2, progress=False),
+            "memory for latents of",
+        ),
+        (
+            sd.unet,
+            "forward",
+            lambda: minisd.redraw(sd, inversion, progress=False),
+            "memory for latents of",
+        ),
+        (
+            sd.unet,
+            "forward",
+            lambda: minisd.null_text(sd, inversion, progress=False),
+            "memory for latents of",
+        ),
         (sd.vae, "encode", lambda: sd.encode_image(picture()), size),
         (sd.vae, "decode", lambda: sd.decode(z), size),
-        (sd.unet, "forward", lambda: sd.txt2img("a", latents=z, progress=False), "memory for latents of 10 x 6: try"),
+        (
+            sd.unet,
+            "forward",
+            lambda: sd.txt2img("a", latents=z, progress=False),
+            "memory for latents of 10 x 6: try",
+        ),
     ):
         with monkeypatch.context() as patch, pytest.raises(MemoryError, match=message):
             patch.setattr(part, name, greedy)
@@ -386,7 +490,9 @@ def test_memory_that_is_not_there(sd, monkeypatch):
 
 def test_latents_have_a_batch_and_channels(sd):
     for shape in ((4, 8, 8), (1, 3, 8, 8)):
-        with pytest.raises(ValueError, match=rf"latents: got \({shape[0]}, .*, expected a tensor \(B, 4, h, w\)"):
+        with pytest.raises(
+            ValueError, match=rf"latents: got \({shape[0]}, .*, expected a tensor \(B, 4, h, w\)"
+        ):
             sd.decode(torch.zeros(shape))
 
 
@@ -400,7 +506,9 @@ def test_no_device_and_no_dtype_is_not_the_present_one(sd):
             sd.to(dtype=dtype)
 
 
-@pytest.mark.parametrize("texts", [dict(prompt=None), dict(prompt=3), dict(prompt="a", negative_prompt=None)])
+@pytest.mark.parametrize(
+    "texts", [dict(prompt=None), dict(prompt=3), dict(prompt="a", negative_prompt=None)]
+)
 def test_texts_are_strings(sd, texts):
     with pytest.raises(TypeError, match="got (None|3), expected a text or a list of texts"):
         sd.txt2img(**texts)

@@ -7,22 +7,37 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisd.editing.alignment import align, find_word, kind_of_edit, refine_map, replace_map, split_words, token_map
-from minisd.tokenizer import CLIPTokenizer, build_vocabulary
+from minisd.editing.alignment import (
+    align,
+    find_word,
+    kind_of_edit,
+    refine_map,
+    replace_map,
+    split_words,
+    token_map,
+)
+from minisd.models.tokenizer import CLIPTokenizer, build_vocabulary
 
-TEXT = "a burger on the table , photo of my cat's red lasagne with cheese pea soup and croutons . Cats"
+TEXT = (
+    "a burger on the table , photo of my cat's red lasagne with cheese pea soup and croutons . Cats"
+)
 WHOLE_WORDS = CLIPTokenizer(*build_vocabulary([TEXT] * 3))
 VOCABULARY = build_vocabulary(["a burger on table"] * 3)
-SYLLABLES = CLIPTokenizer(*VOCABULARY)  # knows "a burger on table"; other words are spelled letter by letter
+SYLLABLES = CLIPTokenizer(
+    *VOCABULARY
+)  # knows "a burger on table"; other words are spelled letter by letter
 L = 77
 
 
 def brute_force(source, target):
-    """Of all order-keeping pairings of equal items, the largest; then the one that is least when read from the end."""
+    """Of all order-keeping pairings of equal items, the largest; then the one that is least when
+    read from the end."""
     best = None
     for columns in itertools.product([None, *range(len(source))], repeat=len(target)):
         used = [i for i in columns if i is not None]
-        if used == sorted(set(used)) and all(i is None or source[i] == b for i, b in zip(columns, target)):
+        if used == sorted(set(used)) and all(
+            i is None or source[i] == b for i, b in zip(columns, target)
+        ):
             key = (-len(used), [-1 if i is None else i for i in reversed(columns)])
             if best is None or key < best[0]:
                 best = key, list(columns)
@@ -63,7 +78,9 @@ def test_words_are_found():
 def test_words_of_several_tokens():
     assert find_word(SYLLABLES, "a lasagne on a table", "lasagne") == [2, 3, 4, 5, 6, 7, 8]
     assert find_word(SYLLABLES, "a table on lasagne table", "table") == [2, 11]
-    assert find_word(SYLLABLES, "a " * 74 + "table table", "table") == [75]  # the last one is cut off
+    assert find_word(SYLLABLES, "a " * 74 + "table table", "table") == [
+        75
+    ]  # the last one is cut off
 
 
 def test_a_prompt_that_does_not_fit():
@@ -83,7 +100,11 @@ def test_a_prompt_that_does_not_fit():
         ("a red cat", "my red soup", "replace"),
         ("a burger", "a lasagne", "replace"),
         ("a red cat", "a red cat, photo", "refine"),
-        ("a cat on the table", "a red cat on table", "refine"),  # as many words, but not in the same places
+        (
+            "a cat on the table",
+            "a red cat on table",
+            "refine",
+        ),  # as many words, but not in the same places
         ("pea soup with croutons", "soup", "refine"),
     ],
 )
@@ -96,7 +117,9 @@ def test_kind_of_edit(source, target, kind):
 
 def test_replace_of_single_tokens_is_the_identity():
     for google in (False, True):
-        M, mask = token_map(WHOLE_WORDS, "a red cat on the table", "a red soup on my table", "replace", google)
+        M, mask = token_map(
+            WHOLE_WORDS, "a red cat on the table", "a red soup on my table", "replace", google
+        )
         assert torch.equal(M, torch.eye(L)) and torch.equal(mask, torch.ones(L))
 
 
@@ -104,17 +127,27 @@ def test_replace_by_a_longer_word():
     """a burger on table -> a las on table, 1 token -> 3 (EDITING B3)."""
     M, mask = token_map(SYLLABLES, "a burger on table", "a las on table")
     expected = torch.zeros(L, L)
-    for source, target in {0: [0], 1: [1], 3: [5], 4: [6], 5: [7]}.items():  # <bos>, a, on, table, <eos>
+    for source, target in {
+        0: [0],
+        1: [1],
+        3: [5],
+        4: [6],
+        5: [7],
+    }.items():  # <bos>, a, on, table, <eos>
         expected[source, target] = 1
     expected[2, 2:5] = 1 / 3
     for t in range(8, L):
         expected[t - 2, t] = 1
     assert torch.equal(M, expected) and torch.equal(mask, torch.ones(L))
-    assert torch.equal(M.sum(1), torch.cat([torch.ones(L - 2), torch.zeros(2)]))  # mass is kept, but two pads fall off
+    assert torch.equal(
+        M.sum(1), torch.cat([torch.ones(L - 2), torch.zeros(2)])
+    )  # mass is kept, but two pads fall off
     assert torch.allclose(M.sum(0)[2:5], torch.full((3,), 1 / 3)) and M.sum(0)[5:].eq(1).all()
 
     M, _ = token_map(SYLLABLES, "a burger on table", "a las on table", google=True)
-    assert M[3].sum() == M[4].sum() == 0 and M[5, 5] == M[6, 6] == 1  # "on" gets <eos>, "table" gets padding
+    assert (
+        M[3].sum() == M[4].sum() == 0 and M[5, 5] == M[6, 6] == 1
+    )  # "on" gets <eos>, "table" gets padding
     assert torch.equal(M[:3, :5], expected[:3, :5]) and torch.equal(M[5:, 5:], torch.eye(L - 5))
 
 
@@ -124,7 +157,9 @@ def test_replace_by_a_shorter_word():
     assert M[L - 1, L - 3 :].tolist() == [1, 1, 1] and M.sum() == L + 2  # the last pad repeats
     assert M.sum(0).eq(1).sum() == L - 1 and M[:, 2].sum() == 3
     M, _ = token_map(SYLLABLES, "a las on table", "a burger on table", google=True)
-    assert M[3, 3] == M[4, 4] == 1 and M[:, L - 2 :].sum() == 0  # the published loop ends with the source's row
+    assert (
+        M[3, 3] == M[4, 4] == 1 and M[:, L - 2 :].sum() == 0
+    )  # the published loop ends with the source's row
 
 
 def test_replace_of_words_with_as_many_tokens():
@@ -139,7 +174,9 @@ def test_replace_needs_as_many_words():
         token_map(WHOLE_WORDS, "a cat", "a cat", "swap")
 
 
-words = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple), min_size=1, max_size=6)
+words = st.lists(
+    st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple), min_size=1, max_size=6
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -159,7 +196,9 @@ def test_mass_is_kept(source, target):
 def test_refine_adds_words():
     M, mask = token_map(WHOLE_WORDS, "a cat on the table", "a red cat on the red table")
     expected = torch.zeros(L, L)
-    sources = {0: 0, 1: 1, 3: 2, 4: 3, 5: 4, 7: 5, 8: 6} | {j: j - 2 for j in range(9, L)}  # 2 and 6 are new
+    sources = {0: 0, 1: 1, 3: 2, 4: 3, 5: 4, 7: 5, 8: 6} | {
+        j: j - 2 for j in range(9, L)
+    }  # 2 and 6 are new
     for j, i in sources.items():
         expected[i, j] = 1
     assert torch.equal(M, expected)
@@ -172,11 +211,18 @@ def test_refine_removes_words():
     sources = [M[:, j].argmax().item() for j in range(L)]
     assert sources[:3] == [0, 2, 5] and sources[3:] == [min(j + 3, L - 1) for j in range(3, L)]
     M, _ = token_map(WHOLE_WORDS, "pea soup with croutons", "soup", google=True)
-    assert [M[:, j].argmax().item() for j in range(L)] == [0, 2, 5, *range(3, L)]  # pads get "with" and "croutons"
+    assert [M[:, j].argmax().item() for j in range(L)] == [
+        0,
+        2,
+        5,
+        *range(3, L),
+    ]  # pads get "with" and "croutons"
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 9), max_size=6), st.lists(st.integers(1, 9), max_size=6), st.booleans())
+@given(
+    st.lists(st.integers(1, 9), max_size=6), st.lists(st.integers(1, 9), max_size=6), st.booleans()
+)
 def test_refine_columns(source, target, google):
     M, mask = refine_map([0, *source, 10], [0, *target, 10], L, google)
     assert torch.equal(M.sum(0), mask) and set(M.unique().tolist()) <= {0, 1}

@@ -1,4 +1,5 @@
-"""What prompt-to-prompt costs: memory above the plain run, tensors that must not exist, compiled graphs."""
+"""What prompt-to-prompt costs: memory above the plain run, tensors that must not exist, compiled
+graphs."""
 
 import math
 import weakref
@@ -9,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minisd import DDIM, LocalBlend, PromptToPrompt, cfg, denoise
-from minisd.unet import UNet, UNetConfig
+from minisd.models.unet import UNet, UNetConfig
 
 STEPS = 4
 PROMPTS = ["a cat on my mat", "a dog on my mat", "a sad cat on my red mat"]
@@ -17,11 +18,19 @@ PROMPTS = ["a cat on my mat", "a dog on my mat", "a sad cat on my red mat"]
 
 @pytest.fixture(scope="module")
 def sd(tmp_path_factory):
-    """The tiny model with a UNet of more positions: attention over 32 x 24 and 16 x 12 of them, head dim 40."""
+    """The tiny model with a UNet of more positions: attention over 32 x 24 and 16 x 12 of them,
+    head dim 40."""
     sd = p2p_model.load(tmp_path_factory.mktemp("p2p"))[1]
     torch.manual_seed(0)
-    types = dict(down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2)
-    config = dict(block_out_channels=(80, 160), layers_per_block=1, attention_head_dim=(2, 4), cross_attention_dim=24)
+    types = dict(
+        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2
+    )
+    config = dict(
+        block_out_channels=(80, 160),
+        layers_per_block=1,
+        attention_head_dim=(2, 4),
+        cross_attention_dim=24,
+    )
     sd.unet = UNet(UNetConfig(sample_size=(32, 24), norm_num_groups=8, **types, **config)).eval()
     return sd
 
@@ -84,13 +93,17 @@ def test_memory_of_a_lockstep_edit(sd, blend):
     """At most 10 % above the plain run of the same batch."""
     plain, _ = peak(sd, False, False)
     edited, shapes = peak(sd, True, blend)
-    assert plain > 3e6 and edited <= 1.1 * plain, f"{edited / plain:.3f} of the plain run's {plain / 1e6:.1f} MB"
+    assert plain > 3e6 and edited <= 1.1 * plain, (
+        f"{edited / plain:.3f} of the plain run's {plain / 1e6:.1f} MB"
+    )
 
     grids = [math.prod(sd.unet.grid(site)) for site in sd.unet.sites("self")]
     assert set(grids) == {768, 192}
     assert not [s for s in shapes if len(s) >= 2 and s[-1] == s[-2] and s[-1] in grids]  # no N x N
     maps = {s for s in shapes if len(s) == 4 and s[0] and s[-1] == 77 and s[-2] in grids}
-    assert maps == ({(3, 4, 192, 77)} if blend else set())  # where the blend reads, and nowhere else
+    assert maps == (
+        {(3, 4, 192, 77)} if blend else set()
+    )  # where the blend reads, and nowhere else
 
 
 def test_one_graph_for_all_steps(sd):
@@ -107,13 +120,20 @@ def test_one_graph_for_all_steps(sd):
     x = sd.noise(3).expand(len(PROMPTS), -1, -1, -1)
 
     def run(unet, cross, own):
-        p2p = PromptToPrompt(sd, *PROMPTS, steps=STEPS, cross_steps=cross, self_steps=own, reweight={"my": 2})
+        p2p = PromptToPrompt(
+            sd, *PROMPTS, steps=STEPS, cross_steps=cross, self_steps=own, reweight={"my": 2}
+        )
         blend = LocalBlend(p2p.maps, ("cat", "dog"), start=0.5)
         return denoise(x, DDIM(sd.schedule, STEPS), cfg(unet, uncond, cond, 7.5, p2p), blend)
 
     first = {"default": (0.25, 0.75), "my": 1}
-    for cross, own in ((first, 0.5), (0.25, (0.5, 1.0))):  # another edit with the same shapes is the same graph
+    for cross, own in (
+        (first, 0.5),
+        (0.25, (0.5, 1.0)),
+    ):  # another edit with the same shapes is the same graph
         ours = run(compiled, cross, own)
         assert len(graphs) == 1
-        torch.testing.assert_close(ours, run(sd.unet, cross, own), rtol=1e-4, atol=1e-4 * ours.abs().max().item())
+        torch.testing.assert_close(
+            ours, run(sd.unet, cross, own), rtol=1e-4, atol=1e-4 * ours.abs().max().item()
+        )
     torch._dynamo.reset()

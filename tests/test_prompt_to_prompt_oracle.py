@@ -1,4 +1,5 @@
-"""Prompt-to-prompt against the eager oracle on diffusers' UNet: the same tiny random checkpoint, lockstep, DDIM."""
+"""Prompt-to-prompt against the eager oracle on diffusers' UNet: the same tiny random checkpoint,
+lockstep, DDIM."""
 
 import oracle_p2p
 import p2p_model
@@ -17,21 +18,32 @@ SWAP, LONG_SWAP = "a dog on my big mat", "a lioness on my old sofa"
 REFINED, SHORTER = "a sad cat on my big red mat", "a cat my mat"
 
 
-# name -> (target prompts, arguments of PromptToPrompt, the oracle's targets, its blend, LocalBlend's arguments)
+# name -> (target prompts, arguments of PromptToPrompt, the oracle's targets, its blend,
+# LocalBlend's arguments)
 WHOLE, MOST = {None: (0, 5)}, {None: (0, 4)}
 CASES = {
     "replace": ([SWAP], {}, [Target([0, 1, 2, 3, 4, 5], MOST, (0, 2))]),
     "replace by longer words": ([LONG_SWAP], {}, [Target([0, 1, 2, 3, 4, 5], MOST, (0, 2))]),
     "refine": ([REFINED], {}, [Target([0, None, 1, 2, 3, 4, None, 5], MOST, (0, 2))]),
-    "refine, words removed": ([SHORTER], dict(cross_steps=(0.2, 1)), [Target([0, 1, 3, 5], {None: (1, 5)}, (0, 2))]),
+    "refine, words removed": (
+        [SHORTER],
+        dict(cross_steps=(0.2, 1)),
+        [Target([0, 1, 3, 5], {None: (1, 5)}, (0, 2))],
+    ),
     "reweight": (
         [SOURCE] * 3,
-        dict(reweight=[{"cat": 2.5, "mat": -1}, {"big": 0}, {"cat": -2}], cross_steps=1.0, self_steps=(0.4, 0.8)),
+        dict(
+            reweight=[{"cat": 2.5, "mat": -1}, {"big": 0}, {"cat": -2}],
+            cross_steps=1.0,
+            self_steps=(0.4, 0.8),
+        ),
         [Target(list(range(6)), WHOLE, (2, 4), f) for f in ({1: 2.5, 5: -1}, {4: 0}, {1: -2})],
     ),
     "replace, then reweight": (
         [SWAP, LONG_SWAP, SWAP],
-        dict(reweight={"my": 3, "dog": -1.5}, cross_steps=[0.8, 0.6, 0.4], self_steps=[0.4, 0.0, 1.0]),
+        dict(
+            reweight={"my": 3, "dog": -1.5}, cross_steps=[0.8, 0.6, 0.4], self_steps=[0.4, 0.0, 1.0]
+        ),
         [
             Target([0, 1, 2, 3, 4, 5], {None: (0, 4)}, (0, 2), {3: 3, 1: -1.5}),
             Target([0, 1, 2, 3, 4, 5], {None: (0, 3)}, (0, 0), {3: 3}),
@@ -66,8 +78,11 @@ CASES = {
         [Target([0, 1, 2, 3, 4, 5], MOST, (0, 2), {3: 2})] * 3,
         Blend([[1], [1], [1], [1]], [[5], [5], [5], [5]], threshold=0.7, first=0),
         dict(
-            words=["cat", "dog", "lioness", ("dog",)], subtract=["mat", "mat", "sofa", "mat"], threshold=0.7,
-            subtract_threshold=0.7, start=0,
+            words=["cat", "dog", "lioness", ("dog",)],
+            subtract=["mat", "mat", "sofa", "mat"],
+            threshold=0.7,
+            subtract_threshold=0.7,
+            start=0,
         ),
     ),
 }
@@ -95,7 +110,18 @@ def both(pair, case, impl, height=32, width=32, uncond=None, steps=STEPS):
     h, w = x.shape[2:]
     grid = -(-h // 2), -(-w // 2)
     theirs = oracle_p2p.run(
-        reference, tiny.SCHEDULER, x, uncond, cond, lengths, expected, steps, 7.5, grid[0] * grid[1], blend, grid
+        reference,
+        tiny.SCHEDULER,
+        x,
+        uncond,
+        cond,
+        lengths,
+        expected,
+        steps,
+        7.5,
+        grid[0] * grid[1],
+        blend,
+        grid,
     )
     return ours, theirs
 
@@ -118,7 +144,9 @@ def test_equals_the_oracle(pair, case, impl):
     ours, theirs = both(pair, case, impl)
     assert_same(ours, theirs)
     blends = "blend" in case
-    assert kept(ours) == kept(theirs) and all(0.1 < share < 0.9 if blends else share == 0 for share in kept(ours))
+    assert kept(ours) == kept(theirs) and all(
+        0.1 < share < 0.9 if blends else share == 0 for share in kept(ours)
+    )
 
 
 @pytest.mark.parametrize("case", ["local blend", "replace, then reweight"])

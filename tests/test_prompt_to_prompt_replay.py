@@ -1,4 +1,5 @@
-"""Two runs, record and replay, against one lockstep run; what is stored, what it takes, what is refused."""
+"""Two runs, record and replay, against one lockstep run; what is stored, what it takes, what is
+refused."""
 
 import p2p_model
 import pytest
@@ -41,14 +42,20 @@ def relative(a, b):
     [
         {},
         dict(cross_steps=(0.2, 0.6), self_steps=1.0),
-        dict(cross_steps={"default": 0.4, "cat": 1.0, "lion": 0.2}, self_steps=0, reweight={"my": -2}),
+        dict(
+            cross_steps={"default": 0.4, "cat": 1.0, "lion": 0.2}, self_steps=0, reweight={"my": -2}
+        ),
         dict(self_sites=[], cross_sites="up"),
     ],
 )
 def test_record_and_replay_equal_lockstep(sd, impl, dtype, bound, options):
     sd.unet.attention = impl
     prompts = [SOURCE, SWAP, REFINED] if "cross_steps" in options else [SOURCE, SWAP]
-    options = {"reweight": {"sad": 3}} | options if REFINED in prompts and "reweight" not in options else options
+    options = (
+        {"reweight": {"sad": 3}} | options
+        if REFINED in prompts and "reweight" not in options
+        else options
+    )
     together = run(sd, prompts, PromptToPrompt(sd, *prompts, steps=STEPS, **SIZE, **options))
     source, recorder = recorded(sd, dtype=dtype)
     assert relative(source, together[:1]) < 1e-5
@@ -72,9 +79,23 @@ def test_tensors_have_the_same_shapes_at_every_step(sd):
     edits = Replay(sd, recorder.recording, SWAP, REFINED, cross_steps=0.4, self_steps=(0.2, 0.6))
 
     def shapes(x):
-        return tuple(x.shape) if torch.is_tensor(x) else None if x is None else [shapes(each) for each in x]
+        return (
+            tuple(x.shape)
+            if torch.is_tensor(x)
+            else None
+            if x is None
+            else [shapes(each) for each in x]
+        )
 
-    assert len({str({site: shapes(e) for site, e in edits(step).items()}) for step in DDIM(sd.schedule, STEPS)}) == 1
+    assert (
+        len(
+            {
+                str({site: shapes(e) for site, e in edits(step).items()})
+                for step in DDIM(sd.schedule, STEPS)
+            }
+        )
+        == 1
+    )
 
 
 def test_what_is_recorded(sd):
@@ -85,7 +106,9 @@ def test_what_is_recorded(sd):
     assert relative(x, plain) < 1e-5
     assert recording.t.tolist() == [step.t for step in DDIM(sd.schedule, STEPS)]
     assert set(recorder.cross_sites) == set(sd.unet.sites("cross"))
-    assert recorder.self_sites == sd.unet.sites("self", 18, (6, 11))  # 3 x 6 positions at the coarsest resolution
+    assert recorder.self_sites == sd.unet.sites(
+        "self", 18, (6, 11)
+    )  # 3 x 6 positions at the coarsest resolution
     kept = {}
     for name in recorder.self_sites + recorder.cross_sites:
         module = sd.unet.get_submodule(name)
@@ -113,7 +136,10 @@ def test_save_and_load(sd, tmp_path):
     assert (again.prompt, again.steps, again.size) == (SOURCE, STEPS, (6, 11))
     assert all(torch.equal(x, again.maps[name]) for name, x in recorder.recording.maps.items())
     assert all(x.dtype == torch.float16 for x in again.maps.values())
-    assert torch.equal(run(sd, [SWAP], Replay(sd, again, SWAP)), run(sd, [SWAP], Replay(sd, recorder.recording, SWAP)))
+    assert torch.equal(
+        run(sd, [SWAP], Replay(sd, again, SWAP)),
+        run(sd, [SWAP], Replay(sd, recorder.recording, SWAP)),
+    )
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="other.safetensors is not a recording"):
         Recording.load(tmp_path / "other.safetensors")
@@ -140,7 +166,8 @@ def test_the_size_is_worked_out_first(sd):
     _, recorder = recorded(sd)
     assert recorder.bytes == sum(x.numel() * x.itemsize for x in recorder.recording.maps.values())
     with pytest.raises(
-        MemoryError, match="7 cross- and 4 self-attention sites over 50 steps .* GB, the limit is 1e-06"
+        MemoryError,
+        match="7 cross- and 4 self-attention sites over 50 steps .* GB, the limit is 1e-06",
     ):
         Recorder(sd, SOURCE, 50, limit=1000)
     with pytest.raises(ValueError, match="dtype is 'half', expected one of float16"):
@@ -150,16 +177,26 @@ def test_the_size_is_worked_out_first(sd):
 
 
 def test_size_of_stable_diffusion(sd):
-    """33.2 MB a step of cross maps, 5.3 MB of self-attention maps (EDITING B11), of which q and k take 6.9 MB."""
-    from minisd.unet import UNet, UNetConfig
+    """33.2 MB a step of cross maps, 5.3 MB of self-attention maps (EDITING B11), of which q and k
+    take 6.9 MB."""
+    from minisd.models.unet import UNet, UNetConfig
 
     with torch.device("meta"):
         unet = UNet(UNetConfig())
-    parts = {"unet": unet, "tokenizer": sd.tokenizer, "device": sd.device, "latent_size": lambda *_: (64, 64)}
+    parts = {
+        "unet": unet,
+        "tokenizer": sd.tokenizer,
+        "device": sd.device,
+        "latent_size": lambda *_: (64, 64),
+    }
     real = type("SD", (), parts)()
-    with pytest.raises(MemoryError, match="16 cross- and 0 self-attention sites over 50 steps takes 1.66 GB"):
+    with pytest.raises(
+        MemoryError, match="16 cross- and 0 self-attention sites over 50 steps takes 1.66 GB"
+    ):
         Recorder(real, SOURCE, 50, self_sites=[], limit=1e9)
-    with pytest.raises(MemoryError, match="0 cross- and 6 self-attention sites over 50 steps takes 0.344 GB"):
+    with pytest.raises(
+        MemoryError, match="0 cross- and 6 self-attention sites over 50 steps takes 0.344 GB"
+    ):
         Recorder(real, SOURCE, 50, cross_sites=[], limit=1e8)
 
 
@@ -167,7 +204,9 @@ def test_another_schedule_is_refused(sd):
     _, recorder = recorded(sd)
     replaying = Replay(sd, recorder.recording, SWAP)
     for sampler in (DDIM(sd.schedule, 4), DDIM(sd.schedule, 6)):
-        with pytest.raises(ValueError, match="expected a run like the recorded one of 5 steps at timesteps"):
+        with pytest.raises(
+            ValueError, match="expected a run like the recorded one of 5 steps at timesteps"
+        ):
             for step in sampler:
                 replaying(step)
 
@@ -177,13 +216,25 @@ def test_record_and_replay_of_pictures(sd):
     options = dict(seed=3, progress=False)
     image, recording = record(sd, SOURCE, steps=STEPS, **SIZE, **options)
     images = replay(sd, recording, SWAP, REFINED, injection_ratio=0.6, self_ratio=0.2, **options)
-    together = edit_prompt(sd, SOURCE, SWAP, REFINED, steps=STEPS, cross_steps=0.6, self_steps=0.2, **SIZE, **options)
+    together = edit_prompt(
+        sd, SOURCE, SWAP, REFINED, steps=STEPS, cross_steps=0.6, self_steps=0.2, **SIZE, **options
+    )
     assert len(images) == 2 and images[0].size == (44, 24)
     for mine, other in zip([image, *images], together, strict=True):
-        a, b = (torch.frombuffer(bytearray(i.tobytes()), dtype=torch.uint8).int() for i in (mine, other))
+        a, b = (
+            torch.frombuffer(bytearray(i.tobytes()), dtype=torch.uint8).int() for i in (mine, other)
+        )
         assert (a - b).abs().max() <= 2
     none = replay(sd, recording, SWAP, injection_ratio=0, self_ratio=0, **options)
     plain = run(sd, [SWAP])
     assert none[0].tobytes() == sd.decode(plain)[0].tobytes()
-    given = replay(sd, recording, SWAP, injection_ratio=0, self_ratio=0, latents=sd.noise(3, **SIZE), progress=False)
+    given = replay(
+        sd,
+        recording,
+        SWAP,
+        injection_ratio=0,
+        self_ratio=0,
+        latents=sd.noise(3, **SIZE),
+        progress=False,
+    )
     assert given[0].tobytes() == none[0].tobytes()

@@ -1,7 +1,9 @@
-"""Prompt-to-prompt on the Triton kernels, in Triton's interpreter on the CPU, against the oracle on diffusers' UNet.
+"""Prompt-to-prompt on the Triton kernels, in Triton's interpreter on the CPU, against the oracle on
+diffusers' UNet.
 
-TRITON_INTERPRET must be set before Triton is imported and must not reach the other tests, so this file runs itself, as
-test_kernels_interpreter.py does. Latents of 2 x 3, three steps: the interpreter is slow.
+TRITON_INTERPRET must be set before Triton is imported and must not reach the other tests, so this
+file runs itself, as test_kernels_interpreter.py does. Latents of 2 x 3, three steps: the
+interpreter is slow.
 """
 
 import os
@@ -17,10 +19,22 @@ from minisd import DDIM, PromptToPrompt, cfg
 if os.environ.get("TRITON_INTERPRET") != "1":
 
     def test_in_its_own_process():
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", __file__]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "--no-header",
+            "-p",
+            "no:cacheprovider",
+            __file__,
+        ]
         env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=env, capture_output=True, text=True)
-        assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout[-20000:] + done.stderr[-5000:]
+        assert done.returncode == 0 and "2 passed" in done.stdout, (
+            done.stdout[-20000:] + done.stderr[-5000:]
+        )
 
 else:
     import test_prompt_to_prompt_oracle as against
@@ -32,11 +46,14 @@ else:
         return p2p_model.load(tmp_path_factory.mktemp("p2p"))
 
     def test_equals_the_oracle(pair, monkeypatch):
-        """Replace and reweight, self-attention, columns of their own time: final latents after every step's table."""
+        """Replace and reweight, self-attention, columns of their own time: final latents after
+        every step's table."""
         calls = []
         for name in ("attention", "cross_attention"):
             op = getattr(ops, name)
-            monkeypatch.setattr(ops, name, lambda *args, op=op, **kwargs: calls.append(op) or op(*args, **kwargs))
+            monkeypatch.setattr(
+                ops, name, lambda *args, op=op, **kwargs: calls.append(op) or op(*args, **kwargs)
+            )
         monkeypatch.setitem(against.CASES, "small", (
             [against.LONG_SWAP],
             dict(reweight={"my": 3, "old": -1.5}, cross_steps={"default": 0.7, "on": 0.34}, self_steps=(0.34, 1)),
@@ -44,13 +61,17 @@ else:
         ))  # fmt: skip
         ours, theirs = against.both(pair, "small", "triton", height=8, width=12, steps=3)
         against.assert_same(ours, theirs)
-        assert len(calls) >= 3 * len(pair[1].unet.sites()), "the kernels were not called at every site"
+        assert len(calls) >= 3 * len(pair[1].unet.sites()), (
+            "the kernels were not called at every site"
+        )
 
     def test_maps(pair):
         """The maps that a local blend reads, of one step, against PyTorch's attention."""
         sd, prompts, maps = pair[1], [against.SOURCE, against.SWAP], []
         for sd.unet.attention in ("triton", "sdpa"):
-            p2p = PromptToPrompt(sd, *prompts, steps=5, reweight={"my": 3}, map_sites="up", height=8, width=12)
+            p2p = PromptToPrompt(
+                sd, *prompts, steps=5, reweight={"my": 3}, map_sites="up", height=8, width=12
+            )
             maps.append(p2p.maps)
             x, step = sd.noise(3, 1, 8, 12).expand(2, -1, -1, -1), next(iter(DDIM(sd.schedule, 5)))
             with torch.no_grad():

@@ -24,15 +24,25 @@ def test_prompt_to_prompt_draws_what_edit_prompt_draws(tmp_path, monkeypatch):
     exec(re.search(r"## Prompt-to-prompt\n.+?```python\n(.+?)```", README, re.S).group(1), names)
     assert Image.open("edit.png").width == 2 * (128 + 6) + 6
     expected = minisd.edit_prompt(
-        names["sd"], names["source"], names["target"], steps=25, cross_steps={"default": 0.8, "green": 0.0},
-        local_blend=("blue", "green", "square"), progress=False,
+        names["sd"],
+        names["source"],
+        names["target"],
+        steps=25,
+        cross_steps={"default": 0.8, "green": 0.0},
+        local_blend=("blue", "green", "square"),
+        progress=False,
     )
-    for mine, other in zip(names["images"], expected, strict=True):  # embeddings of a batch, and one by one
+    for mine, other in zip(
+        names["images"], expected, strict=True
+    ):  # embeddings of a batch, and one by one
         assert max(high for _, high in ImageChops.difference(mine, other).getextrema()) <= 2
 
 
 def test_the_file_guide_names_every_module():
     guide = README[README.index("## Where things are") : README.index("## Equal to the reference")]
     named = set(re.findall(r"`(?:minisd/)?(\w+\.py)`", guide))
-    modules = {path.name for path in Path(minisd.__file__).parent.glob("*.py")} - {"__init__.py", "__main__.py"}
+    modules = {path.name for path in Path(minisd.__file__).parent.glob("*.py")} - {
+        "__init__.py",
+        "__main__.py",
+    }
     assert named >= modules, f"not in the guide: {sorted(modules - named)}"

@@ -27,7 +27,9 @@ def test_every_block_belongs_to_a_table(file):
 def test_a_figure_that_was_changed_is_noticed(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(harness, "ROOT", tmp_path)
     monkeypatch.setattr(
-        report, "TABLES", [report.Table("README.md", "a", "times", lambda record: f"{record['ms']} ms")]
+        report,
+        "TABLES",
+        [report.Table("README.md", "a", "times", lambda record: f"{record['ms']} ms")],
     )
     monkeypatch.setattr(report.rewritten, "__defaults__", (tmp_path,))
     for device, ms in (("cpu", 7), ("nvidia-h200", 5)):
@@ -48,17 +50,36 @@ def test_a_figure_that_was_changed_is_noticed(monkeypatch, tmp_path, capsys):
 def test_the_table_of_the_fused_ops():
     """One line for each row that a card has timed, with the quicker of the two rivals over ours."""
     times = {"minisd": {"ms": 0.5}, "torch": {"ms": 2.0}, "torch.compile": {"ms": 0.8}}
-    row = {"op": "geglu", "B": 2, "C": 320, "side": 64, "dtype": "float16", "error_over_budget": 0.25, "times": times}
+    row = {
+        "op": "geglu",
+        "B": 2,
+        "C": 320,
+        "side": 64,
+        "dtype": "float16",
+        "error_over_budget": 0.25,
+        "times": times,
+    }
     on_cpu = {**row, "op": "layer_norm", "times": {"torch": {"ms": 7.0}}}
     record = {**harness.provenance("cpu"), "rows": [row, on_cpu]}
     made = fused.table(record)
-    assert "| geglu | 2 | 320 | 64 | float16 | 0.5000 | 2.0000 | 0.8000 | 1.60x | 0.25 |" in made.splitlines()
+    assert (
+        "| geglu | 2 | 320 | 64 | float16 | 0.5000 | 2.0000 | 0.8000 | 1.60x | 0.25 |"
+        in made.splitlines()
+    )
     assert "layer_norm" not in made and f"triton {record['triton']}" in made
 
 
 def test_a_table_without_a_place_is_an_error():
     unclosed = "<!-- a -->\n<!-- b -->\ny\n<!-- end -->"  # b's block is not a's
-    for text in ("no block", "<!-- a -->\n", unclosed, "<!-- a -->\nx\n<!-- end -->\n<!-- a -->\ny\n<!-- end -->"):
+    for text in (
+        "no block",
+        "<!-- a -->\n",
+        unclosed,
+        "<!-- a -->\nx\n<!-- end -->\n<!-- a -->\ny\n<!-- end -->",
+    ):
         with pytest.raises(ValueError, match="expected one block from <!-- a -->"):
             harness.put(text, "a", "7 ms")
-    assert harness.put("<!-- a -->\n<!-- end -->", "a", r"\1 | \d") == "<!-- a -->\n\\1 | \\d\n<!-- end -->"
+    assert (
+        harness.put("<!-- a -->\n<!-- end -->", "a", r"\1 | \d")
+        == "<!-- a -->\n\\1 | \\d\n<!-- end -->"
+    )

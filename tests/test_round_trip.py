@@ -1,8 +1,9 @@
 """One checkpoint in every layout, tiny and of Stable Diffusion v1.4's size, with random weights.
 
-diffusers writes it; minisd reads it in the newest names (fp16), the oldest (fp32, prefixes, position_ids) and as one
-file in CompVis' layout, the data of the last two starting at an odd byte; minisd's exports are read by diffusers.
-Wherever it has been, it is bit for bit the same, and it draws the latents that diffusers draws.
+diffusers writes it; minisd reads it in the newest names (fp16), the oldest (fp32, prefixes,
+position_ids) and as one file in CompVis' layout, the data of the last two starting at an odd byte;
+minisd's exports are read by diffusers. Wherever it has been, it is bit for bit the same, and it
+draws the latents that diffusers draws.
 """
 
 import json
@@ -13,14 +14,18 @@ import pytest
 import tiny
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+)
 from oracle import difference
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import minisd
-from minisd import checkpoint, export, tensor_file
-from minisd.names import rename_diffusers, to_ldm
-from minisd.sources import weights_file
+from minisd.checkpoints import export, tensor_file
+from minisd.checkpoints import load as checkpoint
+from minisd.checkpoints.names import rename_diffusers, to_ldm
+from minisd.checkpoints.sources import weights_file
 
 OLD_VAE = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
@@ -43,17 +48,22 @@ def tiny_pipeline(folder, monkeypatch):
         "vae": minisd.VAEConfig.from_dict(dict(pipe.vae.config)),
         "text_encoder": minisd.CLIPTextConfig.from_dict(pipe.text_encoder.config.to_dict()),
     }
-    models = {part: (model, Default(configs[part])) for part, (model, _) in checkpoint.MODELS.items()}
+    models = {
+        part: (model, Default(configs[part])) for part, (model, _) in checkpoint.MODELS.items()
+    }
     for module in (checkpoint, export):
         monkeypatch.setattr(module, "MODELS", models)
     return pipe.to(torch.float16)
 
 
 def full_pipeline(folder, _):
-    """SD v1.4's sizes. Built without memory; the values are stretches of one pool, small enough for half precision."""
+    """SD v1.4's sizes. Built without memory; the values are stretches of one pool, small enough for
+    half precision."""
     with torch.device("meta"):
         parts = {
-            "unet": UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
+            "unet": UNet2DConditionModel(
+                sample_size=64, cross_attention_dim=768, attention_head_dim=8
+            ),
             "vae": AutoencoderKL(
                 block_out_channels=(128, 256, 512, 512),
                 down_block_types=("DownEncoderBlock2D",) * 4,
@@ -62,7 +72,12 @@ def full_pipeline(folder, _):
                 sample_size=512,
             ),
             "text_encoder": CLIPTextModel(
-                CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12)
+                CLIPTextConfig(
+                    hidden_size=768,
+                    intermediate_size=3072,
+                    num_attention_heads=12,
+                    num_hidden_layers=12,
+                )
             ),
         }
     pool = torch.randn(2_000_003, generator=torch.Generator().manual_seed(0)).half()
@@ -70,12 +85,20 @@ def full_pipeline(folder, _):
         state = {}
         for i, (name, tensor) in enumerate(model.state_dict().items()):
             start = 7919 * (i + 1000 * number) % 1_000_003
-            values = pool[start:].repeat(tensor.numel() // (len(pool) - start) + 1)[: tensor.numel()].clone()
+            values = (
+                pool[start:]
+                .repeat(tensor.numel() // (len(pool) - start) + 1)[: tensor.numel()]
+                .clone()
+            )
             scale = 0.2 if tensor.ndim == 1 else (tensor.numel() // len(tensor)) ** -0.5
-            values = values.mul_(scale).add_(float("norm" in name and name.endswith("weight") and tensor.ndim == 1))
+            values = values.mul_(scale).add_(
+                float("norm" in name and name.endswith("weight") and tensor.ndim == 1)
+            )
             state[name] = values.view(tensor.shape)
         model.load_state_dict(state, strict=True, assign=True)
-        for module in model.modules():  # what the state dict does not hold, and the meta device left without values
+        for module in (
+            model.modules()
+        ):  # what the state dict does not hold, and the meta device left without values
             if getattr(module, "position_ids", None) is not None:
                 module.register_buffer("position_ids", torch.arange(77)[None], persistent=False)
         model.eval()
@@ -90,14 +113,22 @@ def full_pipeline(folder, _):
 
 
 def write_odd(path, tensors, dtype):
-    """A safetensors file whose data starts at an odd byte, as that of the published text encoder does."""
+    """A safetensors file whose data starts at an odd byte, as that of the published text encoder
+    does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     header, end = {"__metadata__": {"format": "pt"}}, 0
     name_of = {torch.float32: "F32", torch.float16: "F16", torch.int64: "I64"}
-    kinds = {name: dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in tensors.items()}
+    kinds = {
+        name: dtype if tensor.is_floating_point() else tensor.dtype
+        for name, tensor in tensors.items()
+    }
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * kinds[name].itemsize
-        header[name] = {"dtype": name_of[kinds[name]], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": name_of[kinds[name]],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header).encode()
     text += b" " * (len(text) % 2 == 0)
     with open(path, "wb") as file:
@@ -110,7 +141,10 @@ def write_odd(path, tensors, dtype):
 def states(pipe):
     """part -> minisd's name -> diffusers' tensor."""
     found = {part: getattr(pipe, part).state_dict() for part in checkpoint.MODELS}
-    return {part: {rename_diffusers(part, name): t for name, t in state.items()} for part, state in found.items()}
+    return {
+        part: {rename_diffusers(part, name): t for name, t in state.items()}
+        for part, state in found.items()
+    }
 
 
 def assert_same(got, expected):
@@ -122,10 +156,14 @@ def assert_same(got, expected):
 
 
 def load_half(source, **arguments):
-    return checkpoint.load_parts(checkpoint.locate(source, **arguments), torch.device("cpu"), torch.float16)
+    return checkpoint.load_parts(
+        checkpoint.locate(source, **arguments), torch.device("cpu"), torch.float16
+    )
 
 
-@pytest.mark.parametrize("build", [tiny_pipeline, pytest.param(full_pipeline, marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "build", [tiny_pipeline, pytest.param(full_pipeline, marks=pytest.mark.full)]
+)
 def test_every_layout_there_and_back(build, tmp_path, monkeypatch, record_property):
     small = build is tiny_pipeline
     with warnings.catch_warnings():
@@ -147,7 +185,10 @@ def test_every_layout_there_and_back(build, tmp_path, monkeypatch, record_proper
     for part, state in expected.items():
         if part == "vae":
             for now, then in OLD_VAE.items():
-                state = {name.replace(f"attentions.0.{now}.", f"attentions.0.{then}."): t for name, t in state.items()}
+                state = {
+                    name.replace(f"attentions.0.{now}.", f"attentions.0.{then}."): t
+                    for name, t in state.items()
+                }
         if part == "text_encoder":
             state = {f"text_model.{name}": tensor for name, tensor in state.items()}
             state |= {"text_model.embeddings.position_ids": torch.arange(77)[None]}
@@ -167,27 +208,38 @@ def test_every_layout_there_and_back(build, tmp_path, monkeypatch, record_proper
     for part, state in expected.items():
         for name, tensor in state.items():
             convolution = part == "vae" and ".attentions." in name and tensor.ndim == 2
-            original[to_ldm(part, name, config[part])] = tensor[:, :, None, None] if convolution else tensor
+            original[to_ldm(part, name, config[part])] = (
+                tensor[:, :, None, None] if convolution else tensor
+            )
     converted = convert_ldm_unet_checkpoint(dict(original), dict(pipe.unet.config))
     assert_same({"unet": converted}, {"unet": expected["unet"]})
     converted = convert_ldm_vae_checkpoint(dict(original), dict(pipe.vae.config))
     assert_same({"vae": converted}, {"vae": expected["vae"]})
-    assert sum(tensor.shape[2:] == (1, 1) for name, tensor in original.items() if "attn_1" in name) == 8
+    assert (
+        sum(tensor.shape[2:] == (1, 1) for name, tensor in original.items() if "attn_1" in name)
+        == 8
+    )
     single = tmp_path / "single.safetensors"
     write_odd(single, original, torch.float16)
     found = checkpoint.locate(single, tokenizer=vocabulary)
     export.export(found, tmp_path / "exported")
     if small:
         export.export_single_file(found, tmp_path / "again.safetensors")
-        header, again = (tensor_file.read_header(path) for path in (single, tmp_path / "again.safetensors"))
-        assert {name: entry[:2] for name, entry in header.items()} == {name: entry[:2] for name, entry in again.items()}
+        header, again = (
+            tensor_file.read_header(path) for path in (single, tmp_path / "again.safetensors")
+        )
+        assert {name: entry[:2] for name, entry in header.items()} == {
+            name: entry[:2] for name, entry in again.items()
+        }
         single = tmp_path / "again.safetensors"
     del pipe, original, converted
 
     # The export, read by diffusers; and the latents.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        read = StableDiffusionPipeline.from_pretrained(tmp_path / "exported", torch_dtype=torch.float16)
+        read = StableDiffusionPipeline.from_pretrained(
+            tmp_path / "exported", torch_dtype=torch.float16
+        )
         read.set_progress_bar_config(disable=True)
         assert_same(states(read), expected)
         if not small:
@@ -195,7 +247,12 @@ def test_every_layout_there_and_back(build, tmp_path, monkeypatch, record_proper
         read.to(torch.float32)
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     size = {"height": 8 * read.vae_scale_factor, "width": 8 * read.vae_scale_factor}
-    options = {"num_inference_steps": 2, "guidance_scale": 7.5, "output_type": "latent", "return_dict": False}
+    options = {
+        "num_inference_steps": 2,
+        "guidance_scale": 7.5,
+        "output_type": "latent",
+        "return_dict": False,
+    }
     theirs = read("a red circle", latents=x.clone(), **size, **options)[0]
     del read
     sd = minisd.load(single, device="cpu", dtype="float32", tokenizer=vocabulary)
@@ -203,9 +260,12 @@ def test_every_layout_there_and_back(build, tmp_path, monkeypatch, record_proper
         assert_same(sd, expected)
     uncond, cond = sd.encode_prompt(["", "a red circle"]).split(1)
     with torch.no_grad():
-        ours = minisd.denoise(x, minisd.DDIM(sd.schedule, 2), minisd.cfg(sd.unet, uncond, cond, 7.5))
+        ours = minisd.denoise(
+            x, minisd.DDIM(sd.schedule, 2), minisd.cfg(sd.unet, uncond, cond, 7.5)
+        )
     far = difference(ours, theirs)
     record_property(
-        f"round trip, {build.__name__.split('_')[0]} size, latents: max |difference| / max |reference|", far
+        f"round trip, {build.__name__.split('_')[0]} size, latents: max |difference| / max |reference|",
+        far,
     )
     assert far <= 1e-4

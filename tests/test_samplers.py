@@ -1,4 +1,5 @@
-"""Samplers against diffusers' schedulers, against the formulas in float64, and against an ODE with a known solution."""
+"""Samplers against diffusers' schedulers, against the formulas in float64, and against an ODE with
+a known solution."""
 
 import dataclasses
 import math
@@ -7,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler, DPMSolverMultistepScheduler
-
-from minisd.samplers import DDIM, DPMpp2M, denoise
-from minisd.schedule import Level, NoiseSchedule
 from test_schedule import SD14
+
+from minisd.sampling.samplers import DDIM, DPMpp2M, denoise
+from minisd.sampling.schedule import Level, NoiseSchedule
 
 COUNTS = [1, 2, 3, 4, 5, 7, 10, 20, 25, 30, 50, 100, 500, 999]
 SCHEDULE = NoiseSchedule.from_dict(SD14)
@@ -39,7 +40,8 @@ def trajectory(sampler, x):
 
 
 def reference(scheduler, steps, x, **kwargs):
-    """The latents and timesteps of a diffusers scheduler, run as its pipelines do; steps: a slice of the schedule."""
+    """The latents and timesteps of a diffusers scheduler, run as its pipelines do; steps: a slice
+    of the schedule."""
     timesteps, latents = scheduler.timesteps[steps], []
     if isinstance(scheduler, DPMSolverMultistepScheduler):
         scheduler.set_begin_index(steps.start)
@@ -52,9 +54,14 @@ def reference(scheduler, steps, x, **kwargs):
 def assert_equal(ours, theirs, tolerance=TOLERANCE):
     """Returns the largest relative difference of the latents."""
     assert len(ours) == len(theirs)
-    errors = [((a.double() - b.double()).abs().max() / b.double().abs().max()).item() for a, b in zip(ours, theirs)]
+    errors = [
+        ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
+        for a, b in zip(ours, theirs)
+    ]
     for i, error in enumerate(errors):
-        assert error <= tolerance, f"latent {i} of {len(ours)}: relative difference {error:.2e}"  # false for NaN, too
+        assert error <= tolerance, (
+            f"latent {i} of {len(ours)}: relative difference {error:.2e}"
+        )  # false for NaN, too
     return max(errors, default=0.0)
 
 
@@ -115,13 +122,16 @@ def test_dpmpp_karras_1000_steps_equals_diffusers(record_property):
 
 @pytest.mark.parametrize("inverse", [False, True])
 def test_ddim_1000_steps_is_refused_with_words(inverse):
-    with pytest.raises(ValueError, match="1000 timesteps, leading with steps_offset 1, do not fit .* fewer steps"):
+    with pytest.raises(
+        ValueError, match="1000 timesteps, leading with steps_offset 1, do not fit .* fewer steps"
+    ):
         DDIM(SCHEDULE, 1000, inverse=inverse)
     assert len(DDIM(NoiseSchedule.from_dict(SD14 | {"steps_offset": 0}), 1000)) == 1000
 
 
 def test_dpmpp_linspace_1000_steps_stays_finite():
-    """Two of the 1000 timesteps are equal, where diffusers divides 0 by 0; that step must change nothing and pass."""
+    """Two of the 1000 timesteps are equal, where diffusers divides 0 by 0; that step must change
+    nothing and pass."""
     levels = [step.now for step in DPMpp2M(SCHEDULE, 1000, karras=False)]
     assert sum(a == b for a, b in zip(levels, levels[1:])) == 1
     ours = trajectory(DPMpp2M(SCHEDULE, 1000, karras=False), X)
@@ -151,13 +161,17 @@ def test_start_equals_add_noise(n):
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
 @pytest.mark.parametrize("n", [1, 3, 20, 70])
 def test_timestep_spacing_of_the_checkpoint_is_honoured(spacing, n):
-    """A checkpoint that diffusers has saved again names a spacing, which then holds for every sampler."""
+    """A checkpoint that diffusers has saved again names a spacing, which then holds for every
+    sampler."""
     config = SD14 | {"timestep_spacing": spacing}
     schedule = NoiseSchedule.from_dict(config)
     for ours, scheduler in [
         (DDIM(schedule, n), DDIMScheduler.from_config(config)),
         (DPMpp2M(schedule, n, karras=False), DPMSolverMultistepScheduler.from_config(config)),
-        (DPMpp2M(schedule, n), DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=True)),
+        (
+            DPMpp2M(schedule, n),
+            DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=True),
+        ),
     ]:
         scheduler.set_timesteps(n)
         timesteps, theirs = reference(scheduler, slice(0, n), X)
@@ -167,7 +181,11 @@ def test_timestep_spacing_of_the_checkpoint_is_honoured(spacing, n):
 
 @pytest.mark.parametrize(
     "change",
-    [{"set_alpha_to_one": True}, {"set_alpha_to_one": True, "steps_offset": 0}, {"num_train_timesteps": 200}],
+    [
+        {"set_alpha_to_one": True},
+        {"set_alpha_to_one": True, "steps_offset": 0},
+        {"num_train_timesteps": 200},
+    ],
 )
 def test_other_schedules_equal_diffusers(change):
     config = SD14 | change
@@ -175,7 +193,10 @@ def test_other_schedules_equal_diffusers(change):
     for ours, scheduler in [
         (DDIM(schedule, 12, eta=1.0, seed=5), DDIMScheduler.from_config(config)),
         (DDIM(schedule, 12, inverse=True), DDIMInverseScheduler.from_config(config)),
-        (DPMpp2M(schedule, 12), DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=True)),
+        (
+            DPMpp2M(schedule, 12),
+            DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=True),
+        ),
     ]:
         scheduler.set_timesteps(12)
         noise = {"eta": 1.0, "generator": torch.Generator().manual_seed(5)}
@@ -187,8 +208,11 @@ def test_other_schedules_equal_diffusers(change):
 
 
 def alphas_cumprod():
-    """The fp32 table, because that is what the model was trained with; all that follows is float64."""
-    return torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0).double().numpy()
+    """The fp32 table, because that is what the model was trained with; all that follows is
+    float64."""
+    return (
+        torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0).double().numpy()
+    )
 
 
 def test_ddim_formula_in_float64():
@@ -201,7 +225,10 @@ def test_ddim_formula_in_float64():
         a_t, a_next = a[t], a[t - 100] if t >= 100 else a[0]
         s = eta * math.sqrt((1 - a_next) / (1 - a_t)) * math.sqrt(1 - a_t / a_next)
         e = model(x, t)
-        x = math.sqrt(a_next) * (x - math.sqrt(1 - a_t) * e) / math.sqrt(a_t) + math.sqrt(1 - a_next - s * s) * e
+        x = (
+            math.sqrt(a_next) * (x - math.sqrt(1 - a_t) * e) / math.sqrt(a_t)
+            + math.sqrt(1 - a_next - s * s) * e
+        )
         x = x + s * torch.randn(X.shape, generator=noise).double()
         expected.append(x)
     sampler = DDIM(SCHEDULE, n, eta=eta, seed=7)
@@ -210,13 +237,37 @@ def test_ddim_formula_in_float64():
 
 
 def test_dpmpp_formula_in_float64():
-    """Lu et al. 2022, algorithm 2, in lambda = ln(alpha / sigma), on the sigmas of Karras et al. 2022, eq. 5."""
+    """Lu et al. 2022, algorithm 2, in lambda = ln(alpha / sigma), on the sigmas of Karras et al.
+    2022, eq. 5."""
     n, a = 20, alphas_cumprod()
     table = np.sqrt((1 - a) / a)
-    sigmas = (table[-1] ** (1 / 7) + np.arange(n) / (n - 1) * (table[0] ** (1 / 7) - table[-1] ** (1 / 7))) ** 7
+    sigmas = (
+        table[-1] ** (1 / 7) + np.arange(n) / (n - 1) * (table[0] ** (1 / 7) - table[-1] ** (1 / 7))
+    ) ** 7
     lam, alpha = -np.log(sigmas), 1 / np.sqrt(1 + sigmas**2)
     sigma = sigmas * alpha
-    nearest = [999, 962, 921, 876, 827, 772, 710, 640, 561, 474, 380, 285, 197, 123, 69, 35, 15, 6, 2, 0]
+    nearest = [
+        999,
+        962,
+        921,
+        876,
+        827,
+        772,
+        710,
+        640,
+        561,
+        474,
+        380,
+        285,
+        197,
+        123,
+        69,
+        35,
+        15,
+        6,
+        2,
+        0,
+    ]
     x, before, expected = X.double(), None, []
     for i, t in enumerate(nearest):
         x0 = (x - sigma[i] * model(x, t)) / alpha[i]
@@ -230,13 +281,17 @@ def test_dpmpp_formula_in_float64():
         before = x0
         expected.append(x)
     assert [step.t for step in DPMpp2M(SCHEDULE, n)] == nearest
-    assert_equal(trajectory(DPMpp2M(SCHEDULE, n), X.double()), expected, 1e-6)  # the levels are rounded to fp32
+    assert_equal(
+        trajectory(DPMpp2M(SCHEDULE, n), X.double()), expected, 1e-6
+    )  # the levels are rounded to fp32
 
 
 def gaussian_error(sampler):
-    """Error against the exact solution for data that is N(0, 0.5^2), whose eps and trajectory are known in closed form.
+    """Error against the exact solution for data that is N(0, 0.5^2), whose eps and trajectory are
+    known in closed form.
 
-    The last step is left out: DPM-Solver++ jumps there to sigma = 0, by the same distance however many steps there are.
+    The last step is left out: DPM-Solver++ jumps there to sigma = 0, by the same distance however
+    many steps there are.
     """
     spread = lambda level: math.sqrt(0.25 * level.alpha**2 + level.sigma**2)
     x, steps = X.double(), list(sampler)
@@ -304,7 +359,9 @@ def test_skip_leaves_steps_out_and_moves_none(make):
 def test_one_step():
     assert [s[:4] for s in DDIM(SCHEDULE, 1)] == [(0, 1, SCHEDULE.level(1), SCHEDULE.level(0))]
     ((index, t, now, end),) = [s[:4] for s in DPMpp2M(SCHEDULE, 1)]
-    assert (index, t, end) == (0, 999, Level(1.0, 0.0)) and now.ratio == pytest.approx(14.6146469, rel=1e-6)
+    assert (index, t, end) == (0, 999, Level(1.0, 0.0)) and now.ratio == pytest.approx(
+        14.6146469, rel=1e-6
+    )
 
 
 @pytest.mark.parametrize(("n", "duplicates"), [(44, 0), (45, 1), (100, 5)])
@@ -325,7 +382,8 @@ def test_skip_all_is_empty_and_returns_the_input(make):
 
 @pytest.mark.parametrize("sampler", [DDIM(SCHEDULE, 6, eta=1.0), DPMpp2M(SCHEDULE, 6)])
 def test_iterations_share_no_state(sampler):
-    """History and noise belong to one iteration: running again, or two at once, gives the same latents."""
+    """History and noise belong to one iteration: running again, or two at once, gives the same
+    latents."""
     alone = trajectory(sampler, X)
     assert all(map(torch.equal, alone, trajectory(sampler, X)))
     a = b = X
@@ -345,11 +403,15 @@ def test_eta_noise_is_the_samplers_own():
     run(eta=1.0)
     assert torch.equal(torch.get_rng_state(), before), "the global generator must not be used"
     default = torch.randn(X.shape, generator=torch.Generator().manual_seed(DDIM(SCHEDULE, 4).seed))
-    assert not torch.equal(default, randn(*X.shape, seed=0)), "must not repeat the latents of seed 0"
+    assert not torch.equal(default, randn(*X.shape, seed=0)), (
+        "must not repeat the latents of seed 0"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("sampler", [DDIM(SCHEDULE, 5, eta=0.7), DDIM(SCHEDULE, 5, inverse=True), DPMpp2M(SCHEDULE, 5)])
+@pytest.mark.parametrize(
+    "sampler", [DDIM(SCHEDULE, 5, eta=0.7), DDIM(SCHEDULE, 5, inverse=True), DPMpp2M(SCHEDULE, 5)]
+)
 def test_dtype_is_kept_and_arithmetic_is_wide(sampler, dtype):
     """One step from rounded input is the fp32 step rounded once."""
     x, eps = X.to(dtype), model(X, 1).to(dtype)
@@ -369,7 +431,11 @@ def test_denoise_calls_after_each_step_and_keeps_no_graph():
 
     weight = torch.ones((), requires_grad=True)
     x = denoise(X, DDIM(SCHEDULE, 3), lambda x, step: weight * model(x, step.t), after)
-    assert [i for i, _ in seen] == [0, 1, 2] and torch.equal(x, seen[-1][1] + 1) and not x.requires_grad
+    assert (
+        [i for i, _ in seen] == [0, 1, 2]
+        and torch.equal(x, seen[-1][1] + 1)
+        and not x.requires_grad
+    )
     expected = X
     for (_, latent), step in zip(seen, DDIM(SCHEDULE, 3)):
         expected = step.update(expected, model(expected, step.t))
@@ -410,7 +476,9 @@ def test_bad_eta(eta):
 
 @pytest.mark.parametrize("seed", [None, "x", 1.5, 2**64])
 def test_bad_seed(seed):
-    with pytest.raises(ValueError, match="seed is .*, expected a whole number from -9223372036854775808 to"):
+    with pytest.raises(
+        ValueError, match="seed is .*, expected a whole number from -9223372036854775808 to"
+    ):
         DDIM(SCHEDULE, 5, eta=1.0, seed=seed)
 
 
@@ -422,4 +490,6 @@ def test_inverse_has_no_noise_and_no_start():
 
 
 def test_numpy_integers_are_steps():
-    assert [s[:4] for s in DDIM(SCHEDULE, np.int64(7), np.int32(2))] == [s[:4] for s in DDIM(SCHEDULE, 7, 2)]
+    assert [s[:4] for s in DDIM(SCHEDULE, np.int64(7), np.int32(2))] == [
+        s[:4] for s in DDIM(SCHEDULE, 7, 2)
+    ]

@@ -5,10 +5,24 @@ import random
 import numpy as np
 import pytest
 
-from minisd import scenes
-from minisd.scenes import (
-    BACKGROUNDS, COLOURS, HELD_OUT_PAIRS, POSITIONS, RELATIONS, SIDE, SIZES, SPLITS,
-    Box, Description, Scene, Thing, caption, parse, render, sample,
+from minisd.training import scenes
+from minisd.training.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    HELD_OUT_PAIRS,
+    POSITIONS,
+    RELATIONS,
+    SIDE,
+    SIZES,
+    SPLITS,
+    Box,
+    Description,
+    Scene,
+    Thing,
+    caption,
+    parse,
+    render,
+    sample,
 )
 
 ISSUE = "a big red circle left of a small blue square on a white background"
@@ -17,7 +31,9 @@ ISSUE = "a big red circle left of a small blue square on a white background"
 def test_every_caption_is_distinct_and_counted():
     captions = {str(said) for said in scenes.descriptions()}
     assert len(captions) == scenes.count_captions() == 939_600
-    assert ISSUE in captions and "a big striped red circle at the top on a gray background" in captions
+    assert (
+        ISSUE in captions and "a big striped red circle at the top on a gray background" in captions
+    )
 
 
 def test_parse_is_the_inverse_of_caption():
@@ -30,18 +46,39 @@ def test_parse_is_the_inverse_of_caption():
     assert str(Thing("circle", "orange")) == "an orange circle"
 
 
-@pytest.mark.parametrize("text, message", [
-    ("", r"expected an article \(a, an\), got the end of the caption"),
-    ("a red hexagon", r"expected a shape \(circle, square, triangle, cross\), got 'hexagon'"),
-    ("a huge red circle", r"expected a size, texture or colour \(small, big, striped, dotted, red, .*\), got 'huge'"),
-    ("a big circle", r"expected a size, texture or colour \(striped, dotted, red, .*\), got 'circle'"),
-    ("a striped big red circle", r"expected a colour \(red, .*\), got 'big'"),
-    ("a red circle near a blue square", r"expected a position, relation or background \(on the left, .*\), got 'near'"),
-    ("a red circle above a blue square at the top", r"expected a background \(on a, on an\), got 'at'"),
-    ("a red circle on a green background", r"expected a background colour \(white, .*\), got 'green'"),
-    ("a red circle on a white wall", r"expected the word \(background\), got 'wall'"),
-    ("a red circle on a white background today", r"expected the end of the caption, got 'today'"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", r"expected an article \(a, an\), got the end of the caption"),
+        ("a red hexagon", r"expected a shape \(circle, square, triangle, cross\), got 'hexagon'"),
+        (
+            "a huge red circle",
+            r"expected a size, texture or colour \(small, big, striped, dotted, red, .*\), got 'huge'",
+        ),
+        (
+            "a big circle",
+            r"expected a size, texture or colour \(striped, dotted, red, .*\), got 'circle'",
+        ),
+        ("a striped big red circle", r"expected a colour \(red, .*\), got 'big'"),
+        (
+            "a red circle near a blue square",
+            r"expected a position, relation or background \(on the left, .*\), got 'near'",
+        ),
+        (
+            "a red circle above a blue square at the top",
+            r"expected a background \(on a, on an\), got 'at'",
+        ),
+        (
+            "a red circle on a green background",
+            r"expected a background colour \(white, .*\), got 'green'",
+        ),
+        ("a red circle on a white wall", r"expected the word \(background\), got 'wall'"),
+        (
+            "a red circle on a white background today",
+            r"expected the end of the caption, got 'today'",
+        ),
+    ],
+)
 def test_parse_refuses_with_what_was_expected(text, message):
     with pytest.raises(ValueError, match=message):
         parse(text)
@@ -64,18 +101,24 @@ def test_splits():
     parts = [scenes.split(scenes.describe(rng)) for _ in range(20_000)]
     share = parts.count("heldout") / (parts.count("heldout") + parts.count("train"))
     assert 0.016 < share < 0.024  # 2 % and 4 standard deviations
-    with pytest.raises(ValueError, match="unknown split 'test', expected one of train, heldout, composition"):
+    with pytest.raises(
+        ValueError, match="unknown split 'test', expected one of train, heldout, composition"
+    ):
         sample(rng, "test")
 
 
-@pytest.mark.parametrize("text, part", [
-    (ISSUE, "train"),
-    ("a big red cross at the top", "heldout"),
-    ("a small striped yellow circle on the right on a white background", "heldout"),
-    ("a green cross in the center", "composition"),
-])
+@pytest.mark.parametrize(
+    "text, part",
+    [
+        (ISSUE, "train"),
+        ("a big red cross at the top", "heldout"),
+        ("a small striped yellow circle on the right on a white background", "heldout"),
+        ("a green cross in the center", "composition"),
+    ],
+)
 def test_the_split_of_a_caption_never_changes(text, part):
-    # The bundled model was trained on this split: a changed hash would call captions held out that it has seen.
+    # The bundled model was trained on this split: a changed hash would call captions held out that
+    # it has seen.
     assert scenes.split(text) == part
 
 
@@ -120,7 +163,9 @@ def test_same_seed_same_picture_and_one_caption_has_many():
 
 
 @pytest.mark.parametrize("size", [64, 128, 100])
-@pytest.mark.parametrize("shape, area", [("circle", np.pi / 4), ("square", 1), ("triangle", 0.5), ("cross", 0.6156)])
+@pytest.mark.parametrize(
+    "shape, area", [("circle", np.pi / 4), ("square", 1), ("triangle", 0.5), ("cross", 0.6156)]
+)
 def test_outline_area_place_and_colours(size, shape, area):
     scene = Scene(Description((Thing(shape, "blue"),)), (Box(24.0, 40.0, 28.0),), "black")
     pixels = np.asarray(render(scene, size), np.float64)
@@ -129,21 +174,33 @@ def test_outline_area_place_and_colours(size, shape, area):
     unit = size / SIDE
     assert abs(cover.sum() / (area * (28 * unit) ** 2) - 1) < 0.03
     ys, xs = np.nonzero(cover > 0.05)
-    assert abs((xs.min() + xs.max() + 1) / 2 / unit - 24) < 0.6 and abs((ys.min() + ys.max() + 1) / 2 / unit - 40) < 0.6
+    assert (
+        abs((xs.min() + xs.max() + 1) / 2 / unit - 24) < 0.6
+        and abs((ys.min() + ys.max() + 1) / 2 / unit - 40) < 0.6
+    )
     assert tuple(pixels[int(40 * unit), int(24 * unit)]) == COLOURS["blue"]
     assert tuple(pixels[0, 0]) == BACKGROUNDS["black"]
 
 
 def test_textures_keep_the_hue():
     for texture, low, high in (("striped", 0.3, 0.6), ("dotted", 0.15, 0.35)):
-        scene = Scene(Description((Thing("square", "orange", None, texture),)), (Box(32.0, 32.0, 28.0),), "white")
+        scene = Scene(
+            Description((Thing("square", "orange", None, texture),)),
+            (Box(32.0, 32.0, 28.0),),
+            "white",
+        )
         inside = np.asarray(render(scene), np.float64)[20:44, 20:44].reshape(-1, 3)
         dark = inside[:, 0] < 0.7 * COLOURS["orange"][0]
         assert low < dark.mean() < high
-        assert np.allclose(inside[:, 1] / inside[:, 0], 140 / 250, atol=0.02) and inside[:, 2].max() < 8
+        assert (
+            np.allclose(inside[:, 1] / inside[:, 0], 140 / 250, atol=0.02)
+            and inside[:, 2].max() < 8
+        )
 
 
 def test_unknown_shape_and_texture_are_errors():
     for thing in (Thing("star", "red"), Thing("circle", "red", None, "checked")):
-        with pytest.raises(ValueError, match="unknown (shape 'star'|texture 'checked'), expected one of"):
+        with pytest.raises(
+            ValueError, match="unknown (shape 'star'|texture 'checked'), expected one of"
+        ):
             render(Scene(Description((thing,)), (Box(32.0, 32.0, 20.0),), "white"))

@@ -14,7 +14,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from minisd.schedule import Level, NoiseSchedule
+from minisd.sampling.schedule import Level, NoiseSchedule
 
 # scheduler_config.json of Stable Diffusion v1.4.
 SD14 = {
@@ -61,7 +61,10 @@ def test_tables_equal_diffusers(change):
 def test_absent_keys_take_the_defaults_of_ddim():
     ours, theirs = NoiseSchedule.from_dict({}), DDIMScheduler()
     assert torch.equal(ours.alphas_cumprod, theirs.alphas_cumprod)
-    assert (ours.steps_offset, ours.set_alpha_to_one) == (theirs.config.steps_offset, theirs.config.set_alpha_to_one)
+    assert (ours.steps_offset, ours.set_alpha_to_one) == (
+        theirs.config.steps_offset,
+        theirs.config.set_alpha_to_one,
+    )
     assert ours.clean == Level(1.0, 0.0)
 
 
@@ -69,7 +72,9 @@ def test_levels_preserve_variance_and_fall():
     schedule = NoiseSchedule.from_dict(SD14)
     levels = [schedule.level(t) for t in range(1000)]
     assert all(abs(a * a + s * s - 1) < 1e-12 for a, s in levels)
-    assert [a for a, _ in levels] == pytest.approx(schedule.alphas_cumprod.double().sqrt().tolist(), rel=1e-12)
+    assert [a for a, _ in levels] == pytest.approx(
+        schedule.alphas_cumprod.double().sqrt().tolist(), rel=1e-12
+    )
     assert all(noisier.sigma > level.sigma for level, noisier in zip(levels, levels[1:]))
     for ratio in (0.0, 1e-3, 0.5, 14.6):
         assert Level.from_ratio(ratio).ratio == pytest.approx(ratio, rel=1e-12)
@@ -92,7 +97,10 @@ def test_spacings_equal_diffusers(spacing, n):
 
 @pytest.mark.parametrize(("offset", "n"), [(1, 1000), (0, 1001), (1000, 1)])
 def test_timesteps_that_do_not_fit(offset, n):
-    with pytest.raises(ValueError, match=f"{n} timesteps, leading with steps_offset {offset}, do not fit .* 0 to 999"):
+    with pytest.raises(
+        ValueError,
+        match=f"{n} timesteps, leading with steps_offset {offset}, do not fit .* 0 to 999",
+    ):
         NoiseSchedule.from_dict(SD14 | {"steps_offset": offset}).timesteps(n, "leading")
 
 
@@ -119,7 +127,8 @@ def test_other_maths_is_refused(change):
 
 
 @pytest.mark.parametrize(
-    "change", [{"beta_end": 2.0}, {"beta_start": None}, {"trained_betas": []}, {"trained_betas": [0.1, 0.0]}]
+    "change",
+    [{"beta_end": 2.0}, {"beta_start": None}, {"trained_betas": []}, {"trained_betas": [0.1, 0.0]}],
 )
 def test_betas_are_between_0_and_1(change):
     with pytest.raises(ValueError, match="betas are .*, expected numbers between 0 and 1"):
@@ -129,11 +138,14 @@ def test_betas_are_between_0_and_1(change):
 def test_schedulers_without_betas_are_refused():
     with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler without beta_start"):
         NoiseSchedule.from_dict(
-            dict(FlowMatchEulerDiscreteScheduler().config) | {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+            dict(FlowMatchEulerDiscreteScheduler().config)
+            | {"_class_name": "FlowMatchEulerDiscreteScheduler"}
         )
 
 
-@pytest.mark.parametrize("scheduler", [DDIMScheduler, PNDMScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler])
+@pytest.mark.parametrize(
+    "scheduler", [DDIMScheduler, PNDMScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler]
+)
 def test_files_that_diffusers_writes_are_read(scheduler):
     config = json.loads(scheduler.from_config(SD14).to_json_string())
     schedule = NoiseSchedule.from_dict(config)
@@ -142,5 +154,11 @@ def test_files_that_diffusers_writes_are_read(scheduler):
 
 
 def test_solver_options_of_the_file_are_ignored():
-    config = SD14 | {"_class_name": "EulerDiscreteScheduler", "solver_order": 3, "interpolation_type": "linear"}
-    assert torch.equal(NoiseSchedule.from_dict(config).alphas_cumprod, NoiseSchedule.from_dict(SD14).alphas_cumprod)
+    config = SD14 | {
+        "_class_name": "EulerDiscreteScheduler",
+        "solver_order": 3,
+        "interpolation_type": "linear",
+    }
+    assert torch.equal(
+        NoiseSchedule.from_dict(config).alphas_cumprod, NoiseSchedule.from_dict(SD14).alphas_cumprod
+    )

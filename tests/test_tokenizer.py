@@ -1,4 +1,5 @@
-"""CLIPTokenizer against transformers' CLIPTokenizer, on a small vocabulary in CLIP's layout that is learnt here."""
+"""CLIPTokenizer against transformers' CLIPTokenizer, on a small vocabulary in CLIP's layout that is
+learnt here."""
 
 import json
 import warnings
@@ -9,7 +10,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisd.tokenizer import BOS, EOS, CLIPTokenizer, build_vocabulary
+from minisd.models.tokenizer import BOS, EOS, CLIPTokenizer, build_vocabulary
 
 TEXTS = [
     "a big red circle left of a small blue square on a white background",
@@ -61,7 +62,9 @@ AWKWARD = [
 
 @pytest.fixture(scope="module")
 def vocabulary():
-    return build_vocabulary(TEXTS, 900)  # smaller than the texts would fill, so that words fall into several pieces
+    return build_vocabulary(
+        TEXTS, 900
+    )  # smaller than the texts would fill, so that words fall into several pieces
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +85,9 @@ def quiet(tokenizer, texts):
 
 
 def padded(theirs, texts):
-    return theirs(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    return theirs(
+        texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+    ).input_ids
 
 
 # ---- equal to transformers
@@ -99,7 +104,9 @@ def test_awkward_strings(ours, theirs, text):
 # Any Unicode at all, or pieces that mean something to the pattern and the merges, run together.
 PIECES = ["a", "Red", "circle", "'s", "'LL", "12", "_", "é", "e\u0301", "ß", "Σ", "ﬁ", "猫", "😀"]
 PIECES += [" ", "\t", "\u3000", EOS, BOS, "<|"]
-UNICODE = st.one_of(st.text(max_size=120), st.lists(st.sampled_from(PIECES), max_size=90).map("".join))
+UNICODE = st.one_of(
+    st.text(max_size=120), st.lists(st.sampled_from(PIECES), max_size=90).map("".join)
+)
 
 
 @settings(max_examples=500, deadline=None)
@@ -110,7 +117,9 @@ def test_any_unicode(ours, theirs, text):
 
 def test_a_batch_is_its_rows(ours, theirs):
     assert torch.equal(quiet(ours, AWKWARD), padded(theirs, AWKWARD))
-    assert torch.equal(quiet(ours, tuple(AWKWARD)), torch.cat([quiet(ours, [text]) for text in AWKWARD]))
+    assert torch.equal(
+        quiet(ours, tuple(AWKWARD)), torch.cat([quiet(ours, [text]) for text in AWKWARD])
+    )
     assert ours([]).shape == (0, 77)
 
 
@@ -128,7 +137,13 @@ def test_vocabulary_has_the_layout_of_clip(vocabulary):
     vocab, merges = vocabulary
     pieces = sorted(vocab, key=vocab.get)
     assert len(vocab) == 900 and [vocab[p] for p in pieces] == list(range(900))
-    assert pieces[0] == "!" and pieces[93] == "~" and pieces[94] == "¡" and pieces[188] == "Ā" and pieces[255] == "Ń"
+    assert (
+        pieces[0] == "!"
+        and pieces[93] == "~"
+        and pieces[94] == "¡"
+        and pieces[188] == "Ā"
+        and pieces[255] == "Ń"
+    )
     assert pieces[256:512] == [p + "</w>" for p in pieces[:256]]
     assert pieces[512:898] == [a + b for a, b in merges]
     assert pieces[898:] == [BOS, EOS]
@@ -143,7 +158,10 @@ def test_every_word_becomes_one_token():
 
 def test_vocabulary_is_reproducible(vocabulary):
     assert build_vocabulary(TEXTS, 900) == vocabulary
-    assert build_vocabulary([], 600) == build_vocabulary([""], 514) and len(build_vocabulary([])[0]) == 514
+    assert (
+        build_vocabulary([], 600) == build_vocabulary([""], 514)
+        and len(build_vocabulary([])[0]) == 514
+    )
     with pytest.raises(ValueError, match="size is 513, expected at least 514"):
         build_vocabulary(TEXTS, 513)
 
@@ -151,7 +169,9 @@ def test_vocabulary_is_reproducible(vocabulary):
 def write(folder, vocabulary, config=None, special=None):
     """The files of a published tokenizer folder."""
     vocab, merges = vocabulary
-    shuffled = dict(sorted(vocab.items()))  # the published vocab.json is in the order of the text, not of the ids
+    shuffled = dict(
+        sorted(vocab.items())
+    )  # the published vocab.json is in the order of the text, not of the ids
     (folder / "vocab.json").write_text(json.dumps(shuffled, ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
     (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
@@ -193,7 +213,11 @@ CAPITALS = ["a <|STARTOFTEXT|> b", "<|EndOfText|>", "x<|ENDOFTEXT|>y", "WOW!"]
 @pytest.mark.parametrize(
     ("config", "special", "any_case"),
     [
-        ({}, {}, {BOS}),  # Stable Diffusion 1.x: of eos, unk and pad, which are one token, pad is no AddedToken
+        (
+            {},
+            {},
+            {BOS},
+        ),  # Stable Diffusion 1.x: of eos, unk and pad, which are one token, pad is no AddedToken
         ({"pad_token": added(EOS)}, {}, {BOS, EOS}),
         ({"pad_token": "!"}, {}, {BOS, EOS}),  # Stable Diffusion 2.x
         ({"bos_token": added(BOS, False)}, {}, set()),
@@ -205,7 +229,10 @@ CAPITALS = ["a <|STARTOFTEXT|> b", "<|EndOfText|>", "x<|ENDOFTEXT|>y", "WOW!"]
 def test_special_tokens_in_capitals(tmp_path, vocabulary, config, special, any_case):
     """The files say with "normalized" whether a special token is also found in capitals."""
     write(tmp_path, vocabulary, SD14 | config, special)
-    ours, theirs = CLIPTokenizer.from_folder(tmp_path), transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    ours, theirs = (
+        CLIPTokenizer.from_folder(tmp_path),
+        transformers.CLIPTokenizer.from_pretrained(tmp_path),
+    )
     assert ours.any_case == any_case
     assert torch.equal(ours(CAPITALS), padded(theirs, CAPITALS))
     ours.save(tmp_path / "ours")
@@ -227,7 +254,9 @@ def test_save_round_trip_and_tokenizer_json(tmp_path, vocabulary, ours):
     assert (again.vocab, again.merges, again.max_length) == (ours.vocab, ours.merges, 77)
     theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path / "ours")
     assert torch.equal(quiet(again, AWKWARD), padded(theirs, AWKWARD))
-    theirs.save_pretrained(tmp_path / "theirs")  # transformers 5 writes tokenizer.json, no vocab.json
+    theirs.save_pretrained(
+        tmp_path / "theirs"
+    )  # transformers 5 writes tokenizer.json, no vocab.json
     assert not (tmp_path / "theirs" / "vocab.json").exists()
     fourth = CLIPTokenizer.from_folder(tmp_path / "theirs")
     assert fourth.max_length == 77 and torch.equal(quiet(fourth, AWKWARD), quiet(ours, AWKWARD))
@@ -235,15 +264,27 @@ def test_save_round_trip_and_tokenizer_json(tmp_path, vocabulary, ours):
 
 @pytest.mark.parametrize(
     ("config", "special", "pad"),
-    [(EOS, "!", "!"), ("!", EOS, EOS), ("!", None, "!"), (None, "!", "!"), (None, None, EOS), (added("!"), None, "!")],
+    [
+        (EOS, "!", "!"),
+        ("!", EOS, EOS),
+        ("!", None, "!"),
+        (None, "!", "!"),
+        (None, None, EOS),
+        (added("!"), None, "!"),
+    ],
 )
 def test_pad_token(tmp_path, vocabulary, config, special, pad):
-    """SD 2.x pads with "!" (id 0), which special_tokens_map.json says against tokenizer_config.json."""
-    config = {k: v for k, v in SD14.items() if k != "pad_token"} | ({"pad_token": config} if config else {})
+    """SD 2.x pads with "!" (id 0), which special_tokens_map.json says against
+    tokenizer_config.json."""
+    config = {k: v for k, v in SD14.items() if k != "pad_token"} | (
+        {"pad_token": config} if config else {}
+    )
     write(tmp_path, vocabulary, config, {"pad_token": special} if special else {})
     tokenizer = CLIPTokenizer.from_folder(tmp_path)
     theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
-    assert tokenizer.pad_token == theirs.pad_token == pad and tokenizer.pad_id == theirs.pad_token_id
+    assert (
+        tokenizer.pad_token == theirs.pad_token == pad and tokenizer.pad_id == theirs.pad_token_id
+    )
     texts = ["a red circle", "wow!! a ! b", ""]
     assert torch.equal(tokenizer(texts), padded(theirs, texts))
 
@@ -254,7 +295,9 @@ def test_max_length(tmp_path, vocabulary):
     assert CLIPTokenizer.from_folder(tmp_path, max_length=20)(["a red circle"]).shape == (1, 20)
     write(tmp_path, vocabulary, {})
     assert CLIPTokenizer.from_folder(tmp_path).max_length == 77
-    write(tmp_path, vocabulary, {"model_max_length": 10**30})  # what transformers writes where it knows no limit
+    write(
+        tmp_path, vocabulary, {"model_max_length": 10**30}
+    )  # what transformers writes where it knows no limit
     with pytest.raises(ValueError, match="max_length is 1000.*, expected .* 2 to 100000"):
         CLIPTokenizer.from_folder(tmp_path)
 
@@ -278,7 +321,9 @@ def test_a_long_prompt_is_cut_with_a_warning_that_shows_what(ours):
 
 
 def test_the_cut_is_at_the_first_lost_token(ours):
-    with pytest.warns(UserWarning, match=r"has 78 tokens and 75 fit; this part was cut: 'blue square white'"):
+    with pytest.warns(
+        UserWarning, match=r"has 78 tokens and 75 fit; this part was cut: 'blue square white'"
+    ):
         ours(["red  " * 75 + "blue square white"])
 
 
@@ -297,7 +342,9 @@ def test_encode_and_tokenize_line_up_with_the_row(ours):
     text = "a striped Çat's 12 circles"
     row, ids, pieces = ours([text])[0], ours.encode(text), ours.tokenize(text)
     assert row[1 : 1 + len(ids)].tolist() == ids == [ours.vocab[p] for p in pieces]
-    assert sum(p.endswith("</w>") for p in pieces) == len(["a", "striped", "çat", "'s", "1", "2", "circles"])
+    assert sum(p.endswith("</w>") for p in pieces) == len(
+        ["a", "striped", "çat", "'s", "1", "2", "circles"]
+    )
 
 
 # ---- bad arguments
@@ -306,7 +353,11 @@ def test_encode_and_tokenize_line_up_with_the_row(ours):
 @pytest.mark.parametrize(
     ("texts", "error", "words"),
     [
-        ("a red circle", TypeError, r"a list of prompts, got the single string 'a red circle'; write \['a red"),
+        (
+            "a red circle",
+            TypeError,
+            r"a list of prompts, got the single string 'a red circle'; write \['a red",
+        ),
         (["a", None], TypeError, r"expected a prompt \(str\), got NoneType: None"),
         ([["a"]], TypeError, r"expected a prompt \(str\), got list"),
         (["broken \ud800 text"], ValueError, "lone surrogates"),
@@ -319,7 +370,9 @@ def test_bad_texts(ours, texts, error, words):
 
 def test_bad_files(tmp_path, vocabulary):
     vocab, merges = vocabulary
-    with pytest.raises(FileNotFoundError, match="neither vocab.json and merges.txt nor tokenizer.json"):
+    with pytest.raises(
+        FileNotFoundError, match="neither vocab.json and merges.txt nor tokenizer.json"
+    ):
         CLIPTokenizer.from_folder(tmp_path)
     with pytest.raises(ValueError, match=r"has no '<\|endoftext\|>'"):
         CLIPTokenizer({k: v for k, v in vocab.items() if k != EOS}, merges)

@@ -1,4 +1,5 @@
-"""Tracing: what is kept and written, the linear preview against the decoder, and animations read back by Pillow."""
+"""Tracing: what is kept and written, the linear preview against the decoder, and animations read
+back by Pillow."""
 
 import sys
 from pathlib import Path
@@ -10,10 +11,14 @@ import torch.nn.functional as F
 from PIL import Image
 
 import minisd
-from minisd import DDIM, Trace, animate, cfg, cli, denoise, fit_preview, latent_rgb
+from minisd import DDIM, Trace, animate, cfg, denoise, fit_preview, latent_rgb
+from minisd.cli import main as cli
 
 PROMPT = "a big red circle left of a small blue square on a white background"
-OTHERS = ["a green triangle on a black background", "a yellow star above a purple circle on a gray background"]
+OTHERS = [
+    "a green triangle on a black background",
+    "a yellow star above a purple circle on a gray background",
+]
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +49,14 @@ def test_it_keeps_every_third_step_and_the_last_and_changes_nothing(sd, tmp_path
         return trace(x, step)
 
     trace = Trace(sd, every=3, folder=tmp_path / "new")
-    [plain], [drawn] = (sd.txt2img(PROMPT, steps=8, on_step=each, progress=False) for each in (None, on_step))
+    [plain], [drawn] = (
+        sd.txt2img(PROMPT, steps=8, on_step=each, progress=False) for each in (None, on_step)
+    )
     assert same(plain, drawn)
     assert [(step.index, step.t) for step in trace.steps] == [seen[i][:2] for i in (2, 5, 7)]
-    assert all(torch.equal(kept, seen[i][2]) for kept, i in zip(trace.latents, (2, 5, 7), strict=True))
+    assert all(
+        torch.equal(kept, seen[i][2]) for kept, i in zip(trace.latents, (2, 5, 7), strict=True)
+    )
     assert same(trace.images[0], sd.decode(seen[2][2])[0]) and same(trace.images[-1], plain)
     names = [f"step_{i:04}_t{seen[i][1]:04}.png" for i in (2, 5, 7)]
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == names
@@ -66,7 +75,9 @@ def test_it_keeps_the_steps_that_are_named_as_copies_in_both_directions(sd):
     x.zero_()
     assert torch.equal(trace.latents[-1], kept)
     for every in (0, 2.5, "5"):
-        with pytest.raises(ValueError, match=f"every is {every!r}, expected a whole number, at least 1"):
+        with pytest.raises(
+            ValueError, match=f"every is {every!r}, expected a whole number, at least 1"
+        ):
             Trace(sd, every=every)
 
 
@@ -81,7 +92,11 @@ def test_it_composes_with_everything_that_draws(sd):
     traces, drawn = [], []
     drawn.append(sd.txt2img(OTHERS, on_step=trace(), **options))
     drawn.append(sd.img2img(drawn[0][0], PROMPT, 0.5, on_step=trace(), **options))
-    drawn.append(sd.decode(denoise(sd.noise(0), DDIM(sd.schedule, 2), cfg(sd.unet, uncond, cond), after=trace())))
+    drawn.append(
+        sd.decode(
+            denoise(sd.noise(0), DDIM(sd.schedule, 2), cfg(sd.unet, uncond, cond), after=trace())
+        )
+    )
     edited, baseline = minisd.edit_prompt(
         sd, PROMPT, PROMPT.replace("circle", "square"), local_blend=["circle", "square"], on_step=trace(),
         after=lambda x, step: x + 0.01, baseline=True, **options,
@@ -91,7 +106,9 @@ def test_it_composes_with_everything_that_draws(sd):
     for images, traced in zip(drawn, traces, strict=True):
         assert (values(traced.images[-1]) == np.hstack([values(image) for image in images])).all()
     assert [len(traced.images) for traced in traces] == [2, 1, 2, 2, 2]
-    replaced = minisd.edit_prompt(sd, PROMPT, OTHERS[0], on_step=lambda x, step: torch.zeros_like(x), **options)
+    replaced = minisd.edit_prompt(
+        sd, PROMPT, OTHERS[0], on_step=lambda x, step: torch.zeros_like(x), **options
+    )
     assert same(replaced[1], sd.decode(torch.zeros(1, 4, 16, 16))[0])
     ignored = minisd.edit_prompt(sd, PROMPT, OTHERS[0], on_step=lambda x, step: None, **options)
     assert same(ignored[1], minisd.edit_prompt(sd, PROMPT, OTHERS[0], **options)[1])
@@ -137,7 +154,8 @@ def test_the_preview_is_near_the_decoder(sd, preview):
 
 
 def test_the_preview_is_the_least_squares_solution(sd):
-    """No small change of its weights brings it nearer: the gradient of the squared error vanishes."""
+    """No small change of its weights brings it nearer: the gradient of the squared error
+    vanishes."""
     pictures = torch.rand(2, 3, 48, 40, generator=torch.Generator().manual_seed(5)) * 2 - 1
     preview = fit_preview(sd, pictures)
     z = sd.encode_image(pictures)
@@ -154,7 +172,10 @@ def test_the_preview_is_the_least_squares_solution(sd):
     assert all((gradient.abs() < 1e-4 * scale).all() for gradient in gradients)
     with torch.no_grad():
         parts[0][1, 2, 0, 1] += 0.05
-        assert max(g.abs().max() for g in torch.autograd.grad(torch.enable_grad()(error)(), parts)) > 1e-3 * scale
+        assert (
+            max(g.abs().max() for g in torch.autograd.grad(torch.enable_grad()(error)(), parts))
+            > 1e-3 * scale
+        )
 
 
 # animations
@@ -167,7 +188,9 @@ def frames():
     return [Image.fromarray(each) for each in np.broadcast_to(flat, (5, 12, 20, 3)).copy()]
 
 
-@pytest.mark.parametrize(("suffix", "tolerance"), [(".webp", 6), (".png", 0), (".gif", 6), (".GIF", 6)])
+@pytest.mark.parametrize(
+    ("suffix", "tolerance"), [(".webp", 6), (".png", 0), (".gif", 6), (".GIF", 6)]
+)
 def test_animations_are_read_back(frames, tmp_path, suffix, tolerance):
     path = tmp_path / "new" / f"a{suffix}"
     animate(frames, path, fps=20, hold=0.5)
@@ -182,17 +205,24 @@ def test_animations_are_read_back(frames, tmp_path, suffix, tolerance):
 
 
 def test_animations_are_refused_in_words(frames, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="a.avi: expected a name that ends in .webp, .png, .gif, .mp4"):
+    with pytest.raises(
+        ValueError, match="a.avi: expected a name that ends in .webp, .png, .gif, .mp4"
+    ):
         animate(frames, "a.avi")
     with pytest.raises(ValueError, match=r"expected pictures of one size, got \[\]"):
         animate([], tmp_path / "a.gif")
     with pytest.raises(ValueError, match="expected pictures of one size"):
         animate([*frames, Image.new("RGB", (3, 3))], tmp_path / "a.gif")
-    for how, message in ({"fps": 0}, "fps is 0, expected a number from 0.1 to 1000"), ({"hold": -1}, "hold is -1"):
+    for how, message in (
+        ({"fps": 0}, "fps is 0, expected a number from 0.1 to 1000"),
+        ({"hold": -1}, "hold is -1"),
+    ):
         with pytest.raises(ValueError, match=message):
             animate(frames, tmp_path / "a.gif", **how)
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)  # not installed
-    with pytest.raises(ModuleNotFoundError, match=r"mp4 needs imageio-ffmpeg: pip install 'minisd\[video\]'"):
+    with pytest.raises(
+        ModuleNotFoundError, match=r"mp4 needs imageio-ffmpeg: pip install 'minisd\[video\]'"
+    ):
         animate(frames, tmp_path / "a.mp4")
     assert list(tmp_path.iterdir()) == []
 
@@ -235,40 +265,74 @@ def count(path):
 def test_trace_writes_steps_and_animations(command, tmp_path):
     code, out, _ = command("txt2img", PROMPT, *SHAPES, "-o", "o.png", "--trace", "t")
     steps = ["t/step_0000_t0999.png", "t/step_0001_t0427.png", "t/step_0002_t0000.png"]
-    assert (code, out) == (0, "o.png\n") and files(tmp_path) == ["o.png", "t/images.webp", "t/latents.webp", *steps]
+    assert (code, out) == (0, "o.png\n") and files(tmp_path) == [
+        "o.png",
+        "t/images.webp",
+        "t/latents.webp",
+        *steps,
+    ]
     assert same(Image.open(steps[-1]), Image.open("o.png"))
-    assert count("t/images.webp") in (2, 3) and count("t/latents.webp") in (2, 3)  # the last two are nearly the same
+    assert count("t/images.webp") in (2, 3) and count("t/latents.webp") in (
+        2,
+        3,
+    )  # the last two are nearly the same
 
     (tmp_path / "empty").mkdir()
-    options = ["--trace-every", "2", "--trace-format", "gif", "--trace-preview", "-n", "2", "--seed", "5"]
+    options = [
+        "--trace-every",
+        "2",
+        "--trace-format",
+        "gif",
+        "--trace-preview",
+        "-n",
+        "2",
+        "--seed",
+        "5",
+    ]
     assert command("img2img", "o.png", PROMPT, *SHAPES, "--trace", "empty", *options)[0] == 0
     names = ["images.gif", "latents.gif", "step_0001_t0427.png", "step_0002_t0000.png"]
     assert files(tmp_path / "empty") == [f"seed{seed}/{name}" for seed in (5, 6) for name in names]
     last = values(Image.open("empty/seed6/step_0002_t0000.png"))
-    assert (last == last[::4, ::4].repeat(4, 0).repeat(4, 1)).all()  # a preview: 4 x 4 pixels for each latent
+    assert (
+        last == last[::4, ::4].repeat(4, 0).repeat(4, 1)
+    ).all()  # a preview: 4 x 4 pixels for each latent
     assert (values(Image.open("minisd-00001.png")) != last).any()
 
 
 def test_trace_of_the_editing_commands(command):
     options = [*SHAPES, "--trace-format", "png"]
-    assert command("edit", PROMPT, OTHERS[0], OTHERS[1], "--cross", "0", *options, "--trace", "e")[0] == 0
+    assert (
+        command("edit", PROMPT, OTHERS[0], OTHERS[1], "--cross", "0", *options, "--trace", "e")[0]
+        == 0
+    )
     edited = [values(Image.open(f"minisd-0000{i}.png")) for i in range(3)]
     name = next(name for name in files(Path("e")) if name.startswith("step_0002"))
-    assert (values(Image.open(f"e/{name}")) == np.hstack(edited)).all() and count("e/latents.png") >= 2
+    assert (values(Image.open(f"e/{name}")) == np.hstack(edited)).all() and count(
+        "e/latents.png"
+    ) >= 2
     assert command("heatmap", PROMPT, *options, "--trace", "h/new", "-o", "h.png")[0] == 0
     assert len(files(Path("h/new"))) == 5
 
 
 def test_every_command_that_draws_can_be_traced():
     commands = cli.build_parser()._subparsers._group_actions[0].choices
-    options = {name: {action.dest for action in parser._actions} for name, parser in commands.items()}
+    options = {
+        name: {action.dest for action in parser._actions} for name, parser in commands.items()
+    }
     drawing = [name for name, dests in options.items() if "guidance" in dests]
     assert {"txt2img", "img2img", "edit", "heatmap"} <= set(drawing)
-    assert all({"trace", "trace_every", "trace_preview", "trace_format"} <= options[name] for name in drawing)
-    assert set(cli.ANIMATIONS) == {suffix.removeprefix(".") for suffix in minisd.trace.FORMATS}
+    assert all(
+        {"trace", "trace_every", "trace_preview", "trace_format"} <= options[name]
+        for name in drawing
+    )
+    assert set(cli.ANIMATIONS) == {
+        suffix.removeprefix(".") for suffix in minisd.viewing.trace.FORMATS
+    }
 
 
-@pytest.mark.parametrize(("failure", "code"), [(KeyboardInterrupt(), 130), (OSError("No space left on device"), 2)])
+@pytest.mark.parametrize(
+    ("failure", "code"), [(KeyboardInterrupt(), 130), (OSError("No space left on device"), 2)]
+)
 def test_a_trace_that_fails_leaves_nothing(command, tmp_path, monkeypatch, failure, code):
     save, saved = Image.Image.save, []
 
@@ -281,23 +345,34 @@ def test_a_trace_that_fails_leaves_nothing(command, tmp_path, monkeypatch, failu
 
     monkeypatch.setattr(Image.Image, "save", fail)
     (tmp_path / "old").mkdir()
-    for when, folder in [(2, "new/deep"), (2, "old"), (6, "new/deep")]:  # in the second step, in the second animation
+    for when, folder in [
+        (2, "new/deep"),
+        (2, "old"),
+        (6, "new/deep"),
+    ]:  # in the second step, in the second animation
         saved.clear()
-        assert command("txt2img", PROMPT, *SHAPES, "-o", "pictures/o.png", "--trace", folder)[0] == code
+        assert (
+            command("txt2img", PROMPT, *SHAPES, "-o", "pictures/o.png", "--trace", folder)[0]
+            == code
+        )
         assert len(saved) == when
         left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
-        drawn = {"pictures", "pictures/o.png"} if when == 6 else set()  # a picture that is whole stays
+        drawn = (
+            {"pictures", "pictures/o.png"} if when == 6 else set()
+        )  # a picture that is whole stays
         assert left == {"old"} | drawn
 
 
-@pytest.mark.parametrize(("failure", "code"), [(KeyboardInterrupt(), 130), (OSError("No space left on device"), 2)])
+@pytest.mark.parametrize(
+    ("failure", "code"), [(KeyboardInterrupt(), 130), (OSError("No space left on device"), 2)]
+)
 def test_a_trace_that_fails_leaves_what_others_wrote(command, tmp_path, monkeypatch, failure, code):
     def fail(*_):
         (tmp_path / "t/inner").mkdir()
         (tmp_path / "t/other.png").write_text("of another program")
         raise failure
 
-    monkeypatch.setattr(minisd.trace, "animate", fail)
+    monkeypatch.setattr(minisd.viewing.trace, "animate", fail)
     result, _, err = command("txt2img", PROMPT, *SHAPES, "-o", "o.png", "--trace", "t")
     assert result == code and err.splitlines()[-1].startswith("minisd: ")
     assert {path.name for path in tmp_path.rglob("*")} == {"o.png", "t", "inner", "other.png"}
@@ -310,12 +385,20 @@ def test_trace_refuses_before_the_model_is_loaded(command, tmp_path, monkeypatch
     for options, message in [
         (["--trace", "full"], "argument --trace: got 'full', expected a new or an empty folder"),
         (["--trace", "full/a"], "got 'full/a', expected a new or an empty folder"),
-        (["--trace", "t", "--trace-every", "0"], "argument --trace-every: got 0, expected at least 1"),
+        (
+            ["--trace", "t", "--trace-every", "0"],
+            "argument --trace-every: got 0, expected at least 1",
+        ),
         (["--trace", "t", "--trace-format", "avi"], "invalid choice: 'avi'"),
-        (["--trace", "t", "--trace-format", "mp4"], "mp4 needs imageio-ffmpeg: pip install 'minisd[video]'"),
+        (
+            ["--trace", "t", "--trace-format", "mp4"],
+            "mp4 needs imageio-ffmpeg: pip install 'minisd[video]'",
+        ),
         (["--trace-every", "2"], "--trace-every: expected --trace DIR with it"),
         (["--trace-preview"], "--trace-preview: expected --trace DIR with it"),
     ]:
-        code, out, err = command("txt2img", PROMPT, "--model", "there is none", "-o", "o.png", *options)
+        code, out, err = command(
+            "txt2img", PROMPT, "--model", "there is none", "-o", "o.png", *options
+        )
         assert code == 2 and out == "" and message in err and err.count("\n") == 1
     assert files(tmp_path) == ["full/a"]

@@ -1,4 +1,5 @@
-"""The training objectives against their formulas, resuming, and a tiny run up to a checkpoint that loads."""
+"""The training objectives against their formulas, resuming, and a tiny run up to a checkpoint that
+loads."""
 
 from dataclasses import replace
 
@@ -7,9 +8,17 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import minisd
-from minisd import VAEConfig, scenes, training
-from minisd.schedule import NoiseSchedule
-from minisd.training import RECIPES, Recipe, Stage, autoencoder_loss, diffusion_loss, learning_rate
+from minisd import VAEConfig
+from minisd.sampling.schedule import NoiseSchedule
+from minisd.training import scenes, training
+from minisd.training.training import (
+    RECIPES,
+    Recipe,
+    Stage,
+    autoencoder_loss,
+    diffusion_loss,
+    learning_rate,
+)
 
 TINY = Recipe(
     image_size=16,
@@ -56,7 +65,9 @@ def test_diffusion_loss_is_the_formula():
     errors = (unet(x, t, context.double()) - noise).square().mean(dim=(1, 2, 3))
     plain = diffusion_loss(unet, schedule, z, noise, t, context)
     assert plain.item() == pytest.approx(errors.mean().item(), rel=1e-5)
-    weights = torch.tensor([1 / a.flatten()[0], 1 / a.flatten()[1], 20.0])  # 1 / a at t = 999 is 214
+    weights = torch.tensor(
+        [1 / a.flatten()[0], 1 / a.flatten()[1], 20.0]
+    )  # 1 / a at t = 999 is 214
     weighted = diffusion_loss(unet, schedule, z, noise, t, context, max_weight=20.0)
     assert weighted.item() == pytest.approx((weights * errors).mean().item(), rel=1e-5)
 
@@ -79,7 +90,8 @@ def test_autoencoder_loss_is_the_formula():
 
 
 def test_layout_loss_is_the_formula():
-    """Cell by cell: a 4 x 2 grid, one thing over the left half, the second absent or over the bottom right quarter."""
+    """Cell by cell: a 4 x 2 grid, one thing over the left half, the second absent or over the
+    bottom right quarter."""
     boxes = torch.tensor([[[0.0, 0.5, 1.0], [0.0, 0.0, 0.0]], [[0.0, 0.5, 1.0], [0.75, 0.75, 0.5]]])
     covered = torch.zeros(2, 2, 4, 2)
     covered[:, 0, :, 0] = 1
@@ -92,7 +104,8 @@ def test_layout_loss_is_the_formula():
 
 
 def test_summary_loss_is_the_formula():
-    """Caption by caption, end by end: the tokens 0..5 of which each caption has some; 5 ends and pads."""
+    """Caption by caption, end by end: the tokens 0..5 of which each caption has some; 5 ends and
+    pads."""
     ids, end = torch.tensor([[4, 1, 5, 5], [4, 2, 0, 5]]), 5
     context = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
     expected = 0.0
@@ -104,15 +117,19 @@ def test_summary_loss_is_the_formula():
 
 
 def test_silenced_rows_keep_their_words_alone():
-    """Row 0 is left alone; row 1 keeps its two words and gets the empty caption's states at its end and its pad."""
+    """Row 0 is left alone; row 1 keeps its two words and gets the empty caption's states at its end
+    and its pad."""
     ids, end = torch.tensor([[4, 1, 2, 5], [4, 2, 5, 5]]), 5
     context, empty = torch.randn(2, 4, 6), torch.randn(1, 4, 6)
     silenced = training.silence(context, empty, ids, end, torch.tensor([False, True]))
-    assert torch.equal(silenced, torch.stack([context[0], torch.cat([context[1, :2], empty[0, 2:]])]))
+    assert torch.equal(
+        silenced, torch.stack([context[0], torch.cat([context[1, :2], empty[0, 2:]])])
+    )
 
 
 def test_times_are_drawn_as_said():
-    """In the noisiest quarter lie a quarter of the samples, or noisy_share plus a quarter of the rest; all occur."""
+    """In the noisiest quarter lie a quarter of the samples, or noisy_share plus a quarter of the
+    rest; all occur."""
     for share in (0.0, 0.6):
         generator = torch.Generator().manual_seed(0)
         t = torch.cat([training.draw_times(32, 1000, share, generator) for _ in range(2000)])
@@ -127,7 +144,9 @@ def test_draw_amplitudes():
     k = training.draw_amplitudes(100_000, 0.3, torch.Generator().manual_seed(0))
     assert k.shape == (100_000, 1, 1, 1) and k.min() >= 0.6 and k.max() == 1
     assert (k == 1).double().mean() == pytest.approx(0.7, abs=0.01)
-    assert k[k < 1].mean() == pytest.approx(0.8, abs=0.01) and k[k < 1].std() == pytest.approx(0.4 / 12**0.5, abs=0.01)
+    assert k[k < 1].mean() == pytest.approx(0.8, abs=0.01) and k[k < 1].std() == pytest.approx(
+        0.4 / 12**0.5, abs=0.01
+    )
     assert (training.draw_amplitudes(100, 0.0, torch.Generator()) == 1).all()
 
 
@@ -148,9 +167,13 @@ def test_the_boxes_of_the_pool_are_those_of_its_pictures():
         assert (second[2] > 0) == (len(scenes.parse(caption).things) == 2)
         changed = (picture != picture[0, 0]).any(-1)  # differs from the background
         for x, y, side in (first, second) if second[2] else (first,):
-            (left, right), (top, bottom) = ((64 * (c - side / 2), 64 * (c + side / 2)) for c in (x, y))
+            (left, right), (top, bottom) = (
+                (64 * (c - side / 2), 64 * (c + side / 2)) for c in (x, y)
+            )
             inside = torch.zeros(64, 64, dtype=torch.bool)
-            inside[max(int(top) - 1, 0) : int(bottom) + 2, max(int(left) - 1, 0) : int(right) + 2] = True
+            inside[
+                max(int(top) - 1, 0) : int(bottom) + 2, max(int(left) - 1, 0) : int(right) + 2
+            ] = True
             assert (changed & inside).any()
             changed &= ~inside
         assert not changed.any()
@@ -196,7 +219,9 @@ def test_training_makes_a_checkpoint_that_minisd_and_diffusers_load(tiny, tmp_pa
     sd = minisd.load(folder, device="cpu")
     pool = torch.load(run / "pool.pt")
     assert sd.vae.config.scaling_factor == pytest.approx(pool["scaling_factor"])
-    latents = pool["scaling_factor"] * (pool["mean"].float() + pool["std"].float() * torch.randn(pool["mean"].shape))
+    latents = pool["scaling_factor"] * (
+        pool["mean"].float() + pool["std"].float() * torch.randn(pool["mean"].shape)
+    )
     assert latents.std().item() == pytest.approx(1, rel=0.1)
     average = torch.load(run / "diffusion.pt")["average"]
     for key, value in sd.unet.state_dict().items():
@@ -213,7 +238,9 @@ def test_training_makes_a_checkpoint_that_minisd_and_diffusers_load(tiny, tmp_pa
 def test_training_learns(tiny, tmp_path, monkeypatch):
     """60 steps on two pictures: the reconstruction error falls to less than half."""
     monkeypatch.setitem(
-        RECIPES, "tiny", replace(TINY, autoencoder=replace(TINY.autoencoder, pool=2, lr=1e-2), kl_weight=0.0)
+        RECIPES,
+        "tiny",
+        replace(TINY, autoencoder=replace(TINY.autoencoder, pool=2, lr=1e-2), kl_weight=0.0),
     )
     monkeypatch.setattr(training, "WARMUP", 5)
     losses = []

@@ -7,7 +7,14 @@ import torch
 from PIL import Image
 
 from minisd import DDIM, Recording, cfg, denoise, record
-from minisd.visualize import components, contact_sheet, heatmap, overlay, token_sheet, word_sheet
+from minisd.viewing.visualize import (
+    components,
+    contact_sheet,
+    heatmap,
+    overlay,
+    token_sheet,
+    word_sheet,
+)
 
 PROMPT = "a cat on my mat"
 
@@ -42,9 +49,18 @@ def test_heatmap(sd):
         (dict(steps="25"), "steps is '25', expected a whole number, at least 1"),
         (dict(guidance="7"), "guidance scale is '7'"),
         (dict(height="32"), "32 x '32' pixels"),
-        (dict(latents=torch.zeros(4, 8, 8)), r"latents are torch.float32 \(4, 8, 8\), expected a tensor of floats"),
-        (dict(latents=torch.zeros(2, 4, 8, 8)), r"latents have shape \(2, 4, 8, 8\), expected \(1, 4, 8, 8\)"),
-        (dict(latents=torch.zeros(1, 4, 8, 8), height=64), r"latents have shape .*, expected \(1, 4, 16, 8\)"),
+        (
+            dict(latents=torch.zeros(4, 8, 8)),
+            r"latents are torch.float32 \(4, 8, 8\), expected a tensor of floats",
+        ),
+        (
+            dict(latents=torch.zeros(2, 4, 8, 8)),
+            r"latents have shape \(2, 4, 8, 8\), expected \(1, 4, 8, 8\)",
+        ),
+        (
+            dict(latents=torch.zeros(1, 4, 8, 8), height=64),
+            r"latents have shape .*, expected \(1, 4, 16, 8\)",
+        ),
     ],
 )
 def test_heatmap_refuses(sd, wrong, message):
@@ -73,19 +89,29 @@ def test_overlay_by_hand():
     heat = torch.zeros(4, 4)
     heat[:2] = 1
     out = values(overlay(image, heat, strength=0.5))
-    assert out[2, 2].tolist() == [178, 178, 178] and out[61, 61].tolist() == [50, 50, 50]  # half white, half black
+    assert out[2, 2].tolist() == [178, 178, 178] and out[61, 61].tolist() == [
+        50,
+        50,
+        50,
+    ]  # half white, half black
     red = values(overlay(image, torch.full((4, 4), 1 / 3), limits=(0, 1), strength=1.0))
     assert red[30, 30].tolist() == [255, 0, 0]
     yellow = values(overlay(image, torch.full((4, 4), 2 / 3), limits=(0, 1), strength=1.0))
     assert yellow[30, 30].tolist() == [255, 255, 0]
-    assert (values(overlay(image, torch.ones(4, 4))) == values(overlay(image, torch.zeros(4, 4)))).all()  # a flat map
+    assert (
+        values(overlay(image, torch.ones(4, 4))) == values(overlay(image, torch.zeros(4, 4)))
+    ).all()  # a flat map
 
 
 def test_contact_sheet():
     pictures = [Image.new("RGB", (40, 30), colour) for colour in ("red", "green", "blue")]
     sheet = contact_sheet(pictures, ["a", "b " * 80, ""], columns=2)
     assert sheet.width == 2 * (160 + 6) + 6  # 40 x 4, the first multiple of 128 or more
-    assert values(sheet)[10, 10].tolist() == [255, 0, 0] and values(sheet)[10, 180].tolist() == [0, 128, 0]
+    assert values(sheet)[10, 10].tolist() == [255, 0, 0] and values(sheet)[10, 180].tolist() == [
+        0,
+        128,
+        0,
+    ]
     assert (values(contact_sheet(pictures))[6 + 120 :] == 255).all()  # no captions
     big = contact_sheet([Image.new("RGB", (300, 200))])
     assert big.size == (312, 212)
@@ -116,10 +142,16 @@ def test_components(sd):
     A = 0
     for q, k in zip(kept[::2], kept[1::2]):
         q, k = (x.unflatten(-1, (2, -1)).transpose(1, 2)[0] for x in (q, k))
-        A = A + (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1).mean(0) / (3 * len(sites))
+        A = A + (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1).mean(0) / (
+            3 * len(sites)
+        )
     A = A - A.mean(1, keepdim=True)
     found, s = components(sd, recording, (8, 8), n=2)
-    assert found.shape == (2, 8, 8) and found.amin((1, 2)).eq(0).all() and found.amax((1, 2)).eq(1).all()
+    assert (
+        found.shape == (2, 8, 8)
+        and found.amin((1, 2)).eq(0).all()
+        and found.amax((1, 2)).eq(1).all()
+    )
     values, vectors = torch.linalg.eigh(A.T @ A)
     torch.testing.assert_close(s, values.flip(0)[:2].clamp(min=0).sqrt(), rtol=1e-3, atol=1e-5)
     for row, vector in zip(found.flatten(1), vectors.T.flip(0)):
@@ -127,7 +159,9 @@ def test_components(sd):
     assert components(sd, recording)[0].shape == (3, 8, 8)
     assert components(sd, recording, (4, 4), 1)[0].shape == (1, 4, 4)
     assert not torch.allclose(components(sd, recording, (8, 8), 2, until=0.4)[0], found, atol=1e-3)
-    with pytest.raises(ValueError, match=r"of the grid \(5, 5\) was recorded, only of \[\(4, 4\), \(8, 8\)\]"):
+    with pytest.raises(
+        ValueError, match=r"of the grid \(5, 5\) was recorded, only of \[\(4, 4\), \(8, 8\)\]"
+    ):
         components(sd, recording, (5, 5))
     with pytest.raises(ValueError, match="grid None was recorded"):
         components(sd, Recording(PROMPT, 3, (8, 8), recording.t, {}))

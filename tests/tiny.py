@@ -51,33 +51,44 @@ TEXT = {
 
 
 def randomise(module, seed):
-    """Give every parameter a random value: fresh norms are 1 and 0, fresh biases 0, and hide mistakes."""
+    """Give every parameter a random value: fresh norms are 1 and 0, fresh biases 0, and hide
+    mistakes."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             value = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim == 1:
-                parameter.copy_(0.2 * value + (1 if "norm" in name and name.endswith("weight") else 0))
+                parameter.copy_(
+                    0.2 * value + (1 if "norm" in name and name.endswith("weight") else 0)
+                )
             else:
                 parameter.copy_(value / parameter[0].numel() ** 0.5)
     return module.eval()
 
 
 def tokenizer_files(folder):
-    """A vocabulary without merges: the 256 bytes as printable characters, the same with </w>, two special tokens."""
+    """A vocabulary without merges: the 256 bytes as printable characters, the same with </w>, two
+    special tokens."""
     folder.mkdir(parents=True, exist_ok=True)
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     characters = [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
     pieces = [*characters, *(c + "</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}), encoding="utf-8")
+    (folder / "vocab.json").write_text(
+        json.dumps({piece: i for i, piece in enumerate(pieces)}), encoding="utf-8"
+    )
     (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": "<|endoftext|>"}
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": 77,
+        "pad_token": "<|endoftext|>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 
 
 def pipeline(folder, seed=0):
-    """A StableDiffusionPipeline of diffusers, tiny and random; its tokenizer's files go to `folder`."""
+    """A StableDiffusionPipeline of diffusers, tiny and random; its tokenizer's files go to
+    `folder`."""
     return StableDiffusionPipeline(
         vae=randomise(AutoencoderKL(**VAE), seed),
         text_encoder=randomise(CLIPTextModel(CLIPTextConfig(**TEXT)), seed + 1),
@@ -91,7 +102,8 @@ def pipeline(folder, seed=0):
 
 
 def save(folder, variant=None):
-    """Write the tiny model in diffusers' folder layout, with vocab.json and merges.txt -> diffusers' pipeline."""
+    """Write the tiny model in diffusers' folder layout, with vocab.json and merges.txt ->
+    diffusers' pipeline."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipe = pipeline(folder / "tokenizer")

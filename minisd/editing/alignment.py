@@ -1,14 +1,16 @@
 """Which token of the source prompt gives its attention map to which token of the target prompt.
 
-    replace  words are paired in order; a word of n tokens that becomes one of m spreads its maps evenly:  M = 1/m
+    replace  words are paired in order; a word of n tokens that becomes one of m spreads its maps
+    evenly:  M = 1/m
     refine   tokens are aligned as texts are (longest common subsequence); new tokens have no source
 
-Both give a token map M (L, L), source tokens x target tokens, for P_source @ M, and a mask (L,) of the target tokens
-that have a source. Positions count in the padded row of L ids: 0 is <bos>, then the text, <eos>, padding.
+Both give a token map M (L, L), source tokens x target tokens, for P_source @ M, and a mask (L,) of
+the target tokens that have a source. Positions count in the padded row of L ids: 0 is <bos>, then
+the text, <eos>, padding.
 
-Sources: Hertz et al. 2022 (arXiv 2208.01626), section 3.2; Needleman and Wunsch 1970. `google=True` reproduces two
-slips of the published code: padding (and in replace every word after the last that differs) keeps its position even
-where the two prompts differ in length.
+Sources: Hertz et al. 2022 (arXiv 2208.01626), section 3.2; Needleman and Wunsch 1970. `google=True`
+reproduces two slips of the published code: padding (and in replace every word after the last that
+differs) keeps its position even where the two prompts differ in length.
 """
 
 import string
@@ -17,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..tokenizer import WORD_END, CLIPTokenizer
+from ..models.tokenizer import WORD_END, CLIPTokenizer
 
 Words = list[tuple[int, ...]]  # the token ids of each word
 
@@ -30,42 +32,59 @@ def split_words(tokenizer: CLIPTokenizer, prompt: str) -> Words:
     words = [tuple(tokenizer.encode(word)) for word in prompt.split()]
     count, room = sum(map(len, words)), tokenizer.max_length - 2
     if count > room:
-        raise ValueError(f"the prompt has {count} tokens, expected at most {room} to edit it: {prompt!r}")
+        raise ValueError(
+            f"the prompt has {count} tokens, expected at most {room} to edit it: {prompt!r}"
+        )
     return words
 
 
 def find_word(tokenizer: CLIPTokenizer, prompt: str, word: str) -> list[int]:
-    """Positions in the padded row of every occurrence of a word (or phrase), in order; [] if there is none.
+    """Positions in the padded row of every occurrence of a word (or phrase), in order; [] if there
+    is none.
 
-    Case and the punctuation around it do not matter: "cat" finds "Cat,", but not "cats" or "tomcat".
+    Case and the punctuation around it do not matter: "cat" finds "Cat,", but not "cats" or
+    "tomcat".
     """
     wanted = tokenizer.encode(word.strip(string.punctuation + string.whitespace) or word)
     ids, pieces = tokenizer.encode(prompt)[: tokenizer.max_length - 2], tokenizer.tokenize(prompt)
-    # Pieces are cut inside words only, so the pieces of a word stand together, after a piece that ends a word.
+    # Pieces are cut inside words only, so the pieces of a word stand together, after a piece that
+    # ends a word.
     found = [
         i
         for i in range(len(ids) - len(wanted) + 1)
-        if wanted and ids[i : i + len(wanted)] == wanted and (i == 0 or pieces[i - 1].endswith(WORD_END))
+        if wanted
+        and ids[i : i + len(wanted)] == wanted
+        and (i == 0 or pieces[i - 1].endswith(WORD_END))
     ]
     return [1 + i + n for i in found for n in range(len(wanted))]
 
 
 def missing_word(word: str, prompts: Sequence[str]) -> ValueError:
     """The error for a word that no prompt has: it names the words that are there."""
-    there = dict.fromkeys(w.strip(string.punctuation) or w for prompt in prompts for w in prompt.split())
-    return ValueError(f"the word {word!r} is not in the prompt, expected one of {', '.join(map(repr, there))}")
+    there = dict.fromkeys(
+        w.strip(string.punctuation) or w for prompt in prompts for w in prompt.split()
+    )
+    return ValueError(
+        f"the word {word!r} is not in the prompt, expected one of {', '.join(map(repr, there))}"
+    )
 
 
 def align(source: Sequence, target: Sequence) -> list[int | None]:
-    """For each target item the index of the equal source item it is aligned with, or None; indices only ever grow.
+    """For each target item the index of the equal source item it is aligned with, or None; indices
+    only ever grow.
 
-    As many pairs as possible (gap 0, match +1, and a mismatch, at -1, is never better than two gaps). Among equally
-    good alignments: the last target items are left without a pair, and those with one take the first source item.
+    As many pairs as possible (gap 0, match +1, and a mismatch, at -1, is never better than two
+    gaps). Among equally good alignments: the last target items are left without a pair, and those
+    with one take the first source item.
     """
-    best = [[0] * (len(target) + 1) for _ in range(len(source) + 1)]  # pairs among the first i and first j items
+    best = [
+        [0] * (len(target) + 1) for _ in range(len(source) + 1)
+    ]  # pairs among the first i and first j items
     for i, a in enumerate(source, 1):
         for j, b in enumerate(target, 1):
-            best[i][j] = max(best[i][j - 1], best[i - 1][j], best[i - 1][j - 1] + (1 if a == b else -1))
+            best[i][j] = max(
+                best[i][j - 1], best[i - 1][j], best[i - 1][j - 1] + (1 if a == b else -1)
+            )
     pairs: list[int | None] = [None] * len(target)
     i, j = len(source), len(target)
     while i and j:
@@ -80,17 +99,21 @@ def align(source: Sequence, target: Sequence) -> list[int | None]:
 
 
 def kind_of_edit(source: Words, target: Words) -> str:
-    """ "replace" if the prompts have the same number of words and pairing them in order keeps all that they share."""
+    """ "replace" if the prompts have the same number of words and pairing them in order keeps all
+    that they share."""
     in_order = sum(a == b for a, b in zip(source, target))
     shared = sum(i is not None for i in align(source, target))
     return "replace" if len(source) == len(target) and in_order == shared else "refine"
 
 
-def replace_map(source: Words, target: Words, length: int, google: bool = False) -> tuple[Tensor, Tensor]:
-    """M (length, length) and ones (length,) for a swap of words; ValueError if the prompts differ in their word count.
+def replace_map(
+    source: Words, target: Words, length: int, google: bool = False
+) -> tuple[Tensor, Tensor]:
+    """M (length, length) and ones (length,) for a swap of words; ValueError if the prompts differ
+    in their word count.
 
-    A row of M sums to 1 (its token's map is moved, or spread evenly over the n tokens of the new word), except at the
-    padding, where rows are dropped or repeated to fill the columns.
+    A row of M sums to 1 (its token's map is moved, or spread evenly over the n tokens of the new
+    word), except at the padding, where rows are dropped or repeated to fill the columns.
     """
     if len(source) != len(target):
         raise ValueError(
@@ -104,7 +127,11 @@ def replace_map(source: Words, target: Words, length: int, google: bool = False)
     for k, (s, t) in enumerate(zip(source, target)):
         if google and k > last:
             break
-        block = torch.eye(len(s)) if len(s) == len(t) else torch.full((len(s), len(t)), 1 / max(len(t), 1))
+        block = (
+            torch.eye(len(s))
+            if len(s) == len(t)
+            else torch.full((len(s), len(t)), 1 / max(len(t), 1))
+        )
         M[i : i + len(s), j : j + len(t)] = block
         i, j = i + len(s), j + len(t)
     if google:
@@ -116,13 +143,19 @@ def replace_map(source: Words, target: Words, length: int, google: bool = False)
     return M, torch.ones(length)
 
 
-def refine_map(source: list[int], target: list[int], length: int, google: bool = False) -> tuple[Tensor, Tensor]:
-    """M (length, length) and the mask (length,) of target tokens that have a source; ids with <bos> and <eos>.
+def refine_map(
+    source: list[int], target: list[int], length: int, google: bool = False
+) -> tuple[Tensor, Tensor]:
+    """M (length, length) and the mask (length,) of target tokens that have a source; ids with <bos>
+    and <eos>.
 
     A column of M has one 1, at the token's source, or none.
     """
     m = align(source, target)
-    m += [j if google else min(j - len(target) + len(source), length - 1) for j in range(len(target), length)]
+    m += [
+        j if google else min(j - len(target) + len(source), length - 1)
+        for j in range(len(target), length)
+    ]
     M, mask = torch.zeros(length, length), torch.zeros(length)
     for j, i in enumerate(m):
         if i is not None:
@@ -131,14 +164,24 @@ def refine_map(source: list[int], target: list[int], length: int, google: bool =
 
 
 def token_map(
-    tokenizer: CLIPTokenizer, source: str, target: str, edit: str | None = None, google: bool = False
+    tokenizer: CLIPTokenizer,
+    source: str,
+    target: str,
+    edit: str | None = None,
+    google: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """M and mask from one prompt to another; edit: "replace", "refine", or None for `kind_of_edit`."""
+    """M and mask from one prompt to another; edit: "replace", "refine", or None for
+    `kind_of_edit`."""
     words = split_words(tokenizer, source), split_words(tokenizer, target)
     edit = kind_of_edit(*words) if edit is None else edit
     if edit == "replace":
         return replace_map(*words, tokenizer.max_length, google)
     if edit == "refine":
-        ids = ([tokenizer.bos_id, *(i for word in side for i in word), tokenizer.eos_id] for side in words)
+        ids = (
+            [tokenizer.bos_id, *(i for word in side for i in word), tokenizer.eos_id]
+            for side in words
+        )
         return refine_map(*ids, tokenizer.max_length, google)
-    raise ValueError(f"edit is {edit!r}, expected 'replace', 'refine' or None (chosen from the prompts)")
+    raise ValueError(
+        f"edit is {edit!r}, expected 'replace', 'refine' or None (chosen from the prompts)"
+    )

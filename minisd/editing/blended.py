@@ -1,15 +1,19 @@
-"""Blended latent diffusion: redraw the white part of a mask after a prompt, and keep the rest of the picture.
+"""Blended latent diffusion: redraw the white part of a mask after a prompt, and keep the rest of
+the picture.
 
-Before the UNet sees the latent x, at every step, all of it outside the mask becomes the picture's own latent z0 at that
-step's noise level, with the same noise every time; after the last step, z0 itself:
+Before the UNet sees the latent x, at every step, all of it outside the mask becomes the picture's
+own latent z0 at that step's noise level, with the same noise every time; after the last step, z0
+itself:
 
     x  <-  m x + (1 - m) (alpha z0 + sigma noise),        m (B, 1, h, w) in {0, 1},  z0 the mode of the VAE's posterior
 
-This keeps the latents outside the mask, not the pixels: the decoder's convolutions, and the attention in its middle,
-mix all positions. So the decoded picture is then pasted through the mask into the picture that was given.
+This keeps the latents outside the mask, not the pixels: the decoder's convolutions, and the
+attention in its middle, mix all positions. So the decoded picture is then pasted through the mask
+into the picture that was given.
 
-Source: Avrahami et al. 2023, "Blended Latent Diffusion" (arXiv 2206.02779), algorithm 1. The paper, too, goes back to
-pixels in the end, by fitting the decoder or by Poisson blending; pasting is exact.
+Source: Avrahami et al. 2023, "Blended Latent Diffusion" (arXiv 2206.02779), algorithm 1. The paper,
+too, goes back to pixels in the end, by fitting the decoder or by Poisson blending; pasting is
+exact.
 """
 
 import os
@@ -23,13 +27,15 @@ from PIL import Image
 from torch import Tensor
 
 from .. import expect
-from ..guidance import cfg
-from ..images import as_given, read_picture, to_rgb
 from ..pipeline import as_list, denoise_shown, make_sampler, unchanged
-from ..samplers import Step
-from ..schedule import Level
+from ..sampling.guidance import cfg
+from ..sampling.samplers import Step
+from ..sampling.schedule import Level
+from ..viewing.images import as_given, read_picture, to_rgb
 
-BACKGROUND_SEED = 2206_02779  # added to the seed: the background has other noise than the picture starts from
+BACKGROUND_SEED = (
+    2206_02779  # added to the seed: the background has other noise than the picture starts from
+)
 
 
 def blend(
@@ -51,14 +57,17 @@ def blend(
     on_step: Callable[[Tensor, Step], Tensor | None] | None = None,
     progress: bool = True,
 ) -> list[Image.Image]:
-    """Redraw the white part of a mask after a prompt; outside it the pixels are the input's, bit for bit.
+    """Redraw the white part of a mask after a prompt; outside it the pixels are the input's, bit
+    for bit.
 
-    image, prompt: as in `sd.img2img`. mask: what `read_mask` takes, of the picture's proportions; resized by taking the
-    nearest. Of pictures, masks and prompts there may be one for all or one for each. strength: the last
-    int(steps * strength) steps are run; if there are none, the picture itself is returned. height, width: resize the
-    picture to that; without them the result has the picture's own size, whatever it is. feather: inside the mask, the
-    edge fades over that many pixels. paste_back: False returns what was decoded, in which no pixel is the input's.
-    on_step sees the latent with its background. The rest is as in `sd.txt2img`. ValueError for what does not fit.
+    image, prompt: as in `sd.img2img`. mask: what `read_mask` takes, of the picture's proportions;
+    resized by taking the nearest. Of pictures, masks and prompts there may be one for all or one
+    for each. strength: the last int(steps * strength) steps are run; if there are none, the picture
+    itself is returned. height, width: resize the picture to that; without them the result has the
+    picture's own size, whatever it is. feather: inside the mask, the edge fades over that many
+    pixels. paste_back: False returns what was decoded, in which no pixel is the input's. on_step
+    sees the latent with its background. The rest is as in `sd.txt2img`. ValueError for what does
+    not fit.
     """
     prompts = as_list(prompt)
     masks = [read_mask(each) for each in (mask if isinstance(mask, (list, tuple)) else [mask])]
@@ -74,7 +83,9 @@ def blend(
     if len(plan) == 0:
         return pictures
 
-    m = torch.cat([latent_mask(each, *sd.latent_size(*x0.shape[2:])) for each in masks]).to(sd.device)
+    m = torch.cat([latent_mask(each, *sd.latent_size(*x0.shape[2:])) for each in masks]).to(
+        sd.device
+    )
     z0 = sd.encode_image(x0)
     start, behind = noises(sd, seed, rows, *x0.shape[2:])
     background = Background(z0, behind, m)
@@ -95,9 +106,11 @@ def blend(
 
 @dataclass(frozen=True)
 class Background:
-    """background(x, level): x where the mask is white, elsewhere z0 at that noise level, always with the same noise.
+    """background(x, level): x where the mask is white, elsewhere z0 at that noise level, always
+    with the same noise.
 
-    x <- m x + (1 - m) (alpha z0 + sigma noise);  z0, noise: (1 or B, C, h, w), mask: (1 or B, 1, h, w) bool.
+    x <- m x + (1 - m) (alpha z0 + sigma noise);  z0, noise: (1 or B, C, h, w), mask: (1 or B, 1, h,
+    w) bool.
     """
 
     z0: Tensor
@@ -109,18 +122,24 @@ class Background:
         return torch.where(self.mask, x, behind.to(x.dtype))
 
 
-def noises(sd, seed: int | Sequence[int], batch: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """The noise that the pictures start from, that of `sd.noise`, and the noise of their backgrounds."""
+def noises(
+    sd, seed: int | Sequence[int], batch: int, height: int, width: int
+) -> tuple[Tensor, Tensor]:
+    """The noise that the pictures start from, that of `sd.noise`, and the noise of their
+    backgrounds."""
     start = sd.noise(seed, batch, height, width)
     seeds = seed if isinstance(seed, (list, tuple)) else [seed + i for i in range(batch)]
-    return start, sd.noise([(each + BACKGROUND_SEED) % 2**63 for each in seeds], batch, height, width)
+    return start, sd.noise(
+        [(each + BACKGROUND_SEED) % 2**63 for each in seeds], batch, height, width
+    )
 
 
 def read_mask(mask) -> np.ndarray:
     """A mask as (H, W) bool, True where it is white, of a file, a PIL image, or an array or tensor.
 
-    Pictures of any mode are made grey, and white is 128 of 255 or more; an array (H, W) is bool, or 8-bit, or floats
-    from 0 to 1 (white from 0.5). ValueError for a mask that cannot be understood or has no white.
+    Pictures of any mode are made grey, and white is 128 of 255 or more; an array (H, W) is bool, or
+    8-bit, or floats from 0 to 1 (white from 0.5). ValueError for a mask that cannot be understood
+    or has no white.
     """
     if isinstance(mask, (str, os.PathLike)):
         read_picture(mask)  # says what is wrong with a file
@@ -128,12 +147,18 @@ def read_mask(mask) -> np.ndarray:
             return read_mask(file)
     if isinstance(mask, Image.Image):
         if mask.has_transparency_data and mask.convert("RGBA").getextrema()[3][0] < 255:
-            raise ValueError("the mask is transparent in places: expected black and white alone, without transparency")
+            raise ValueError(
+                "the mask is transparent in places: expected black and white alone, without transparency"
+            )
         white = np.asarray(to_rgb(mask).convert("L")) >= 128
     else:
-        white = read_array(mask.detach().cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask))
+        white = read_array(
+            mask.detach().cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
+        )
     if not white.any():
-        raise ValueError("the mask has no white, so nothing would be redrawn: white is redrawn, black is kept")
+        raise ValueError(
+            "the mask has no white, so nothing would be redrawn: white is redrawn, black is kept"
+        )
     return white
 
 
@@ -145,14 +170,21 @@ def read_array(values: np.ndarray) -> np.ndarray:
     if values.dtype == bool:
         return values
     top = {"u1": 255, "f4": 1, "f8": 1, "f2": 1}.get(values.dtype.str[1:])
-    if top is None or not (values.min() >= 0 and values.max() <= top) or (top == 255 and values.max() == 1):
+    if (
+        top is None
+        or not (values.min() >= 0 and values.max() <= top)
+        or (top == 255 and values.max() == 1)
+    ):
         got = f"{values.dtype} from {values.min()} to {values.max()}"
-        raise ValueError(f"the mask is an array of {got}, expected bool, uint8 from 0 to 255, or floats from 0 to 1")
+        raise ValueError(
+            f"the mask is an array of {got}, expected bool, uint8 from 0 to 255, or floats from 0 to 1"
+        )
     return values >= (128 if top == 255 else 0.5)
 
 
 def check_proportions(sizes: list[tuple[int, int]], masks: list[np.ndarray]) -> None:
-    """ValueError unless the pictures have one size, and each mask its proportions (to within a pixel of the mask)."""
+    """ValueError unless the pictures have one size, and each mask its proportions (to within a
+    pixel of the mask)."""
     if len(set(sizes)) > 1:
         raise ValueError(f"got pictures of the sizes {sorted(set(sizes))}, expected one size")
     width, height = sizes[0]
@@ -178,10 +210,14 @@ def latent_mask(mask: np.ndarray, h: int, w: int) -> Tensor:
     return m[None, None]
 
 
-def paste(picture: Image.Image, drawn: Image.Image, mask: np.ndarray, feather: int = 0) -> Image.Image:
-    """The drawn picture where the mask is white, the picture's own pixels outside; each resized to the picture.
+def paste(
+    picture: Image.Image, drawn: Image.Image, mask: np.ndarray, feather: int = 0
+) -> Image.Image:
+    """The drawn picture where the mask is white, the picture's own pixels outside; each resized to
+    the picture.
 
-    At d pixels inside the mask's edge (1: the outermost) the share of the drawn picture is min(1, d / (feather + 1)).
+    At d pixels inside the mask's edge (1: the outermost) the share of the drawn picture is min(1, d
+    / (feather + 1)).
     """
     width, height = picture.size
     if drawn.size != picture.size:
@@ -190,10 +226,14 @@ def paste(picture: Image.Image, drawn: Image.Image, mask: np.ndarray, feather: i
     feather = 0 if inside.all() else feather  # no edge, no fading
     depth = inside.clone()  # d, feather + 1 at most
     for _ in range(feather):
-        inside = -F.max_pool2d(-inside, 3, stride=1, padding=1)  # one layer less; the picture's border is no edge
+        inside = -F.max_pool2d(
+            -inside, 3, stride=1, padding=1
+        )  # one layer less; the picture's border is no edge
         if not inside.any():
             break
         depth += inside
     share = depth[0, :, :, None].double().numpy() / (feather + 1)
     own = np.asarray(picture, np.float64)
-    return Image.fromarray((own + share * (np.asarray(drawn, np.float64) - own)).round().astype(np.uint8))
+    return Image.fromarray(
+        (own + share * (np.asarray(drawn, np.float64) - own)).round().astype(np.uint8)
+    )

@@ -1,7 +1,8 @@
 """Local blend: after each step, take the source's latent wherever the edited objects are not.
 
-Source: google/prompt-to-prompt and Avrahami et al. 2022 (blended diffusion); the published code reads five 16 x 16
-layers of a 512 x 512 picture, this one whatever maps it is given, at any size and for any number of targets.
+Source: google/prompt-to-prompt and Avrahami et al. 2022 (blended diffusion); the published code
+reads five 16 x 16 layers of a 512 x 512 picture, this one whatever maps it is given, at any size
+and for any number of targets.
 """
 
 from collections.abc import Sequence
@@ -16,15 +17,18 @@ from .maps import Maps
 
 
 class LocalBlend:
-    """Keeps the change near named objects: outside, a target's latent is the source's. Called after each step.
+    """Keeps the change near named objects: outside, a target's latent is the source's. Called after
+    each step.
 
         near = max_pool_3x3(map of words) > threshold * its maximum
         far  = map of subtract > subtract_threshold * its maximum
-        x_row <- x_row where (near_row or near_source) and not (far_row or far_source), else x_source
+        x_row <- x_row where (near_row or near_source) and not (far_row or far_source), else
+        x_source
 
-    maps: those of a PromptToPrompt, `p2p.maps`, whose sums over the steps so far are read, on the latent's grid.
-    words, subtract: of all prompts, each row taking those that its prompt has; or a LIST with the words of each row,
-    source first. start: the fraction of the steps before which nothing is done. ValueError: a word that no prompt has.
+    maps: those of a PromptToPrompt, `p2p.maps`, whose sums over the steps so far are read, on the
+    latent's grid. words, subtract: of all prompts, each row taking those that its prompt has; or a
+    LIST with the words of each row, source first. start: the fraction of the steps before which
+    nothing is done. ValueError: a word that no prompt has.
     """
 
     def __init__(
@@ -51,7 +55,9 @@ class LocalBlend:
         picked = torch.zeros(len(prompts), L, device=device)
         if isinstance(words, list):
             if len(words) != len(prompts):
-                raise ValueError(f"got a list of {len(words)} entries, expected words for {len(prompts)} rows")
+                raise ValueError(
+                    f"got a list of {len(words)} entries, expected words for {len(prompts)} rows"
+                )
             for row, own in enumerate(words):
                 for word in [own] if isinstance(own, str) else own:
                     picked[row, self.maps.columns(word, row)] = 1
@@ -66,7 +72,9 @@ class LocalBlend:
 
     def __call__(self, x: Tensor, step) -> Tensor:
         if len(x) != len(self.maps.prompts):
-            raise ValueError(f"got {len(x)} latents, expected one for each prompt, {len(self.maps.prompts)}")
+            raise ValueError(
+                f"got {len(x)} latents, expected one for each prompt, {len(self.maps.prompts)}"
+            )
         if step.index < self.first:
             return x
         keep = self.mask(self.words, self.threshold, x.shape[2:], pool=True)

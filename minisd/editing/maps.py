@@ -1,7 +1,9 @@
-"""Cross-attention maps of a run, summed as it goes: the mean over heads of each site, one (N, L) map per row.
+"""Cross-attention maps of a run, summed as it goes: the mean over heads of each site, one (N, L)
+map per row.
 
-No map of a head or of a single step is kept. `save_mean` of an AttentionEdit adds to the sums inside the network, so
-the maps are those that were used: where a row was edited, the edited ones. Hertz et al. 2022, section 3 and figure 4.
+No map of a head or of a single step is kept. `save_mean` of an AttentionEdit adds to the sums
+inside the network, so the maps are those that were used: where a row was edited, the edited ones.
+Hertz et al. 2022, section 3 and figure 4.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import expect
-from ..attention import AttentionEdit
+from ..models.attention import AttentionEdit
 from .alignment import find_word, missing_word
 from .sites import coarsest, select_sites
 
 
 class Maps:
-    """Mean cross-attention maps of the prompts; called with a step, the edits that sum them: cfg(..., edits=maps).
+    """Mean cross-attention maps of the prompts; called with a step, the edits that sum them:
+    cfg(..., edits=maps).
 
     prompts      one for each row of the conditional group
     steps        length of the sampler's schedule, of which `until` is the fraction after which nothing is added
@@ -25,8 +28,8 @@ class Maps:
     height, width   of the picture in pixels, if not the model's own
     source_row   (S,) the row whose picture each row is an edit of (`LocalBlend` reads it), by default itself
 
-    sums: {site: (S, N, L) float32}. A step whose index is not above that of the step before starts a new run: the sums
-    are set to zero.
+    sums: {site: (S, N, L) float32}. A step whose index is not above that of the step before starts
+    a new run: the sums are set to zero.
     """
 
     def __init__(
@@ -43,25 +46,39 @@ class Maps:
         expect.whole_number("steps", steps, 1)
         expect.number("until", until, 0, 1)
         if int(until * steps) == 0:
-            raise ValueError(f"until is {until} of {steps} steps, expected at least the first of them")
+            raise ValueError(
+                f"until is {until} of {steps} steps, expected at least the first of them"
+            )
         size = sd.latent_size(height, width)
         if where is None:
             most = coarsest(sd.unet, size)
-            where = [s for s in sd.unet.sites("cross", most, size) if not s.startswith("mid")] or "mid"
-        self.prompts, self.tokenizer, self.steps, self.until = list(prompts), sd.tokenizer, steps, until
-        self.grids = {site: sd.unet.grid(site, size) for site in select_sites(sd.unet, "cross", where, size)}
+            where = [
+                s for s in sd.unet.sites("cross", most, size) if not s.startswith("mid")
+            ] or "mid"
+        self.prompts, self.tokenizer, self.steps, self.until = (
+            list(prompts),
+            sd.tokenizer,
+            steps,
+            until,
+        )
+        self.grids = {
+            site: sd.unet.grid(site, size) for site in select_sites(sd.unet, "cross", where, size)
+        }
         self.sums = {
             site: torch.zeros(len(self.prompts), h * w, sd.tokenizer.max_length, device=sd.device)
             for site, (h, w) in self.grids.items()
         }
-        self.source_row = torch.arange(len(self.prompts), device=sd.device) if source_row is None else source_row
+        self.source_row = (
+            torch.arange(len(self.prompts), device=sd.device) if source_row is None else source_row
+        )
         self.count, self.last = 0, -1
 
     def __call__(self, step) -> Mapping[str, AttentionEdit]:
         return {site: AttentionEdit(save_mean=total) for site, total in self.open(step).items()}
 
     def open(self, step) -> Mapping[str, Tensor]:
-        """The sums that this step adds to, zero at the first step of a run; none from `until` on."""
+        """The sums that this step adds to, zero at the first step of a run; none from `until`
+        on."""
         if step.index <= self.last:
             self.count = 0
             for total in self.sums.values():
@@ -75,18 +92,25 @@ class Maps:
     def mean(self, grid: tuple[int, int] | None = None) -> Tensor:
         """Mean over steps, heads and sites, (S, h, w, L), of the sites with that grid.
 
-        None: of all sites, on the finest of their grids (bilinear). RuntimeError before the first step.
+        None: of all sites, on the finest of their grids (bilinear). RuntimeError before the first
+        step.
         """
         if not self.count:
-            raise RuntimeError("the maps are empty: no step has run with them (they sum from their first use on)")
+            raise RuntimeError(
+                "the maps are empty: no step has run with them (they sum from their first use on)"
+            )
         grids = [g for g in self.grids.values() if grid in (None, g)]
         if not grids:
-            raise ValueError(f"no saved site has the grid {grid}, expected one of {sorted(set(self.grids.values()))}")
+            raise ValueError(
+                f"no saved site has the grid {grid}, expected one of {sorted(set(self.grids.values()))}"
+            )
         finest, total = max(grids), 0
         for site, (h, w) in self.grids.items():
             if (h, w) in grids:
                 maps = self.sums[site].mT.unflatten(2, (h, w))  # (S, L, h, w)
-                total = total + (maps if (h, w) == finest else F.interpolate(maps, finest, mode="bilinear"))
+                total = total + (
+                    maps if (h, w) == finest else F.interpolate(maps, finest, mode="bilinear")
+                )
         return total.permute(0, 2, 3, 1) / (self.count * len(grids))
 
     def columns(self, word: str, row: int = 0) -> list[int]:
@@ -97,5 +121,6 @@ class Maps:
         return positions
 
     def word(self, word: str, row: int = 0, grid: tuple[int, int] | None = None) -> Tensor:
-        """The mean map of a word of a row's prompt, (h, w): the mean over its tokens and occurrences."""
+        """The mean map of a word of a row's prompt, (h, w): the mean over its tokens and
+        occurrences."""
         return self.mean(grid)[row, :, :, self.columns(word, row)].mean(dim=-1)

@@ -1,16 +1,21 @@
-"""Null-text inversion: optimise the unconditional embedding of each step, so that guidance leads back to the picture.
+"""Null-text inversion: optimise the unconditional embedding of each step, so that guidance leads
+back to the picture.
 
-The trajectory of DDIM inversion without guidance, z*_T ... z*_0, is the pivot. From x = z*_T on, at step i
+The trajectory of DDIM inversion without guidance, z*_T ... z*_0, is the pivot. From x = z*_T on, at
+step i
 
     minimise over phi_i   | next(x, eps_u + w (eps_c - eps_u)) - z*_next |^2 (mean),   eps_u = e(phi_i), eps_c = e(cond)
 
-by a few steps of Adam from phi_(i-1), the first from the embedding of ""; then x <- next(x, ...) with what was found.
-Everything else is frozen. Gradients run through the one unconditional UNet call alone, from the first cross-attention
-on; eps_c is computed once per step, without. Mokady et al. 2022 (arXiv 2211.09794) and its published code:
+by a few steps of Adam from phi_(i-1), the first from the embedding of ""; then x <- next(x, ...)
+with what was found. Everything else is frozen. Gradients run through the one unconditional UNet
+call alone, from the first cross-attention on; eps_c is computed once per step, without. Mokady et
+al. 2022 (arXiv 2211.09794) and its published code:
 
-    learning rate 0.01 (1 - i / 100),  up to 10 inner steps,  stop when the loss before an update < 1e-5 + 2e-5 i
+    learning rate 0.01 (1 - i / 100),  up to 10 inner steps,  stop when the loss before an update <
+    1e-5 + 2e-5 i
 
-which count in a schedule of 50 steps; with more than 50, i runs to the same ends: 50 i / steps stands in its place.
+which count in a schedule of 50 steps; with more than 50, i runs to the same ends: 50 i / steps
+stands in its place.
 """
 
 from collections.abc import Iterator
@@ -23,7 +28,7 @@ from tqdm import tqdm
 
 from .. import expect
 from ..pipeline import memory_for
-from ..samplers import DDIM, Step
+from ..sampling.samplers import DDIM, Step
 from .inversion import Inversion, embed
 
 BETA1, BETA2, TINY = 0.9, 0.999, 1e-8  # Adam's
@@ -41,19 +46,23 @@ def null_text(
     recompute: bool = False,
     progress: bool = True,
 ) -> Inversion:
-    """The inversion with an unconditional embedding for each picture and step, (steps, B, L, D), and its losses.
+    """The inversion with an unconditional embedding for each picture and step, (steps, B, L, D),
+    and its losses.
 
-    inversion: of `invert(..., trajectory=True)`. guidance: the scale of the edits to come, not 1, at which nothing is
-    unconditional. inner_steps: 0 leaves the embedding of "". recompute: keep one activation per layer and compute the
-    others again in the backward pass; takes a third more time, for large pictures. Attention runs as "sdpa" meanwhile.
-    The pictures are independent rows: each has its own Adam and stops by itself. ValueError for what does not fit.
+    inversion: of `invert(..., trajectory=True)`. guidance: the scale of the edits to come, not 1,
+    at which nothing is unconditional. inner_steps: 0 leaves the embedding of "". recompute: keep
+    one activation per layer and compute the others again in the backward pass; takes a third more
+    time, for large pictures. Attention runs as "sdpa" meanwhile. The pictures are independent rows:
+    each has its own Adam and stops by itself. ValueError for what does not fit.
     """
     inversion.check(sd)
     if inversion.trajectory is None:
         raise ValueError("null-text needs the trajectory: invert(..., trajectory=True)")
     expect.number("guidance", guidance)
     if guidance == 1:
-        raise ValueError("guidance is 1, at which the unconditional embedding has no effect: expected another scale")
+        raise ValueError(
+            "guidance is 1, at which the unconditional embedding has no effect: expected another scale"
+        )
     expect.whole_number("inner_steps", inner_steps, 0)
     expect.number("lr", lr, 0)
     expect.number("early_stop", early_stop, 0)
@@ -70,17 +79,39 @@ def null_text(
             eps_c = unet(sd, x, step, cond)
             target = path[step.index + 1 - skip]
             for inner, (rows, loss) in enumerate(
-                adam(sd, x, step, phi, eps_c, target, guidance, inner_steps, lr * (1 - i / 100), early_stop + 2e-5 * i)
+                adam(
+                    sd,
+                    x,
+                    step,
+                    phi,
+                    eps_c,
+                    target,
+                    guidance,
+                    inner_steps,
+                    lr * (1 - i / 100),
+                    early_stop + 2e-5 * i,
+                )
             ):
                 losses[step.index, inner, rows.cpu()] = loss.cpu()
             uncond[step.index] = phi
             eps_u = unet(sd, x, step, phi)
             x = step.update(x, eps_u + guidance * (eps_c - eps_u))
-    return replace(inversion, method="null-text", guidance=float(guidance), uncond=uncond, losses=losses)
+    return replace(
+        inversion, method="null-text", guidance=float(guidance), uncond=uncond, losses=losses
+    )
 
 
 def adam(
-    sd, x: Tensor, step: Step, phi: Tensor, eps_c: Tensor, target: Tensor, guidance: float, inner_steps, lr, stop
+    sd,
+    x: Tensor,
+    step: Step,
+    phi: Tensor,
+    eps_c: Tensor,
+    target: Tensor,
+    guidance: float,
+    inner_steps,
+    lr,
+    stop,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Steps of Adam on phi (B, L, D), in place; yields (rows, loss of each before the step).
 
@@ -106,7 +137,8 @@ def gradient(sd, x, step, phi, eps_c, target, guidance) -> tuple[Tensor, Tensor]
     eps_u = unet(sd, x, step, phi)
     x_next = step.update(x, eps_u + guidance * (eps_c - eps_u))
     square = (x_next - target).square().flatten(1)  # (B, C h w)
-    # Of the sum, and divided afterwards: the mean's gradient is too small for float16 inside the network.
+    # Of the sum, and divided afterwards: the mean's gradient is too small for float16 inside the
+    # network.
     (g,) = torch.autograd.grad(square.sum(), phi)
     return square.mean(1).detach(), g / square.shape[1]
 
@@ -126,4 +158,6 @@ def differentiable(unet, recompute: bool):
         yield
     finally:
         unet.attention, unet.recompute = before
-        unet.to(unet.conv_in.weight.device)  # convolutions may again keep their weights in oneDNN's order (onednn.py)
+        unet.to(
+            unet.conv_in.weight.device
+        )  # convolutions may again keep their weights in oneDNN's order (onednn.py)

@@ -1,9 +1,10 @@
 """Prompt-to-prompt in two runs: record the attention maps of one, inject them into another.
 
-Cross-attention is recorded as the maps P (H, N, L), self-attention as q and k (H, N, D) from which its map is
-computed again; of the conditional row only, on the CPU, by default in float16. That is large (a 512 x 512 picture of
-Stable Diffusion v1, 50 steps: 1.66 GB of cross maps), so the size is worked out first. Where both prompts are known
-beforehand, `edit_prompt` needs none of it. Source: Hertz et al. 2022 (arXiv 2208.01626), algorithm 1.
+Cross-attention is recorded as the maps P (H, N, L), self-attention as q and k (H, N, D) from which
+its map is computed again; of the conditional row only, on the CPU, by default in float16. That is
+large (a 512 x 512 picture of Stable Diffusion v1, 50 steps: 1.66 GB of cross maps), so the size is
+worked out first. Where both prompts are known beforehand, `edit_prompt` needs none of it. Source:
+Hertz et al. 2022 (arXiv 2208.01626), algorithm 1.
 """
 
 import json
@@ -17,10 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import expect
-from ..attention import AttentionEdit
-from ..guidance import cfg
-from ..images import whole
+from ..models.attention import AttentionEdit
 from ..pipeline import denoise_shown, make_sampler, pick_dtype
+from ..sampling.guidance import cfg
+from ..viewing.images import whole
 from .prompt_to_prompt import PromptToPrompt
 from .sites import coarsest, select_sites
 
@@ -31,8 +32,8 @@ GB = 1e9
 class Recording:
     """What one run's attention was: of `prompt`, over `steps` steps, for latents of `size` (h, w).
 
-    t: (steps,) the timesteps that ran, -1 where none did. maps: {"SITE.p": (steps, 1, H, N, L)} of cross-attention,
-    {"SITE.q", "SITE.k": (steps, 1, H, N, D)} of self-attention, on the CPU.
+    t: (steps,) the timesteps that ran, -1 where none did. maps: {"SITE.p": (steps, 1, H, N, L)} of
+    cross-attention, {"SITE.q", "SITE.k": (steps, 1, H, N, D)} of self-attention, on the CPU.
     """
 
     prompt: str
@@ -42,7 +43,8 @@ class Recording:
     maps: dict[str, Tensor]
 
     def save(self, path) -> None:
-        """Write one safetensors file, under its name only when it is whole; `load` reads it back."""
+        """Write one safetensors file, under its name only when it is whole; `load` reads it
+        back."""
         about = {"prompt": self.prompt, "steps": self.steps, "size": self.size}
         with whole(path) as part:
             save_file({"t": self.t, **self.maps}, part, {"minisd_recording": json.dumps(about)})
@@ -62,12 +64,13 @@ class Recording:
 
 
 class Recorder:
-    """Makes `recorder.recording`: denoise(x, sampler, cfg(..., edits=recorder), after=recorder.store).
+    """Makes `recorder.recording`: denoise(x, sampler, cfg(..., edits=recorder),
+    after=recorder.store).
 
-    cross_sites, self_sites: what to record, see `select_sites`; by default all cross sites, and the self sites up to
-    the coarsest resolution of the down and up blocks; [] for none. dtype: of what is stored. limit: bytes that it may
-    take; `bytes` is what it takes. height, width: of the picture in pixels, if not the model's own. MemoryError above
-    the limit.
+    cross_sites, self_sites: what to record, see `select_sites`; by default all cross sites, and the
+    self sites up to the coarsest resolution of the down and up blocks; [] for none. dtype: of what
+    is stored. limit: bytes that it may take; `bytes` is what it takes. height, width: of the
+    picture in pixels, if not the model's own. MemoryError above the limit.
     """
 
     def __init__(
@@ -107,14 +110,19 @@ class Recorder:
         self.recording = Recording(prompt, steps, size, torch.full((steps,), -1), maps)
         # What the network writes in one step: it keeps its storage, as a replayed CUDA graph needs.
         self.buffers = {
-            name: torch.zeros(shape, dtype=dtype if name.endswith(".p") else sd.dtype, device=sd.device)
+            name: torch.zeros(
+                shape, dtype=dtype if name.endswith(".p") else sd.dtype, device=sd.device
+            )
             for name, shape in shapes.items()
         }
 
     def __call__(self, step) -> dict[str, AttentionEdit]:
         at = self.buffers
         edits = {site: AttentionEdit(save=at[f"{site}.p"]) for site in self.cross_sites}
-        return edits | {site: AttentionEdit(save_qk=(at[f"{site}.q"], at[f"{site}.k"])) for site in self.self_sites}
+        return edits | {
+            site: AttentionEdit(save_qk=(at[f"{site}.q"], at[f"{site}.k"]))
+            for site in self.self_sites
+        }
 
     def store(self, x: Tensor, step) -> Tensor:
         """Keep what the step has written; x is returned as it is."""
@@ -125,18 +133,25 @@ class Recorder:
 
 
 class Replay:
-    """The edits that inject a recording into a run of target prompts: cfg(..., edits=Replay(sd, recording, ...)).
+    """The edits that inject a recording into a run of target prompts: cfg(..., edits=Replay(sd,
+    recording, ...)).
 
-    The same as `PromptToPrompt(sd, recording.prompt, *targets, steps=recording.steps, ...)`, with stored maps instead
-    of a source row: the rows are the targets. edit: its other arguments. ValueError if the sampler's timesteps
-    differ.
+    The same as `PromptToPrompt(sd, recording.prompt, *targets, steps=recording.steps, ...)`, with
+    stored maps instead of a source row: the rows are the targets. edit: its other arguments.
+    ValueError if the sampler's timesteps differ.
     """
 
     def __init__(self, sd, recording: Recording, *targets: str, **edit):
         height, width = (side * sd.vae.factor for side in recording.size)
         self.recording = recording
         self.p2p = PromptToPrompt(
-            sd, recording.prompt, *targets, steps=recording.steps, height=height, width=width, **edit
+            sd,
+            recording.prompt,
+            *targets,
+            steps=recording.steps,
+            height=height,
+            width=width,
+            **edit,
         )
         self.prompts, self.dtype, self.device = self.p2p.prompts[1:], sd.dtype, sd.device
 
@@ -157,9 +172,16 @@ class Replay:
                     inject=self.stored(name, i), token_map=token_map, blend=blend, reweight=factors
                 )
             elif part == "q" and site in p2p.self_sites:
-                q, k = self.stored(name, i).to(self.dtype), self.stored(f"{site}.k", i).to(self.dtype)
-                on = (p2p.self_row[i, 1:] == 0).float()  # by value, so that the tensors are the same at every step
-                edits[site] = AttentionEdit(inject_qk=(q, k), blend=on[:, None].expand(-1, q.shape[2]).contiguous())
+                q, k = (
+                    self.stored(name, i).to(self.dtype),
+                    self.stored(f"{site}.k", i).to(self.dtype),
+                )
+                on = (
+                    p2p.self_row[i, 1:] == 0
+                ).float()  # by value, so that the tensors are the same at every step
+                edits[site] = AttentionEdit(
+                    inject_qk=(q, k), blend=on[:, None].expand(-1, q.shape[2]).contiguous()
+                )
         return edits
 
     def stored(self, name: str, i: int) -> Tensor:
@@ -183,8 +205,8 @@ def record(
 ):
     """Draw a prompt and record its maps: (PIL image, Recording).
 
-    what: the other arguments of `Recorder`. latents, uncond: as in `edit_prompt`. The size is worked out before the
-    run: MemoryError above `limit`.
+    what: the other arguments of `Recorder`. latents, uncond: as in `edit_prompt`. The size is
+    worked out before the run: MemoryError above `limit`.
     """
     x = sd.starting_noise(1, seed, latents, what.get("height"), what.get("width"))
     what["height"], what["width"] = (side * sd.vae.factor for side in x.shape[2:])
@@ -213,14 +235,18 @@ def replay(
 ):
     """Draw target prompts with the recorded maps: a list of PIL images.
 
-    injection_ratio, self_ratio: the fraction of the STEPS in which cross- and self-attention maps are injected, the
-    cross_steps and self_steps of `PromptToPrompt`; edit: its other arguments. The rest is as in `edit_prompt`, and
-    should be what it was in `record`.
+    injection_ratio, self_ratio: the fraction of the STEPS in which cross- and self-attention maps
+    are injected, the cross_steps and self_steps of `PromptToPrompt`; edit: its other arguments. The
+    rest is as in `edit_prompt`, and should be what it was in `record`.
     """
-    edits = Replay(sd, recording, *targets, cross_steps=injection_ratio, self_steps=self_ratio, **edit)
+    edits = Replay(
+        sd, recording, *targets, cross_steps=injection_ratio, self_steps=self_ratio, **edit
+    )
     height, width = (side * sd.vae.factor for side in recording.size)
     x = sd.starting_noise(1, seed, latents, height, width)
     uncond = sd.encode_prompt([negative_prompt]) if uncond is None else uncond
     predict = cfg(sd.unet, uncond, sd.encode_prompt(edits.prompts), guidance, edits)
     plan = make_sampler(sampler, sd.schedule, recording.steps)
-    return sd.decode(denoise_shown(x.expand(len(edits.prompts), -1, -1, -1), plan, predict, None, progress))
+    return sd.decode(
+        denoise_shown(x.expand(len(edits.prompts), -1, -1, -1), plan, predict, None, progress)
+    )

@@ -5,25 +5,31 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from numbers import Integral
 
-from ..unet import UNet
+from ..models.unet import UNet
 
 
 def coarsest(unet: UNet, size=None) -> int:
-    """The number of queries at the coarsest resolution of the down and up blocks, for latents of `size` (h, w).
+    """The number of queries at the coarsest resolution of the down and up blocks, for latents of
+    `size` (h, w).
 
-    In Stable Diffusion v1 this is 1/16 of the latent's positions, 16 x 16 for a picture of 512 x 512: the published
-    limit for injecting self-attention, and the maps that a local blend reads.
+    In Stable Diffusion v1 this is 1/16 of the latent's positions, 16 x 16 for a picture of 512 x
+    512: the published limit for injecting self-attention, and the maps that a local blend reads.
     """
-    sites = [site for site in unet.sites("cross") if not site.startswith("mid")] or unet.sites("cross")
+    sites = [site for site in unet.sites("cross") if not site.startswith("mid")] or unet.sites(
+        "cross"
+    )
     return min(math.prod(unet.grid(site, size)) for site in sites)
 
 
-def select_sites(unet: UNet, kind: str, where: str | int | Sequence[str | int] | None = None, size=None) -> list[str]:
+def select_sites(
+    unet: UNet, kind: str, where: str | int | Sequence[str | int] | None = None, size=None
+) -> list[str]:
     """Names of the "self" or "cross" sites that any entry of `where` picks, in forward order.
 
-    where: None, all; "down", "mid" or "up", those blocks; a number, sites with at most that many queries; "16x16",
-    sites with queries on such a grid (height x width); else a site name, in which * and ? stand for any characters.
-    size: (h, w) of the latents, None: the model's own. ValueError for an entry that picks nothing; [] picks nothing.
+    where: None, all; "down", "mid" or "up", those blocks; a number, sites with at most that many
+    queries; "16x16", sites with queries on such a grid (height x width); else a site name, in which
+    * and ? stand for any characters. size: (h, w) of the latents, None: the model's own. ValueError
+    for an entry that picks nothing; [] picks nothing.
     """
     sites = unet.sites(kind)
     if where is None:
@@ -33,7 +39,11 @@ def select_sites(unet: UNet, kind: str, where: str | int | Sequence[str | int] |
         new = set()
         if isinstance(entry, str):
             pattern = f"{entry}_block*" if entry in ("down", "mid", "up") else entry
-            new = {s for s in sites if fnmatchcase(s, pattern) or "x".join(map(str, unet.grid(s, size))) == entry}
+            new = {
+                s
+                for s in sites
+                if fnmatchcase(s, pattern) or "x".join(map(str, unet.grid(s, size))) == entry
+            }
         elif isinstance(entry, Integral):
             new = {site for site in sites if math.prod(unet.grid(site, size)) <= entry}
         if not new:

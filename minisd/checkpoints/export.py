@@ -1,0 +1,163 @@
+"""Writing a checkpoint: diffusers' folder layout, or one file in the original CompVis layout.
+
+Tensors go from file to file one at a time, so a model is exported in the memory of its largest
+tensor. What is written carries the newest names of diffusers and the Hub's `text_model.` prefix,
+which diffusers and minisd read back.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from ..models.tokenizer import CLIPTokenizer
+from ..sampling.schedule import NoiseSchedule
+from ..viewing.images import made, whole
+from .load import MODELS, SD_V1_SCHEDULE, Checkpoint, fit
+from .names import to_ldm
+from .sources import CheckpointError, weights_file
+from .tensor_file import FLOATS, read_tensors, write_tensors
+
+DTYPES = {
+    str(dtype).removeprefix("torch."): name for name, dtype in FLOATS.items()
+}  # "float16" -> "F16"
+PIPELINE = {
+    "_class_name": "StableDiffusionPipeline",
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "safety_checker": [None, None],
+    "feature_extractor": [None, None],
+    "requires_safety_checker": False,
+}
+
+
+def export(checkpoint: Checkpoint, folder, dtype: str | None = None) -> None:
+    """Write a checkpoint as a folder in diffusers layout, all of it or nothing.
+
+    dtype: float16, bfloat16, float32 or float64; None keeps each file's own. FileExistsError unless
+    the folder is new or empty.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is there already, expected a new or an empty folder")
+    modules, found = fit(checkpoint)
+    part_folder = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    with made(folder.parent):
+        try:
+            for part, module in modules.items():
+                path = part_folder / weights_file(part, None)
+                config = config_json(part, checkpoint.configs[part], checkpoint.tokenizer)
+                write_json(path.parent / "config.json", config)
+                shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+                tensors = _in_order(checkpoint, part, found[part], shapes)
+                prefix = "text_model." if part == "text_encoder" else ""
+                written = {prefix + name: shape for name, shape in shapes.items()}
+                write_tensors(path, written, _dtype(dtype, found[part]), tensors)
+            scheduler = {
+                "_class_name": "DDIMScheduler",
+                "clip_sample": False,
+            } | checkpoint.scheduler
+            write_json(part_folder / "scheduler" / "scheduler_config.json", scheduler)
+            write_json(part_folder / "model_index.json", model_index(scheduler))
+            checkpoint.tokenizer.save(part_folder / "tokenizer")
+            os.replace(part_folder, folder)
+        finally:
+            shutil.rmtree(part_folder, ignore_errors=True)
+
+
+def export_single_file(checkpoint: Checkpoint, path, dtype: str | None = None) -> None:
+    """Write a checkpoint as one .safetensors file in CompVis' layout, all of it or nothing.
+
+    Such a file says nothing of its configs, its schedule and its vocabulary: CheckpointError unless
+    they are Stable Diffusion v1's, which readers take for granted. FileExistsError if the file is
+    there.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: expected a name that ends in .safetensors")
+    if path.exists():
+        raise FileExistsError(f"{path} is there already")
+    for part, (_, config) in MODELS.items():
+        own, v1 = checkpoint.configs[part], config()
+        sizeless = replace(own, sample_size=v1.sample_size) if hasattr(own, "sample_size") else own
+        if sizeless != v1:
+            raise CheckpointError(
+                f"a single file holds Stable Diffusion v1's {part}; got {own}, expected {v1}"
+            )
+    schedule, v1 = checkpoint.schedule, NoiseSchedule.from_dict(SD_V1_SCHEDULE)
+    if len(schedule) != len(v1) or not v1.alphas_cumprod.allclose(schedule.alphas_cumprod):
+        raise CheckpointError(
+            "a single file has Stable Diffusion v1's schedule, and this model another"
+        )
+    modules, found = fit(checkpoint)
+    shapes, entries = {}, {}
+    for part, module in modules.items():
+        for name, tensor in module.state_dict().items():
+            convolution = part == "vae" and ".attentions." in name and tensor.ndim == 2
+            shapes[to_ldm(part, name, checkpoint.configs[part])] = (
+                *tensor.shape,
+                *((1, 1) if convolution else ()),
+            )
+        entries |= found[part]
+    tensors = (
+        t
+        for part in modules
+        for t in _in_order(checkpoint, part, found[part], modules[part].state_dict())
+    )
+    with whole(path) as part_path:
+        write_tensors(part_path, shapes, _dtype(dtype, entries), tensors)
+
+
+def config_json(part: str, config, tokenizer: CLIPTokenizer) -> dict:
+    """A part's config.json, as diffusers and transformers read it."""
+    values = asdict(config)
+    if part == "unet":
+        return values | {"_class_name": "UNet2DConditionModel"}
+    if part == "vae":
+        stages = len(config.block_out_channels)
+        blocks = {
+            "down_block_types": ["DownEncoderBlock2D"] * stages,
+            "up_block_types": ["UpDecoderBlock2D"] * stages,
+        }
+        return values | blocks | {"_class_name": "AutoencoderKL"}
+    ids = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
+    return values | ids | {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
+
+
+def model_index(scheduler: dict) -> dict:
+    """model_index.json: the classes with which diffusers reads the parts."""
+    return PIPELINE | {"scheduler": ["diffusers", scheduler["_class_name"]]}
+
+
+def _in_order(checkpoint: Checkpoint, part: str, entries, names) -> Iterator[Tensor]:
+    """The part's tensors in the order of `names`, which need not be that of their bytes."""
+    for name in names:
+        [(_, tensor)] = read_tensors(checkpoint.files[part], {name: entries[name]})
+        yield tensor
+
+
+def _dtype(dtype: str | None, entries) -> str:
+    """The format's name of the dtype to write: the one asked for, or else the widest in the
+    file."""
+    if dtype is None:
+        return max(
+            {entry.dtype for entry in entries.values()}, key=lambda name: FLOATS[name].itemsize
+        )
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def write_json(path: Path, values: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

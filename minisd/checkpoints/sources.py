@@ -1,0 +1,281 @@
+"""Where models are: bundled with minisd, in the cache of the Hugging Face Hub, or on the Hub.
+Nothing here needs torch.
+
+The Hub is spoken to by huggingface_hub alone, so its settings hold: HF_HOME and HF_HUB_CACHE (where
+the cache is), HF_ENDPOINT (a mirror), HF_TOKEN, HF_HUB_OFFLINE; its progress bars show, and a
+connection that breaks is resumed. Layout of a repo: diffusers' folders;
+https://huggingface.co/docs/huggingface_hub/guides/manage-cache for the cache.
+"""
+
+import hashlib
+import os
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import NamedTuple
+
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+}
+CONFIGS = ("scheduler/scheduler_config.json", *(f"{part}/config.json" for part in WEIGHTS))
+VOCABULARY_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+SHORT_NAMES = {
+    "sd-v1-4": "CompVis/stable-diffusion-v1-4",
+    "sd-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+}
+MOVED = {
+    "runwayml/stable-diffusion-v1-5": SHORT_NAMES["sd-v1-5"]
+}  # its owner left the Hub in August 2024
+CLIP = "openai/clip-vit-large-patch14"  # the text encoder and the vocabulary of Stable Diffusion v1, whole
+SIZES = {None: "4.3 GB", "fp16": "2.1 GB"}  # of the weights of Stable Diffusion v1, by variant
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not there, cannot be read, or does not fit the models."""
+
+
+class Cached(NamedTuple):
+    """A model in the Hub's cache: what to give as source and options, its folder, the bytes of the
+    files it needs."""
+
+    source: str
+    folder: Path
+    size: int
+
+
+def bundled() -> dict[str, Path]:
+    """The models that come with minisd, name -> folder."""
+    root = Path(str(files("minisd_weights")))
+    return {
+        path.parent.parent.name: path.parent.parent
+        for path in sorted(root.glob("*/unet/config.json"))
+    }
+
+
+def hub_repo(source) -> str | None:
+    """The Hub repo that a source names, or None. A folder or file of that name goes before the
+    Hub."""
+    if not isinstance(source, str) or Path(source).exists() or source.endswith(".safetensors"):
+        return None
+    repo = SHORT_NAMES.get(source, MOVED.get(source, source))
+    return repo if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo, re.ASCII) else None
+
+
+def weights_file(part: str, variant: str | None) -> str:
+    """Where a part's weights are in diffusers' layout, e.g.
+    unet/diffusion_pytorch_model.fp16.safetensors."""
+    return f"{part}/{WEIGHTS[part]}{'' if variant is None else f'.{variant}'}.safetensors"
+
+
+def download(repo: str, variant=None, revision=None, local_files_only=False, to=None) -> Path:
+    """Fetch the files that minisd needs, and no other, of a Hub repo in diffusers layout -> their
+    folder.
+
+    The small files first, the weights last, all of one commit. Each weights file that was
+    downloaded is compared with the sha256 that the Hub has for it. to: a folder for the files in
+    place of the cache.
+    """
+    vocabulary = [f"tokenizer/{name}" for name in VOCABULARY_FILES]
+    encoder = "text_encoder/config.json"  # a repo may lack its text encoder or its vocabulary
+    needed = [name for name in CONFIGS if name != encoder]
+    folder = _fetch(repo, needed, revision, local_files_only, optional=[encoder, *vocabulary])
+    commit = folder.name
+    if not (folder / vocabulary[0]).exists():  # saved by transformers 5
+        _fetch(repo, [], commit, local_files_only, optional=["tokenizer/tokenizer.json"])
+    parts = [part for part in WEIGHTS if part != "text_encoder" or (folder / encoder).exists()]
+    small = [
+        name
+        for name in (*CONFIGS, *vocabulary, "tokenizer/tokenizer.json")
+        if (folder / name).exists()
+    ]
+    for name in small if to is not None else ():
+        target = Path(to) / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((folder / name).read_bytes())
+    weights = [weights_file(part, variant) for part in parts]
+    return _fetch(repo, weights, commit, local_files_only, to=to)
+
+
+def fetch_clip(names, local_files_only=False) -> Path:
+    """The folder that holds the named files of openai/clip-vit-large-patch14."""
+    return _fetch(CLIP, names, None, local_files_only)
+
+
+def _fetch(repo, needed, revision, local_files_only, optional=(), to=None) -> Path:
+    """The folder of one snapshot of `repo` that holds the `needed` files, and the `optional` ones
+    that the repo has."""
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    folder = to
+    elsewhere = {} if to is None else {"local_dir": to}
+    reached = local_files_only
+    for name in [*needed, *optional]:
+        try:
+            before = None if to else try_to_load_from_cache(repo, name, revision=revision)
+            if before is _CACHED_NO_EXIST and name in optional:
+                continue
+            if (
+                before is None
+                and not reached
+                and not (to is not None and (Path(to) / name).exists())
+            ):
+                _reach(repo, name, revision)
+                reached = True
+            found = hf_hub_download(
+                repo, name, revision=revision, local_files_only=local_files_only, **elsewhere
+            )
+            path = Path(found)
+            if name.endswith(".safetensors") and found != before and not local_files_only:
+                _verify(path, repo, name, revision)
+        except CheckpointError:
+            raise
+        except EntryNotFoundError as error:
+            unknown = isinstance(
+                error, LocalEntryNotFoundError
+            )  # not in the cache, and the Hub did not tell
+            known = (
+                not unknown
+                or try_to_load_from_cache(repo, name, revision=revision) is _CACHED_NO_EXIST
+            )
+            if name in optional and (known or local_files_only):
+                continue
+            if unknown:
+                why = "is not in the local Hub cache"
+                why += (
+                    ""
+                    if local_files_only
+                    else f", and the Hub was not reached{_answer(error.__cause__)}"
+                )
+            else:
+                why = f"does not exist at revision {revision or 'main'} (minisd reads .safetensors, not .bin pickles)"
+            raise CheckpointError(f"Hub repo {repo}: {name} {why}") from error
+        except Exception as error:  # the HTTP client's own errors come through, too
+            raise CheckpointError(
+                f"Hub repo {repo}: {name} did not come: {_reason(error, revision)}"
+            ) from error
+        if to is None:
+            folder = path.parents[name.count("/")]
+            revision = folder.name  # the snapshot's commit: the other files come from the same one
+    return folder
+
+
+def _reach(repo: str, name: str, revision: str | None) -> None:
+    """Ask the Hub once for a file. Without a network that fails at once, and huggingface_hub's
+    download, which has no setting for it, would try again for 20 seconds; whatever else goes wrong
+    is left to the download to try again."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    try:
+        get_hf_file_metadata(hf_hub_url(repo, name, revision=revision))
+    except Exception as error:
+        # The HTTP client's: of httpx ConnectError, of requests, which older releases use,
+        # ConnectionError.
+        if any(cls.__name__ in ("ConnectError", "ConnectionError") for cls in type(error).__mro__):
+            why = f"is not in the local Hub cache, and the Hub was not reached: {_reason(error, revision)}"
+            raise CheckpointError(f"Hub repo {repo}: {name} {why}") from error
+
+
+def _verify(path: Path, repo: str, name: str, revision: str | None) -> None:
+    """Compare a file with the sha256 that the Hub keeps for it; a file that differs is removed."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    expected = get_hf_file_metadata(hf_hub_url(repo, name, revision=revision)).etag
+    if not re.fullmatch(r"[0-9a-f]{64}", expected or ""):  # a mirror that keeps none
+        return
+    if (got := sha256(path)) != expected:
+        if path.is_symlink():  # from the cache's snapshots/ to its blobs/
+            (path.parent / os.readlink(path)).unlink(missing_ok=True)
+        path.unlink()
+        raise CheckpointError(
+            f"Hub repo {repo}: {name} came with sha256 {got}, the Hub says {expected}; the damaged file was removed, "
+            "try again"
+        )
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _reason(error: Exception, revision) -> str:
+    """What went wrong with the Hub, in one line."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if isinstance(error, GatedRepoError):
+        return "the repo is gated; accept its terms on the Hub and set HF_TOKEN to your token"
+    if isinstance(error, RepositoryNotFoundError):
+        return "there is no such repo, or it is private and HF_TOKEN does not open it"
+    if isinstance(error, RevisionNotFoundError):
+        return f"the repo has no revision {revision!r}"
+    return f"{' '.join(str(error).split()) or type(error).__name__}{_answer(error)}"
+
+
+def _answer(error) -> str:
+    """The HTTP status behind an error, if there is one, and what it means for the user."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    meanings = {
+        401: "the token in HF_TOKEN is not accepted",
+        429: "too many requests, wait a few minutes",
+    }
+    if status is None:
+        return ""
+    meaning = meanings.get(
+        status, "an error of the Hub's own, try again later" if status >= 500 else ""
+    )
+    return f" (it answered {status}{': ' if meaning else ''}{meaning})"
+
+
+def cached() -> list[Cached]:
+    """The models in the Hub's cache that are there as a whole, one for each variant."""
+    from huggingface_hub import constants, scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        repos = scan_cache_dir(constants.HF_HUB_CACHE).repos
+    except (CacheNotFound, ValueError):  # no cache, or a file in its place
+        return []
+    models = []
+    for repo in sorted(repos, key=lambda repo: repo.repo_id):
+        for commit in sorted(repo.revisions, key=lambda commit: commit.commit_hash):
+            folder = commit.snapshot_path
+            sizes = {
+                file.file_path.relative_to(folder).as_posix(): file.size_on_disk
+                for file in commit.files
+            }
+            is_main = "main" in commit.refs
+            named = repo.repo_id if is_main else f"{repo.repo_id} --revision {commit.commit_hash}"
+            unets = (
+                re.fullmatch(r"unet/diffusion_pytorch_model(?:\.(.+))?\.safetensors", name)
+                for name in sizes
+            )
+            for variant in sorted(
+                (match[1] for match in unets if match), key=lambda variant: variant or ""
+            ):
+                # As in `download`: a repo may lack its text encoder.
+                parts = [
+                    part
+                    for part in WEIGHTS
+                    if part != "text_encoder" or f"{part}/config.json" in sizes
+                ]
+                weights = [weights_file(part, variant) for part in parts]
+                configs = {
+                    "scheduler/scheduler_config.json",
+                    *(f"{part}/config.json" for part in parts),
+                }
+                if repo.repo_type == "model" and {*weights, *configs} <= sizes.keys():
+                    size = sum(
+                        sizes[name]
+                        for name in sizes
+                        if name in weights or not name.endswith(".safetensors")
+                    )
+                    models.append(
+                        Cached(f"{named} --variant {variant}" if variant else named, folder, size)
+                    )
+    return models

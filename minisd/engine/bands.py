@@ -1,0 +1,103 @@
+"""Convolutions of large pictures in bands of rows, so that no more of what they read exists at a
+time than a band.
+
+    y = conv(silu(norm(x)))     and     y = conv(upsample(x)),     conv 3x3
+
+At 1024x1024 the decoder's activations have a gigabyte each, and without bands four of them are
+alive at once. A band is computed with one row more on either side, whose own results are dropped,
+and the norm's mean and variance are those of the whole picture: the sums are the same as without
+bands, so there are no seams and nothing to blend, unlike in a tiled decoding. minisd.blocks asks
+`is_large`; smaller pictures, and gradients, are computed at once.
+"""
+
+import torch
+import torch.nn.functional as F
+
+# Elements of an activation above which it is computed in bands: 64 channels of 512x512, 256
+# channels of 512x512. On a CPU earlier, because it costs no time there, and because torch's
+# GroupNorm of channels_last is less exact there.
+LARGE = {"cpu": 2**24, "cuda": 2**26}
+BAND = 2**22  # elements of a band
+
+
+def is_large(x, factor=1):
+    """Whether x (B, C, h, w), with sides `factor` times as long, is to be computed in bands."""
+    return (
+        factor**2 * x.numel() > LARGE.get(x.device.type, LARGE["cuda"])
+        and not torch.is_grad_enabled()
+    )
+
+
+def bands(x, factor=1):
+    """Slices that cover the rows of x (B, C, h, w), each about BAND elements, or so many once
+    enlarged by `factor`."""
+    height = x.shape[2]
+    rows = max(1, BAND * height // (factor**2 * x.numel()))
+    return [slice(start, min(start + rows, height)) for start in range(0, height, rows)]
+
+
+def norm_silu_conv(norm, conv, x, in_place=False):
+    """conv(silu(norm(x))), a GroupNorm and a convolution that keeps the size; in_place: in the
+    memory of x."""
+    scale, shift = affine(norm, x)
+
+    def activate(band):
+        return F.silu((band.to(scale.dtype) * scale).add_(shift), inplace=True).to(x.dtype)
+
+    return _convolve(conv, activate, x, 1, x if in_place else None)
+
+
+def upsample_conv(conv, x):
+    """conv(x with each pixel repeated in a square of 2 x 2)."""
+    return _convolve(conv, lambda band: F.interpolate(band, scale_factor=2, mode="nearest"), x, 2)
+
+
+def add_conv(conv, x, h):
+    """conv(x) + h, in the memory of h, for a 1x1 convolution."""
+    for rows in bands(x):
+        h[:, :, rows] += conv(x[:, :, rows])
+    return h
+
+
+def affine(norm, x):
+    """scale, shift with norm(x) = scale x + shift for a GroupNorm, each (B, C, 1, 1) in float32 or
+    wider.
+
+        scale = weight / sqrt(var + eps),   shift = bias - mean scale,   var = mean over c of v_c + (m_c - mean)^2
+
+    with the means m_c and variances v_c of the channels, which are quicker to take than those of
+    groups.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    m_c = x.mean((2, 3), keepdim=True, dtype=wide)
+    v_c = sum(
+        (x[:, :, rows].to(wide) - m_c).square_().sum((2, 3), keepdim=True) for rows in bands(x)
+    )
+    v_c, groups = v_c / (x.shape[2] * x.shape[3]), (norm.num_groups, -1)
+    m_c, v_c = m_c.unflatten(1, groups), v_c.unflatten(1, groups)  # (B, G, C / G, 1, 1)
+    mean = m_c.mean(2, keepdim=True)
+    var = (v_c + (m_c - mean).square()).mean(2, keepdim=True)
+    scale = norm.weight.to(wide).view(*groups, 1, 1) * (var + norm.eps).rsqrt()
+    shift = norm.bias.to(wide).view(*groups, 1, 1) - mean * scale
+    return scale.flatten(1, 2), shift.flatten(1, 2)
+
+
+def _convolve(conv, before, x, factor, out=None):
+    """conv(before(x)) for a `before` that enlarges the rows by `factor`; out: x itself, or None for
+    new memory."""
+    B, _, h, w = x.shape
+    if out is None:
+        size, like = (
+            (B, conv.out_channels, factor * h, factor * w),
+            dict(dtype=x.dtype, device=x.device),
+        )
+        out = torch.empty(size, **like, memory_format=torch.channels_last)
+    above = None
+    for rows in bands(x, factor):
+        band = x[:, :, rows.start : rows.stop + 1]
+        band = band if above is None else torch.cat([above, band], dim=2)
+        first = 0 if above is None else factor
+        above = x[:, :, rows.stop - 1 : rows.stop].clone()  # as it is before it is written over
+        y = conv(before(band))[:, :, first : first + factor * (rows.stop - rows.start)]
+        out[:, :, factor * rows.start : factor * rows.stop] = y
+    return out

@@ -1,0 +1,124 @@
+"""Pictures: files, PIL images and tensors (B, 3, H, W) in [-1, 1], by the rules of diffusers'
+VaeImageProcessor."""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+
+def read_picture(path: str | Path) -> Image.Image:
+    """A file as a viewer shows it, in RGB (see `to_rgb`); of an animation the first picture.
+
+    FileNotFoundError, or ValueError: the file is cut, no picture, or so large (89 megapixels) that
+    it is no photograph.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return to_rgb(image)
+    except FileNotFoundError:
+        raise
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        limit = Image.MAX_IMAGE_PIXELS
+        raise ValueError(
+            f"{path} is too large: expected at most {limit:,} pixels; make it smaller first"
+        ) from error
+    except Exception as error:  # Pillow's decoders raise many kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} cannot be read as a picture: {reason}") from error
+
+
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """`with whole(path) as part`: write the file `part`; it takes its name `path` when it is whole.
+
+    If that fails or is interrupted, nothing is left behind, and an older file of that name is as it
+    was.
+    """
+    path = Path(os.path.realpath(path))  # through a link: replace what it points to
+    part = path.with_name(
+        f".{path.name[:40]}.{os.getpid()}.part"
+    )  # a name may be as long as the system allows
+    with made(path.parent):
+        try:
+            yield part
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """Make a folder and its parents; if what follows fails, remove those that were made and are
+    empty."""
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for each in new:
+            if each.is_dir() and not any(each.iterdir()):
+                each.rmdir()
+        raise
+
+
+def to_tensor(images: list[Image.Image], height: int, width: int) -> Tensor:
+    """x = 2 (value / 255) - 1 of RGB pictures, resized (Lanczos) to height x width -> (B, 3,
+    height, width), fp32."""
+    images = [image.resize((width, height), Image.Resampling.LANCZOS) for image in images]
+    x = torch.from_numpy(np.stack([np.asarray(image, dtype=np.float32) for image in images]))
+    return 2 * (x / 255).permute(0, 3, 1, 2) - 1
+
+
+def to_pil(image: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [-1, 1] -> 8-bit pictures, round(255 (x / 2 + 1/2)). ArithmeticError where it
+    is not finite."""
+    if not image.isfinite().all():
+        raise ArithmeticError(
+            f"the picture has NaN or infinite values in {image.dtype}; try another dtype"
+        )
+    image = image.float()
+    image = 255 * (image / 2 + 0.5).clamp(0, 1)
+    return [
+        Image.fromarray(each)
+        for each in image.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    ]
+
+
+def as_given(image: Image.Image | list[Image.Image] | Tensor) -> list[Image.Image]:
+    """Picture(s), PIL images or a tensor as in `to_pil`, as a list of RGB pictures, each of its own
+    size."""
+    if isinstance(image, Tensor):
+        return to_pil(image)
+    return [to_rgb(each) for each in (image if isinstance(image, (list, tuple)) else [image])]
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture as a viewer shows it: turned upright (EXIF), 16-bit grey scaled to 8, transparency
+    laid on white."""
+    if not isinstance(image, Image.Image):
+        raise TypeError(
+            f"got a {type(image).__name__}, expected a PIL image or a tensor (B, 3, H, W) in [-1, 1]"
+        )
+    sixteen = image.mode.startswith("I;16") or (
+        image.mode == "I" and image.format in ("PNG", "PPM")
+    )
+    if image.mode in ("I", "F") and not sixteen:
+        raise ValueError(
+            f"a picture of mode {image.mode} has no known white; convert it to 8 bits or I;16"
+        )
+    image = ImageOps.exif_transpose(image)
+    if sixteen:
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")

@@ -1,0 +1,203 @@
+"""Looking at attention: where in the picture the words are, and what the self-attention holds
+apart.
+
+    heatmap          draw a prompt and keep its mean cross-attention maps, one per word
+    word_sheet       the picture under each word's map, the word below
+    components       principal components of the self-attention, from recorded q and k
+    contact_sheet    pictures side by side, a caption below each
+
+Sources: Hertz et al. 2022 (arXiv 2208.01626), figure 4; Tang et al. 2022 (DAAM, arXiv 2210.04885)
+for overlaid words.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from .. import expect
+from ..editing.maps import Maps
+from ..editing.recording import Recording
+from ..pipeline import denoise_shown, make_sampler
+from ..sampling.guidance import cfg
+from ..sampling.samplers import Step
+
+MARGIN, FONT_SIZE = 6, 13  # of contact sheets, in pixels
+
+
+def heatmap(
+    sd,
+    prompt: str,
+    *,
+    steps: int = 25,
+    guidance: float = 7.5,
+    sampler: str = "dpm++",
+    seed: int = 0,
+    height: int | None = None,
+    width: int | None = None,
+    latents: Tensor | None = None,
+    uncond: Tensor | Sequence[Tensor] | None = None,
+    negative_prompt: str = "",
+    where: str | int | Sequence[str | int] | None = None,
+    until: float = 1.0,
+    on_step: Callable[[Tensor, Step], Tensor | None] | None = None,
+    progress: bool = True,
+) -> tuple[Image.Image, Maps]:
+    """Draw a prompt: its picture and its `Maps`, whose `word(word, grid=...)` is the mean map of a
+    word, (h, w).
+
+    where: the cross-attention sites, see `select_sites`; None is all of them. until: maps of the
+    first part of the steps only, 0.2 for the first fifth, in which the layout forms. latents,
+    uncond: as in `edit_prompt`; on_step: as in `StableDiffusion.txt2img`.
+    """
+    x = sd.starting_noise(1, seed, latents, height, width)
+    height, width = (side * sd.vae.factor for side in x.shape[2:])
+    maps = Maps(
+        sd,
+        [prompt],
+        steps,
+        sd.unet.sites("cross") if where is None else where,
+        height,
+        width,
+        until,
+    )
+    uncond = sd.encode_prompt([negative_prompt]) if uncond is None else uncond
+    plan = make_sampler(sampler, sd.schedule, steps)
+    predict = cfg(sd.unet, uncond, sd.encode_prompt([prompt]), guidance, maps)
+    return sd.decode(denoise_shown(x, plan, predict, on_step, progress))[0], maps
+
+
+def word_sheet(
+    image: Image.Image,
+    maps: Maps,
+    words: Sequence[str] | None = None,
+    row: int = 0,
+    grid: tuple[int, int] | None = None,
+    columns: int | None = None,
+) -> Image.Image:
+    """The picture, and beside it one overlay for each word (None: every word of the row's prompt)
+    with the word below.
+
+    grid: only the maps of that resolution. Each map is shown between its own least and greatest
+    value.
+    """
+    words = list(dict.fromkeys(maps.prompts[row].split())) if words is None else list(words)
+    overlays = [overlay(image, maps.word(word, row, grid)) for word in words]
+    return contact_sheet([image, *overlays], ["", *words], columns)
+
+
+def token_sheet(
+    image: Image.Image, maps: Maps, row: int = 0, grid=None, columns: int | None = None
+) -> Image.Image:
+    """One overlay for each token, <bos> and <eos> among them, on one scale: 0 to the greatest value
+    of all."""
+    tokens = ["<bos>", *maps.tokenizer.tokenize(maps.prompts[row])][
+        : maps.tokenizer.max_length - 1
+    ] + ["<eos>"]
+    mean = maps.mean(grid)[row]
+    top = mean[:, :, : len(tokens)].max().item()
+    overlays = [overlay(image, mean[:, :, i], (0, top)) for i in range(len(tokens))]
+    return contact_sheet(overlays, [token.removesuffix("</w>") for token in tokens], columns)
+
+
+def components(
+    sd, recording: Recording, grid: tuple[int, int] | None = None, n: int = 3, until: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Principal components of the recorded self-attention: (n, h, w), each scaled to 0..1, and
+    their singular values.
+
+    A (N, N) = mean over steps, sites and heads of softmax(q k^T / sqrt(D)); the components are the
+    first right singular vectors of A less the mean of each row. grid: the queries' grid, None the
+    finest one recorded; until: first part of the steps. ValueError if no self-attention of that
+    grid was recorded.
+    """
+    sites = [name.removesuffix(".q") for name in recording.maps if name.endswith(".q")]
+    grids = {site: sd.unet.grid(site, recording.size) for site in sites}
+    grid = max(grids.values(), default=None) if grid is None else grid
+    sites = [site for site in sites if grids[site] == grid]
+    if not sites:
+        raise ValueError(
+            f"no self-attention of the grid {grid} was recorded, only of {sorted(set(grids.values()))}"
+        )
+    A, steps = 0, max(1, int(until * recording.steps))
+    for i in range(steps):
+        for site in sites:
+            q, k = (recording.maps[f"{site}.{part}"][i, 0].float() for part in "qk")
+            A = A + torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1).mean(0)
+    A = A / (len(sites) * steps)
+    _, s, v = torch.linalg.svd(A - A.mean(dim=1, keepdim=True))
+    v = v[:n]
+    low, high = v.amin(1, keepdim=True), v.amax(1, keepdim=True)
+    return ((v - low) / (high - low)).unflatten(1, grid), s[:n]
+
+
+def overlay(
+    image: Image.Image,
+    heat: Tensor,
+    limits: tuple[float, float] | None = None,
+    strength: float = 0.65,
+) -> Image.Image:
+    """The picture in grey under a map (h, w), from transparent black through red and yellow to
+    white.
+
+    limits: the values shown as least and greatest (None: the map's own).
+    """
+    heat = heat.detach().float().cpu().numpy()
+    low, high = (heat.min(), heat.max()) if limits is None else limits
+    level = np.clip((heat - low) / max(high - low, 1e-12), 0, 1)
+    level = Image.fromarray((255 * level).round().astype(np.uint8)).resize(
+        image.size, Image.Resampling.BICUBIC
+    )
+    level = np.asarray(level, np.float64)[:, :, None] / 255
+    hot = np.clip(3 * level - np.arange(3), 0, 1)  # red rises first, then green, then blue
+    grey = np.asarray(image.convert("L"), np.float64)[:, :, None] / 255
+    return Image.fromarray(
+        (255 * ((1 - strength) * grey + strength * hot)).round().astype(np.uint8)
+    )
+
+
+def contact_sheet(
+    images: Sequence[Image.Image], captions: Sequence[str] | None = None, columns: int | None = None
+) -> Image.Image:
+    """Pictures of one size in rows of `columns` (None: all in one row, at most 8), each with its
+    caption below.
+
+    Pictures smaller than 128 pixels are shown in whole multiples of their size.
+    """
+    if not images or len({image.size for image in images}) != 1:
+        raise ValueError(f"expected pictures of one size, got {[image.size for image in images]}")
+    if captions is not None and len(captions) != len(images):
+        raise ValueError(f"got {len(captions)} captions for {len(images)} pictures")
+    columns = min(len(images), 8) if columns is None else columns
+    expect.whole_number("columns", columns, 1)
+    zoom = math.ceil(128 / max(images[0].size))
+    width, height = (side * zoom for side in images[0].size)
+    font = ImageFont.load_default(FONT_SIZE)
+    texts = [wrap(text, font, width) for text in captions or [""] * len(images)]
+    foot = max(len(lines) for lines in texts) * (FONT_SIZE + 3)
+    rows = math.ceil(len(images) / columns)
+    size = columns * (width + MARGIN) + MARGIN, rows * (height + foot + MARGIN) + MARGIN
+    page = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(page)
+    for i, (image, lines) in enumerate(zip(images, texts)):
+        x, y = (
+            MARGIN + i % columns * (width + MARGIN),
+            MARGIN + i // columns * (height + foot + MARGIN),
+        )
+        page.paste(image.resize((width, height), Image.Resampling.NEAREST), (x, y))
+        pen.multiline_text((x, y + height), "\n".join(lines), "black", font, spacing=2)
+    return page
+
+
+def wrap(text: str, font, width: int) -> list[str]:
+    """The text in lines that are not wider than `width` pixels, unless a single word is."""
+    lines = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
