@@ -46,21 +46,23 @@ def use_checkout() -> None:
     """
     if importlib.util.find_spec("minisd_kernels") is not None:
         return
-    links = Path(tempfile.mkdtemp(prefix="minisd-path-"))
+    links = linked(ROOT)
     atexit.register(shutil.rmtree, links, ignore_errors=True)
-    folders = {
-        "minisd": "minisd",
-        "minisd_kernels": "kernels",
-        "minisd_weights": "weights",
-        "bench": "bench",
-    }
-    for name, folder in folders.items():
-        (links / name).symlink_to(ROOT / folder)
     sys.path.insert(0, str(links))
     os.environ["PYTHONPATH"] = os.pathsep.join(
         [str(links), *filter(None, [os.environ.get("PYTHONPATH")])]
     )
     importlib.invalidate_caches()
+
+
+def linked(tree: Path) -> Path:
+    """A new folder to put on the path: in it the packages of a checkout under their names."""
+    links = Path(tempfile.mkdtemp(prefix="minisd-path-"))
+    for name in ("minisd", "bench"):
+        (links / name).symlink_to(tree.resolve() / name)
+    for name in ("kernels", "weights"):
+        (links / f"minisd_{name}").symlink_to(tree.resolve() / name)
+    return links
 
 
 def device_name(device: str) -> str:
@@ -290,6 +292,7 @@ def contest(builders: dict[str, tuple], device: str, rounds: int) -> dict[str, d
             continue
         ms, peaks, above = zip(*of_name)
         out[name] = {**quartiles(list(ms)), "bytes": max(peaks), "above": max(above)}
+        out[name]["samples"] = [round(t, 3) for t in ms]
     return out
 
 
@@ -410,29 +413,34 @@ def matrix_peak(dtype: torch.dtype, device: str) -> float:
     )
 
 
-def options(doc: str, prog: str, arguments: list[str] | None = None, **more) -> argparse.Namespace:
-    """The command line that the benchmarks of the engine share; more: name -> type of further
-    options, or the default of one that is on (--name) or off (--no-name)."""
+def parser(doc: str, prog: str, **more: type | bool) -> argparse.ArgumentParser:
+    """The options that the benchmarks of the engine share.
+
+    more: name -> type of further options, or the default of one that is on (--name) or off
+    (--no-name).
+    """
     parser = argparse.ArgumentParser(prog=f"python -m {prog}", description=doc.split("\n\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--rounds",
-        type=int,
-        help="how often each contender is timed (default: 3 on a CPU, else 10)",
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="a trial run of a small model: nothing is written"
-    )
+    how_often = "how often each contender is timed (default: 3 on a CPU, else 10)"
+    parser.add_argument("--rounds", type=int, help=how_often)
+    trial = "a trial run of a small model: nothing is written"
+    parser.add_argument("--quick", action="store_true", help=trial)
     for name, kind in more.items():
-        how = (
-            dict(action=argparse.BooleanOptionalAction, default=kind)
-            if isinstance(kind, bool)
-            else dict(type=kind)
-        )
-        parser.add_argument(f"--{name}", **how)
+        switch = dict(action=argparse.BooleanOptionalAction, default=kind)
+        parser.add_argument(f"--{name}", **(switch if isinstance(kind, bool) else {"type": kind}))
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser, arguments: list[str] | None = None):
+    """The arguments, with the number of rounds that suits the device."""
     args = parser.parse_args(arguments)
     args.rounds = args.rounds or (1 if args.quick else 3 if args.device == "cpu" else 10)
     return args
+
+
+def options(doc: str, prog: str, arguments: list[str] | None = None, **more) -> argparse.Namespace:
+    """`parser` and `parsed` in one."""
+    return parsed(parser(doc, prog, **more), arguments)
 
 
 def gigabytes(count: int | None) -> str:
