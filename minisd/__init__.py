@@ -14,17 +14,9 @@ if TYPE_CHECKING:
     from .editing.erasure import erase_concepts as erase_concepts
     from .editing.inversion import (
         Inversion as Inversion,
-    )
-    from .editing.inversion import (
         direct_inversion as direct_inversion,
-    )
-    from .editing.inversion import (
         invert as invert,
-    )
-    from .editing.inversion import (
         negative_prompt_inversion as negative_prompt_inversion,
-    )
-    from .editing.inversion import (
         redraw as redraw,
     )
     from .editing.local_blend import LocalBlend as LocalBlend
@@ -32,67 +24,35 @@ if TYPE_CHECKING:
     from .editing.null_text import null_text as null_text
     from .editing.prompt_to_prompt import (
         PromptToPrompt as PromptToPrompt,
-    )
-    from .editing.prompt_to_prompt import (
         edit_prompt as edit_prompt,
-    )
-    from .editing.prompt_to_prompt import (
         seed_baseline as seed_baseline,
     )
-    from .editing.recording import Recording as Recording
-    from .editing.recording import record as record
-    from .editing.recording import replay as replay
-    from .models.attention import Attention as Attention
-    from .models.attention import AttentionEdit as AttentionEdit
-    from .models.clip import CLIPTextConfig as CLIPTextConfig
-    from .models.clip import CLIPTextModel as CLIPTextModel
+    from .editing.recording import Recording as Recording, record as record, replay as replay
+    from .models.attention import Attention as Attention, AttentionEdit as AttentionEdit
+    from .models.clip import CLIPTextConfig as CLIPTextConfig, CLIPTextModel as CLIPTextModel
     from .models.tokenizer import CLIPTokenizer as CLIPTokenizer
-    from .models.unet import UNet as UNet
-    from .models.unet import UNetConfig as UNetConfig
-    from .models.vae import AutoencoderKL as AutoencoderKL
-    from .models.vae import VAEConfig as VAEConfig
-    from .pipeline import StableDiffusion as StableDiffusion
-    from .pipeline import load as load
+    from .models.unet import UNet as UNet, UNetConfig as UNetConfig
+    from .models.vae import AutoencoderKL as AutoencoderKL, VAEConfig as VAEConfig
+    from .pipeline import StableDiffusion as StableDiffusion, load as load
     from .sampling.guidance import (
         Guidance as Guidance,
-    )
-    from .sampling.guidance import (
         cfg as cfg,
-    )
-    from .sampling.guidance import (
         conditional as conditional,
-    )
-    from .sampling.guidance import (
         erase as erase,
-    )
-    from .sampling.guidance import (
         sega as sega,
     )
     from .sampling.loop import denoise as denoise
-    from .sampling.samplers import DDIM as DDIM
-    from .sampling.samplers import DPMpp2M as DPMpp2M
-    from .sampling.samplers import Step as Step
-    from .sampling.schedule import Level as Level
-    from .sampling.schedule import NoiseSchedule as NoiseSchedule
+    from .sampling.samplers import DDIM as DDIM, DPMpp2M as DPMpp2M, Step as Step
+    from .sampling.schedule import Level as Level, NoiseSchedule as NoiseSchedule
     from .viewing.trace import (
         Trace as Trace,
-    )
-    from .viewing.trace import (
         animate as animate,
-    )
-    from .viewing.trace import (
         fit_preview as fit_preview,
-    )
-    from .viewing.trace import (
         latent_rgb as latent_rgb,
     )
     from .viewing.visualize import (
         contact_sheet as contact_sheet,
-    )
-    from .viewing.visualize import (
         heatmap as heatmap,
-    )
-    from .viewing.visualize import (
         word_sheet as word_sheet,
     )
 

@@ -13,8 +13,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
-from minisd_kernels import ops as kernels
-from minisd_kernels import reference
+from minisd_kernels import ops as kernels, reference
 from torch import Tensor, nn
 
 from . import ops
