@@ -9,7 +9,6 @@ import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import is_dataclass
-from typing import NamedTuple
 
 import minisd
 
@@ -48,13 +47,11 @@ def members(thing: object) -> dict[str, object]:
     return found
 
 
-class Default(NamedTuple):
-    """Stands for a config as default, which would print all of its numbers."""
-
-    of: type
+class Default(str):
+    """Shown for a default that would print all of its numbers, or its address."""
 
     def __repr__(self) -> str:
-        return f"{self.of.__name__}()"
+        return str(self)
 
 
 def signature(thing: object) -> str:
@@ -62,8 +59,11 @@ def signature(thing: object) -> str:
     plain = []
     for name, p in inspect.signature(thing).parameters.items():
         if name not in ("self", "cls", "_cls"):
-            config = is_dataclass(p.default) and not isinstance(p.default, type)
-            default = Default(type(p.default)) if config else p.default
+            default = p.default
+            if inspect.isfunction(default):
+                default = Default(default.__name__)
+            elif is_dataclass(default) and not isinstance(default, type):
+                default = Default(f"{type(default).__name__}()")
             plain.append(p.replace(annotation=p.empty, default=default))
     return str(inspect.Signature(plain))
 

@@ -1,8 +1,7 @@
-"""Does prompt-to-prompt edit? Held-out pairs of captions on the bundled model, scored from the
-pixels.
+"""Does prompt-to-prompt edit? Held-out pairs of captions on the bundled model, scored by pixels.
 
     python -m bench.editing [--n 100] [--json bench/results/cpu/editing.json]
-    python -m bench.editing real ...     inversion, blended diffusion and concept erasure, on images given
+    python -m bench.editing real ...     inversion, blended diffusion, concept erasure, on images
     python -m bench.editing speed ...    what edits cost
 
 Four kinds of edit of one of two objects: its colour or shape is swapped, a texture is added, the
@@ -10,12 +9,12 @@ colour's word is weighted below zero. Pairs of captions that training never saw;
 one batch: the source, the edit, and the seed-only baseline, which is the target caption (of the
 reweighted word: the caption without it) without an edit. Against the source:
 
-    right       the edited object, told from the other by its colour (where that changes: by its shape), has its new
-                value (of the reweighted word: any but the old one)
-    IoU         intersection over union of an object's mask and the edited picture's object that covers it best: of the
-                other object, which must stay as it is, and of the edited one (its place; a shape
-                swap changes it)
-    PSNR        of all pixels but the edited object's in either picture, and those within MARGIN of them
+    right   the edited object, told from the other by its colour (where that changes: by its shape),
+            has its new value (of the reweighted word: any but the old one)
+    IoU     intersection over union of an object's mask and the edited image's object that covers it
+            best: of the other object, which must stay as it is, and of the edited one (its place; a
+            shape swap changes it)
+    PSNR    of all pixels but the edited object's in either image, and those within MARGIN of them
 
 The model does not draw every caption as it says. So there are figures of all pairs, and of those
 whose source is drawn right in every attribute (bench.scorer): an edit keeps what the source shows,
@@ -40,7 +39,9 @@ from bench import harness, metrics
 from bench.scorer import judge, read
 from minisd.checkpoints.sources import bundled
 from minisd.editing.local_blend import LocalBlend
+from minisd.editing.maps import Maps
 from minisd.editing.prompt_to_prompt import PromptToPrompt, stack
+from minisd.models.attention import AttentionEdit
 from minisd.training import scenes
 from minisd.viewing.visualize import contact_sheet
 
@@ -142,13 +143,10 @@ def candidates(kind: str, seed: int = SEED):
             if thing is None:
                 break
             target = replace(source, things=tuple(things))
-            distinct = all(
-                a.shape != b.shape and a.colour != b.colour
-                for a, b in (source.things, target.things)
-            )
-            if distinct and (
-                thing.colour is None or scenes.split(target) == "heldout"
-            ):  # None: not in the grammar
+            both = source.things, target.things
+            distinct = all(a.shape != b.shape and a.colour != b.colour for a, b in both)
+            unnamed = thing.colour is None  # which is not in the grammar
+            if distinct and (unnamed or scenes.split(target) == "heldout"):
                 seed += 1
                 yield Pair(kind, source, target, edited, seed)
                 break
@@ -156,9 +154,8 @@ def candidates(kind: str, seed: int = SEED):
 
 def measured(kind: str):
     """The candidates, less those with the captions that the settings were tried on."""
-    tried = {
-        (pair.source, pair.target) for pair in itertools.islice(candidates(kind, TUNING), TRIED)
-    }
+    some = itertools.islice(candidates(kind, TUNING), TRIED)
+    tried = {(pair.source, pair.target) for pair in some}
     return (pair for pair in candidates(kind) if (pair.source, pair.target) not in tried)
 
 
@@ -167,9 +164,7 @@ def prompt_to_prompt(sd, pair: Pair, steps: int) -> PromptToPrompt:
     old, new = pair.source.things[pair.edited], pair.target.things[pair.edited]
     options = KINDS[pair.kind].options(old, new)
     edited = pair.source if "reweight" in options else pair.target
-    each = {
-        name: [value, 0 if name.endswith("_steps") else None] for name, value in options.items()
-    }
+    each = {n: [value, 0 if n.endswith("_steps") else None] for n, value in options.items()}
     return PromptToPrompt(sd, str(pair.source), str(edited), str(pair.target), steps=steps, **each)
 
 
@@ -181,23 +176,27 @@ def blend_words(pair: Pair) -> list[tuple[str, ...]]:
 
 
 def draw(sd, pairs: list[Pair], steps: int = STEPS):
-    """The three pictures of each pair, pairs of one kind: [source, edit, baseline]."""
+    """The three images of each pair, pairs of one kind: [source, edit, baseline]."""
     p2p = stack(*(prompt_to_prompt(sd, pair, steps) for pair in pairs))
-    blend = LocalBlend(
-        p2p.maps, [words for pair in pairs for words in blend_words(pair)], threshold=THRESHOLD
-    )
+    maps = Maps(sd, p2p.prompts, steps, source_row=p2p.source_row)
+    words = [words for pair in pairs for words in blend_words(pair)]
+    blend = LocalBlend(maps, words, threshold=THRESHOLD)
     cond, uncond = sd.encode_prompt(p2p.prompts), sd.encode_prompt([""])
     x = sd.noise([pair.seed for pair in pairs]).repeat_interleave(3, dim=0)
+
+    def edits(step):
+        found = p2p(step)
+        for site, total in maps.open(step).items():
+            found[site] = found.get(site, AttentionEdit())._replace(save_mean=total)
+        return found
 
     def after(x, step):
         blended = x.clone()
         blended[1::3] = blend(x, step)[1::3]
         return blended
 
-    sampler = minisd.DDIM(sd.schedule, steps)
-    images = sd.decode(
-        minisd.denoise(x, sampler, minisd.cfg(sd.unet, uncond, cond, GUIDANCE, p2p), after)
-    )
+    predict = minisd.cfg(sd.network, uncond, cond, GUIDANCE, edits)
+    images = sd.decode(minisd.denoise(x, minisd.DDIM(sd.schedule, steps), predict, after))
     return [images[i : i + 3] for i in range(0, len(images), 3)]
 
 
@@ -214,7 +213,7 @@ def grown(mask: np.ndarray, by: int) -> np.ndarray:
 
 
 def alike(reading, thing, *attributes):
-    """The objects of a picture that have these attributes of a thing."""
+    """The objects of an image that have these attributes of a thing."""
     return [
         found
         for found in reading.objects
@@ -223,7 +222,7 @@ def alike(reading, thing, *attributes):
 
 
 def covered(found: list, reading) -> float | None:
-    """IoU of the first object found in the source and the object of an edited picture that covers
+    """IoU of the first object found in the source and the object of an edited image that covers
     it best."""
     return (
         round(max((iou(found[0].mask, o.mask) for o in reading.objects), default=0.0), 4)
@@ -233,7 +232,7 @@ def covered(found: list, reading) -> float | None:
 
 
 def measure(pair: Pair, source, image) -> dict[str, float]:
-    """The figures of an edited picture against its source; None: the source has no such object to
+    """The figures of an edited image against its source; None: the source has no such object to
     compare with."""
     kind, before, after = KINDS[pair.kind], read(source), read(image)
     old, rest = pair.source.things[pair.edited], pair.source.things[1 - pair.edited]

@@ -28,7 +28,7 @@ KINDS = ("plain", "lockstep", "with maps", "record", "replay")
 def ours(suffix, device, dtype, small, size, kinds: tuple[str, ...], **options):
     """minisd's steps of these kinds, on one copy of the weights."""
     from minisd import DDIM, PromptToPrompt, cfg
-    from minisd.editing.recording import Recorder, Replay
+    from minisd.editing.recording import Injection, Recorder
 
     sd = models.full_size(device, dtype, small, **options)
     uncond, cond = sd.encode_prompt([""]), sd.encode_prompt(list(PROMPTS))
@@ -47,12 +47,12 @@ def ours(suffix, device, dtype, small, size, kinds: tuple[str, ...], **options):
         recorder = Recorder(sd, PROMPTS[0], 1, height=size, width=size)
         recorder.recording.t[0] = step.t
         steps["record"] = timed(recorder, cond[:1], recorder.store)
-        steps["replay"] = timed(Replay(sd, recorder.recording, PROMPTS[1], **EDIT), cond[1:])
+        steps["replay"] = timed(Injection(sd, recorder.recording, PROMPTS[1], **EDIT), cond[1:])
     return {f"{kind}{suffix}": steps[kind] for kind in kinds}
 
 
 class EagerProcessor:
-    """Prompt-to-prompt on a diffusers UNet as it is usually written: all maps, edited in the open."""
+    """Prompt-to-prompt on a diffusers UNet as it is usually written, all maps in the open."""
 
     def __init__(self, p2p, site: str):
         self.p2p, self.is_cross, self.injects = p2p, site in p2p.cross_sites, site in p2p.self_sites

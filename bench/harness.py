@@ -374,7 +374,9 @@ def slow(bars: list[tuple[str, float, str, float]]) -> list[str]:
 def machine(record: dict) -> str:
     """The processor, the version of torch and the commit of a result file."""
     threads = f", {record['threads']} threads" if record["device"] == "cpu" else ""
-    return f"{record['processor']}{threads}, torch {record['torch']}, commit {record['commit'][:12]}"
+    return (
+        f"{record['processor']}{threads}, torch {record['torch']}, commit {record['commit'][:12]}"
+    )
 
 
 def origin(record: dict) -> str:

@@ -85,6 +85,8 @@ def joined(tokenizer, text_encoder, unet, vae, **options):
     schedule = NoiseSchedule.from_dict(SD_V1_SCHEDULE)
     sd = StableDiffusion(tokenizer, text_encoder, unet, vae, schedule, **options)
     sd.unet.attention = "sdpa" if sd.device.type == "cpu" else "triton"
+    for model in (sd.unet, sd.vae):
+        model.to(memory_format=torch.channels_last)
     return sd
 
 

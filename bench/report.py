@@ -5,8 +5,8 @@
 A table stands between the lines `<!-- NAME -->` and `<!-- end -->`. TABLES says for each which JSON
 files of bench/results it comes from and which function makes Markdown of them; devices that have
 measured it follow one another. Of a device that has no X.json, X-quick.json is shown. Where no JSON
-is there, the block's own text stays. --check writes nothing, and exits with 1 if a table is not what
-its JSON says.
+is there, the block's own text stays. --check writes nothing, and exits with 1 if a table is
+not what its JSON says.
 """
 
 import argparse
@@ -72,7 +72,9 @@ def made(table: Table, results: Path) -> list[str]:
         return [table.table()]
     found = []
     for folder in sorted(results.glob("*/")):
-        either = [(folder / f"{name}.json", folder / f"{name}-quick.json") for name in table.results]
+        either = [
+            (folder / f"{name}.json", folder / f"{name}-quick.json") for name in table.results
+        ]
         paths = [next(filter(Path.exists, both), None) for both in either]
         if None not in paths:
             records = (json.loads(path.read_text(encoding="utf-8")) for path in paths)

@@ -29,7 +29,13 @@ def table(record: dict) -> str:
     """The Markdown table of a result file, the exponents in its last lines."""
     rows = record["rows"]
     lines = [
-        (r["what"], r["size"], r["batch"], harness.four_digits(r["ms"]), harness.gigabytes(r["bytes"]))
+        (
+            r["what"],
+            r["size"],
+            r["batch"],
+            harness.four_digits(r["ms"]),
+            harness.gigabytes(r["bytes"]),
+        )
         for r in rows
     ]
     for what in dict.fromkeys(row["what"] for row in rows):

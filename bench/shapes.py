@@ -89,7 +89,7 @@ def generate(sd, texts: list[str], **options) -> list[Image.Image]:
 
 
 def reconstruct(sd, n: int):
-    """The captions of n scenes, their images, and the images after the VAE's encoder and decoder."""
+    """The captions of n scenes, their images, and these after the VAE's encoder and decoder."""
     rng, size = random.Random(SEED["reconstruction"]), sd.unet.config.sample_size * sd.vae.factor
     drawn = [scenes.sample(rng, "heldout") for _ in range(n)]
     images, decoded = [scenes.render(scene, size) for scene in drawn], []

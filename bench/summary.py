@@ -1,4 +1,4 @@
-"""The short tables of README.md, from the same JSON files as the long ones of docs/benchmarks.md."""
+"""The short tables of README.md, from the JSON files of the long ones of docs/benchmarks.md."""
 
 from bench import harness
 
@@ -36,12 +36,10 @@ def speed(unet: dict, txt2img: dict, editing: dict, startup: dict) -> str:
     heads = ("full size, 512 x 512", "minisd", "diffusers", "times as fast")
     shapes = next(row for row in startup["rows"] if row["what"].startswith("shapes"))
     seconds = f"{shapes['times']['ms'] / 1e3:.1f} s"
-    return (
-        f"{harness.machine(unet)}; seconds, and memory at the peak (of prompt-to-prompt, whose rival "
-        f"is the usual processors that form every map: above the weights):\n\n"
-        f"{harness.markdown(heads, rows)}\n\n"
-        f"Importing, loading `shapes` and drawing the first image take {seconds}."
-    )
+    said = "seconds, and memory at the peak (of prompt-to-prompt, whose rival are the usual"
+    said += "\nattention processors that form every map: above the weights)"
+    shown = f"{harness.machine(unet)};\n{said}:\n\n{harness.markdown(heads, rows)}"
+    return f"{shown}\n\nImporting, loading `shapes` and drawing the first image take {seconds}."
 
 
 def row(what: str, rows: list[dict], ours: str, theirs: str, memory: str = "bytes") -> list[tuple]:
