@@ -14,9 +14,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..files import atomic_write, new_folder
 from ..models.tokenizer import CLIPTokenizer
 from ..sampling.schedule import NoiseSchedule
-from ..viewing.images import made, whole
 from .load import MODELS, SD_V1_SCHEDULE, Checkpoint, fit
 from .names import to_ldm
 from .sources import CheckpointError, weights_file
@@ -47,11 +47,11 @@ def export(checkpoint: Checkpoint, folder, dtype: str | None = None) -> None:
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(f"{folder} is there already, expected a new or an empty folder")
     modules, found = fit(checkpoint)
-    part_folder = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    with made(folder.parent):
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    with new_folder(folder.parent):
         try:
             for part, module in modules.items():
-                path = part_folder / weights_file(part, None)
+                path = temporary / weights_file(part, None)
                 config = config_json(part, checkpoint.configs[part], checkpoint.tokenizer)
                 write_json(path.parent / "config.json", config)
                 shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
@@ -63,12 +63,12 @@ def export(checkpoint: Checkpoint, folder, dtype: str | None = None) -> None:
                 "_class_name": "DDIMScheduler",
                 "clip_sample": False,
             } | checkpoint.scheduler
-            write_json(part_folder / "scheduler" / "scheduler_config.json", scheduler)
-            write_json(part_folder / "model_index.json", model_index(scheduler))
-            checkpoint.tokenizer.save(part_folder / "tokenizer")
-            os.replace(part_folder, folder)
+            write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
+            write_json(temporary / "model_index.json", model_index(scheduler))
+            checkpoint.tokenizer.save(temporary / "tokenizer")
+            os.replace(temporary, folder)
         finally:
-            shutil.rmtree(part_folder, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def export_single_file(checkpoint: Checkpoint, path, dtype: str | None = None) -> None:
@@ -110,8 +110,8 @@ def export_single_file(checkpoint: Checkpoint, path, dtype: str | None = None) -
         for part in modules
         for t in _in_order(checkpoint, part, found[part], modules[part].state_dict())
     )
-    with whole(path) as part_path:
-        write_tensors(part_path, shapes, _dtype(dtype, entries), tensors)
+    with atomic_write(path) as temporary:
+        write_tensors(temporary, shapes, _dtype(dtype, entries), tensors)
 
 
 def config_json(part: str, config, tokenizer: CLIPTokenizer) -> dict:

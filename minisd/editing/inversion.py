@@ -35,10 +35,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import expect
+from ..files import atomic_write
 from ..pipeline import DTYPES, as_list, memory_for
 from ..sampling.guidance import cfg, conditional
 from ..sampling.samplers import DDIM, Step, take
-from ..viewing.images import whole
 
 METHODS = ("ddim", "null-text", "negative-prompt", "direct")
 # What a file holds: metadata FORMAT, a JSON object of ABOUT; some of TENSORS, and snapshot.0,
@@ -206,7 +206,7 @@ class Inversion:
             name: x.clone(memory_format=torch.contiguous_format)
             for name, x in self.tensors().items()
         }
-        with whole(path) as part:
+        with atomic_write(path) as part:
             save_file(tensors, part, {FORMAT: json.dumps(about)})
 
     @classmethod

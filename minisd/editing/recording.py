@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import expect
+from ..files import atomic_write
 from ..models.attention import AttentionEdit
 from ..pipeline import denoise_shown, make_sampler, pick_dtype
 from ..sampling.guidance import cfg
-from ..viewing.images import whole
 from .prompt_to_prompt import PromptToPrompt
 from .sites import coarsest, select_sites
 
@@ -46,7 +46,7 @@ class Recording:
         """Write one safetensors file, under its name only when it is whole; `load` reads it
         back."""
         about = {"prompt": self.prompt, "steps": self.steps, "size": self.size}
-        with whole(path) as part:
+        with atomic_write(path) as part:
             save_file({"t": self.t, **self.maps}, part, {"minisd_recording": json.dumps(about)})
 
     @classmethod
