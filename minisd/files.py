@@ -8,7 +8,7 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """`with atomic_write(path) as temporary`: write the file `temporary`, which then becomes `path`.
+    """`with atomic_write(path) as temporary`: write the file `temporary`; then it becomes `path`.
 
     If that fails or is interrupted, nothing is left behind, and an older file of that name is as it
     was.

@@ -43,7 +43,7 @@ def draw_scenes(count: int, image_size: int, seed: int) -> tuple[Tensor, list[st
     boxes = torch.zeros(count, 2, 3, dtype=torch.float32, device="cpu")
     for i in tqdm(range(count), desc="drawing", file=sys.stderr):
         scene = scenes.sample(rng, "train")
-        images[i] = scenes.render(scene, image_size)
+        images[i] = np.asarray(scenes.render(scene, image_size))
         captions.append(scenes.caption(scene))
         for j, box in enumerate(scene.boxes):
             place = torch.tensor([box.x, box.y, box.side], dtype=torch.float32, device="cpu")

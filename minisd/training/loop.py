@@ -26,6 +26,11 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min(1.0, (step + 1) / WARMUP, (steps - step) / (COOLDOWN * steps))
 
 
+def to_device(model: nn.Module, device: torch.device) -> None:
+    """Move a model in place, its convolutions in channels_last, in which they train faster."""
+    model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
 def train(
     model: nn.Module,
     loss: Callable[[Generator], Tensor],
@@ -39,13 +44,18 @@ def train(
     `loss` draws what is random from the generator, which is seeded by (seed, step), so that a
     resumed run sees what an unbroken one would have seen. Every SAVE_EVERY steps and at the end,
     `path` gets the state dicts "model", "average" and "optimizer" and the number of steps done; if
-    it is there, the run goes on from it.
+    it is there, the run goes on from it. The model is moved to the device.
     """
+    to_device(model, device)
     optimizer = torch.optim.AdamW(
         model.parameters(), how.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
     )
     average = copy.deepcopy(model).requires_grad_(False)
-    parts = {"model": model, "average": average, "optimizer": optimizer}
+    parts: dict[str, nn.Module | torch.optim.Optimizer] = {
+        "model": model,
+        "average": average,
+        "optimizer": optimizer,
+    }
     first = 0
     if path.exists():
         state = torch.load(path, map_location=device)

@@ -1,6 +1,7 @@
-"""The stages of training, each of which leaves its state in the run's folder.
+"""The stages of training: autoencoder, text, diffusion.
 
-autoencoder -> autoencoder.pt      text -> text.pt      diffusion -> pool.pt, diffusion.pt
+Each leaves its state in the run's folder: autoencoder.pt, text.pt, diffusion.pt and, with the
+latents that the last one learns from, pool.pt.
 """
 
 import random
@@ -19,7 +20,7 @@ from ..models.vae import AutoencoderKL
 from ..sampling.schedule import NoiseSchedule
 from . import scenes
 from .data import Pool, draw_scenes, encode_pool, make_tokenizer, to_model
-from .loop import train
+from .loop import to_device, train
 from .objective import (
     autoencoder_loss,
     diffusion_loss,
@@ -37,7 +38,7 @@ CAPTION_DROPOUT = 0.1  # share of the samples that train the unconditional branc
 def train_autoencoder(recipe: Recipe, run: Path, seed: int, device: torch.device) -> None:
     """Minimise `autoencoder_loss` on drawn scenes."""
     torch.manual_seed(seed)
-    vae = AutoencoderKL(recipe.vae).to(device=device, memory_format=torch.channels_last)
+    vae = AutoencoderKL(recipe.vae)
     images, _, _ = draw_scenes(recipe.autoencoder.pool, recipe.image_size, seed)
     batch, size = recipe.autoencoder.batch, recipe.image_size // vae.factor
 
@@ -52,9 +53,8 @@ def train_autoencoder(recipe: Recipe, run: Path, seed: int, device: torch.device
 def train_text(recipe: Recipe, run: Path, seed: int, device: torch.device) -> None:
     """Minimise `summary_loss` on captions: the text encoder learns alone what they say."""
     tokenizer = make_tokenizer()
-    whole = build_models(recipe, tokenizer, seed)
-    model = nn.ModuleDict({name: whole[name] for name in ("text_encoder", "summary_head")})
-    model.to(device)
+    fresh = Trained(recipe, tokenizer, seed)
+    encoder, head = fresh.text_encoder, fresh.summary_head
     rng = random.Random(seed + 2)
     count = recipe.text_encoder.pool
     captions = [scenes.caption(scenes.sample(rng, "train")) for _ in range(count)]
@@ -62,9 +62,9 @@ def train_text(recipe: Recipe, run: Path, seed: int, device: torch.device) -> No
 
     def loss(generator: Generator) -> Tensor:
         chosen = ids[random_rows(len(ids), recipe.text_encoder.batch, generator)].to(device)
-        context = model["text_encoder"](chosen)
-        return summary_loss(context, chosen, tokenizer.eos_id, model["summary_head"])
+        return summary_loss(encoder(chosen), chosen, tokenizer.eos_id, head)
 
+    model = nn.ModuleDict({"text_encoder": encoder, "summary_head": head})
     train(model, loss, recipe.text_encoder, run / "text.pt", seed, device)
 
 
@@ -77,13 +77,12 @@ def train_diffusion(recipe: Recipe, run: Path, seed: int, device: torch.device) 
     tokenizer = make_tokenizer()
     pool = load_pool(recipe, run, tokenizer, seed, device)
     schedule = NoiseSchedule.from_dict(SD_V1_SCHEDULE)
-    model = build_models(recipe, tokenizer, seed)
-    trained = torch.load(run / "text.pt", map_location="cpu")["average"]
-    model.load_state_dict(trained, strict=False)  # the rest is fresh
-    model.to(device=device, memory_format=torch.channels_last)
+    model = Trained(recipe, tokenizer, seed)
+    learned = torch.load(run / "text.pt", map_location="cpu")["average"]
+    model.load_state_dict(learned, strict=False)  # the rest is fresh
     empty = tokenizer([""])
     seen: dict[str, Tensor] = {}  # what the last forward left for layout_loss
-    model["unet"].mid_block.register_forward_hook(lambda module, args, out: seen.update(mid=out))
+    model.unet.mid_block.register_forward_hook(lambda module, args, out: seen.update(mid=out))
 
     def loss(generator: Generator) -> Tensor:
         batch = recipe.diffusion.batch
@@ -98,16 +97,16 @@ def train_diffusion(recipe: Recipe, run: Path, seed: int, device: torch.device) 
         noise = noise * draw_amplitudes(batch, recipe.faint_share, generator)
         z, noise, t = z.to(device), noise.to(device), t.to(device)
 
-        context = model["text_encoder"](ids)
-        of_empty = model["text_encoder"](empty.to(device))
+        context = model.text_encoder(ids)
+        of_empty = model.text_encoder(empty.to(device))
         heard = silence(context, of_empty, ids, tokenizer.eos_id, silent)
-        value = diffusion_loss(model["unet"], schedule, z, noise, t, heard, recipe.max_weight)
+        value = diffusion_loss(model.unet, schedule, z, noise, t, heard, recipe.max_weight)
         if recipe.layout_weight:
             boxes = pool["boxes"][chosen].to(device)
-            layout = layout_loss(seen["mid"], model["layout_head"], boxes)
+            layout = layout_loss(seen["mid"], model.layout_head, boxes)
             value = value + recipe.layout_weight * layout
         if recipe.summary_weight:
-            summary = summary_loss(context, ids, tokenizer.eos_id, model["summary_head"])
+            summary = summary_loss(context, ids, tokenizer.eos_id, model.summary_head)
             value = value + recipe.summary_weight * summary
         return value
 
@@ -135,33 +134,34 @@ def load_pool(
     """The run's pool.pt, made first if it is not there: later autoencoders are not used."""
     path = run / "pool.pt"
     if not path.exists():
-        vae = AutoencoderKL(recipe.vae).to(device=device, memory_format=torch.channels_last)
+        vae = AutoencoderKL(recipe.vae)
+        to_device(vae, device)
         vae.load_state_dict(torch.load(run / "autoencoder.pt", map_location=device)["average"])
         with atomic_write(path) as temporary:
             torch.save(encode_pool(vae, recipe, tokenizer, seed + 1, device), temporary)
     return torch.load(path, map_location="cpu")
 
 
-def build_models(recipe: Recipe, tokenizer: CLIPTokenizer, seed: int) -> nn.ModuleDict:
-    """UNet, text encoder and the heads of the helper losses at their starting point.
+class Trained(nn.Module):
+    """UNet, text encoder and the heads of the helper losses, at their starting point.
 
     torch's default layers, small embeddings as in CLIP, and zeros where a block or the network
     ends, so that each starts as the identity or as zero (as the published code does).
     """
-    torch.manual_seed(seed)
-    words = len(tokenizer.vocab)
-    text = CLIPTextModel(replace(recipe.text, vocab_size=words))
-    nn.init.normal_(text.embeddings.token_embedding.weight, std=0.02)
-    nn.init.normal_(text.embeddings.position_embedding.weight, std=0.01)
-    unet = UNet(recipe.unet)
-    unet.attention = "reference"  # on a CPU its backward is a quarter faster than that of SDPA
-    for name, module in unet.named_modules():
-        if name.endswith(("conv2", "proj_out", "conv_out")):
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
-    parts = {"unet": unet, "text_encoder": text}
-    heads = {
-        "layout_head": nn.Conv2d(recipe.unet.block_out_channels[-1], 2, 1),
-        "summary_head": nn.Linear(recipe.unet.cross_attention_dim, words),
-    }
-    return nn.ModuleDict(parts | heads)
+
+    def __init__(self, recipe: Recipe, tokenizer: CLIPTokenizer, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        words = len(tokenizer.vocab)
+        text = CLIPTextModel(replace(recipe.text, vocab_size=words))
+        nn.init.normal_(text.embeddings.token_embedding.weight, std=0.02)
+        nn.init.normal_(text.embeddings.position_embedding.weight, std=0.01)
+        self.unet = UNet(recipe.unet)
+        self.unet.attention = "reference"  # on a CPU its backward is a quarter faster than SDPA's
+        for name, module in self.unet.named_modules():
+            if name.endswith(("conv2", "proj_out", "conv_out")):
+                for parameter in module.parameters(recurse=False):
+                    nn.init.zeros_(parameter)
+        self.text_encoder = text
+        self.layout_head = nn.Conv2d(recipe.unet.block_out_channels[-1], 2, 1)
+        self.summary_head = nn.Linear(recipe.unet.cross_attention_dim, words)
