@@ -284,7 +284,7 @@ def vocabulary_is_read_or_refused(vocab, merges, folder):
     (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8", errors="surrogatepass")
     (folder / "merges.txt").write_text(merges, encoding="utf-8", errors="surrogatepass")
     try:
-        tokenizer = checkpoint._read(checkpoint._vocabulary, folder)
+        tokenizer = checkpoint._named(folder, checkpoint._vocabulary)
     except checkpoint.CheckpointError:
         return
     assert tokenizer(["ab ab"]).shape == (1, 77)
