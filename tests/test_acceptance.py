@@ -40,7 +40,7 @@ def test_the_acceptance_picture_of_the_bundled_model():
         check.ASTRONAUT, steps=3, guidance=7.5, sampler="ddim", latents=x, progress=False
     )
     assert (to_tensor([drawn], 64, 64) / 2 + 0.5 - picture).abs().max() < 0.6 / 255
-    wrong = [line for verdict, line in check.check_picture(sd, is_v1_4=True) if verdict is False]
+    wrong = [line for verdict, line in check.check_image(sd, is_v1_4=True) if verdict is False]
     assert (
         len(wrong) == 1 and "v1.4's acceptance values: off by" in wrong[0]
     )  # another model does not pass for it
@@ -50,7 +50,7 @@ def test_a_picture_of_one_colour_is_wrong():
     sd = minisd.load("shapes", device="cpu")
     for tensor in (sd.vae.decoder.conv_out.weight, sd.vae.decoder.conv_out.bias):
         tensor.zero_()
-    assert [*check.check_picture(sd, False)] == [
+    assert [*check.check_image(sd, False)] == [
         (False, "a picture in 3 steps: standard deviation 0.000")
     ]
 

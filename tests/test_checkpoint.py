@@ -474,12 +474,14 @@ def test_peak_memory_of_loading(original, folder, dtype):
     )
     code = """
         import re, sys, minisd
-        def status(key): return 1024 * int(re.search(key + r":\\s+(\\d+)",
-        open("/proc/self/status").read())[1]) minisd.load(sys.argv[2], device="cpu")  # once before:
-        the allocator and the imports are warm before = status("VmRSS")
-        open("/proc/self/clear_refs", "w").write("5") sd = minisd.load(sys.argv[1], device="cpu",
-        dtype=sys.argv[3]) weights = sum(p.nbytes for m in (sd.unet, sd.vae, sd.text_encoder) for p
-        in m.parameters()) print((status("VmHWM") - before) / weights)
+        def status(key):
+            return 1024 * int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+        minisd.load(sys.argv[2], device="cpu")  # once before: the allocator and the imports are warm
+        before = status("VmRSS")
+        open("/proc/self/clear_refs", "w").write("5")
+        sd = minisd.load(sys.argv[1], device="cpu", dtype=sys.argv[3])
+        weights = sum(p.nbytes for m in (sd.unet, sd.vae, sd.text_encoder) for p in m.parameters())
+        print((status("VmHWM") - before) / weights)
     """
     command = [sys.executable, "-c", textwrap.dedent(code), folder, original, dtype]
     out = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -123,8 +123,8 @@ LOAD = """
 import json, sys, minisd, minisd.pipeline
 
 def memory(key):
-    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
-    * 1024
+    [line] = [line for line in open("/proc/self/status") if line.startswith(key)]
+    return 1024 * int(line.split()[1])
 
 before = memory("VmRSS")
 sd = minisd.load(sys.argv[1], device="cpu", dtype="float32")
@@ -176,8 +176,8 @@ import json, sys, torch, minisd
 from minisd.editing.null_text import adam, differentiable
 
 def memory(key):
-    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
-    * 1024
+    [line] = [line for line in open("/proc/self/status") if line.startswith(key)]
+    return 1024 * int(line.split()[1])
 
 sd = minisd.load(sys.argv[1], device="cpu", dtype="float32")
 loaded = memory("VmRSS")

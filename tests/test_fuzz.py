@@ -30,7 +30,7 @@ from minisd.models.unet import UNetConfig
 from minisd.models.vae import VAEConfig
 from minisd.sampling.samplers import DDIM, DPMpp2M
 from minisd.sampling.schedule import NoiseSchedule
-from minisd.viewing.images import read_picture, to_tensor
+from minisd.viewing.images import read_image, to_tensor
 
 CORPUS = Path(__file__).parent / "corpus"
 SECONDS = float(os.environ.get("FUZZ_SECONDS", 2.5))  # of each target
@@ -282,7 +282,7 @@ def vocabulary_is_read_or_refused(vocab, merges, folder):
     (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8", errors="surrogatepass")
     (folder / "merges.txt").write_text(merges, encoding="utf-8", errors="surrogatepass")
     try:
-        tokenizer = checkpoint._read(checkpoint._vocabulary, folder)
+        tokenizer = checkpoint._named(folder, checkpoint._vocabulary)
     except checkpoint.CheckpointError:
         return
     assert tokenizer(["ab ab"]).shape == (1, 77)
@@ -400,7 +400,7 @@ def picture_is_read_or_refused(contents, folder):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = read_picture(path)
+            image = read_image(path)
     except ValueError:
         return
     assert image.mode == "RGB" and image.width * image.height <= Image.MAX_IMAGE_PIXELS
@@ -437,7 +437,7 @@ def test_pictures(kind, places):
 def test_whole_pictures_are_read(kind, tmp_path):
     path = tmp_path / "a"
     path.write_bytes(PICTURES[kind])
-    assert read_picture(path).size == (9, 7)
+    assert read_image(path).size == (9, 7)
 
 
 @corpus("picture")

@@ -1,8 +1,6 @@
-"""Pictures from files as a viewer shows them or refused in words, and files that are whole or not
-there."""
+"""Images from files as a viewer shows them, or refused in words."""
 
 import os
-import stat
 import struct
 import zlib
 
@@ -10,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minisd.viewing.images import made, read_picture, whole
+from minisd.viewing.images import read_image
 
 
 def values(image):
@@ -41,7 +39,7 @@ def png(width, height, depth, colour_type, rows=b""):
 def test_rgb_of_the_common_formats(tmp_path, suffix):
     flat = np.broadcast_to(colours(1, 1), (8, 8, 3)).copy()
     Image.fromarray(flat).save(tmp_path / f"a.{suffix}")
-    image = read_picture(tmp_path / f"a.{suffix}")
+    image = read_image(tmp_path / f"a.{suffix}")
     assert image.mode == "RGB" and np.abs(values(image) - flat).max() <= (
         6 if suffix in ("webp", "jpg") else 0
     )
@@ -56,7 +54,7 @@ def test_sixteen_bits_become_eight(tmp_path, colour_type, channels):
     level = deep / 257
     if channels in (2, 4):  # transparency on white
         level = 255 + (level[..., :-1] - 255) * deep[..., -1:] / 65535
-    got = values(read_picture(tmp_path / "a.png"))
+    got = values(read_image(tmp_path / "a.png"))
     assert got.shape == (5, 7, 3) and np.abs(got - np.broadcast_to(level, got.shape)).max() <= 2
 
 
@@ -69,7 +67,7 @@ def test_sixteen_bits_of_a_tiff_or_a_pgm(tmp_path, order):
     image.save(tmp_path / "a.tif")
     (tmp_path / "a.pgm").write_bytes(b"P5 7 5 65535\n" + deep.astype(">u2").tobytes())
     for name in ("a.tif", "a.pgm"):
-        got = values(read_picture(tmp_path / name))
+        got = values(read_image(tmp_path / name))
         assert (got == (deep / 257).round()[..., None]).all()
 
 
@@ -78,7 +76,7 @@ def test_transparency_is_laid_on_white(tmp_path):
     Image.fromarray(rgba).save(tmp_path / "rgba.png")
     alpha = rgba[..., 3:] / 255
     expected = alpha * rgba[..., :3] + (1 - alpha) * 255
-    assert np.abs(values(read_picture(tmp_path / "rgba.png")) - expected).max() <= 1
+    assert np.abs(values(read_image(tmp_path / "rgba.png")) - expected).max() <= 1
 
     palette = Image.new("P", (2, 1))
     palette.putpalette([10, 20, 30, 40, 50, 60])
@@ -86,9 +84,9 @@ def test_transparency_is_laid_on_white(tmp_path):
     palette.save(tmp_path / "opaque.png")
     palette.save(tmp_path / "hole.png", transparency=1)
     palette.save(tmp_path / "hole.gif", transparency=1)
-    assert values(read_picture(tmp_path / "opaque.png")).tolist() == [[[10, 20, 30], [40, 50, 60]]]
+    assert values(read_image(tmp_path / "opaque.png")).tolist() == [[[10, 20, 30], [40, 50, 60]]]
     for name in ("hole.png", "hole.gif"):
-        assert values(read_picture(tmp_path / name)).tolist() == [[[10, 20, 30], [255, 255, 255]]]
+        assert values(read_image(tmp_path / name)).tolist() == [[[10, 20, 30], [255, 255, 255]]]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -104,19 +102,19 @@ def test_exif_turns_it_upright(tmp_path, orientation):
     exif = Image.Exif()
     exif[274] = orientation
     Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "a.png", exif=exif)
-    assert (values(read_picture(tmp_path / "a.png")) == upright).all()
+    assert (values(read_image(tmp_path / "a.png")) == upright).all()
 
 
 @pytest.mark.parametrize("suffix", ["gif", "png", "webp"])
 def test_an_animation_gives_its_first_picture(tmp_path, suffix):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
     frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:])
-    assert np.abs(values(read_picture(tmp_path / f"a.{suffix}")) - [255, 0, 0]).max() <= 3
+    assert np.abs(values(read_image(tmp_path / f"a.{suffix}")) - [255, 0, 0]).max() <= 3
 
 
 def test_one_pixel(tmp_path):
     Image.new("L", (1, 1), 7).save(tmp_path / "a.png")
-    assert values(read_picture(tmp_path / "a.png")).tolist() == [[[7, 7, 7]]]
+    assert values(read_image(tmp_path / "a.png")).tolist() == [[[7, 7, 7]]]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +147,7 @@ def test_what_is_no_picture_is_refused_in_one_line(tmp_path, name, data, message
     else:
         path.write_bytes(data)
     with pytest.raises(ValueError) as caught:
-        read_picture(path)
+        read_image(path)
     assert (
         str(caught.value).startswith(str(path))
         and message in str(caught.value)
@@ -159,50 +157,6 @@ def test_what_is_no_picture_is_refused_in_one_line(tmp_path, name, data, message
 
 def test_missing_files_and_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.png"):
-        read_picture(tmp_path / "none.png")
+        read_image(tmp_path / "none.png")
     with pytest.raises(ValueError, match="cannot be read as a picture"):
-        read_picture(tmp_path)
-
-
-# writing
-
-
-@pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError, SystemExit])
-def test_a_file_is_whole_or_as_it_was(tmp_path, failure):
-    def write(path, fail=False):
-        with whole(path) as part:
-            part.write_text("half")
-            if fail:
-                raise failure
-            part.write_text("whole")
-
-    with pytest.raises(failure):
-        write(tmp_path / "a" / "b" / "new.txt", fail=True)
-    assert list(tmp_path.iterdir()) == []  # nor the folders made for it
-    write(tmp_path / "a" / "b" / "file.txt")
-    with pytest.raises(failure):
-        write(tmp_path / "a" / "b" / "file.txt", fail=True)
-    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["file.txt"]
-    assert (tmp_path / "a" / "b" / "file.txt").read_text() == "whole"
-
-
-def test_a_file_is_written_through_a_link_with_ordinary_rights(tmp_path):
-    (tmp_path / "old").write_text("old")
-    (tmp_path / "link").symlink_to(tmp_path / "old")
-    with whole(tmp_path / "link") as part:
-        part.write_text("new")
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "old").read_text() == "new"
-    (tmp_path / "plain").write_text("")
-    assert stat.S_IMODE((tmp_path / "old").stat().st_mode) == stat.S_IMODE(
-        (tmp_path / "plain").stat().st_mode
-    )
-
-
-def test_folders_that_are_in_use_stay(tmp_path):
-    with pytest.raises(OSError), made(tmp_path / "a" / "b"):
-        (tmp_path / "a" / "kept").write_text("")
-        raise OSError
-    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
-        "a",
-        "a/kept",
-    ]
+        read_image(tmp_path)

@@ -8,22 +8,20 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import minisd
-from minisd import VAEConfig
+from minisd import CLIPTextConfig, VAEConfig
+from minisd.checkpoints.load import SD_V1_SCHEDULE
 from minisd.sampling.schedule import NoiseSchedule
-from minisd.training import scenes, training
-from minisd.training.training import (
-    RECIPES,
-    Recipe,
-    Stage,
-    autoencoder_loss,
-    diffusion_loss,
-    learning_rate,
-)
+from minisd.training import data, loop, objective, scenes, stages
+from minisd.training.__main__ import main
+from minisd.training.objective import autoencoder_loss, diffusion_loss
+from minisd.training.recipes import RECIPES, Hyperparameters, Recipe
 
 TINY = Recipe(
     image_size=16,
     vae=VAEConfig(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, sample_size=16),
-    text=dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2),
+    text=CLIPTextConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    ),
     unet=replace(
         RECIPES["small"].unet,
         sample_size=8,
@@ -32,9 +30,9 @@ TINY = Recipe(
         cross_attention_dim=16,
         norm_num_groups=4,
     ),
-    autoencoder=Stage(steps=6, batch=4, lr=1e-3, pool=16, ema=0.9),
-    text_encoder=Stage(steps=6, batch=4, lr=1e-3, pool=16, ema=0.9),
-    diffusion=Stage(steps=6, batch=4, lr=1e-3, pool=16, ema=0.9),
+    autoencoder=Hyperparameters(steps=6, batch=4, lr=1e-3, pool=16, ema=0.9),
+    text_encoder=Hyperparameters(steps=6, batch=4, lr=1e-3, pool=16, ema=0.9),
+    diffusion=Hyperparameters(steps=6, batch=4, lr=1e-3, pool=16, ema=0.9),
     kl_weight=1e-3,
     max_weight=20.0,
     noisy_share=0.5,
@@ -51,7 +49,7 @@ def tiny(monkeypatch):
 
 
 def test_diffusion_loss_is_the_formula():
-    schedule = NoiseSchedule.from_dict(training.SCHEDULE)
+    schedule = NoiseSchedule.from_dict(SD_V1_SCHEDULE)
     torch.manual_seed(0)
     z, noise = torch.randn(3, 4, 5, 6), torch.randn(3, 4, 5, 6)
     context, t = torch.randn(3, 7, 8), torch.tensor([0, 500, 999])
@@ -99,7 +97,7 @@ def test_layout_loss_is_the_formula():
     logits = torch.randn(2, 2, 4, 2, generator=torch.Generator().manual_seed(0))
     p = torch.sigmoid(logits.double())
     expected = -torch.where(covered > 0, p.log(), (1 - p).log()).mean()
-    loss = training.layout_loss(logits / 2, lambda features: 2 * features, boxes)
+    loss = objective.layout_loss(logits / 2, lambda features: 2 * features, boxes)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -112,7 +110,7 @@ def test_summary_loss_is_the_formula():
     for row, position in ((0, 2), (0, 3), (1, 3)):
         p = torch.sigmoid(2 * context[row, position].double())
         expected -= sum(p[i].log() if i in ids[row] else (1 - p[i]).log() for i in range(6)) / 3
-    loss = training.summary_loss(context, ids, end, lambda states: 2 * states)
+    loss = objective.summary_loss(context, ids, end, lambda states: 2 * states)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -121,7 +119,7 @@ def test_silenced_rows_keep_their_words_alone():
     and its pad."""
     ids, end = torch.tensor([[4, 1, 2, 5], [4, 2, 5, 5]]), 5
     context, empty = torch.randn(2, 4, 6), torch.randn(1, 4, 6)
-    silenced = training.silence(context, empty, ids, end, torch.tensor([False, True]))
+    silenced = objective.silence(context, empty, ids, end, torch.tensor([False, True]))
     assert torch.equal(
         silenced, torch.stack([context[0], torch.cat([context[1, :2], empty[0, 2:]])])
     )
@@ -132,7 +130,7 @@ def test_times_are_drawn_as_said():
     rest; all occur."""
     for share in (0.0, 0.6):
         generator = torch.Generator().manual_seed(0)
-        t = torch.cat([training.draw_times(32, 1000, share, generator) for _ in range(2000)])
+        t = torch.cat([objective.draw_times(32, 1000, share, generator) for _ in range(2000)])
         assert t.min() == 0 and t.max() == 999
         counts = torch.histc(t.float(), bins=4, min=0, max=1000) / len(t)
         rest = (1 - share) / 4
@@ -141,28 +139,28 @@ def test_times_are_drawn_as_said():
 
 def test_draw_amplitudes():
     """1 but in faint_share of the samples, in which it is uniform from 0.6 to 1."""
-    k = training.draw_amplitudes(100_000, 0.3, torch.Generator().manual_seed(0))
+    k = objective.draw_amplitudes(100_000, 0.3, torch.Generator().manual_seed(0))
     assert k.shape == (100_000, 1, 1, 1) and k.min() >= 0.6 and k.max() == 1
     assert (k == 1).double().mean() == pytest.approx(0.7, abs=0.01)
     assert k[k < 1].mean() == pytest.approx(0.8, abs=0.01) and k[k < 1].std() == pytest.approx(
         0.4 / 12**0.5, abs=0.01
     )
-    assert (training.draw_amplitudes(100, 0.0, torch.Generator()) == 1).all()
+    assert (objective.draw_amplitudes(100, 0.0, torch.Generator()) == 1).all()
 
 
 def test_learning_rate():
-    rates = [learning_rate(step, 1000, 2.0) for step in range(1000)]
-    assert rates[0] == 2.0 / training.WARMUP and rates[training.WARMUP] == rates[799] == 2.0
+    rates = [loop.learning_rate(step, 1000, 2.0) for step in range(1000)]
+    assert rates[0] == 2.0 / loop.WARMUP and rates[loop.WARMUP] == rates[799] == 2.0
     assert rates[900] == pytest.approx(1.0) and rates[999] == pytest.approx(0.01)
 
 
 def test_no_caption_of_the_pool_is_held_out():
-    _, captions, _ = training.draw_scenes(300, 8, seed=5)
+    _, captions, _ = data.draw_scenes(300, 8, seed=5)
     assert {scenes.split(caption) for caption in captions} == {"train"}
 
 
 def test_the_boxes_of_the_pool_are_those_of_its_pictures():
-    pictures, captions, boxes = training.draw_scenes(50, 64, seed=5)
+    pictures, captions, boxes = data.draw_scenes(50, 64, seed=5)
     for picture, caption, (first, second) in zip(pictures, captions, boxes, strict=True):
         assert (second[2] > 0) == (len(scenes.parse(caption).things) == 2)
         changed = (picture != picture[0, 0]).any(-1)  # differs from the background
@@ -180,13 +178,13 @@ def test_the_boxes_of_the_pool_are_those_of_its_pictures():
 
 
 def test_the_vocabulary_has_one_token_for_each_word():
-    tokenizer = training.make_tokenizer()
+    tokenizer = data.make_tokenizer()
     assert all(len(tokenizer.encode(word)) == 1 for word in scenes.words())
 
 
 def test_a_stopped_run_resumes_as_if_unbroken(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "SAVE_EVERY", 3)
-    training.main(["autoencoder", "--run", str(tmp_path / "whole"), "--recipe", "tiny"])
+    monkeypatch.setattr(loop, "SAVE_EVERY", 3)
+    main(["autoencoder", "--run", str(tmp_path / "whole"), "--recipe", "tiny"])
 
     class Stopped(Exception):
         pass
@@ -199,11 +197,11 @@ def test_a_stopped_run_resumes_as_if_unbroken(tiny, tmp_path, monkeypatch):
             raise Stopped
         return losses[-1]
 
-    monkeypatch.setattr(training, "autoencoder_loss", stop_at_the_fifth)
+    monkeypatch.setattr(stages, "autoencoder_loss", stop_at_the_fifth)
     with pytest.raises(Stopped):
-        training.main(["autoencoder", "--run", str(tmp_path / "broken"), "--recipe", "tiny"])
-    monkeypatch.setattr(training, "autoencoder_loss", autoencoder_loss)
-    training.main(["autoencoder", "--run", str(tmp_path / "broken"), "--recipe", "tiny"])
+        main(["autoencoder", "--run", str(tmp_path / "broken"), "--recipe", "tiny"])
+    monkeypatch.setattr(stages, "autoencoder_loss", autoencoder_loss)
+    main(["autoencoder", "--run", str(tmp_path / "broken"), "--recipe", "tiny"])
     whole, broken = (torch.load(tmp_path / name / "autoencoder.pt") for name in ("whole", "broken"))
     assert whole["step"] == broken["step"] == 6
     for part in ("model", "average"):
@@ -213,8 +211,8 @@ def test_a_stopped_run_resumes_as_if_unbroken(tiny, tmp_path, monkeypatch):
 def test_training_makes_a_checkpoint_that_minisd_and_diffusers_load(tiny, tmp_path):
     run, folder = tmp_path / "run", tmp_path / "model"
     for stage in ("autoencoder", "text", "diffusion"):
-        training.main([stage, "--run", str(run), "--recipe", "tiny"])
-    training.main(["export", "--run", str(run), "--recipe", "tiny", "--to", str(folder)])
+        main([stage, "--run", str(run), "--recipe", "tiny"])
+    main(["export", "--run", str(run), "--recipe", "tiny", "--to", str(folder)])
 
     sd = minisd.load(folder, device="cpu")
     pool = torch.load(run / "pool.pt")
@@ -242,25 +240,25 @@ def test_training_learns(tiny, tmp_path, monkeypatch):
         "tiny",
         replace(TINY, autoencoder=replace(TINY.autoencoder, pool=2, lr=1e-2), kl_weight=0.0),
     )
-    monkeypatch.setattr(training, "WARMUP", 5)
+    monkeypatch.setattr(loop, "WARMUP", 5)
     losses = []
 
     def record(*args):
         losses.append(autoencoder_loss(*args))
         return losses[-1]
 
-    monkeypatch.setattr(training, "autoencoder_loss", record)
-    training.main(["autoencoder", "--run", str(tmp_path), "--recipe", "tiny", "--steps", "60"])
+    monkeypatch.setattr(stages, "autoencoder_loss", record)
+    main(["autoencoder", "--run", str(tmp_path), "--recipe", "tiny", "--steps", "60"])
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
 
 
 def test_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        training.main(["--help"])
+        main(["--help"])
     assert stop.value.code == 0 and "eps_theta" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        training.main(["export", "--run", str(tmp_path)])
+        main(["export", "--run", str(tmp_path)])
     assert "--to goes with export" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        training.main(["diffusion", "--run", str(tmp_path)])
+        main(["diffusion", "--run", str(tmp_path)])
     assert "autoencoder.pt is not there: the stages run in order" in capsys.readouterr().err

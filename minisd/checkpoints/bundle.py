@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..viewing.images import whole
+from ..files import atomic_write
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
 
@@ -26,8 +26,8 @@ def write_bundle(
 ) -> None:
     """Write one file, under its name only when it is whole."""
     owned = {name: x.clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
-    with whole(path) as part:
-        save_file(owned, part, {format: json.dumps(dict(fields))})
+    with atomic_write(path) as temporary:
+        save_file(owned, temporary, {format: json.dumps(dict(fields))})
 
 
 def read_bundle(
@@ -63,5 +63,5 @@ def read_bundle(
     ]
     if missing or unknown or wrong:
         faults = f"missing {missing!r:.200}, unknown {unknown!r:.200}, not finite {wrong!r:.200}"
-        raise ValueError(f"{path} is no whole {format}: {faults}")
+        raise ValueError(f"{path} is no complete {format}: {faults}")
     return {n: tuple(v) if isinstance(v, list) else v for n, v in about.items()}, tensors

@@ -1,5 +1,4 @@
-"""Is this checkpoint what it says it is? `minisd check SOURCE`, and the acceptance values of the
-real v1.4 weights.
+"""Is this checkpoint what it says it is? `minisd check SOURCE`, and v1.4's acceptance values.
 
 The sha256 of the published files are those of the Git LFS pointers of the Hub's model repositories
 (CompVis' stable-diffusion-v1-4 at 133a221, main); the acceptance values are those of diffusers' own
@@ -11,17 +10,25 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from ..pipeline import StableDiffusion
+from ..models.tokenizer import CLIPTokenizer
 from ..sampling.guidance import cfg
-from ..sampling.samplers import DDIM, denoise
-from .load import Checkpoint, fit, is_finite
+from ..sampling.loop import denoise
+from ..sampling.samplers import DDIM
+from .load import Checkpoint, build_models, is_finite
 from .sources import SHORT_NAMES, CheckpointError, bundled, sha256
-from .tensor_file import read_tensors
+from .tensor_file import Entry, read_tensors
 
+if TYPE_CHECKING:  # what draws is handed in: the pipeline stands above this layer
+    from ..pipeline import StableDiffusion
+
+# True: it is right. False: it is not. None: there is nothing to compare it with. And what to say.
+Finding = tuple[bool | None, str]
 V1_4 = SHORT_NAMES["sd-v1-4"]
 PUBLISHED = {  # sha256, or how it starts -> whose and what
     "145a07e0f05ec5bbe6e2e9faf608bdb311caf708895cac8c8ed713c59864e1e8": (V1_4, "unet"),
@@ -39,30 +46,26 @@ PUBLISHED = {  # sha256, or how it starts -> whose and what
     "a2bf730a0c7d": ("openai/clip-vit-large-patch14", "a whole CLIP"),
 }
 CLIP_MERGES = "9fd691f7c8039210e0fced15865466c65820d09b63988b0174bfe25de299051a"  # merges.txt
-CLIP_VOCABULARY = (
-    "e089ad92ba36837a0d31433e555c8f45fe601ab5c221d4f607ded32d9f7a4349"  # vocab.json, keys sorted
-)
+# vocab.json, its keys sorted
+CLIP_VOCABULARY = "e089ad92ba36837a0d31433e555c8f45fe601ab5c221d4f607ded32d9f7a4349"
 ASTRONAUT = "a photograph of an astronaut riding a horse"
 ASTRONAUT_IDS = [320, 8853, 539, 550, 18376, 6765, 320, 4558]
 ACCEPTANCE = [0.38019, 0.28647, 0.27321, 0.40377, 0.38290, 0.35446, 0.39218, 0.38165, 0.42239]
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-def digests(found: Checkpoint) -> dict[Path, str]:
+def digests(checkpoint: Checkpoint) -> dict[Path, str]:
     """The sha256 of a checkpoint's weights files."""
-    return {path: sha256(path) for path in dict.fromkeys(found.files.values())}
+    return {path: sha256(path) for path in dict.fromkeys(checkpoint.files.values())}
 
 
 def check_files(
-    found: Checkpoint, digests: dict[Path, str], repo: str | None
-) -> Iterator[tuple[bool | None, str]]:
-    """Compare the files with what was published, their tensors with the models, the vocabulary with
-    itself.
+    checkpoint: Checkpoint, digests: dict[Path, str], repo: str | None
+) -> Iterator[Finding]:
+    """Compare the files with what was published, their tensors and vocabulary with the models.
 
-    Yields (verdict, line): True it is right, False it is not, None there is nothing to compare it
-    with. repo: the Hub repo that the files are said to come from. Of a repo that is not in
-    PUBLISHED (v1.5's folder is not) the Hub's cache knows the sums that the Hub gave when the files
-    came.
+    repo: the Hub repo that the files are said to come from. Of a repo that is not in PUBLISHED
+    (v1.5's folder is not) the Hub's cache knows the sums that the Hub gave when the files came.
     """
     ours = {sha: name for folder in bundled().values() for name, sha in listed(folder).items()}
     for path, sha in digests.items():
@@ -74,42 +77,41 @@ def check_files(
         elif repo is not None and (blob := blob_name(path)):
             yield blob == sha, f"{path}: sha256 {sha}, {repo} has {blob} there"
         else:
+            where = repo or "this source"
             yield (
                 None,
-                f"{path}: minisd knows no sha256 of {repo or 'this source'} to compare it with; it is {sha}",
+                f"{path}: minisd knows no sha256 of {where} to compare it with; it is {sha}",
             )
     try:
-        _, entries = fit(found)
+        _, entries = build_models(checkpoint)
     except CheckpointError as error:
         yield False, str(error)
         return
     for part, tensors in entries.items():
         yield True, f"{part}: {len(tensors)} tensors, all names and shapes"
-        bad = [
-            name
-            for name, tensor in read_tensors(found.files[part], tensors)
-            if not is_finite(tensor)
-        ]
-        shown = f"{', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}"
-        yield (
-            not bad,
-            f"{part}: NaN or infinite values in {len(bad)}: {shown}"
-            if bad
-            else f"{part}: all values finite",
-        )
-    yield from check_vocabulary(found.tokenizer)
+        yield check_values(part, checkpoint.files[part], tensors)
+    yield from check_vocabulary(checkpoint.tokenizer)
 
 
-def check_vocabulary(tokenizer) -> Iterator[tuple[bool | None, str]]:
+def check_values(part: str, path: Path, entries: dict[str, Entry]) -> Finding:
+    """Whether every value of a part's tensors is finite."""
+    bad = [name for name, tensor in read_tensors(path, entries) if not is_finite(tensor)]
+    if not bad:
+        return True, f"{part}: all values finite"
+    shown = f"{', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}"
+    return False, f"{part}: NaN or infinite values in {len(bad)}: {shown}"
+
+
+def check_vocabulary(tokenizer: CLIPTokenizer) -> Iterator[Finding]:
+    """Whether the vocabulary is CLIP's, and whether texts come back from their ids."""
     merges = "\n".join(["#version: 0.2", *(" ".join(pair) for pair in tokenizer.merges), ""])
     vocabulary = json.dumps(tokenizer.vocab, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     got = [hashlib.sha256(text.encode()).hexdigest() for text in (vocabulary, merges)]
     is_clip = got == [CLIP_VOCABULARY, CLIP_MERGES]
-    yield (
-        (True, "vocabulary: CLIP's")
-        if is_clip
-        else (None, f"vocabulary: {len(tokenizer.vocab)} pieces, not CLIP's")
-    )
+    if is_clip:
+        yield True, "vocabulary: CLIP's"
+    else:
+        yield None, f"vocabulary: {len(tokenizer.vocab)} pieces, not CLIP's"
     for text in (ASTRONAUT, "zürich, 2 cats & 雪 !"):
         ids = tokenizer.encode(text)
         back = tokenizer.decode(ids)
@@ -120,43 +122,50 @@ def check_vocabulary(tokenizer) -> Iterator[tuple[bool | None, str]]:
         yield right, f"vocabulary: {text!r} -> {len(ids)} ids -> {back!r}"
 
 
-def check_picture(sd: StableDiffusion, is_v1_4: bool) -> Iterator[tuple[bool | None, str]]:
-    """Draw the picture of `acceptance`, of v1.4 its very values and of other models any that are no
-    flat field."""
-    picture, values = acceptance(sd)
-    spread = picture.float().std().item()
-    yield (
-        bool(picture.isfinite().all() and spread > 0.01),
-        f"a picture in 3 steps: standard deviation {spread:.3f}",
-    )
+def check_image(sd: "StableDiffusion", is_v1_4: bool) -> Iterator[Finding]:
+    """Draw the image of `acceptance`: v1.4's has known values, others' must be no flat field."""
+    image, values = acceptance(sd)
+    spread = image.float().std().item()
+    fine = bool(image.isfinite().all()) and spread > 0.01
+    yield fine, f"a picture in 3 steps: standard deviation {spread:.3f}"
     if is_v1_4:
-        off, most = (values - torch.tensor(ACCEPTANCE)).abs().max().item(), TOLERANCE[sd.dtype]
+        expected = torch.tensor(ACCEPTANCE, dtype=torch.float32, device="cpu")
+        off, most = (values - expected).abs().max().item(), TOLERANCE[sd.dtype]
         yield (
             off <= most,
-            f"v1.4's acceptance values: off by {off:.1e}, expected at most {most:.0e} in {sd.dtype}",
+            f"v1.4's acceptance values: off by {off:.1e}, expected at most {most:.0e} in "
+            f"{sd.dtype}",
         )
 
 
 @torch.no_grad()
-def acceptance(sd: StableDiffusion) -> tuple[torch.Tensor, torch.Tensor]:
-    """The astronaut in 3 steps of DDIM, guidance 7.5, from NumPy's noise -> picture (1, 3, H, W) in
-    [0, 1], and the nine values of its blue channel in the lower right corner, row by row."""
+def acceptance(sd: "StableDiffusion") -> tuple[Tensor, Tensor]:
+    """The astronaut in 3 steps of DDIM, guidance 7.5, from NumPy's noise -> image, values.
+
+    image: (1, 3, H, W) in [0, 1]. values: the nine of its blue channel in the lower right corner,
+    row by row.
+    """
     shape = (1, sd.unet.config.in_channels, *sd.latent_size(None, None))
     x = torch.from_numpy(np.random.RandomState(0).standard_normal(shape)).to(sd.device, sd.dtype)
     uncond, cond = sd.encode_prompt(["", ASTRONAUT]).split(1)
-    x = denoise(x, DDIM(sd.schedule, 3), cfg(sd.unet, uncond, cond, 7.5))
-    picture = sd.decode(x, as_tensor=True) / 2 + 0.5
-    return picture, picture[0, -1, -3:, -3:].flatten().float().cpu()
+    x = denoise(x, DDIM(sd.schedule, 3), cfg(sd.network, uncond, cond, 7.5))
+    image = sd.decode(x, as_tensor=True)
+    assert isinstance(image, Tensor)
+    image = image / 2 + 0.5
+    return image, image[0, -1, -3:, -3:].flatten().float().cpu()
 
 
 def blob_name(path: Path) -> str | None:
-    """The sha256 by which the Hub's cache keeps a file: snapshots/COMMIT/FILE is a link to
-    blobs/SHA256."""
+    """The sha256 by which the Hub's cache keeps a file.
+
+    snapshots/COMMIT/FILE is a link to blobs/SHA256.
+    """
     name = path.resolve().name
     return name if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", name) else None
 
 
 def published(sha: str) -> tuple[str, str] | None:
+    """Whose and what the file of that sha256 is, of those in PUBLISHED."""
     return next((whose for start, whose in PUBLISHED.items() if sha.startswith(start)), None)
 
 
@@ -167,7 +176,6 @@ def is_v1_4(digests: dict[Path, str]) -> bool:
 
 
 def listed(folder: Path) -> dict[str, str]:
-    """The sha256 of a bundled model's files, from the table in weights/README.md -> {file:
-    sha256}."""
+    """The sha256 of a bundled model's files, {file: sha256}, from weights/README.md."""
     table = (folder.parent / "README.md").read_text(encoding="utf-8")
     return dict(re.findall(r"^\| `([\w./]+)` \| `([0-9a-f]{64})` \|$", table, re.M))

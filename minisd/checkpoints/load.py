@@ -1,8 +1,7 @@
 """Which files make a model, and their strict loading.
 
-    source -> files and configs -> safetensors headers -> renamed -> compared with the modules'
-    names and shapes
-           -> tensors read one by one into memory of their own -> assigned
+    source -> files and configs -> safetensors headers -> renamed
+           -> compared with the modules' names and shapes -> tensors read one by one -> assigned
 
 A source is "shapes" (bundled with minisd), a Hub repo id or a short name for one, a folder in
 diffusers layout (unet/, vae/, text_encoder/, scheduler/, tokenizer/), or one .safetensors file in
@@ -18,7 +17,7 @@ import re
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import nn
@@ -28,13 +27,15 @@ from ..models.tokenizer import CLIPTokenizer
 from ..models.unet import UNet, UNetConfig
 from ..models.vae import AutoencoderKL, VAEConfig
 from ..sampling.schedule import NoiseSchedule
-from .names import LDM_PREFIX, rename_diffusers, rename_ldm
+from .names import LDM_PREFIX, Config, rename_diffusers, rename_ldm
 from .sources import (
     CLIP,
     SHORT_NAMES,
     SIZES,
     VOCABULARY_FILES,
     CheckpointError,
+    Part,
+    Source,
     bundled,
     download,
     fetch_clip,
@@ -43,7 +44,7 @@ from .sources import (
 )
 from .tensor_file import FLOATS, Entry, read_header, read_tensors
 
-MODELS = {
+MODELS: dict[Part, tuple[type[nn.Module], type[Config]]] = {
     "unet": (UNet, UNetConfig),
     "vae": (AutoencoderKL, VAEConfig),
     "text_encoder": (CLIPTextModel, CLIPTextConfig),
@@ -59,7 +60,10 @@ SD_V1_SCHEDULE = {
     "set_alpha_to_one": False,
 }
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
-WHY_NO_PICKLES = "reading one runs whatever code its author put into it; take the .safetensors file of the same model"
+WHY_NO_PICKLES = (
+    "reading one runs whatever code its author put into it; take the .safetensors file of the same "
+    "model"
+)
 # No published config comes near these; what a damaged or hostile one asks for would take all
 # memory, or all day.
 LIMITS = {
@@ -74,22 +78,23 @@ MAX_JSON, MAX_VOCABULARY = 1_000_000, 20_000_000  # bytes of a config, of a file
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A located checkpoint, nothing of the weights read: for each of unet, vae, text_encoder its
-    config and file; `scheduler`, what scheduler_config.json says; `read_tokenizer`; and `rename`,
-    (part, name in the file) -> name in the module, or None for a tensor that the part does not
-    use."""
+    """A located checkpoint, nothing of its weights read.
 
-    configs: dict[str, UNetConfig | VAEConfig | CLIPTextConfig]
-    scheduler: dict
+    configs, files: of each of unet, vae, text_encoder. scheduler: what scheduler_config.json says.
+    rename: (part, name in the file) -> name in the module, or None for a tensor that the part does
+    not use.
+    """
+
+    configs: dict[Part, Config]
+    scheduler: dict[str, Any]
     schedule: NoiseSchedule
     read_tokenizer: Callable[[], CLIPTokenizer]
-    files: dict[str, Path]
-    rename: Callable[[str, str], str | None]
+    files: dict[Part, Path]
+    rename: Callable[[Part, str], str | None]
 
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:
-        """Read when it is asked for: `minisd info` shows a single file without a vocabulary,
-        too."""
+        """Read when it is asked for: `minisd info` shows files without a vocabulary, too."""
         return self.read_tokenizer()
 
 
@@ -104,21 +109,15 @@ class Parts(NamedTuple):
 
 
 def locate(
-    source, *, variant=None, revision=None, local_files_only=False, tokenizer=None
+    source: Source,
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    tokenizer: Source | None = None,
 ) -> Checkpoint:
     """Find the files of a source and read its configs. See `minisd.load` for the arguments."""
-    if not isinstance(source, (str, os.PathLike)) or not os.fspath(source):
-        raise ValueError(
-            f"the model is {source!r}, expected a bundled name, a Hub repo id, a folder or a file"
-        )
-    for name, value, pattern in (
-        ("variant", variant, r"[\w-]+"),
-        ("revision", revision, r"\w[\w-]*([./]\w[\w-]*)*"),
-    ):
-        if value is not None and not (isinstance(value, str) and re.fullmatch(pattern, value)):
-            raise ValueError(
-                f"{name} is {value!r}, expected a name such as {'fp16' if name == 'variant' else 'main'}"
-            )
+    _expect_names(source, variant, revision)
     path = Path(source)
     try:
         path.exists()
@@ -134,43 +133,67 @@ def locate(
             if source not in SHORT_NAMES:
                 raise
             raise CheckpointError(
-                f"{source}: {error}. `minisd fetch {source}` downloads it ({SIZES[None]}, with --variant fp16 "
-                f"{SIZES['fp16']}); --model shapes draws with the model that comes with minisd"
+                f"{source}: {error}. `minisd fetch {source}` downloads it ({SIZES[None]}, with "
+                f"--variant fp16 {SIZES['fp16']}); --model shapes draws with the model that comes "
+                "with minisd"
             ) from error
     if revision is not None:
         raise ValueError(
             f"revision={revision!r} is for Hub repos, and {str(source)!r:.200} is not one"
         )
-    if source in (models := bundled()):
+    if isinstance(source, str) and source in (models := bundled()):
         return from_folder(models[source], variant, tokenizer, local_files_only)
     if path.is_dir():
         return from_folder(path, variant, tokenizer, local_files_only)
-    if path.suffix in PICKLES:
-        raise CheckpointError(f"minisd does not read the pickle {path}: {WHY_NO_PICKLES}")
     if path.is_file() and path.suffix == ".safetensors":
         if variant is not None:
             raise ValueError(
                 f"variant {variant!r} is for folders and Hub repos, and {path} is one file"
             )
         return from_single_file(path, tokenizer, local_files_only)
+    raise CheckpointError(_why_no_model(source, path))
+
+
+def _expect_names(source: Source, variant: str | None, revision: str | None) -> None:
+    """ValueError for what can be no source, no variant or no revision."""
+    if not isinstance(source, (str, os.PathLike)) or not os.fspath(source):
+        raise ValueError(
+            f"the model is {source!r}, expected a bundled name, a Hub repo id, a folder or a file"
+        )
+    for name, value, pattern, example in (
+        ("variant", variant, r"[\w-]+", "fp16"),
+        ("revision", revision, r"\w[\w-]*([./]\w[\w-]*)*", "main"),
+    ):
+        if value is not None and not (isinstance(value, str) and re.fullmatch(pattern, value)):
+            raise ValueError(f"{name} is {value!r}, expected a name such as {example}")
+
+
+def _why_no_model(source: Source, path: Path) -> str:
+    """What is wrong with a source that is neither bundled, on the Hub, a folder nor a file."""
+    if path.suffix in PICKLES:
+        return f"minisd does not read the pickle {path}: {WHY_NO_PICKLES}"
     if path.is_file():
-        raise CheckpointError(f"{path} is not a .safetensors file")
+        return f"{path} is not a .safetensors file"
+    models = bundled()
     if not isinstance(source, str) and (str(source) in models or hub_repo(str(source))):
         kind = "bundled model" if str(source) in models else "Hub repo"
-        raise CheckpointError(
+        return (
             f"{source!r} is a path, and nothing is there; the {kind} is the string {str(source)!r}"
         )
-    raise CheckpointError(
-        f"there is no model {str(source)!r:.200}: it is neither bundled ({', '.join(models) or 'no model is'}), nor a "
-        f"folder, nor a .safetensors file, nor a Hub repo id (owner/name, or {', '.join(SHORT_NAMES)})"
+    return (
+        f"there is no model {str(source)!r:.200}: it is neither bundled "
+        f"({', '.join(models) or 'no model is'}), nor a folder, nor a .safetensors file, nor a Hub "
+        f"repo id (owner/name, or {', '.join(SHORT_NAMES)})"
     )
 
 
 def from_folder(
-    folder: Path, variant: str | None = None, tokenizer=None, local_files_only=False
+    folder: Path,
+    variant: str | None = None,
+    tokenizer: Source | None = None,
+    local_files_only: bool = False,
 ) -> Checkpoint:
-    """A checkpoint in diffusers' folder layout; variant "fp16" takes the files called
-    *.fp16.safetensors.
+    """A checkpoint in diffusers' folder layout; variant "fp16" takes *.fp16.safetensors.
 
     Where it has no text_encoder/ or no tokenizer/, that of openai/clip-vit-large-patch14 is taken:
     Stable Diffusion v1 was trained with that encoder, frozen.
@@ -181,9 +204,9 @@ def from_folder(
         if not path.is_file() and (part != "text_encoder" or has_encoder):
             beside = sorted(p.name for p in path.parent.glob("*") if p.name != "config.json")
             raise CheckpointError(
-                f"{path} is missing; beside it: {', '.join(beside[:20]) or 'nothing'}. minisd reads whole .safetensors "
-                f"files, neither shards with an index nor .bin pickles ({WHY_NO_PICKLES}); variant fp16 takes the "
-                "files *.fp16.safetensors"
+                f"{path} is missing; beside it: {', '.join(beside[:20]) or 'nothing'}. minisd "
+                "reads whole .safetensors files, neither shards with an index nor .bin pickles "
+                f"({WHY_NO_PICKLES}); variant fp16 takes the files *.fp16.safetensors"
             )
     configs = {
         part: _config(part, path.parent / "config.json")
@@ -192,7 +215,11 @@ def from_folder(
     }
     if not has_encoder:
         configs["text_encoder"] = MODELS["text_encoder"][1]()
-        if configs["unet"].cross_attention_dim != configs["text_encoder"].hidden_size:
+        unet, text = (
+            cast(UNetConfig, configs["unet"]),
+            cast(CLIPTextConfig, configs["text_encoder"]),
+        )
+        if unet.cross_attention_dim != text.hidden_size:
             raise CheckpointError(
                 f"{folder} has no text_encoder/, and its UNet does not go with {CLIP}'s"
             )
@@ -200,14 +227,16 @@ def from_folder(
             f"{folder} has no text_encoder/", ["model.safetensors"], local_files_only
         )
     path = folder / "scheduler" / "scheduler_config.json"
-    scheduler = _read(_json, path)
-    schedule = _read(lambda _: NoiseSchedule.from_dict(scheduler), path)
+    scheduler = _named(path, _json)
+    schedule = _named(path, lambda _: NoiseSchedule.from_dict(scheduler))
     why = f"{folder} has no tokenizer/"
     read_tokenizer = partial(_tokenizer, tokenizer, folder / "tokenizer", why, local_files_only)
     return Checkpoint(configs, scheduler, schedule, read_tokenizer, paths, rename_diffusers)
 
 
-def from_single_file(path: Path, tokenizer=None, local_files_only: bool = False) -> Checkpoint:
+def from_single_file(
+    path: Path, tokenizer: Source | None = None, local_files_only: bool = False
+) -> Checkpoint:
     """One file in the original CompVis layout.
 
     It carries neither configs nor a vocabulary: the configs are Stable Diffusion v1's; the
@@ -222,12 +251,13 @@ def from_single_file(path: Path, tokenizer=None, local_files_only: bool = False)
             "if it belongs to a folder in diffusers layout, give the folder"
         )
     configs = {part: config() for part, (_, config) in MODELS.items()}
-    why = f"{path} has no vocabulary: put a folder tokenizer/ with vocab.json and merges.txt beside it"
+    wanted = "a folder tokenizer/ with vocab.json and merges.txt"
+    why = f"{path} has no vocabulary: put {wanted} beside it"
     read_tokenizer = partial(
         _tokenizer, tokenizer, path.parent / "tokenizer", why, local_files_only
     )
 
-    def rename(part, name):
+    def rename(part: Part, name: str) -> str | None:
         return rename_ldm(part, name, configs[part])
 
     schedule = NoiseSchedule.from_dict(SD_V1_SCHEDULE)
@@ -236,24 +266,29 @@ def from_single_file(path: Path, tokenizer=None, local_files_only: bool = False)
 
 
 def _from_clip(why: str, names: list[str], local_files_only: bool) -> Path:
-    """The first of the named files of openai/clip-vit-large-patch14; why: what is said first if
-    they do not come."""
+    """The first of the named files of openai/clip-vit-large-patch14.
+
+    why: what an error says first if they do not come.
+    """
     try:
         return fetch_clip(names, local_files_only) / names[0]
     except CheckpointError as error:
         raise CheckpointError(f"{why} ({error})") from error
 
 
-def _tokenizer(given, own: Path, why: str, local_files_only: bool) -> CLIPTokenizer:
+def _tokenizer(given: Source | None, own: Path, why: str, local_files_only: bool) -> CLIPTokenizer:
     """That of the folder that was given, or else of the model's own, or else CLIP's."""
     folder = own if given is None else Path(given)
     if given is None and not own.is_dir():
         folder = _from_clip(why, ["vocab.json", "merges.txt"], local_files_only).parent
-    return _read(_vocabulary, folder)
+    return _named(folder, _vocabulary)
 
 
-def _read(read, path: Path):
-    """read(path), with whatever is wrong with the file told under its name."""
+T = TypeVar("T")
+
+
+def _named(path: Path, read: Callable[[Path], T]) -> T:
+    """read(path); whatever is wrong with the file is told under its name."""
     try:
         return read(path)
     except (
@@ -268,7 +303,7 @@ def _read(read, path: Path):
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _check_size(path: Path, most: int) -> None:
+def _expect_size(path: Path, most: int) -> None:
     if not path.is_file():
         raise FileNotFoundError("there is no such file")
     if path.stat().st_size > most:
@@ -278,152 +313,156 @@ def _check_size(path: Path, most: int) -> None:
 def _vocabulary(folder: Path) -> CLIPTokenizer:
     for path in folder.glob("*"):
         if path.name in (*VOCABULARY_FILES, "tokenizer.json"):
-            _check_size(path, MAX_VOCABULARY)
+            _expect_size(path, MAX_VOCABULARY)
     return CLIPTokenizer.from_folder(folder)
 
 
-def _json(path: Path) -> dict:
-    _check_size(path, MAX_JSON)
+def _json(path: Path) -> dict[str, Any]:
+    _expect_size(path, MAX_JSON)
     if not isinstance(values := json.loads(path.read_text(encoding="utf-8")), dict):
         raise ValueError(f"expected a JSON object, got {type(values).__name__}")
     return values
 
 
-def _config(part: str, path: Path):
+def _config(part: Part, path: Path) -> Config:
     """A part's config.json, refused where its numbers are absurd."""
 
-    def read(path):
+    def read(path: Path) -> Config:
         config = MODELS[part][1].from_dict(_json(path))
         for name, value in dataclasses.asdict(config).items():
             values = value if isinstance(value, tuple) else (value,)
-            most, least = (
-                LIMITS.get(name, LIMITS.get(f"{part}.{name}", LIMIT)),
-                0 if name == "freq_shift" else 1,
-            )
+            most = LIMITS.get(name, LIMITS.get(f"{part}.{name}", LIMIT))
+            least = 0 if name == "freq_shift" else 1
             numbers = [number for number in values if type(number) in (int, float)]
-            ok = all(
+            ok = all(  # NaN is not
                 least <= n <= most if type(n) is int else 0 < n <= most for n in numbers
-            )  # NaN is not
+            )
             if not ok or len(values) > LONGEST:
                 raise ValueError(
-                    f"{name}: got {value!r:.80}, expected {LONGEST} numbers at most, {least} to {most}"
+                    f"{name}: got {value!r:.80}, expected {LONGEST} numbers at most, "
+                    f"{least} to {most}"
                 )
         return config
 
-    return _read(read, path)
+    return _named(path, read)
 
 
-def match(checkpoint: Checkpoint, part: str, expected: dict[str, tuple[int, ...]]):
-    """Compare a part's file with the module's names and shapes -> (found, faults).
+def match_tensors(
+    checkpoint: Checkpoint, part: Part, expected: dict[str, tuple[int, ...]]
+) -> tuple[dict[str, Entry], list[str]]:
+    """Compare a part's file with the module's names and shapes -> (entries, faults).
 
-    found: module name -> Entry. faults: one line for each tensor that is missing, unexpected or
-    misshapen.
+    entries: module name -> Entry. faults: one line for each tensor that is missing, unexpected,
+    misshapen or unreadable.
     """
-    found, faults = {}, []
+    entries: dict[str, Entry] = {}
+    faults = []
     for name, entry in read_header(checkpoint.files[part]).items():
         new = checkpoint.rename(part, name)
         if new is None:
             continue
         called = name if new == name else f"{name} (here {new})"
         shape = expected.get(new)
-        if shape is None:
-            faults.append(f"unexpected {called}, shape {entry.shape}")
-        elif new in found:
-            faults.append(f"twice {called}")
         # CompVis wrote the VAE's attention as 1x1 convolutions; as linear layers they drop two axes
         # of length 1.
-        elif entry.shape not in (
-            shape,
-            (*shape, 1, 1) if part == "vae" and ".attentions." in new else shape,
-        ):
+        as_convolution = part == "vae" and ".attentions." in new
+        if shape is None:
+            faults.append(f"unexpected {called}, shape {entry.shape}")
+        elif new in entries:
+            faults.append(f"twice {called}")
+        elif entry.shape != shape and not (as_convolution and entry.shape == (*shape, 1, 1)):
             faults.append(f"misshapen {called}, got {entry.shape}, expected {shape}")
         elif entry.dtype not in FLOATS:
             faults.append(
                 f"unreadable {called}, got dtype {entry.dtype}, expected one of {', '.join(FLOATS)}"
             )
-        found[new] = entry
+        entries[new] = entry
     faults += [
         f"missing {name}, expected shape {shape}"
         for name, shape in expected.items()
-        if name not in found
+        if name not in entries
     ]
-    return found, faults
+    return entries, faults
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether no value is NaN or infinite; twenty times as fast as isfinite().all()."""
+    if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        tensor = tensor.permute(0, 2, 3, 1)  # in the order of memory: aminmax would make a copy
     low, high = tensor.aminmax()
     return bool(low > -math.inf and high < math.inf)  # NaN would be both
 
 
-def load_tensors(path: Path, entries: dict[str, Entry], device, dtype) -> dict[str, torch.Tensor]:
-    """The tensors on their device, in `dtype`. CheckpointError where a value is not finite, or not
-    any more in it."""
+def load_tensors(
+    path: Path, entries: dict[str, Entry], device: torch.device, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """The tensors on their device, in `dtype`, those of convolutions in channels_last memory.
+
+    That is the order in which convolutions compute, on a CPU and on CUDA: kept otherwise, they
+    would be reordered at every call. CheckpointError where a value is not finite, or not any more
+    in `dtype`.
+    """
     tensors = {}
-    for name, tensor in read_tensors(path, entries, device, dtype):
+    for name, tensor in read_tensors(path, entries, device, dtype, torch.channels_last):
         if not is_finite(tensor):
-            kind = f"{FLOATS[entries[name].dtype]} in the file, {dtype} wanted".replace(
-                "torch.", ""
+            kinds = f"{FLOATS[entries[name].dtype]} in the file, {dtype} wanted"
+            raise CheckpointError(
+                f"{path}: {name} has NaN or infinite values ({kinds.replace('torch.', '')})"
             )
-            raise CheckpointError(f"{path}: {name} has NaN or infinite values ({kind})")
         tensors[name] = tensor
     return tensors
 
 
-def fit(checkpoint: Checkpoint) -> tuple[dict[str, nn.Module], dict[str, dict[str, Entry]]]:
-    """Build the modules without memory and match the files with them -> modules, and part -> module
-    name -> Entry.
+def build_models(
+    checkpoint: Checkpoint,
+) -> tuple[dict[Part, nn.Module], dict[Part, dict[str, Entry]]]:
+    """The modules, without memory, and what fills them: part -> module name -> Entry of its file.
 
     CheckpointError that lists every tensor which is missing, unexpected, misshapen or unreadable.
     """
-    modules: dict[str, nn.Module] = {}
-    found, faults, total = {}, [], 0
+    modules: dict[Part, nn.Module] = {}
+    entries: dict[Part, dict[str, Entry]] = {}
+    faults, total = [], 0
     for part, (model, _) in MODELS.items():
         try:
             with torch.device("meta"):
                 modules[part] = model(checkpoint.configs[part])
-        except (
-            ValueError,
-            RuntimeError,
-            ZeroDivisionError,
-        ) as error:  # numbers that go together with no architecture
+        except (ValueError, RuntimeError, ZeroDivisionError) as error:
+            # Its numbers go together with no architecture.
             raise CheckpointError(f"{part}: its config makes no model: {error}") from error
         expected = {
             name: tuple(tensor.shape) for name, tensor in modules[part].state_dict().items()
         }
-        found[part], lines = match(checkpoint, part, expected)
+        entries[part], lines = match_tensors(checkpoint, part, expected)
         total += len(lines)
-        faults += (
-            ["\n    ".join([f"\n  {part}, {checkpoint.files[part]}:", *lines])] if lines else []
-        )
+        if lines:
+            faults.append("\n    ".join([f"\n  {part}, {checkpoint.files[part]}:", *lines]))
     if faults:
         raise CheckpointError(f"{total} tensors do not fit the models:{''.join(faults)}")
-    tokenizer, text = checkpoint.tokenizer, checkpoint.configs["text_encoder"]
-    if (
-        tokenizer.max_length > text.max_position_embeddings
-        or max(tokenizer.vocab.values()) >= text.vocab_size
-    ):
+    tokenizer, text = checkpoint.tokenizer, cast(CLIPTextConfig, checkpoint.configs["text_encoder"])
+    length, last = tokenizer.max_length, max(tokenizer.vocab.values())
+    if length > text.max_position_embeddings or last >= text.vocab_size:
         raise CheckpointError(
-            f"the tokenizer makes {tokenizer.max_length} ids up to {max(tokenizer.vocab.values())}, the text encoder "
-            f"takes at most {text.max_position_embeddings} ids below {text.vocab_size}"
+            f"the tokenizer makes {length} ids up to {last}, the text encoder takes at most "
+            f"{text.max_position_embeddings} ids below {text.vocab_size}"
         )
-    return modules, found
+    return modules, entries
 
 
 def load_parts(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Parts:
     """The modules with the files' tensors, in evaluation mode and without gradients."""
-    modules, found = fit(checkpoint)
+    modules, entries = build_models(checkpoint)
     for part, module in modules.items():
         shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
-        tensors = load_tensors(checkpoint.files[part], found[part], device, dtype)
+        tensors = load_tensors(checkpoint.files[part], entries[part], device, dtype)
         module.load_state_dict(
             {name: t.view(shapes[name]) for name, t in tensors.items()}, strict=True, assign=True
         )
         module.eval().requires_grad_(False)
     return Parts(
         checkpoint.tokenizer,
-        modules["text_encoder"],
-        modules["unet"],
-        modules["vae"],
+        cast(CLIPTextModel, modules["text_encoder"]),
+        cast(UNet, modules["unet"]),
+        cast(AutoencoderKL, modules["vae"]),
         checkpoint.schedule,
     )

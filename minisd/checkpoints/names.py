@@ -9,21 +9,20 @@ the newest names of diffusers and transformers.
 import re
 from functools import lru_cache
 
-VAE_OLD = {
-    "query": "to_q",
-    "key": "to_k",
-    "value": "to_v",
-    "proj_attn": "to_out.0",
-}  # diffusers before 0.12
-CLIP_OTHER = (
-    "vision_model.",
-    "visual_projection.",
-    "text_projection.",
-    "logit_scale",
-)  # of a whole CLIP
+from ..models.clip import CLIPTextConfig
+from ..models.unet import UNetConfig
+from ..models.vae import VAEConfig
+from .sources import Part
+
+Config = UNetConfig | VAEConfig | CLIPTextConfig
+
+# diffusers before 0.12
+VAE_OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+# What a whole CLIP has beside its text model.
+CLIP_OTHER = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
 
 
-def rename_diffusers(part: str, name: str) -> str | None:
+def rename_diffusers(part: Part, name: str) -> str | None:
     """Diffusers' or transformers' name -> the module's, None for what is no weight of this part."""
     if part == "vae":
         return re.sub(
@@ -64,28 +63,29 @@ LDM_VAE_ATTENTION = {
 }
 
 
-def rename_ldm(part: str, name: str, config) -> str | None:
-    """CompVis' name -> the module's; None outside the part's prefix. A name that no rule knows
-    comes back as it is."""
+def rename_ldm(part: Part, name: str, config: Config) -> str | None:
+    """CompVis' name -> the module's; None outside the part's prefix.
+
+    A name that no rule knows comes back as it is.
+    """
     if not name.startswith(LDM_PREFIX[part]):
         return None
     name = name.removeprefix(LDM_PREFIX[part])
-    if part == "text_encoder":
+    if isinstance(config, CLIPTextConfig):
         return rename_diffusers(part, name)
-    return _exchange_start(name, _ldm_table(part, config))
+    return _exchange_start(name, _ldm_table(config))
 
 
-def to_ldm(part: str, name: str, config) -> str:
+def to_ldm(part: Part, name: str, config: Config) -> str:
     """The module's name -> CompVis'."""
-    if part == "text_encoder":
+    if isinstance(config, CLIPTextConfig):
         return f"{LDM_PREFIX[part]}text_model.{name}"
-    table = {new: old for old, new in _ldm_table(part, config).items()}
+    table = {new: old for old, new in _ldm_table(config).items()}
     return LDM_PREFIX[part] + _exchange_start(name, table)
 
 
 def _exchange_start(name: str, table: dict[str, str]) -> str:
-    """Replace the longest start of a dotted name that is in the table, whose longest have six
-    pieces."""
+    """Replace the longest start of a dotted name that is in the table; they have 1 to 6 pieces."""
     pieces = name.split(".", 6)
     for n in range(6, 0, -1):
         if (start := ".".join(pieces[:n])) in table:
@@ -94,14 +94,17 @@ def _exchange_start(name: str, table: dict[str, str]) -> str:
 
 
 @lru_cache
-def _ldm_table(part: str, config) -> dict[str, str]:
-    return _ldm_unet(config) if part == "unet" else _ldm_vae(config)
+def _ldm_table(config: UNetConfig | VAEConfig) -> dict[str, str]:
+    return _ldm_unet(config) if isinstance(config, UNetConfig) else _ldm_vae(config)
 
 
-def _ldm_unet(config) -> dict[str, str]:
-    """input_blocks.n is conv_in, then for each stage its layers and a downsampler; output_blocks.n
-    has one layer more for each stage, the upsampler being the last entry of the stage's last layer;
-    entry 0 is the resnet."""
+def _ldm_unet(config: UNetConfig) -> dict[str, str]:
+    """The UNet's table.
+
+    input_blocks.n is conv_in, then for each level its layers and a downsampler; output_blocks.n has
+    one layer more for each level, the upsampler being the last entry of the level's last layer;
+    entry 0 is the resnet.
+    """
     table = {
         "time_embed.0": "time_embedding.linear_1",
         "time_embed.2": "time_embedding.linear_2",
@@ -132,8 +135,11 @@ def _ldm_unet(config) -> dict[str, str]:
     return table
 
 
-def _ldm_vae(config) -> dict[str, str]:
-    """CompVis numbers the decoder's stages from the finest, the module from the coarsest."""
+def _ldm_vae(config: VAEConfig) -> dict[str, str]:
+    """The VAE's table.
+
+    CompVis numbers the decoder's levels from the finest, the module from the coarsest.
+    """
     table, resnets = {}, {}
     last = len(config.block_out_channels) - 1
     for side in ("encoder", "decoder"):

@@ -1,20 +1,22 @@
 """Where models are: bundled with minisd, in the cache of the Hugging Face Hub, or on the Hub.
-Nothing here needs torch.
 
-The Hub is spoken to by huggingface_hub alone, so its settings hold: HF_HOME and HF_HUB_CACHE (where
-the cache is), HF_ENDPOINT (a mirror), HF_TOKEN, HF_HUB_OFFLINE; its progress bars show, and a
-connection that breaks is resumed. Layout of a repo: diffusers' folders;
+Nothing here needs torch. The Hub is spoken to by huggingface_hub alone, so its settings hold:
+HF_HOME and HF_HUB_CACHE (where the cache is), HF_ENDPOINT (a mirror), HF_TOKEN, HF_HUB_OFFLINE; its
+progress bars show, and a connection that breaks is resumed. Layout of a repo: diffusers' folders;
 https://huggingface.co/docs/huggingface_hub/guides/manage-cache for the cache.
 """
 
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-WEIGHTS = {
+Source = str | os.PathLike[str]
+Part = Literal["unet", "vae", "text_encoder"]
+WEIGHTS: dict[Part, str] = {  # part -> name of its weights file in diffusers' layout
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
@@ -25,10 +27,10 @@ SHORT_NAMES = {
     "sd-v1-4": "CompVis/stable-diffusion-v1-4",
     "sd-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
 }
-MOVED = {
-    "runwayml/stable-diffusion-v1-5": SHORT_NAMES["sd-v1-5"]
-}  # its owner left the Hub in August 2024
-CLIP = "openai/clip-vit-large-patch14"  # the text encoder and the vocabulary of Stable Diffusion v1, whole
+# Its owner left the Hub in August 2024.
+MOVED = {"runwayml/stable-diffusion-v1-5": SHORT_NAMES["sd-v1-5"]}
+# A whole CLIP, whose text encoder and vocabulary are those of Stable Diffusion v1.
+CLIP = "openai/clip-vit-large-patch14"
 SIZES = {None: "4.3 GB", "fp16": "2.1 GB"}  # of the weights of Stable Diffusion v1, by variant
 
 
@@ -37,8 +39,10 @@ class CheckpointError(ValueError):
 
 
 class Cached(NamedTuple):
-    """A model in the Hub's cache: what to give as source and options, its folder, the bytes of the
-    files it needs."""
+    """A model in the Hub's cache.
+
+    source: what to give to a command, with its options. size: bytes of the files it needs.
+    """
 
     source: str
     folder: Path
@@ -54,28 +58,31 @@ def bundled() -> dict[str, Path]:
     }
 
 
-def hub_repo(source) -> str | None:
-    """The Hub repo that a source names, or None. A folder or file of that name goes before the
-    Hub."""
+def hub_repo(source: object) -> str | None:
+    """The Hub repo that a source names, or None; a folder or file of that name is preferred."""
     if not isinstance(source, str) or Path(source).exists() or source.endswith(".safetensors"):
         return None
     repo = SHORT_NAMES.get(source, MOVED.get(source, source))
     return repo if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo, re.ASCII) else None
 
 
-def weights_file(part: str, variant: str | None) -> str:
-    """Where a part's weights are in diffusers' layout, e.g.
-    unet/diffusion_pytorch_model.fp16.safetensors."""
+def weights_file(part: Part, variant: str | None) -> str:
+    """Where a part's weights are in diffusers' layout: "text_encoder/model.fp16.safetensors"."""
     return f"{part}/{WEIGHTS[part]}{'' if variant is None else f'.{variant}'}.safetensors"
 
 
-def download(repo: str, variant=None, revision=None, local_files_only=False, to=None) -> Path:
-    """Fetch the files that minisd needs, and no other, of a Hub repo in diffusers layout -> their
-    folder.
+def download(
+    repo: str,
+    variant: str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    to: Path | None = None,
+) -> Path:
+    """Fetch the files of a Hub repo that minisd needs, and no other -> their folder.
 
-    The small files first, the weights last, all of one commit. Each weights file that was
-    downloaded is compared with the sha256 that the Hub has for it. to: a folder for the files in
-    place of the cache.
+    The repo is in diffusers layout. The small files first, the weights last, all of one commit.
+    Each weights file that was downloaded is compared with the sha256 that the Hub has for it. to: a
+    folder for the files in place of the cache.
     """
     vocabulary = [f"tokenizer/{name}" for name in VOCABULARY_FILES]
     encoder = "text_encoder/config.json"  # a repo may lack its text encoder or its vocabulary
@@ -83,89 +90,99 @@ def download(repo: str, variant=None, revision=None, local_files_only=False, to=
     folder = _fetch(repo, needed, revision, local_files_only, optional=[encoder, *vocabulary])
     commit = folder.name
     if not (folder / vocabulary[0]).exists():  # saved by transformers 5
-        _fetch(repo, [], commit, local_files_only, optional=["tokenizer/tokenizer.json"])
+        _fetch(repo, needed, commit, local_files_only, optional=["tokenizer/tokenizer.json"])
     parts = [part for part in WEIGHTS if part != "text_encoder" or (folder / encoder).exists()]
-    small = [
-        name
-        for name in (*CONFIGS, *vocabulary, "tokenizer/tokenizer.json")
-        if (folder / name).exists()
-    ]
-    for name in small if to is not None else ():
-        target = Path(to) / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes((folder / name).read_bytes())
+    if to is not None:
+        for name in (*CONFIGS, *vocabulary, "tokenizer/tokenizer.json"):
+            if (folder / name).exists():
+                (to / name).parent.mkdir(parents=True, exist_ok=True)
+                (to / name).write_bytes((folder / name).read_bytes())
     weights = [weights_file(part, variant) for part in parts]
     return _fetch(repo, weights, commit, local_files_only, to=to)
 
 
-def fetch_clip(names, local_files_only=False) -> Path:
+def fetch_clip(names: Sequence[str], local_files_only: bool = False) -> Path:
     """The folder that holds the named files of openai/clip-vit-large-patch14."""
     return _fetch(CLIP, names, None, local_files_only)
 
 
-def _fetch(repo, needed, revision, local_files_only, optional=(), to=None) -> Path:
-    """The folder of one snapshot of `repo` that holds the `needed` files, and the `optional` ones
-    that the repo has."""
+def _fetch(
+    repo: str,
+    needed: Sequence[str],
+    revision: str | None,
+    local_files_only: bool,
+    optional: Sequence[str] = (),
+    to: Path | None = None,
+) -> Path:
+    """The folder of one snapshot of `repo` with the `needed` files, and those `optional` it has."""
     from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError
 
     folder = to
-    elsewhere = {} if to is None else {"local_dir": to}
     reached = local_files_only
     for name in [*needed, *optional]:
         try:
             before = None if to else try_to_load_from_cache(repo, name, revision=revision)
             if before is _CACHED_NO_EXIST and name in optional:
                 continue
-            if (
-                before is None
-                and not reached
-                and not (to is not None and (Path(to) / name).exists())
-            ):
+            is_here = before is not None or (to is not None and (to / name).exists())
+            if not is_here and not reached:
                 _reach(repo, name, revision)
                 reached = True
-            found = hf_hub_download(
-                repo, name, revision=revision, local_files_only=local_files_only, **elsewhere
+            path = hf_hub_download(
+                repo, name, revision=revision, local_files_only=local_files_only, local_dir=to
             )
-            path = Path(found)
-            if name.endswith(".safetensors") and found != before and not local_files_only:
-                _verify(path, repo, name, revision)
+            if name.endswith(".safetensors") and path != before and not local_files_only:
+                _verify(Path(path), repo, name, revision)
         except CheckpointError:
             raise
         except EntryNotFoundError as error:
-            unknown = isinstance(
-                error, LocalEntryNotFoundError
-            )  # not in the cache, and the Hub did not tell
-            known = (
-                not unknown
-                or try_to_load_from_cache(repo, name, revision=revision) is _CACHED_NO_EXIST
-            )
-            if name in optional and (known or local_files_only):
+            absent = _is_absent(error, repo, name, revision)
+            if name in optional and (absent or local_files_only):
                 continue
-            if unknown:
-                why = "is not in the local Hub cache"
-                why += (
-                    ""
-                    if local_files_only
-                    else f", and the Hub was not reached{_answer(error.__cause__)}"
-                )
-            else:
-                why = f"does not exist at revision {revision or 'main'} (minisd reads .safetensors, not .bin pickles)"
+            why = _why_missing(error, revision, local_files_only)
             raise CheckpointError(f"Hub repo {repo}: {name} {why}") from error
         except Exception as error:  # the HTTP client's own errors come through, too
             raise CheckpointError(
                 f"Hub repo {repo}: {name} did not come: {_reason(error, revision)}"
             ) from error
         if to is None:
-            folder = path.parents[name.count("/")]
+            folder = Path(path).parents[name.count("/")]
             revision = folder.name  # the snapshot's commit: the other files come from the same one
+    assert folder is not None  # there is a file that is needed
     return folder
 
 
+def _is_absent(error: Exception, repo: str, name: str, revision: str | None) -> bool:
+    """Whether the repo is known not to have a file that was not found."""
+    from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if not isinstance(error, LocalEntryNotFoundError):  # the Hub said so
+        return True
+    return try_to_load_from_cache(repo, name, revision=revision) is _CACHED_NO_EXIST
+
+
+def _why_missing(error: Exception, revision: str | None, local_files_only: bool) -> str:
+    """What to say of a file that is needed and was not found."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if not isinstance(error, LocalEntryNotFoundError):
+        where = f"revision {revision or 'main'}"
+        return f"does not exist at {where} (minisd reads .safetensors, not .bin pickles)"
+    why = "is not in the local Hub cache"
+    return (
+        why if local_files_only else f"{why}, and the Hub was not reached{_answer(error.__cause__)}"
+    )
+
+
 def _reach(repo: str, name: str, revision: str | None) -> None:
-    """Ask the Hub once for a file. Without a network that fails at once, and huggingface_hub's
-    download, which has no setting for it, would try again for 20 seconds; whatever else goes wrong
-    is left to the download to try again."""
+    """Ask the Hub once for a file, and raise CheckpointError if there is no network.
+
+    Without a network that fails at once, and huggingface_hub's download, which has no setting for
+    it, would try again for 20 seconds; whatever else goes wrong is left to the download to try
+    again.
+    """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     try:
@@ -174,8 +191,10 @@ def _reach(repo: str, name: str, revision: str | None) -> None:
         # The HTTP client's: of httpx ConnectError, of requests, which older releases use,
         # ConnectionError.
         if any(cls.__name__ in ("ConnectError", "ConnectionError") for cls in type(error).__mro__):
-            why = f"is not in the local Hub cache, and the Hub was not reached: {_reason(error, revision)}"
-            raise CheckpointError(f"Hub repo {repo}: {name} {why}") from error
+            why = f"the Hub was not reached: {_reason(error, revision)}"
+            raise CheckpointError(
+                f"Hub repo {repo}: {name} is not in the local Hub cache, and {why}"
+            ) from error
 
 
 def _verify(path: Path, repo: str, name: str, revision: str | None) -> None:
@@ -190,8 +209,8 @@ def _verify(path: Path, repo: str, name: str, revision: str | None) -> None:
             (path.parent / os.readlink(path)).unlink(missing_ok=True)
         path.unlink()
         raise CheckpointError(
-            f"Hub repo {repo}: {name} came with sha256 {got}, the Hub says {expected}; the damaged file was removed, "
-            "try again"
+            f"Hub repo {repo}: {name} came with sha256 {got}, the Hub says {expected}; the damaged "
+            "file was removed, try again"
         )
 
 
@@ -200,7 +219,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _reason(error: Exception, revision) -> str:
+def _reason(error: Exception, revision: str | None) -> str:
     """What went wrong with the Hub, in one line."""
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -217,7 +236,7 @@ def _reason(error: Exception, revision) -> str:
     return f"{' '.join(str(error).split()) or type(error).__name__}{_answer(error)}"
 
 
-def _answer(error) -> str:
+def _answer(error: BaseException | None) -> str:
     """The HTTP status behind an error, if there is one, and what it means for the user."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     meanings = {
@@ -233,7 +252,7 @@ def _answer(error) -> str:
 
 
 def cached() -> list[Cached]:
-    """The models in the Hub's cache that are there as a whole, one for each variant."""
+    """The models in the Hub's cache that are complete, one for each variant."""
     from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
@@ -244,38 +263,35 @@ def cached() -> list[Cached]:
     models = []
     for repo in sorted(repos, key=lambda repo: repo.repo_id):
         for commit in sorted(repo.revisions, key=lambda commit: commit.commit_hash):
+            if repo.repo_type != "model":
+                continue
             folder = commit.snapshot_path
             sizes = {
                 file.file_path.relative_to(folder).as_posix(): file.size_on_disk
                 for file in commit.files
             }
             is_main = "main" in commit.refs
-            named = repo.repo_id if is_main else f"{repo.repo_id} --revision {commit.commit_hash}"
-            unets = (
-                re.fullmatch(r"unet/diffusion_pytorch_model(?:\.(.+))?\.safetensors", name)
-                for name in sizes
-            )
-            for variant in sorted(
-                (match[1] for match in unets if match), key=lambda variant: variant or ""
-            ):
-                # As in `download`: a repo may lack its text encoder.
-                parts = [
-                    part
-                    for part in WEIGHTS
-                    if part != "text_encoder" or f"{part}/config.json" in sizes
-                ]
-                weights = [weights_file(part, variant) for part in parts]
-                configs = {
-                    "scheduler/scheduler_config.json",
-                    *(f"{part}/config.json" for part in parts),
-                }
-                if repo.repo_type == "model" and {*weights, *configs} <= sizes.keys():
-                    size = sum(
-                        sizes[name]
-                        for name in sizes
-                        if name in weights or not name.endswith(".safetensors")
-                    )
-                    models.append(
-                        Cached(f"{named} --variant {variant}" if variant else named, folder, size)
-                    )
+            source = repo.repo_id if is_main else f"{repo.repo_id} --revision {commit.commit_hash}"
+            for variant, size in _variants(sizes):
+                option = f" --variant {variant}" if variant else ""
+                models.append(Cached(source + option, folder, size))
     return models
+
+
+def _variants(sizes: dict[str, int]) -> list[tuple[str | None, int]]:
+    """The variants of which a snapshot has every file, and the bytes of all that one needs.
+
+    sizes: of the snapshot's files, by their paths in it.
+    """
+    pattern = r"unet/diffusion_pytorch_model(?:\.(.+))?\.safetensors"
+    variants = [match[1] for name in sizes if (match := re.fullmatch(pattern, name))]
+    # As in `download`: a repo may lack its text encoder.
+    parts = [part for part in WEIGHTS if part != "text_encoder" or f"{part}/config.json" in sizes]
+    configs = {"scheduler/scheduler_config.json", *(f"{part}/config.json" for part in parts)}
+    complete = []
+    for variant in sorted(variants, key=lambda variant: variant or ""):
+        weights = {weights_file(part, variant) for part in parts}
+        if weights | configs <= sizes.keys():
+            small = {name for name in sizes if not name.endswith(".safetensors")}
+            complete.append((variant, sum(sizes[name] for name in weights | small)))
+    return complete

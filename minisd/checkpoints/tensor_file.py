@@ -1,5 +1,4 @@
-"""The safetensors file format: 8 bytes length, a JSON header of that length, the tensors' data one
-after the other.
+"""The safetensors file format: 8 bytes length, a JSON header of that length, the tensors' data.
 
 https://huggingface.co/docs/safetensors. The reader believes nothing: a header that does not
 describe the file to its last byte is an error before any tensor is read, and no claim of the file
@@ -12,7 +11,7 @@ import mmap
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,15 +21,12 @@ from .sources import CheckpointError
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8}
 BYTES |= {name: dtype.itemsize for name, dtype in FLOATS.items()}
-MAX_HEADER = (
-    10_000_000  # bytes; Stable Diffusion's single file with its averages has a quarter of a million
-)
+MAX_HEADER = 10_000_000  # bytes; Stable Diffusion's single file has a quarter of a million
 MAX_AXES, MAX_SIDE = 8, 2**40
 
 
 class Entry(NamedTuple):
-    """One tensor of a file: the format's name of its dtype, its shape, and where its bytes start
-    and stop."""
+    """One tensor of a file: the format's name of its dtype, its shape, the place of its bytes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -88,7 +84,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def _without_repeats(pairs) -> dict:
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
         names = [name for name, _ in pairs]
@@ -96,7 +92,7 @@ def _without_repeats(pairs) -> dict:
     return values
 
 
-def _entry(name: str, value: dict, data: int) -> Entry:
+def _entry(name: str, value: dict[str, Any], data: int) -> Entry:
     """One entry of the header, whose offsets count from the byte `data`."""
     dtype, shape, (start, stop) = value["dtype"], value["shape"], value["data_offsets"]
     if not name.isprintable() or type(dtype) is not str or not dtype.isprintable():
@@ -116,31 +112,39 @@ def _entry(name: str, value: dict, data: int) -> Entry:
 
 
 def read_tensors(
-    path: Path, entries: dict[str, Entry], device="cpu", dtype: torch.dtype | None = None
+    path: Path,
+    entries: dict[str, Entry],
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of a file, in the order of their bytes, on `device` and in `dtype`, None being the
-    file's own.
+    """Tensors of a file, in the order of their bytes.
+
+    device: None is the CPU. dtype: None is the file's own. memory_format: of the tensors with four
+    axes.
 
     The file is mapped into memory, privately: a tensor that stays what it is in the file is not
     copied, its pages are read when they are first used, and what is written into it stays here. A
-    tensor that changes its dtype or device is copied, and so is one that does not begin at a
-    multiple of its item size, as in the published float32 files of the UNet and the text encoder;
-    the pages behind a copy go back at once. The file may be replaced or removed while its tensors
-    are in use; who writes into it, writes into them.
+    tensor that changes its dtype, device or memory format is copied, and so is one that does not
+    begin at a multiple of its item size, as in the published float32 files of the UNet and the text
+    encoder; the pages behind a copy go back at once. The file may be replaced or removed while its
+    tensors are in use; who writes into it, writes into them.
     """
+    device = torch.device("cpu") if device is None else device
     with open(path, "rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # lives on in the tensors
     for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
         size, kind = entry.stop - entry.start, FLOATS[entry.dtype]
         if entry.stop > len(data):
             raise CheckpointError(f"{path} ended inside {name} while it was read")
-        mapped = (
-            torch.frombuffer(data, dtype=torch.uint8, offset=entry.start, count=size)
-            if size
-            else torch.empty(0)
-        )
+        if size:
+            mapped = torch.frombuffer(data, dtype=torch.uint8, offset=entry.start, count=size)
+        else:
+            mapped = torch.empty(0, dtype=torch.uint8, device="cpu")
         aligned = mapped if entry.start % kind.itemsize == 0 else mapped.clone()
-        tensor = aligned.view(kind).view(entry.shape).to(device, dtype or kind)
+        tensor = aligned.view(kind).view(entry.shape)
+        order = memory_format if len(entry.shape) == 4 else torch.contiguous_format
+        tensor = tensor.to(device, dtype or kind, memory_format=order)
         if tensor.data_ptr() != mapped.data_ptr():
             _give_back(data, entry.start, entry.stop)
         yield name, tensor
@@ -162,7 +166,8 @@ def write_tensors(
     shapes: name -> shape; tensors: in the same order, axes of length 1 aside. The header says
     {"format": "pt"}, which diffusers asks for.
     """
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, shape in shapes.items():
         start, end = end, end + math.prod(shape) * BYTES[dtype]
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
@@ -173,4 +178,5 @@ def write_tensors(
         for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
             if tensor.numel() != math.prod(shape):
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
-            file.write(tensor.to(FLOATS[dtype]).contiguous().view(-1).view(torch.uint8).numpy())
+            raw = tensor.to(FLOATS[dtype]).contiguous().view(-1).view(torch.uint8)
+            file.write(raw.numpy().data)

@@ -250,9 +250,9 @@ def img2img(args) -> None:
 
 
 def read_picture(path: str):
-    from ..viewing.images import read_picture
+    from ..viewing.images import read_image
 
-    return read_picture(path)
+    return read_image(path)
 
 
 def draw(args, settings: dict, run) -> None:
@@ -287,7 +287,7 @@ def tracing(args, sd, seed: int) -> Iterator:
     if args.trace is None:
         yield None
         return
-    from ..viewing.images import made
+    from ..files import new_folder
     from ..viewing.trace import Trace, animate, fit_preview, latent_rgb
 
     folder = args.trace / f"seed{seed}" if args.n > 1 else args.trace
@@ -297,7 +297,7 @@ def tracing(args, sd, seed: int) -> Iterator:
     trace = Trace(
         sd, args.trace_every or 1, folder, fit_preview(sd) if args.trace_preview else None
     )
-    with made(folder):
+    with new_folder(folder):
         written = []
         try:
             yield trace
@@ -436,13 +436,13 @@ def write_png(path: Path, picture, chunks: dict) -> None:
     whole."""
     from PIL.PngImagePlugin import PngInfo
 
-    from ..viewing.images import whole
+    from ..files import atomic_write
 
     text = PngInfo()
     for key, value in chunks.items():
         if value is not None:
             text.add_text(key, str(value))
-    with whole(path) as part:
+    with atomic_write(path) as part:
         picture.save(part, format="PNG", pnginfo=text)
 
 

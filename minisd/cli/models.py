@@ -127,7 +127,7 @@ def export(args) -> None:
 
 
 def check(args) -> None:
-    from ..checkpoints.check import check_files, check_picture, digests, is_v1_4
+    from ..checkpoints.check import check_files, check_image, digests, is_v1_4
     from ..checkpoints.load import CheckpointError, load_parts
     from ..checkpoints.sources import hub_repo
     from ..pipeline import StableDiffusion, pick_device, pick_dtype
@@ -146,6 +146,6 @@ def check(args) -> None:
     report(check_files(found, of_files, hub_repo(args.source)))
     if not failures:
         sd = StableDiffusion(*load_parts(found, device, pick_dtype(None, device)))
-        report(check_picture(sd, is_v1_4(of_files)))
+        report(check_image(sd, is_v1_4(of_files)))
     if failures:
         raise CheckpointError(f"{args.source}: {failures} of these are wrong")

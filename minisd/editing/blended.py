@@ -31,7 +31,7 @@ from ..pipeline import ImageInput, unchanged
 from ..sampling.guidance import cfg
 from ..sampling.samplers import Step
 from ..sampling.schedule import Level
-from ..viewing.images import as_given, read_picture, to_rgb
+from ..viewing.images import as_given, read_image, to_rgb
 
 if TYPE_CHECKING:
     from ..pipeline import StableDiffusion
@@ -128,7 +128,7 @@ def read_mask(mask) -> np.ndarray:
     or has no white.
     """
     if isinstance(mask, (str, os.PathLike)):
-        read_picture(mask)  # says what is wrong with a file
+        read_image(mask)  # says what is wrong with a file
         with Image.open(mask) as file:
             return read_mask(file)
     if isinstance(mask, Image.Image):

@@ -206,7 +206,7 @@ class Inversion:
         try:
             return cls(**fields, **tensors)
         except ValueError as error:
-            raise ValueError(f"{path} is no whole {FORMAT}: {error}") from error
+            raise ValueError(f"{path} is no complete {FORMAT}: {error}") from error
 
 
 @torch.no_grad()

@@ -81,7 +81,7 @@ class Recording:
         try:
             return cls(**fields, t=t, maps=tensors, z=z)
         except ValueError as error:
-            raise ValueError(f"{path} is no whole {FORMAT}: {error}") from error
+            raise ValueError(f"{path} is no complete {FORMAT}: {error}") from error
 
 
 class RecorderOptions(TypedDict, total=False):

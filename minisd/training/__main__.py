@@ -1,6 +1,94 @@
-"""`python -m minisd.training`: trains the bundled model, stage by stage."""
+"""Train a small latent diffusion model from scratch on images of `minisd.training.scenes`.
 
-from .training import main
+It made the bundled `shapes`. Its stages share one run folder, and each resumes where it stopped:
+
+    python -m minisd.training autoencoder --run RUN
+        L = |x - decode(z)| + kl_weight KL(q(z|x) || N(0, 1)),  z ~ q(z|x)
+    python -m minisd.training text --run RUN
+        L = summary_loss: ends and pads tell which words the caption has
+    python -m minisd.training diffusion --run RUN
+        L = w_t |eps - eps_theta(alpha_t z + sigma_t eps, t, text)|^2
+    python -m minisd.training export --run RUN --to weights/shapes
+        the folder in diffusers layout, float16
+
+The objective is that of Rombach et al. 2022, https://arxiv.org/abs/2112.10752 (eq. 2).
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from .export import export
+from .recipes import RECIPES
+from .stages import train_autoencoder, train_diffusion, train_text
+
+ORDER = ("autoencoder", "text", "diffusion", "export")
+NEEDS = {"diffusion": ("autoencoder.pt", "text.pt"), "export": ("pool.pt", "diffusion.pt")}
+STAGES = {  # name on the command line -> what trains it, its hyperparameters in the recipe
+    "autoencoder": (train_autoencoder, "autoencoder"),
+    "text": (train_text, "text_encoder"),
+    "diffusion": (train_diffusion, "diffusion"),
+}
+WEIGHTS = {  # options of the diffusion stage that replace the recipe's numbers
+    "max_weight": "cap of the loss's weight",
+    "noisy_share": "share of the samples that are drawn very noisy",
+    "layout_weight": "weight of the layout loss",
+    "summary_weight": "weight of the summary loss",
+    "silent_share": "share of the samples whose words alone must tell",
+    "faint_share": "share of the samples whose noise is fainter",
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m minisd.training",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("stage", choices=ORDER)
+    add("--run", type=Path, required=True, help="folder of the run: its states, the encoded pool")
+    add(
+        "--recipe",
+        choices=RECIPES,
+        default="small",
+        help="small: 64x64, for a CPU; large: 128x128, for a GPU",
+    )
+    add("--steps", type=int, help="train to this many steps instead of the recipe's")
+    for name, what in WEIGHTS.items():
+        add(f"--{name.replace('_', '-')}", type=float, help=f"diffusion: {what}")
+    add("--seed", type=int, default=0)
+    add("--device", default="cpu")
+    add("--to", type=Path, help="export: the folder to write")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    if (args.stage == "export") != (args.to is not None):
+        parser.error("--to goes with export, and export needs it")
+    for name in NEEDS.get(args.stage, ()):
+        if not (args.run / name).exists():
+            parser.error(
+                f"{args.run / name} is not there: the stages run in order, {', '.join(ORDER)}"
+            )
+    args.run.mkdir(parents=True, exist_ok=True)
+    recipe = RECIPES[args.recipe]
+    if args.stage == "export":
+        export(recipe, args.run, args.to)
+        return
+    train_stage, hyperparameters = STAGES[args.stage]
+    given = {name: number for name in WEIGHTS if (number := getattr(args, name)) is not None}
+    recipe = replace(recipe, **given)
+    if args.steps is not None:
+        how = replace(getattr(recipe, hyperparameters), steps=args.steps)
+        recipe = replace(recipe, **{hyperparameters: how})
+    train_stage(recipe, args.run, args.seed, torch.device(args.device))
+
 
 if __name__ == "__main__":
     main()

@@ -1,10 +1,7 @@
 """Pictures: files, PIL images and tensors (B, 3, H, W) in [-1, 1], by the rules of diffusers'
 VaeImageProcessor."""
 
-import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +10,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 
-def read_picture(path: str | Path) -> Image.Image:
+def read_image(path: str | Path) -> Image.Image:
     """A file as a viewer shows it, in RGB (see `to_rgb`); of an animation the first picture.
 
     FileNotFoundError, or ValueError: the file is cut, no picture, or so large (89 megapixels) that
@@ -34,40 +31,6 @@ def read_picture(path: str | Path) -> Image.Image:
     except Exception as error:  # Pillow's decoders raise many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} cannot be read as a picture: {reason}") from error
-
-
-@contextmanager
-def whole(path: str | Path) -> Iterator[Path]:
-    """`with whole(path) as part`: write the file `part`; it takes its name `path` when it is whole.
-
-    If that fails or is interrupted, nothing is left behind, and an older file of that name is as it
-    was.
-    """
-    path = Path(os.path.realpath(path))  # through a link: replace what it points to
-    part = path.with_name(
-        f".{path.name[:40]}.{os.getpid()}.part"
-    )  # a name may be as long as the system allows
-    with made(path.parent):
-        try:
-            yield part
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-
-
-@contextmanager
-def made(folder: Path) -> Iterator[None]:
-    """Make a folder and its parents; if what follows fails, remove those that were made and are
-    empty."""
-    new = [each for each in (folder, *folder.parents) if not each.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except BaseException:
-        for each in new:
-            if each.is_dir() and not any(each.iterdir()):
-                each.rmdir()
-        raise
 
 
 def to_tensor(images: list[Image.Image], height: int, width: int) -> Tensor:

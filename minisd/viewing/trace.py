@@ -21,8 +21,9 @@ from PIL import Image
 from torch import Tensor
 
 from .. import expect
+from ..files import atomic_write
 from ..sampling.samplers import Step
-from .images import to_pil, whole
+from .images import to_pil
 
 View = Callable[[Tensor], list[Image.Image]]
 FORMATS = {
@@ -74,7 +75,7 @@ class Trace:
             self.images.append(self.show(x, self.view))
             if self.folder is not None:
                 self.files.append(Path(self.folder) / f"step_{step.index:04}_t{step.t:04}.png")
-                with whole(self.files[-1]) as part:
+                with atomic_write(self.files[-1]) as part:
                     self.images[-1].save(part, format="PNG")
         return x
 
@@ -168,7 +169,7 @@ def animate(
     if not frames or len({frame.size for frame in frames}) != 1:
         raise ValueError(f"expected pictures of one size, got {[frame.size for frame in frames]}")
     options = FORMATS[Path(path).suffix.lower()]
-    with whole(path) as part:
+    with atomic_write(path) as part:
         if options:
             durations = [round(1000 / fps)] * (len(frames) - 1) + [round(1000 / fps + 1000 * hold)]
             frames[0].save(

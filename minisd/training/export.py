@@ -1,0 +1,39 @@
+"""What a run has learned, as a checkpoint that minisd and diffusers load."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ..checkpoints.export import config_json, model_index, write_json
+from ..checkpoints.load import SD_V1_SCHEDULE
+from ..checkpoints.sources import weights_file
+from .data import make_tokenizer
+from .recipes import Recipe
+
+SCHEDULER = {"_class_name": "DDIMScheduler", "clip_sample": False, **SD_V1_SCHEDULE}
+
+
+def export(recipe: Recipe, run: Path, folder: Path) -> None:
+    """Write the averages that the run has now as a folder in diffusers layout, float16."""
+    tokenizer = make_tokenizer()
+    pool = torch.load(run / "pool.pt", map_location="cpu", mmap=True)
+    averages = torch.load(run / "diffusion.pt", map_location="cpu", mmap=True)["average"]
+    configs = {
+        "vae": replace(recipe.vae, scaling_factor=pool["scaling_factor"]),
+        "unet": recipe.unet,
+        "text_encoder": replace(recipe.text, vocab_size=len(tokenizer.vocab)),
+    }
+    for part, config in configs.items():
+        prefix, state = ("", pool["vae"]) if part == "vae" else (f"{part}.", averages)
+        halves = {
+            name.removeprefix(prefix): tensor.half().contiguous()
+            for name, tensor in state.items()
+            if name.startswith(prefix)
+        }
+        write_json(folder / part / "config.json", config_json(part, config, tokenizer))
+        save_file(halves, folder / weights_file(part, None), metadata={"format": "pt"})
+    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+    write_json(folder / "model_index.json", model_index(SCHEDULER))
+    tokenizer.save(folder / "tokenizer")

@@ -1,0 +1,116 @@
+"""The two models that can be trained, as numbers: their sizes and how each stage is run."""
+
+from dataclasses import dataclass
+
+from ..models.clip import CLIPTextConfig
+from ..models.unet import CROSS_DOWN, CROSS_UP, PLAIN_DOWN, PLAIN_UP, UNetConfig
+from ..models.vae import VAEConfig
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """How one stage is trained: AdamW for `steps` steps at learning rate `lr`.
+
+    Each step takes `batch` samples from a pool of `pool` scenes; `ema` is the decay of the
+    parameters' exponential moving average, which is what is exported.
+    """
+
+    steps: int
+    batch: int
+    lr: float
+    pool: int
+    ema: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model's numbers, how its stages are trained, and the weights of their losses.
+
+    text: the vocabulary's size in it is a placeholder; it is known once the tokenizer is made.
+    max_weight: cap of the diffusion loss's weight. noisy_share: of the samples, drawn from the
+    noisiest quarter of the times instead of from all. layout_weight, summary_weight: of the helper
+    losses, beside the diffusion loss. silent_share: of the samples, whose end tokens and pads are
+    silenced, so that the words alone must tell. faint_share: of the samples, whose noise is fainter
+    than their time says.
+    """
+
+    image_size: int
+    vae: VAEConfig
+    text: CLIPTextConfig
+    unet: UNetConfig
+    autoencoder: Hyperparameters
+    text_encoder: Hyperparameters
+    diffusion: Hyperparameters
+    kl_weight: float
+    max_weight: float
+    noisy_share: float
+    layout_weight: float
+    summary_weight: float
+    silent_share: float
+    faint_share: float
+
+
+RECIPES = {
+    "small": Recipe(  # two CPU cores, about four hours
+        image_size=64,
+        vae=VAEConfig(
+            block_out_channels=(32, 64, 64), layers_per_block=1, norm_num_groups=8, sample_size=64
+        ),
+        text=CLIPTextConfig(
+            hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4
+        ),
+        unet=UNetConfig(
+            sample_size=16,
+            down_block_types=(CROSS_DOWN, CROSS_DOWN),
+            up_block_types=(CROSS_UP, CROSS_UP),
+            block_out_channels=(80, 160),
+            layers_per_block=1,
+            attention_head_dim=(2, 4),
+            cross_attention_dim=128,
+            norm_num_groups=16,
+        ),
+        autoencoder=Hyperparameters(steps=2600, batch=24, lr=1e-3, pool=20_000, ema=0.99),
+        text_encoder=Hyperparameters(steps=2000, batch=48, lr=2e-3, pool=20_000, ema=0.99),
+        diffusion=Hyperparameters(steps=12_000, batch=32, lr=1e-3, pool=60_000, ema=0.999),
+        kl_weight=1e-5,
+        max_weight=100.0,
+        noisy_share=0.3,
+        layout_weight=1.0,
+        summary_weight=0.05,
+        silent_share=0.5,
+        faint_share=0.6,
+    ),
+    "large": Recipe(  # one GPU
+        image_size=128,
+        vae=VAEConfig(
+            block_out_channels=(32, 64, 96, 96),
+            layers_per_block=1,
+            norm_num_groups=8,
+            sample_size=128,
+        ),
+        text=CLIPTextConfig(
+            hidden_size=160, intermediate_size=640, num_hidden_layers=3, num_attention_heads=4
+        ),
+        unet=UNetConfig(
+            sample_size=16,
+            # The third level sees where in the image it is.
+            down_block_types=(CROSS_DOWN, CROSS_DOWN, PLAIN_DOWN),
+            up_block_types=(PLAIN_UP, CROSS_UP, CROSS_UP),
+            block_out_channels=(80, 128, 128),
+            layers_per_block=1,
+            attention_head_dim=(2, 2, 2),
+            cross_attention_dim=160,
+            norm_num_groups=16,
+        ),
+        autoencoder=Hyperparameters(steps=10_000, batch=64, lr=1e-3, pool=60_000, ema=0.999),
+        text_encoder=Hyperparameters(steps=4000, batch=256, lr=1e-3, pool=100_000, ema=0.99),
+        diffusion=Hyperparameters(steps=60_000, batch=256, lr=1e-3, pool=200_000, ema=0.9995),
+        kl_weight=1e-5,
+        max_weight=100.0,
+        noisy_share=0.3,
+        layout_weight=1.0,
+        summary_weight=0.05,
+        silent_share=0.5,
+        faint_share=0.6,
+    ),
+}
