@@ -402,7 +402,8 @@ def test_gpu_tests_that_cannot_be_imported_are_skipped(tmp_path):
     (tmp_path / "test_other.py").write_text("import diffusers")
     code = (
         "from math import inf; from pathlib import Path; from bench import gpu;"
-        f"print(*gpu.collect(Path({str(tmp_path)!r}), inf), *gpu.collect(gpu.harness.ROOT / 'tests', inf), sep='\\n')"
+        f"print(*gpu.collect(Path({str(tmp_path)!r}), inf), sep='\\n');"
+        "print(*gpu.collect(gpu.harness.ROOT / 'tests', inf), sep='\\n')"
     )
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
@@ -434,7 +435,8 @@ def test_gpu_tests_that_cannot_be_imported_are_skipped(tmp_path):
 
 def test_the_gpu_tests_run_in_shares(tmp_path, capsys):
     (tmp_path / "test_a.py").write_text(
-        f"import pytest\n@{gpu.MARK}\n@pytest.mark.parametrize('n', range(3))\ndef test_it(n): assert n < 2"
+        f"import pytest\n@{gpu.MARK}\n@pytest.mark.parametrize('n', range(3))\n"
+        "def test_it(n): assert n < 2"
     )
     tests = [f"{tmp_path / 'test_a.py'}::test_it[{n}]" for n in range(3)]
     assert gpu.run_tests(tests[:2], time.monotonic() + 600) == {gpu.PASSED}
