@@ -1,9 +1,9 @@
-"""How time and memory grow with the size of the picture and with the batch, at SD v1.4's size with
+"""How time and memory grow with the size of the image and with the batch, at SD v1.4's size with
 random weights.
 
     python -m bench.scaling [--device cuda] [--rounds 3] [--quick]
 
-One guided step and one decoded picture, sizes 256 to 1024 and batches 1 to 16, in float16 on CUDA,
+One guided step and one decoded image, sizes 256 to 1024 and batches 1 to 16, in float16 on CUDA,
 in bfloat16 on a CPU that has it. memory: at the peak above what was there. The exponent p of y ~
 (pixels)^p or y ~ batch^p is the least-squares slope of the logarithms. Writes
 bench/results/<device>/scaling.json.

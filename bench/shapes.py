@@ -2,7 +2,7 @@
 
     python -m bench.shapes [--model shapes|FOLDER] [--n 200] [--json OUT] [--sheet OUT.png]
 
-Draws n captions of each split that training never saw, and scores the pictures with bench.scorer:
+Draws n captions of each split that training never saw, and scores the images with bench.scorer:
 `heldout` are captions of known colour-shape pairs, `composition` name a pair that training never
 showed. Also n rendered scenes through the VAE and back: their PSNR, and their scores, the ceiling
 that VAE and scorer leave to the diffusion model.

@@ -1,4 +1,4 @@
-"""How long until minisd draws: imports, the command's help, loading from disk, the first picture.
+"""How long until minisd draws: imports, the command's help, loading from disk, the first image.
 
     python -m bench.startup [--device cuda] [--rounds 3] [--quick]
 
