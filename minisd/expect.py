@@ -36,9 +36,8 @@ def rows(of: str | None = None, /, **counts: int) -> int:
     if total < 1 or not set(counts.values()) <= {1, total}:
         *first, last = (f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
         each = "" if of is None else f" of the {of.replace('_', ' ')}"
-        raise ValueError(
-            f"got {', '.join(first)} and {last}, expected one for all or one for each{each}, at least one"
-        )
+        got = f"{', '.join(first)} and {last}"
+        raise ValueError(f"got {got}, expected one for all or one for each{each}, at least one")
     return total
 
 

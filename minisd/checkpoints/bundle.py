@@ -1,4 +1,5 @@
-"""Bundles: what minisd saves of a run, one safetensors file of checked tensors with metadata in JSON.
+"""Bundles: what minisd saves of a run, one safetensors file of checked tensors with metadata in
+JSON.
 
 A bundle has a format's name, fields (the JSON) and tensors. `write_bundle` writes all or nothing;
 `read_bundle` refuses what is another format, misses something, holds something unknown or a number

@@ -2,6 +2,7 @@
 VaeImageProcessor."""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -56,21 +57,22 @@ def to_pil(image: Tensor) -> list[Image.Image]:
     ]
 
 
-def as_given(image: Image.Image | list[Image.Image] | Tensor) -> list[Image.Image]:
+def as_given(image: Image.Image | Sequence[Image.Image] | Tensor) -> list[Image.Image]:
     """Picture(s), PIL images or a tensor as in `to_pil`, as a list of RGB pictures, each of its own
     size."""
     if isinstance(image, Tensor):
         return to_pil(image)
-    return [to_rgb(each) for each in (image if isinstance(image, (list, tuple)) else [image])]
+    return [to_rgb(each) for each in (image if isinstance(image, Sequence) else [image])]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture as a viewer shows it: turned upright (EXIF), 16-bit grey scaled to 8, transparency
-    laid on white."""
+    """An image as a viewer shows it, in RGB.
+
+    Turned upright (EXIF), 16-bit grey scaled to 8, transparency laid on white.
+    """
     if not isinstance(image, Image.Image):
-        raise TypeError(
-            f"got a {type(image).__name__}, expected a PIL image or a tensor (B, 3, H, W) in [-1, 1]"
-        )
+        expected = "a PIL image or a tensor (B, 3, H, W) in [-1, 1]"
+        raise TypeError(f"got a {type(image).__name__}, expected {expected}")
     sixteen = image.mode.startswith("I;16") or (
         image.mode == "I" and image.format in ("PNG", "PPM")
     )
