@@ -1,72 +1,124 @@
 """minisd: Stable Diffusion v1.x written out so that every tensor can be followed.
 
 The public names below resolve on first use (PEP 562), so that `import minisd` and `minisd --help`
-load neither torch nor triton.
+load neither torch nor triton; type checkers read the imports.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from .drawing import Drawing as Drawing
+    from .editing.blended import blend as blend
+    from .editing.edict import edict as edict
+    from .editing.erasure import erase_concepts as erase_concepts
+    from .editing.inversion import (
+        Inversion as Inversion,
+        direct_inversion as direct_inversion,
+        invert as invert,
+        negative_prompt_inversion as negative_prompt_inversion,
+        redraw as redraw,
+    )
+    from .editing.local_blend import LocalBlend as LocalBlend
+    from .editing.maps import Maps as Maps
+    from .editing.null_text import null_text as null_text
+    from .editing.prompt_to_prompt import (
+        PromptToPrompt as PromptToPrompt,
+        edit_prompt as edit_prompt,
+        seed_baseline as seed_baseline,
+    )
+    from .editing.recording import Recording as Recording, record as record, replay as replay
+    from .models.attention import Attention as Attention, AttentionEdit as AttentionEdit
+    from .models.clip import CLIPTextConfig as CLIPTextConfig, CLIPTextModel as CLIPTextModel
+    from .models.tokenizer import CLIPTokenizer as CLIPTokenizer
+    from .models.unet import UNet as UNet, UNetConfig as UNetConfig
+    from .models.vae import AutoencoderKL as AutoencoderKL, VAEConfig as VAEConfig
+    from .pipeline import StableDiffusion as StableDiffusion, load as load
+    from .sampling.guidance import (
+        Guidance as Guidance,
+        cfg as cfg,
+        conditional as conditional,
+        erase as erase,
+        sega as sega,
+    )
+    from .sampling.loop import denoise as denoise
+    from .sampling.samplers import DDIM as DDIM, DPMpp2M as DPMpp2M, Step as Step
+    from .sampling.schedule import Level as Level, NoiseSchedule as NoiseSchedule
+    from .viewing.trace import (
+        Trace as Trace,
+        animate as animate,
+        fit_preview as fit_preview,
+        latent_rgb as latent_rgb,
+    )
+    from .viewing.visualize import (
+        contact_sheet as contact_sheet,
+        heatmap as heatmap,
+        word_sheet as word_sheet,
+    )
+
+__version__ = "0.2.0"
 
 _HOME = {  # public name -> module that defines it
-    "load": "pipeline",
-    "StableDiffusion": "pipeline",
-    "UNet": "models.unet",
-    "UNetConfig": "models.unet",
-    "AutoencoderKL": "models.vae",
-    "VAEConfig": "models.vae",
-    "CLIPTextModel": "models.clip",
-    "CLIPTextConfig": "models.clip",
-    "CLIPTokenizer": "models.tokenizer",
-    "AttentionEdit": "models.attention",
-    "Attention": "models.attention",
-    "NoiseSchedule": "sampling.schedule",
-    "Level": "sampling.schedule",
-    "Step": "sampling.samplers",
-    "DDIM": "sampling.samplers",
-    "DPMpp2M": "sampling.samplers",
-    "denoise": "sampling.samplers",
-    "conditional": "sampling.guidance",
-    "cfg": "sampling.guidance",
-    "erase": "sampling.guidance",
-    "sega": "sampling.guidance",
-    "edit_prompt": "editing.prompt_to_prompt",
-    "PromptToPrompt": "editing.prompt_to_prompt",
-    "LocalBlend": "editing.local_blend",
-    "Maps": "editing.maps",
+    "Drawing": "drawing",
     "blend": "editing.blended",
+    "edict": "editing.edict",
     "erase_concepts": "editing.erasure",
-    "record": "editing.recording",
-    "replay": "editing.recording",
-    "Recording": "editing.recording",
     "invert": "editing.inversion",
     "redraw": "editing.inversion",
     "Inversion": "editing.inversion",
     "negative_prompt_inversion": "editing.inversion",
     "direct_inversion": "editing.inversion",
+    "LocalBlend": "editing.local_blend",
+    "Maps": "editing.maps",
     "null_text": "editing.null_text",
-    "edict": "editing.edict",
-    "heatmap": "viewing.visualize",
-    "word_sheet": "viewing.visualize",
-    "contact_sheet": "viewing.visualize",
+    "edit_prompt": "editing.prompt_to_prompt",
+    "PromptToPrompt": "editing.prompt_to_prompt",
+    "seed_baseline": "editing.prompt_to_prompt",
+    "record": "editing.recording",
+    "replay": "editing.recording",
+    "Recording": "editing.recording",
+    "AttentionEdit": "models.attention",
+    "Attention": "models.attention",
+    "CLIPTextModel": "models.clip",
+    "CLIPTextConfig": "models.clip",
+    "CLIPTokenizer": "models.tokenizer",
+    "UNet": "models.unet",
+    "UNetConfig": "models.unet",
+    "AutoencoderKL": "models.vae",
+    "VAEConfig": "models.vae",
+    "load": "pipeline",
+    "StableDiffusion": "pipeline",
+    "conditional": "sampling.guidance",
+    "cfg": "sampling.guidance",
+    "erase": "sampling.guidance",
+    "sega": "sampling.guidance",
+    "Guidance": "sampling.guidance",
+    "denoise": "sampling.loop",
+    "Step": "sampling.samplers",
+    "DDIM": "sampling.samplers",
+    "DPMpp2M": "sampling.samplers",
+    "NoiseSchedule": "sampling.schedule",
+    "Level": "sampling.schedule",
     "Trace": "viewing.trace",
     "fit_preview": "viewing.trace",
     "latent_rgb": "viewing.trace",
     "animate": "viewing.trace",
+    "heatmap": "viewing.visualize",
+    "word_sheet": "viewing.visualize",
+    "contact_sheet": "viewing.visualize",
 }
 
 __all__ = ["__version__", *_HOME]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name not in _HOME:
-        raise AttributeError(
-            f"module 'minisd' has no attribute {name!r}; public names: {', '.join(sorted(_HOME))}"
-        )
+        known = ", ".join(sorted(_HOME))
+        raise AttributeError(f"module 'minisd' has no attribute {name!r}; public names: {known}")
     value = getattr(import_module(f"minisd.{_HOME[name]}"), name)
     globals()[name] = value
     return value
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted(__all__)

@@ -1,11 +1,9 @@
 """Pairs of a random diffusers / transformers model and ours with the same weights, and how far
 apart they are."""
 
-from diffusers import AutoencoderKL as ReferenceVAE
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL as ReferenceVAE, UNet2DConditionModel
 from tiny import randomise
-from transformers import CLIPTextConfig as ReferenceTextConfig
-from transformers import CLIPTextModel as ReferenceText
+from transformers import CLIPTextConfig as ReferenceTextConfig, CLIPTextModel as ReferenceText
 
 from minisd import AutoencoderKL, CLIPTextConfig, CLIPTextModel, UNet, UNetConfig, VAEConfig
 

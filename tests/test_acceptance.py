@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import minisd
-from minisd.checkpoints import check, sources
-from minisd.checkpoints import load as checkpoint
+from minisd.checkpoints import check, load as checkpoint, sources
 from minisd.checkpoints.check import ACCEPTANCE, TOLERANCE, acceptance
 from minisd.viewing.images import to_tensor
 

@@ -5,11 +5,11 @@ import weakref
 
 import pytest
 import torch
+from minisd.engine.onednn import use_onednn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minisd import AutoencoderKL, VAEConfig
 from minisd.engine import bands
-from minisd.engine.onednn import use_onednn
 from minisd.models.blocks import add
 
 

@@ -19,10 +19,13 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 import minisd
-from minisd.checkpoints import load as checkpoint
-from minisd.checkpoints import sources
-from minisd.checkpoints.names import LDM_PREFIX, rename_diffusers, rename_ldm
-from minisd.checkpoints.names import to_ldm as written_name
+from minisd.checkpoints import load as checkpoint, sources
+from minisd.checkpoints.names import (
+    LDM_PREFIX,
+    rename_diffusers,
+    rename_ldm,
+    to_ldm as written_name,
+)
 from minisd.cli import main as cli
 from minisd.models.tokenizer import CLIPTokenizer as CLIP
 

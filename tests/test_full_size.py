@@ -12,15 +12,13 @@ import sys
 import pytest
 import tiny
 import torch
-from diffusers import AutoencoderKL as ReferenceVAE
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL as ReferenceVAE, UNet2DConditionModel
+from minisd.engine.onednn import use_onednn
 from oracle import difference
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig as ReferenceTextConfig
-from transformers import CLIPTextModel as ReferenceText
+from transformers import CLIPTextConfig as ReferenceTextConfig, CLIPTextModel as ReferenceText
 
 from minisd import AutoencoderKL, CLIPTextConfig, CLIPTextModel, UNet, UNetConfig, VAEConfig
-from minisd.engine.onednn import use_onednn
 
 pytestmark = pytest.mark.full
 BAR = 2e-5

@@ -17,13 +17,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from minisd.checkpoints import load as checkpoint
-from minisd.checkpoints import sources
+from minisd.checkpoints import load as checkpoint, sources
 from minisd.checkpoints.tensor_file import read_header
 from minisd.editing.inversion import FORMAT, METHODS, TENSORS, Inversion
 from minisd.models.clip import CLIPTextConfig

@@ -19,8 +19,7 @@ import pytest
 import torch
 
 import minisd
-from minisd.checkpoints import load as checkpoint
-from minisd.checkpoints import sources
+from minisd.checkpoints import load as checkpoint, sources
 from minisd.checkpoints.names import LDM_PREFIX, rename_ldm
 from minisd.checkpoints.tensor_file import MAX_HEADER, read_header
 from minisd.cli import main as cli

@@ -6,10 +6,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from minisd.engine.onednn import Conv2d, Linear, available, use_onednn
 from torch import nn
 
 from minisd import AutoencoderKL, CLIPTextConfig, CLIPTextModel, UNet, UNetConfig, VAEConfig
-from minisd.engine.onednn import Conv2d, Linear, available, use_onednn
 
 pytestmark = pytest.mark.skipif(not available(torch.float32), reason="no oneDNN for this processor")
 TINY = UNetConfig(

@@ -22,8 +22,7 @@ from oracle import difference
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import minisd
-from minisd.checkpoints import export, tensor_file
-from minisd.checkpoints import load as checkpoint
+from minisd.checkpoints import export, load as checkpoint, tensor_file
 from minisd.checkpoints.names import rename_diffusers, to_ldm
 from minisd.checkpoints.sources import weights_file
 

@@ -20,8 +20,7 @@ import torch
 from hub_server import COMMIT
 
 import minisd
-from minisd.checkpoints import export, sources
-from minisd.checkpoints import load as checkpoint
+from minisd.checkpoints import export, load as checkpoint, sources
 from minisd.checkpoints.tensor_file import FLOATS, Entry, read_header, read_tensors, write_tensors
 from minisd.cli import main as cli
 from minisd.sampling.schedule import NoiseSchedule

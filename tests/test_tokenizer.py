@@ -7,8 +7,7 @@ import warnings
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from minisd.models.tokenizer import BOS, EOS, CLIPTokenizer, build_vocabulary
 

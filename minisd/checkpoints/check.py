@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..models.tokenizer import CLIPTokenizer
 from ..sampling.guidance import cfg
-from ..sampling.samplers import DDIM, denoise
+from ..sampling.loop import denoise
+from ..sampling.samplers import DDIM
 from .load import Checkpoint, build_models, is_finite
 from .sources import SHORT_NAMES, CheckpointError, bundled, sha256
 from .tensor_file import Entry, read_tensors
@@ -147,7 +148,7 @@ def acceptance(sd: "StableDiffusion") -> tuple[Tensor, Tensor]:
     shape = (1, sd.unet.config.in_channels, *sd.latent_size(None, None))
     x = torch.from_numpy(np.random.RandomState(0).standard_normal(shape)).to(sd.device, sd.dtype)
     uncond, cond = sd.encode_prompt(["", ASTRONAUT]).split(1)
-    x = denoise(x, DDIM(sd.schedule, 3), cfg(sd.unet, uncond, cond, 7.5))
+    x = denoise(x, DDIM(sd.schedule, 3), cfg(sd.network, uncond, cond, 7.5))
     image = sd.decode(x, as_tensor=True)
     assert isinstance(image, Tensor)
     image = image / 2 + 0.5

@@ -120,10 +120,7 @@ def build_parser() -> Parser:
     about.add_argument(
         "target", help="a PNG that minisd drew, or a model (as for --model; nothing is downloaded)"
     )
-    from . import blend as cli_blend
-    from . import edit as cli_edit
-    from . import invert as cli_invert
-    from . import models as cli_models
+    from . import blend as cli_blend, edit as cli_edit, invert as cli_invert, models as cli_models
 
     cli_models.add_source_options(about, local=False)
     cli_models.add_tokenizer_option(about)

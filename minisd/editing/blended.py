@@ -1,24 +1,23 @@
-"""Blended latent diffusion: redraw the white part of a mask after a prompt, and keep the rest of
-the picture.
+"""Blended latent diffusion: redraw the white part of a mask by a prompt, keep the rest of the image.
 
-Before the UNet sees the latent x, at every step, all of it outside the mask becomes the picture's
-own latent z0 at that step's noise level, with the same noise every time; after the last step, z0
-itself:
+Before the network sees the latent x, at every step, all of it outside the mask becomes the image's
+own latent z0 at that step's noise level, with the same noise every time; after the last step, z0:
 
-    x  <-  m x + (1 - m) (alpha z0 + sigma noise),        m (B, 1, h, w) in {0, 1},  z0 the mode of the VAE's posterior
+    x  <-  m x + (1 - m) (alpha z0 + sigma noise)
+    m (B, 1, h, w) in {0, 1},  z0 the mode of the VAE's posterior
 
 This keeps the latents outside the mask, not the pixels: the decoder's convolutions, and the
-attention in its middle, mix all positions. So the decoded picture is then pasted through the mask
-into the picture that was given.
+attention in its middle, mix all positions. So the decoded image is then pasted through the mask into
+the image that was given.
 
 Source: Avrahami et al. 2023, "Blended Latent Diffusion" (arXiv 2206.02779), algorithm 1. The paper,
-too, goes back to pixels in the end, by fitting the decoder or by Poisson blending; pasting is
-exact.
+too, goes back to pixels in the end, by fitting the decoder or by Poisson blending; pasting is exact.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
@@ -27,81 +26,68 @@ from PIL import Image
 from torch import Tensor
 
 from .. import expect
-from ..pipeline import as_list, denoise_shown, make_sampler, unchanged
+from ..drawing import Drawing, Options, as_list
+from ..pipeline import ImageInput, unchanged
 from ..sampling.guidance import cfg
 from ..sampling.samplers import Step
 from ..sampling.schedule import Level
 from ..viewing.images import as_given, read_image, to_rgb
 
-BACKGROUND_SEED = (
-    2206_02779  # added to the seed: the background has other noise than the picture starts from
-)
+if TYPE_CHECKING:
+    from ..pipeline import StableDiffusion
+
+BACKGROUND_SEED = 2206_02779  # added to the seed: the background has other noise than the start
 
 
 def blend(
-    sd,
-    image,
-    mask,
+    sd: "StableDiffusion",
+    image: ImageInput,
+    mask: Any,
     prompt: str | Sequence[str],
     strength: float = 0.95,
     *,
-    negative_prompt: str | Sequence[str] = "",
-    steps: int = 25,
-    guidance: float = 7.5,
-    sampler: str = "dpm++",
-    seed: int | Sequence[int] = 0,
-    height: int | None = None,
-    width: int | None = None,
     feather: int = 0,
     paste_back: bool = True,
-    on_step: Callable[[Tensor, Step], Tensor | None] | None = None,
-    progress: bool = True,
+    **options: Unpack[Options],
 ) -> list[Image.Image]:
-    """Redraw the white part of a mask after a prompt; outside it the pixels are the input's, bit
-    for bit.
+    """Redraw the white part of a mask; outside it the pixels are the input's, bit for bit.
 
-    image, prompt: as in `sd.img2img`. mask: what `read_mask` takes, of the picture's proportions;
-    resized by taking the nearest. Of pictures, masks and prompts there may be one for all or one
-    for each. strength: the last int(steps * strength) steps are run; if there are none, the picture
-    itself is returned. height, width: resize the picture to that; without them the result has the
-    picture's own size, whatever it is. feather: inside the mask, the edge fades over that many
-    pixels. paste_back: False returns what was decoded, in which no pixel is the input's. on_step
-    sees the latent with its background. The rest is as in `sd.txt2img`. ValueError for what does
-    not fit.
+    image, prompt: as in `sd.img2img`. mask: what `read_mask` takes, of the image's proportions;
+    resized by taking the nearest. Of images, masks and prompts there may be one for all or one for
+    each. strength: the last int(steps * strength) steps are run; if there are none, the image itself
+    is returned. feather: inside the mask, the edge fades over that many pixels. paste_back: False
+    returns what was decoded, in which no pixel is the input's. options: see
+    `minisd.drawing.Drawing`; height, width: resize the image to that, without them the result has
+    the image's own size, whatever it is; on_step sees the latent with its background. ValueError for
+    what does not fit.
     """
-    prompts = as_list(prompt)
+    prompts, drawing = as_list(prompt), Drawing.of(options)
     masks = [read_mask(each) for each in (mask if isinstance(mask, (list, tuple)) else [mask])]
-    plan = make_sampler(sampler, sd.schedule, steps, strength)
+    plan = drawing.plan(sd, strength)
     expect.whole_number("feather", feather, 0)
-    predict = cfg(sd.unet, *sd.condition(prompts, negative_prompt), guidance)
 
-    x0 = sd.pixels(image, height, width)
+    pixels = sd.pixels(image, drawing.height, drawing.width)
     check_proportions([each.size for each in as_given(image)], masks)
-    pictures = unchanged(image, x0, height, width)
-    rows = expect.rows(pictures=len(pictures), masks=len(masks), prompts=len(prompts))
-    pictures, masks = (each * (rows // len(each)) for each in (pictures, masks))
+    images = unchanged(image, pixels, drawing)
+    rows = expect.rows(images=len(images), masks=len(masks), prompts=len(prompts))
+    prompts = prompts * (rows // len(prompts))
+    images, masks = (drawing.each(each * (rows // len(each))) for each in (images, masks))
+    drawing = drawing.at(*pixels.shape[2:])
+    start, behind = noises(drawing, sd, len(images))
     if len(plan) == 0:
-        return pictures
+        return images
 
-    m = torch.cat([latent_mask(each, *sd.latent_size(*x0.shape[2:])) for each in masks]).to(
-        sd.device
-    )
-    z0 = sd.encode_image(x0)
-    start, behind = noises(sd, seed, rows, *x0.shape[2:])
+    h, w = start.shape[2:]
+    m = torch.cat([latent_mask(each, h, w) for each in masks]).to(sd.device)
+    z0 = drawing.per_image(sd.encode_image(pixels), rows)
     background = Background(z0, behind, m)
-
-    def after(x, step):
-        x = background(x, step.next)
-        new = None if on_step is None else on_step(x, step)
-        return x if new is None else new
-
-    first = next(iter(plan)).now
-    x = background(plan.start(z0, start), first)
-    x = denoise_shown(x, plan, predict, after, progress)
+    predict = cfg(sd.network, *drawing.embed(sd, prompts), drawing.guidance)
+    x = background(plan.start(z0, start), next(iter(plan)).now)
+    x = drawing.denoise(x, plan, predict, background.after)
     drawn = sd.decode(background(x, Level(1.0, 0.0)))
     if not paste_back:
         return drawn
-    return [paste(*each, feather) for each in zip(pictures, drawn, masks)]
+    return [paste(*each, feather) for each in zip(images, drawn, masks)]
 
 
 @dataclass(frozen=True)
@@ -117,21 +103,21 @@ class Background:
     noise: Tensor
     mask: Tensor
 
+    def after(self, x: Tensor, step: Step) -> Tensor:
+        """For denoise(..., after=background.after)."""
+        return self(x, step.next)
+
     def __call__(self, x: Tensor, level: Level) -> Tensor:
         behind = level.alpha * self.z0.float() + level.sigma * self.noise.float()
         return torch.where(self.mask, x, behind.to(x.dtype))
 
 
-def noises(
-    sd, seed: int | Sequence[int], batch: int, height: int, width: int
-) -> tuple[Tensor, Tensor]:
-    """The noise that the pictures start from, that of `sd.noise`, and the noise of their
-    backgrounds."""
-    start = sd.noise(seed, batch, height, width)
-    seeds = seed if isinstance(seed, (list, tuple)) else [seed + i for i in range(batch)]
-    return start, sd.noise(
-        [(each + BACKGROUND_SEED) % 2**63 for each in seeds], batch, height, width
-    )
+def noises(drawing: Drawing, sd: "StableDiffusion", rows: int) -> tuple[Tensor, Tensor]:
+    """The noise that the images start from, and the noise of their backgrounds."""
+    start, seed = drawing.noise(sd, rows), drawing.seed
+    seeds = seed if isinstance(seed, (list, tuple)) else [seed + i for i in range(rows)]
+    others = [(each + BACKGROUND_SEED) % 2**63 for each in seeds]
+    return start, sd.noise(others, rows, drawing.height, drawing.width)
 
 
 def read_mask(mask) -> np.ndarray:

@@ -1,79 +1,73 @@
-"""Concept erasure: draw a prompt, or redraw a picture after it, with guidance away from what is
-named.
+"""Concept erasure: draw a prompt, or redraw an image by it, with guidance away from what is named.
 
     eps = u + s (c - u) - sum_i w_i (e_i - u)
 
-u, c and e_i are the UNet's answers to the empty (or negative) prompt, the prompt and each concept,
-from one call with 2 + n rows a picture. `guide` says how they are joined: `erase` is the formula
-above, `sega` picks out the few latent values in which a concept shows most (both in guidance.py).
+u, c and e_i are the network's answers to the empty (or negative) prompt, the prompt and each
+concept, from one call with 2 + n rows an image. `guide` says how they are joined: `erase` is the
+formula above, `sega` picks out the few latent values in which a concept shows most (guidance.py).
 
 Sources: Liu et al. 2022 (arXiv 2206.01714), negation; Gandikota et al. 2023 (arXiv 2303.07345) aim
 at the same eps by fine-tuning; Brack et al. 2023 (SEGA, arXiv 2301.12247).
 """
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Unpack
 
 from PIL import Image
-from torch import Tensor
 
 from .. import expect
-from ..pipeline import as_list, denoise_shown, make_sampler, unchanged
+from ..drawing import Drawing, Options, as_list, embed
+from ..pipeline import ImageInput, unchanged
 from ..sampling.guidance import Predict, erase
-from ..sampling.samplers import Step
+
+if TYPE_CHECKING:
+    from ..pipeline import StableDiffusion
 
 
 def erase_concepts(
-    sd,
-    image,
+    sd: "StableDiffusion",
+    image: ImageInput | None,
     prompt: str | Sequence[str],
     concepts: str | Sequence[str],
     strength: float | None = None,
     erase_scale: float | Sequence[float] = 10.0,
     *,
-    negative_prompt: str | Sequence[str] = "",
-    steps: int = 50,
-    guidance: float = 7.5,
-    sampler: str = "dpm++",
-    seed: int | Sequence[int] = 0,
-    height: int | None = None,
-    width: int | None = None,
     guide: Callable[..., Predict] = erase,
-    on_step: Callable[[Tensor, Step], Tensor | None] | None = None,
-    progress: bool = True,
+    **options: Unpack[Options],
 ) -> list[Image.Image]:
-    """Draw prompt(s) without some concepts, from noise (image None) or from picture(s) noised to
-    `strength` of the way.
+    """Draw prompt(s) without some concepts, from noise (image None) or from image(s) noised.
 
     concepts: what to leave out, for all prompts. strength: 0 to 1, without it 0.3; the last
-    int(steps * strength) steps are run, and if there are none the picture itself is returned, of
-    its own size unless one is given. erase_scale: w, one weight for all concepts or one each; with
-    a negative one a concept is added instead. guide: `erase`, `sega` or partial(sega,
-    threshold=0.8, ...), called as guide(unet, uncond, cond, concepts, guidance, erase_scale). The
-    rest is as in `sd.txt2img` and `sd.img2img`. ValueError for what does not fit.
+    int(steps * strength) steps are run, and if there are none the image itself is returned, of its
+    own size unless one is given. erase_scale: w, one weight for all concepts or one each; with a
+    negative one a concept is added instead. guide: `erase`, `sega` or partial(sega, threshold=0.8,
+    ...), called as guide(network, uncond, cond, concepts, guidance, erase_scale). options: see
+    `minisd.drawing.Drawing` (here steps=50). ValueError for what does not fit.
     """
     prompts, concepts = as_list(prompt), as_list(concepts)
     if not concepts or not all(isinstance(text, str) and text.strip() for text in concepts):
-        raise ValueError(
-            f"got the concepts {concepts}, expected at least one text, each saying what to leave out"
-        )
+        expected = "at least one text, each saying what to leave out"
+        raise ValueError(f"got the concepts {concepts}, expected {expected}")
     if image is None and strength is not None:
-        raise ValueError(
-            f"strength is {strength!r}, but there is no picture that it could say how far to leave"
-        )
+        why = "there is no image that it could say how far to leave"
+        raise ValueError(f"strength is {strength!r}, but {why}")
+    drawing = Drawing.of(options, steps=50)
     if strength is None:
         strength = 1.0 if image is None else 0.3
-    plan = make_sampler(sampler, sd.schedule, steps, strength)
-    uncond, cond = sd.condition(prompts, negative_prompt)
-    predict = guide(sd.unet, uncond, cond, sd.encode_prompt(concepts), guidance, erase_scale)
+    plan = drawing.plan(sd, strength)
 
-    rows, size = len(prompts), (height, width)
+    pixels, rows = None, len(prompts)
     if image is not None:
-        pictures = sd.pixels(image, height, width)
-        rows, size = expect.rows(pictures=len(pictures), prompts=len(prompts)), pictures.shape[2:]
+        pixels = sd.pixels(image, drawing.height, drawing.width)
+        rows = expect.rows(images=len(pixels), prompts=len(prompts))
+    sized = drawing if pixels is None else drawing.at(*pixels.shape[2:])
+    x = sized.noise(sd, rows * drawing.num_images)
+    if pixels is not None:
         if len(plan) == 0:
-            kept = unchanged(image, pictures, height, width)
-            return kept * (rows // len(kept))
-    x = sd.noise(seed, rows, *size)
-    if image is not None:
-        x = plan.start(sd.encode_image(pictures), x)
-    return sd.decode(denoise_shown(x, plan, predict, on_step, progress))
+            kept = unchanged(image, pixels, drawing)
+            return drawing.each(kept * (rows // len(kept)))
+        x = plan.start(drawing.per_image(sd.encode_image(pixels), rows), x)
+    uncond, cond = drawing.embed(sd, prompts * (rows // len(prompts)))
+    named = embed(sd, concepts)
+    predict = guide(sd.network, uncond, cond, named, drawing.guidance, erase_scale)
+    return sd.decode(drawing.denoise(x, plan, predict))

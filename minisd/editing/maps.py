@@ -6,7 +6,9 @@ inside the network, so the maps are those that were used: where a row was edited
 Hertz et al. 2022, section 3 and figure 4.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,30 +16,36 @@ from torch import Tensor
 
 from .. import expect
 from ..models.attention import AttentionEdit
+from ..sampling.samplers import Step
 from .alignment import find_word, missing_word
-from .sites import coarsest, select_sites
+from .sites import Where, coarsest, select_sites
+
+if TYPE_CHECKING:
+    from ..pipeline import StableDiffusion
 
 
 class Maps:
-    """Mean cross-attention maps of the prompts; called with a step, the edits that sum them:
-    cfg(..., edits=maps).
+    """Mean cross-attention maps of the prompts; called with a step, the edits that sum them.
 
-    prompts      one for each row of the conditional group
-    steps        length of the sampler's schedule, of which `until` is the fraction after which nothing is added
-    where        which sites (see `select_sites`); None: the coarsest resolution of the down and up blocks
-    height, width   of the picture in pixels, if not the model's own
-    source_row   (S,) the row whose picture each row is an edit of (`LocalBlend` reads it), by default itself
+    prompts       one for each row of the conditional group, cfg(..., edits=maps)
+    steps         length of the sampler's schedule, of which `until` is the fraction after which
+                  nothing is added
+    where         which sites (see `select_sites`); None: the coarsest resolution of the down and up
+                  blocks
+    height, width of the image in pixels, if not the model's own
+    source_row    (S,) the row whose image each row is an edit of (`LocalBlend` reads it), by
+                  default itself
 
-    sums: {site: (S, N, L) float32}. A step whose index is not above that of the step before starts
-    a new run: the sums are set to zero.
+    sums: {site: (S, N, L) float32}, set to zero on the first step that runs, or where a step's index
+    is not above that of the step before.
     """
 
     def __init__(
         self,
-        sd,
+        sd: "StableDiffusion",
         prompts: Sequence[str],
         steps: int,
-        where: str | int | Sequence[str | int] | None = None,
+        where: Where | None = None,
         height: int | None = None,
         width: int | None = None,
         until: float = 1.0,
@@ -46,43 +54,46 @@ class Maps:
         expect.whole_number("steps", steps, 1)
         expect.number("until", until, 0, 1)
         if int(until * steps) == 0:
-            raise ValueError(
-                f"until is {until} of {steps} steps, expected at least the first of them"
-            )
+            got = f"until is {until} of {steps} steps"
+            raise ValueError(f"{got}, expected at least the first of them")
         size = sd.latent_size(height, width)
         if where is None:
             most = coarsest(sd.unet, size)
-            where = [
-                s for s in sd.unet.sites("cross", most, size) if not s.startswith("mid")
-            ] or "mid"
-        self.prompts, self.tokenizer, self.steps, self.until = (
-            list(prompts),
-            sd.tokenizer,
-            steps,
-            until,
-        )
-        self.grids = {
-            site: sd.unet.grid(site, size) for site in select_sites(sd.unet, "cross", where, size)
-        }
+            where = [s for s in sd.unet.sites("cross", most, size) if not s.startswith("mid")]
+            where = where or "mid"
+        self.steps, self.until = steps, until
+        self.tokenizer, self.device = sd.tokenizer, sd.device
+        sites = select_sites(sd.unet, "cross", where, size)
+        self.grids = {site: sd.unet.grid(site, size) for site in sites}
+        self.reset(prompts, source_row)
+
+    def reset(self, prompts: Sequence[str], source_row: Tensor | None = None) -> None:
+        """Empty sums for these rows."""
+        self.prompts, L = list(prompts), self.tokenizer.max_length
+        where = {"dtype": torch.float32, "device": self.device}
         self.sums = {
-            site: torch.zeros(len(self.prompts), h * w, sd.tokenizer.max_length, device=sd.device)
+            site: torch.zeros(len(self.prompts), h * w, L, **where)
             for site, (h, w) in self.grids.items()
         }
-        self.source_row = (
-            torch.arange(len(self.prompts), device=sd.device) if source_row is None else source_row
-        )
+        own = torch.arange(len(self.prompts), dtype=torch.int64, device=self.device)
+        self.source_row = own if source_row is None else source_row
         self.count, self.last = 0, -1
 
-    def __call__(self, step) -> Mapping[str, AttentionEdit]:
+    def of(self, prompts: Sequence[str], source_row: Tensor) -> "Maps":
+        """Empty maps of the same sites and steps for other rows."""
+        other = copy.copy(self)
+        other.reset(prompts, source_row)
+        return other
+
+    def __call__(self, step: Step) -> dict[str, AttentionEdit]:
         return {site: AttentionEdit(save_mean=total) for site, total in self.open(step).items()}
 
-    def open(self, step) -> Mapping[str, Tensor]:
-        """The sums that this step adds to, zero at the first step of a run; none from `until`
-        on."""
-        if step.index <= self.last:
+    def open(self, step: Step) -> Mapping[str, Tensor]:
+        """The sums that this step adds to, zero at the first step of a run; none from `until` on."""
+        if step.first or step.index <= self.last:
             self.count = 0
             for total in self.sums.values():
-                total.zero_()
+                total.zero_()  # in their memory, which a CUDA graph writes to
         self.last = step.index
         if step.index >= int(self.until * self.steps):
             return {}

@@ -19,24 +19,28 @@ stands in its place.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from .. import expect
-from ..pipeline import memory_for
+from ..drawing import embed, memory_for
+from ..models.attention import Implementation
 from ..sampling.samplers import DDIM, Step
-from .inversion import Inversion, embed
+from .inversion import Inversion
+
+if TYPE_CHECKING:
+    from ..pipeline import StableDiffusion
 
 BETA1, BETA2, TINY = 0.9, 0.999, 1e-8  # Adam's
 
 
 @torch.no_grad()
 def null_text(
-    sd,
+    sd: "StableDiffusion",
     inversion: Inversion,
     guidance: float = 7.5,
     *,
@@ -46,23 +50,22 @@ def null_text(
     recompute: bool = False,
     progress: bool = True,
 ) -> Inversion:
-    """The inversion with an unconditional embedding for each picture and step, (steps, B, L, D),
-    and its losses.
+    """The inversion with an unconditional embedding for each image and step, and its losses.
 
     inversion: of `invert(..., trajectory=True)`. guidance: the scale of the edits to come, not 1,
     at which nothing is unconditional. inner_steps: 0 leaves the embedding of "". recompute: keep
     one activation per layer and compute the others again in the backward pass; takes a third more
-    time, for large pictures. Attention runs as "sdpa" meanwhile. The pictures are independent rows:
-    each has its own Adam and stops by itself. ValueError for what does not fit.
+    time, for large images. Attention is computed by "sdpa", which has a backward pass, or by
+    "reference" where that was chosen. The images are independent rows: each has its own Adam and
+    stops by itself. ValueError for what does not fit.
     """
     inversion.check(sd)
     if inversion.trajectory is None:
         raise ValueError("null-text needs the trajectory: invert(..., trajectory=True)")
     expect.number("guidance", guidance)
     if guidance == 1:
-        raise ValueError(
-            "guidance is 1, at which the unconditional embedding has no effect: expected another scale"
-        )
+        why = "at which the unconditional embedding has no effect"
+        raise ValueError(f"guidance is 1, {why}: expected another scale")
     expect.whole_number("inner_steps", inner_steps, 0)
     expect.number("lr", lr, 0)
     expect.number("early_stop", early_stop, 0)
@@ -70,57 +73,69 @@ def null_text(
     cond = embed(sd, inversion.prompts)
     phi = sd.encode_prompt([""]).float().repeat(len(cond), 1, 1)
     uncond = phi.repeat(steps, 1, 1, 1)  # (steps, B, L, D)
-    losses = torch.full((steps, max(inner_steps, 1), len(cond)), torch.nan)
+    losses = torch.full(
+        (steps, max(inner_steps, 1), len(cond)), torch.nan, dtype=torch.float32, device="cpu"
+    )
 
     x = path[0]
-    with memory_for("latents", x), differentiable(sd.unet, recompute):
+    with memory_for("latents", x):
         for step in tqdm(DDIM(sd.schedule, steps, skip), disable=not progress):
             i = step.index * 50 / max(steps, 50)
-            eps_c = unet(sd, x, step, cond)
-            target = path[step.index + 1 - skip]
-            for inner, (rows, loss) in enumerate(
-                adam(
-                    sd,
-                    x,
-                    step,
-                    phi,
-                    eps_c,
-                    target,
-                    guidance,
-                    inner_steps,
-                    lr * (1 - i / 100),
-                    early_stop + 2e-5 * i,
-                )
-            ):
+            pivot = path[step.index + 1 - skip]
+            eps_c = predicted(sd, x, step, cond, recompute)
+            objective = Objective(sd, step, x, eps_c, pivot, guidance, recompute)
+            taken = adam(objective, phi, inner_steps, lr * (1 - i / 100), early_stop + 2e-5 * i)
+            for inner, (rows, loss) in enumerate(taken):
                 losses[step.index, inner, rows.cpu()] = loss.cpu()
             uncond[step.index] = phi
-            eps_u = unet(sd, x, step, phi)
-            x = step.update(x, eps_u + guidance * (eps_c - eps_u))
+            x = objective.next(phi)
     return replace(
         inversion, method="null-text", guidance=float(guidance), uncond=uncond, losses=losses
     )
 
 
+class Objective(NamedTuple):
+    """How far a step under guidance, with phi as the unconditional embedding, ends from the pivot.
+
+    x, eps_c, pivot: (B, C, h, w), where the step starts, e(cond) there, and where it is to end.
+    """
+
+    sd: "StableDiffusion"
+    step: Step
+    x: Tensor
+    eps_c: Tensor
+    pivot: Tensor
+    guidance: float
+    recompute: bool
+
+    def next(self, phi: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
+        """next(x, eps_u + w (eps_c - eps_u)) of these rows, eps_u = e(phi)."""
+        x, eps_c = self.x[rows], self.eps_c[rows]
+        eps_u = predicted(self.sd, x, self.step, phi, self.recompute)
+        return self.step(x, eps_u + self.guidance * (eps_c - eps_u))[0]
+
+    @torch.enable_grad()
+    def gradient(self, phi: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of each of these rows, (B,), and its gradient with respect to phi, (B, L, D)."""
+        phi = phi.detach().requires_grad_()
+        square = (self.next(phi, rows) - self.pivot[rows]).square().flatten(1)  # (B, C h w)
+        # Of the sum, and divided afterwards: the mean's gradient is too small for float16 inside
+        # the network.
+        (g,) = torch.autograd.grad(square.sum(), phi)
+        return square.mean(1).detach(), g / square.shape[1]
+
+
 def adam(
-    sd,
-    x: Tensor,
-    step: Step,
-    phi: Tensor,
-    eps_c: Tensor,
-    target: Tensor,
-    guidance: float,
-    inner_steps,
-    lr,
-    stop,
+    objective: Objective, phi: Tensor, inner_steps: int, lr: float, stop: float
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Steps of Adam on phi (B, L, D), in place; yields (rows, loss of each before the step).
 
-    x, eps_c, target: (B, C, h, w). A row takes no more steps once its loss was below `stop`.
+    A row takes no more steps once its loss was below `stop`.
     """
     m, v = torch.zeros_like(phi), torch.zeros_like(phi)
-    rows = torch.arange(len(phi), device=phi.device)
+    rows = torch.arange(len(phi), dtype=torch.int64, device=phi.device)
     for n in range(1, inner_steps + 1):
-        loss, g = gradient(sd, x[rows], step, phi[rows], eps_c[rows], target[rows], guidance)
+        loss, g = objective.gradient(phi[rows], rows)
         m[rows] = BETA1 * m[rows] + (1 - BETA1) * g
         v[rows] = BETA2 * v[rows] + (1 - BETA2) * g**2
         phi[rows] -= lr * (m[rows] / (1 - BETA1**n)) / ((v[rows] / (1 - BETA2**n)).sqrt() + TINY)
@@ -130,34 +145,12 @@ def adam(
             return
 
 
-@torch.enable_grad()
-def gradient(sd, x, step, phi, eps_c, target, guidance) -> tuple[Tensor, Tensor]:
-    """Each row's loss (B,) and its gradient with respect to phi, (B, L, D)."""
-    phi = phi.detach().requires_grad_()
-    eps_u = unet(sd, x, step, phi)
-    x_next = step.update(x, eps_u + guidance * (eps_c - eps_u))
-    square = (x_next - target).square().flatten(1)  # (B, C h w)
-    # Of the sum, and divided afterwards: the mean's gradient is too small for float16 inside the
-    # network.
-    (g,) = torch.autograd.grad(square.sum(), phi)
-    return square.mean(1).detach(), g / square.shape[1]
-
-
-def unet(sd, x: Tensor, step: Step, context: Tensor) -> Tensor:
-    """eps (B, C, h, w) float32, the UNet in its own dtype."""
-    t = torch.full((), step.t, device=x.device)
-    return sd.unet(x.to(sd.dtype), t, context.to(sd.dtype)).float()
-
-
-@contextmanager
-def differentiable(unet, recompute: bool):
-    """The UNet on attention that has a backward pass, with or without recomputed activations."""
-    before = unet.attention, unet.recompute
-    unet.attention, unet.recompute = "reference" if before[0] == "reference" else "sdpa", recompute
-    try:
-        yield
-    finally:
-        unet.attention, unet.recompute = before
-        unet.to(
-            unet.conv_in.weight.device
-        )  # convolutions may again keep their weights in oneDNN's order (onednn.py)
+def predicted(
+    sd: "StableDiffusion", x: Tensor, step: Step, context: Tensor, recompute: bool
+) -> Tensor:
+    """eps (B, C, h, w) float32, the UNet in its own dtype, by attention that differentiates."""
+    t = torch.full((), step.t, dtype=torch.int64, device=x.device)
+    impl: Implementation = "reference" if sd.unet.attention == "reference" else "sdpa"
+    context = context.to(sd.dtype)
+    eps = sd.unet(x.to(sd.dtype), t, context, attention=impl, recompute=recompute)
+    return eps.float()

@@ -2,38 +2,44 @@
 
 Cross-attention is recorded as the maps P (H, N, L), self-attention as q and k (H, N, D) from which
 its map is computed again; of the conditional row only, on the CPU, by default in float16. That is
-large (a 512 x 512 picture of Stable Diffusion v1, 50 steps: 1.66 GB of cross maps), so the size is
+large (a 512 x 512 image of Stable Diffusion v1, 50 steps: 1.66 GB of cross maps), so the size is
 worked out first. Where both prompts are known beforehand, `edit_prompt` needs none of it. Source:
 Hertz et al. 2022 (arXiv 2208.01626), algorithm 1.
 """
 
-import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from PIL import Image
 from torch import Tensor
 
 from .. import expect
-from ..files import atomic_write
+from ..checkpoints.bundle import read_bundle, write_bundle
+from ..drawing import Drawing, Options
 from ..models.attention import AttentionEdit
-from ..pipeline import denoise_shown, make_sampler, pick_dtype
 from ..sampling.guidance import cfg
-from .prompt_to_prompt import PromptToPrompt
-from .sites import coarsest, select_sites
+from ..sampling.samplers import Step
+from .prompt_to_prompt import EditedOptions, PromptToPrompt, split
+from .sites import Where, coarsest, select_sites
+
+if TYPE_CHECKING:
+    from ..pipeline import StableDiffusion
 
 GB = 1e9
+FORMAT, FIELDS = "minisd_recording", ("prompt", "steps", "size")
+MAPS = r".+\.(p|q|k)"  # what the tensors beside t and z are called
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Recording:
     """What one run's attention was: of `prompt`, over `steps` steps, for latents of `size` (h, w).
 
     t: (steps,) the timesteps that ran, -1 where none did. maps: {"SITE.p": (steps, 1, H, N, L)} of
-    cross-attention, {"SITE.q", "SITE.k": (steps, 1, H, N, D)} of self-attention, on the CPU.
+    cross-attention, {"SITE.q", "SITE.k": (steps, 1, H, N, D)} of self-attention, on the CPU. z:
+    (1, C, h, w) the latent that was drawn, for sd.decode; None before the run has ended.
     """
 
     prompt: str
@@ -41,56 +47,109 @@ class Recording:
     size: tuple[int, int]
     t: Tensor
     maps: dict[str, Tensor]
+    z: Tensor | None = None
 
-    def save(self, path) -> None:
-        """Write one safetensors file, under its name only when it is whole; `load` reads it
-        back."""
-        about = {"prompt": self.prompt, "steps": self.steps, "size": self.size}
-        with atomic_write(path) as part:
-            save_file({"t": self.t, **self.maps}, part, {"minisd_recording": json.dumps(about)})
+    def __post_init__(self) -> None:
+        expect.whole_number("steps", self.steps, 1)
+        if not isinstance(self.prompt, str):
+            raise ValueError(f"prompt: got {self.prompt!r:.80}, expected a text")
+        sides = self.size if isinstance(self.size, tuple) and len(self.size) == 2 else (0,)
+        for side in sides:
+            expect.whole_number("size", side, 1)
+        expect.shape("t", self.t, self.steps)
+        for name, x in self.maps.items():
+            expect.shape(name, x, self.steps, 1, "H", "N", "L")
+            site, kind = name.rsplit(".", 1)
+            if kind in "qk" and f"{site}.{'qk'.replace(kind, '')}" not in self.maps:
+                raise ValueError(
+                    f"{name} is there without its other half, expected {site}.q and .k"
+                )
+        if self.z is not None:
+            expect.shape("z", self.z, 1, "C", *self.size)
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, under its name only when it is whole."""
+        fields = {name: getattr(self, name) for name in FIELDS}
+        z = {} if self.z is None else {"z": self.z}
+        write_bundle(path, FORMAT, fields, {"t": self.t, **z, **self.maps})
 
     @classmethod
-    def load(cls, path) -> "Recording":
-        """Read a file that `save` wrote; ValueError if it is another."""
+    def load(cls, path: str | Path) -> "Recording":
+        """Read a file that `save` wrote; ValueError if it is another, incomplete or does not fit."""
+        fields, tensors = read_bundle(path, FORMAT, FIELDS, needed=("t",), known=f"z|{MAPS}")
+        t, z = tensors.pop("t"), tensors.pop("z", None)
         try:
-            with safe_open(path, "pt") as file:
-                about = json.loads((file.metadata() or {}).get("minisd_recording", "null"))
-                maps = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, ValueError) as error:
-            raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
-        if about is None:
-            raise ValueError(f"{path} is not a recording that minisd has saved")
-        return cls(about["prompt"], about["steps"], tuple(about["size"]), maps.pop("t"), maps)
+            return cls(**fields, t=t, maps=tensors, z=z)
+        except ValueError as error:
+            raise ValueError(f"{path} is no complete {FORMAT}: {error}") from error
+
+
+class RecorderOptions(TypedDict, total=False):
+    """The arguments of `Recorder` that say what is recorded."""
+
+    cross_sites: Where | None
+    self_sites: Where | None
+    dtype: torch.dtype
+    limit: float
+
+
+class RecordOptions(Options, RecorderOptions, total=False):
+    """What `record` takes: how it is drawn, and what is recorded."""
 
 
 class Recorder:
-    """Makes `recorder.recording`: denoise(x, sampler, cfg(..., edits=recorder),
-    after=recorder.store).
+    """Makes `recorder.recording`: denoise(x, sampler, cfg(..., edits=recorder), after=recorder.store).
 
     cross_sites, self_sites: what to record, see `select_sites`; by default all cross sites, and the
     self sites up to the coarsest resolution of the down and up blocks; [] for none. dtype: of what
-    is stored. limit: bytes that it may take; `bytes` is what it takes. height, width: of the
-    picture in pixels, if not the model's own. MemoryError above the limit.
+    is stored. limit: bytes that it may take; `bytes` is what it takes. height, width: of the image
+    in pixels, if not the model's own. MemoryError above the limit.
     """
 
     def __init__(
         self,
-        sd,
+        sd: "StableDiffusion",
         prompt: str,
         steps: int,
-        cross_sites: str | int | Sequence[str | int] | None = None,
-        self_sites: str | int | Sequence[str | int] | None = None,
+        cross_sites: Where | None = None,
+        self_sites: Where | None = None,
         dtype: torch.dtype = torch.float16,
         limit: float = 4 * GB,
         height: int | None = None,
         width: int | None = None,
     ):
         expect.whole_number("steps", steps, 1)
-        dtype = pick_dtype(dtype, sd.device)
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype is {dtype!r}, expected a floating-point torch dtype")
         size = sd.latent_size(height, width)
         self.cross_sites = select_sites(sd.unet, "cross", cross_sites, size)
-        self_sites = coarsest(sd.unet, size) if self_sites is None else self_sites
-        self.self_sites = select_sites(sd.unet, "self", self_sites, size)
+        coarse = coarsest(sd.unet, size) if self_sites is None else self_sites
+        self.self_sites = select_sites(sd.unet, "self", coarse, size)
+        shapes = self.shapes(sd, size)
+        self.bytes = steps * sum(map(math.prod, shapes.values())) * dtype.itemsize
+        if self.bytes > limit:
+            counts = (
+                f"{len(self.cross_sites)} cross- and {len(self.self_sites)} self-attention sites"
+            )
+            takes = f"takes {self.bytes / GB:.3g} GB, the limit is {limit / GB:.3g} GB"
+            hint = "choose sites, take fewer steps or raise the limit"
+            raise MemoryError(f"recording {counts} over {steps} steps {takes}: {hint}")
+        maps = {
+            name: torch.zeros(steps, *shape, dtype=dtype, device="cpu")
+            for name, shape in shapes.items()
+        }
+        t = torch.full((steps,), -1, dtype=torch.int64, device="cpu")
+        self.recording = Recording(prompt, steps, size, t, maps)
+        # What the network writes in one step: it keeps its storage, as a CUDA graph needs.
+        self.buffers = {
+            name: torch.zeros(
+                shape, dtype=dtype if name.endswith(".p") else sd.dtype, device=sd.device
+            )
+            for name, shape in shapes.items()
+        }
+
+    def shapes(self, sd: "StableDiffusion", size: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+        """{name of what is recorded: its shape in one step}."""
         shapes = {}
         for site in self.cross_sites + self.self_sites:
             module, queries = sd.unet.get_submodule(site), math.prod(sd.unet.grid(site, size))
@@ -99,24 +158,9 @@ class Recorder:
             else:
                 head_dim = module.to_q.out_features // module.heads
                 shapes[f"{site}.q"] = shapes[f"{site}.k"] = (1, module.heads, queries, head_dim)
-        self.bytes = steps * sum(map(math.prod, shapes.values())) * dtype.itemsize
-        if self.bytes > limit:
-            raise MemoryError(
-                f"recording {len(self.cross_sites)} cross- and {len(self.self_sites)} self-attention sites over "
-                f"{steps} steps takes {self.bytes / GB:.3g} GB, the limit is {limit / GB:.3g} GB: choose sites, take "
-                "fewer steps or raise the limit"
-            )
-        maps = {name: torch.zeros(steps, *shape, dtype=dtype) for name, shape in shapes.items()}
-        self.recording = Recording(prompt, steps, size, torch.full((steps,), -1), maps)
-        # What the network writes in one step: it keeps its storage, as a replayed CUDA graph needs.
-        self.buffers = {
-            name: torch.zeros(
-                shape, dtype=dtype if name.endswith(".p") else sd.dtype, device=sd.device
-            )
-            for name, shape in shapes.items()
-        }
+        return shapes
 
-    def __call__(self, step) -> dict[str, AttentionEdit]:
+    def __call__(self, step: Step) -> dict[str, AttentionEdit]:
         at = self.buffers
         edits = {site: AttentionEdit(save=at[f"{site}.p"]) for site in self.cross_sites}
         return edits | {
@@ -124,7 +168,7 @@ class Recorder:
             for site in self.self_sites
         }
 
-    def store(self, x: Tensor, step) -> Tensor:
+    def store(self, x: Tensor, step: Step) -> Tensor:
         """Keep what the step has written; x is returned as it is."""
         self.recording.t[step.index] = step.t
         for name, buffer in self.buffers.items():
@@ -132,19 +176,19 @@ class Recorder:
         return x
 
 
-class Replay:
-    """The edits that inject a recording into a run of target prompts: cfg(..., edits=Replay(sd,
-    recording, ...)).
+class Injection:
+    """The edits that inject a recording into a run of target prompts, for cfg(..., edits=...).
 
     The same as `PromptToPrompt(sd, recording.prompt, *targets, steps=recording.steps, ...)`, with
-    stored maps instead of a source row: the rows are the targets. edit: its other arguments.
-    ValueError if the sampler's timesteps differ.
+    stored maps instead of a source row: the rows are the targets, `images` of each. edit: its other
+    arguments. ValueError if the sampler's timesteps differ.
     """
 
-    def __init__(self, sd, recording: Recording, *targets: str, **edit):
+    def __init__(
+        self, sd: "StableDiffusion", recording: Recording, *targets: str, images: int = 1, **edit
+    ):
         height, width = (side * sd.vae.factor for side in recording.size)
-        self.recording = recording
-        self.p2p = PromptToPrompt(
+        p2p = PromptToPrompt(
             sd,
             recording.prompt,
             *targets,
@@ -153,100 +197,76 @@ class Replay:
             width=width,
             **edit,
         )
-        self.prompts, self.dtype, self.device = self.p2p.prompts[1:], sd.dtype, sd.device
+        self.recording, self.p2p, self.sources = recording, p2p.repeated(images), images
+        self.prompts, self.dtype, self.device = p2p.prompts[1:], sd.dtype, sd.device
 
-    def __call__(self, step) -> dict[str, AttentionEdit]:
+    def __call__(self, step: Step) -> dict[str, AttentionEdit]:
         i, p2p, recorded = step.index, self.p2p, self.recording
         if i >= recorded.steps or recorded.t[i] != step.t:
-            raise ValueError(
-                f"step {i} is at timestep {step.t}, expected a run like the recorded one of {recorded.steps} steps at "
-                f"timesteps {recorded.t.tolist()}"
-            )
-        token_map, blend = p2p.token_map[1:], p2p.blend[i, 1:]
-        factors = None if p2p.reweight is None else p2p.reweight[i, 1:]
+            like = f"of {recorded.steps} steps at timesteps {recorded.t.tolist()}"
+            got = f"step {i} is at timestep {step.t}"
+            raise ValueError(f"{got}, expected a run like the recorded one {like}")
+        rows = slice(self.sources, None)  # the targets'
+        token_map, blend = p2p.token_map[rows], p2p.blend[i, rows]
+        factors = None if p2p.reweight is None else p2p.reweight[i, rows]
+        on = (p2p.self_row[i, rows] < self.sources).float()  # whether a row takes the source's map
         edits = {}
         for name in recorded.maps:
-            site, part = name.rsplit(".", 1)
-            if part == "p" and site in p2p.cross_sites:
+            site, kind = name.rsplit(".", 1)
+            if kind == "p" and site in p2p.cross_sites:
                 edits[site] = AttentionEdit(
                     inject=self.stored(name, i), token_map=token_map, blend=blend, reweight=factors
                 )
-            elif part == "q" and site in p2p.self_sites:
-                q, k = (
-                    self.stored(name, i).to(self.dtype),
-                    self.stored(f"{site}.k", i).to(self.dtype),
-                )
-                on = (
-                    p2p.self_row[i, 1:] == 0
-                ).float()  # by value, so that the tensors are the same at every step
-                edits[site] = AttentionEdit(
-                    inject_qk=(q, k), blend=on[:, None].expand(-1, q.shape[2]).contiguous()
-                )
+            elif kind == "q" and site in p2p.self_sites:
+                q, k = self.stored(name, i), self.stored(f"{site}.k", i)
+                # By value, so that the tensors are the same at every step.
+                gate = on[:, None].expand(-1, q.shape[2]).contiguous()
+                pair = q.to(self.dtype), k.to(self.dtype)
+                edits[site] = AttentionEdit(inject_qk=pair, blend=gate)
         return edits
 
     def stored(self, name: str, i: int) -> Tensor:
-        """(targets, H, N, L or D): what was recorded at step i, for every target."""
-        return self.recording.maps[name][i].to(self.device).expand(len(self.prompts), -1, -1, -1)
+        """(targets, H, N, L or D): what was recorded at step i, for every target row."""
+        rows = len(self.p2p.prompts) - self.sources
+        return self.recording.maps[name][i].to(self.device).expand(rows, -1, -1, -1)
 
 
-def record(
-    sd,
-    prompt: str,
-    *,
-    steps: int = 50,
-    guidance: float = 7.5,
-    sampler: str = "ddim",
-    seed: int = 0,
-    latents: Tensor | None = None,
-    uncond: Tensor | Sequence[Tensor] | None = None,
-    negative_prompt: str = "",
-    progress: bool = True,
-    **what,
-):
-    """Draw a prompt and record its maps: (PIL image, Recording).
+def record(sd: "StableDiffusion", prompt: str, **options: Unpack[RecordOptions]) -> Recording:
+    """Draw a prompt and record its maps; the image is sd.decode(recording.z).
 
-    what: the other arguments of `Recorder`. latents, uncond: as in `edit_prompt`. The size is
-    worked out before the run: MemoryError above `limit`.
+    options: what is recorded (the other arguments of `Recorder`) and how it is drawn
+    (`minisd.drawing.Drawing`, here steps=50, sampler="ddim"). The size is worked out before the run:
+    MemoryError above `limit`.
     """
-    x = sd.starting_noise(1, seed, latents, what.get("height"), what.get("width"))
-    what["height"], what["width"] = (side * sd.vae.factor for side in x.shape[2:])
-    recorder = Recorder(sd, prompt, steps, **what)
-    uncond = sd.encode_prompt([negative_prompt]) if uncond is None else uncond
-    predict = cfg(sd.unet, uncond, sd.encode_prompt([prompt]), guidance, recorder)
-    plan = make_sampler(sampler, sd.schedule, steps)
-    x = denoise_shown(x, plan, predict, recorder.store, progress)
-    return sd.decode(x)[0], recorder.recording
+    names = RecorderOptions.__annotations__
+    what = {name: value for name, value in options.items() if name in names}
+    how = {name: value for name, value in options.items() if name not in names}
+    drawing = Drawing.of(how, without=("num_images",), steps=50, sampler="ddim")
+    x = drawing.noise(sd, 1)
+    height, width = (side * sd.vae.factor for side in x.shape[2:])
+    recorder = Recorder(sd, prompt, drawing.steps, **what, height=height, width=width)
+    predict = cfg(sd.network, *drawing.embed(sd, [prompt]), drawing.guidance, recorder)
+    z = drawing.denoise(x, drawing.plan(sd), predict, recorder.store)
+    return replace(recorder.recording, z=z.float().cpu())
 
 
 def replay(
-    sd,
+    sd: "StableDiffusion",
     recording: Recording,
     *targets: str,
-    injection_ratio: float = 0.8,
-    self_ratio: float = 0.4,
-    guidance: float = 7.5,
-    sampler: str = "ddim",
-    seed: int = 0,
-    latents: Tensor | None = None,
-    uncond: Tensor | Sequence[Tensor] | None = None,
-    negative_prompt: str = "",
-    progress: bool = True,
-    **edit,
-):
-    """Draw target prompts with the recorded maps: a list of PIL images.
+    **options: Unpack[EditedOptions],
+) -> list[Image.Image]:
+    """Draw target prompts with the recorded maps, num_images of each.
 
-    injection_ratio, self_ratio: the fraction of the STEPS in which cross- and self-attention maps
-    are injected, the cross_steps and self_steps of `PromptToPrompt`; edit: its other arguments. The
-    rest is as in `edit_prompt`, and should be what it was in `record`.
+    options: as in `edit_prompt`, but without steps and a size, which are the recording's; the others
+    should be what they were in `record`.
     """
-    edits = Replay(
-        sd, recording, *targets, cross_steps=injection_ratio, self_steps=self_ratio, **edit
-    )
-    height, width = (side * sd.vae.factor for side in recording.size)
-    x = sd.starting_noise(1, seed, latents, height, width)
-    uncond = sd.encode_prompt([negative_prompt]) if uncond is None else uncond
-    predict = cfg(sd.unet, uncond, sd.encode_prompt(edits.prompts), guidance, edits)
-    plan = make_sampler(sampler, sd.schedule, recording.steps)
-    return sd.decode(
-        denoise_shown(x.expand(len(edits.prompts), -1, -1, -1), plan, predict, None, progress)
-    )
+    for name in ("steps", "height", "width"):
+        if name in options:
+            raise ValueError(f"{name} is the recording's: got {options[name]!r}")
+    drawing, edit = split({**options, "steps": recording.steps})
+    drawing = drawing.at(*(side * sd.vae.factor for side in recording.size))
+    edits = Injection(sd, recording, *targets, images=drawing.num_images, **edit)
+    x = drawing.noise(sd, drawing.num_images).repeat(len(edits.prompts), 1, 1, 1)
+    predict = cfg(sd.network, *drawing.embed(sd, edits.prompts), drawing.guidance, edits)
+    return sd.decode(drawing.denoise(x, drawing.plan(sd), predict))

@@ -4,25 +4,30 @@ import math
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from numbers import Integral
+from typing import Literal
 
-from ..models.unet import UNet
+from ..models.unet import Size, UNet
+
+Where = str | int | Sequence[str | int]  # attention sites, see `select_sites`
 
 
-def coarsest(unet: UNet, size=None) -> int:
-    """The number of queries at the coarsest resolution of the down and up blocks, for latents of
-    `size` (h, w).
+def coarsest(unet: UNet, size: Size | None = None) -> int:
+    """The number of queries at the coarsest resolution of the down and up blocks.
 
-    In Stable Diffusion v1 this is 1/16 of the latent's positions, 16 x 16 for a picture of 512 x
-    512: the published limit for injecting self-attention, and the maps that a local blend reads.
+    size: (h, w) of the latents. In Stable Diffusion v1 this is 1/16 of the latent's positions,
+    16 x 16 for an image of 512 x 512: the published limit for injecting self-attention, and the
+    maps that a local blend reads.
     """
-    sites = [site for site in unet.sites("cross") if not site.startswith("mid")] or unet.sites(
-        "cross"
-    )
+    cross = unet.sites("cross")
+    sites = [site for site in cross if not site.startswith("mid")] or cross
     return min(math.prod(unet.grid(site, size)) for site in sites)
 
 
 def select_sites(
-    unet: UNet, kind: str, where: str | int | Sequence[str | int] | None = None, size=None
+    unet: UNet,
+    kind: Literal["self", "cross"],
+    where: Where | None = None,
+    size: Size | None = None,
 ) -> list[str]:
     """Names of the "self" or "cross" sites that any entry of `where` picks, in forward order.
 
@@ -34,23 +39,19 @@ def select_sites(
     sites = unet.sites(kind)
     if where is None:
         return sites
-    picked = set()
+    grids = {site: "x".join(map(str, unet.grid(site, size))) for site in sites}
+    picked: set[str] = set()
     for entry in where if isinstance(where, (list, tuple, set)) else [where]:
-        new = set()
+        new: set[str] = set()
         if isinstance(entry, str):
             pattern = f"{entry}_block*" if entry in ("down", "mid", "up") else entry
-            new = {
-                s
-                for s in sites
-                if fnmatchcase(s, pattern) or "x".join(map(str, unet.grid(s, size))) == entry
-            }
+            new = {site for site in sites if fnmatchcase(site, pattern) or grids[site] == entry}
         elif isinstance(entry, Integral):
             new = {site for site in sites if math.prod(unet.grid(site, size)) <= entry}
         if not new:
-            grids = dict.fromkeys("{}x{}".format(*unet.grid(site, size)) for site in sites)
-            raise ValueError(
-                f"no {kind}-attention site is picked by {entry!r}; expected down, mid, up, a number of queries, a grid "
-                f"({', '.join(grids)}) or a name like {sites[0]}"
-            )
+            known = ", ".join(dict.fromkeys(grids.values()))
+            expected = f"down, mid, up, a number of queries, a grid ({known}) or a name"
+            got = f"no {kind}-attention site is picked by {entry!r}"
+            raise ValueError(f"{got}; expected {expected} like {sites[0]}")
         picked |= new
     return [site for site in sites if site in picked]

@@ -1,36 +1,94 @@
-"""CUDA graphs of a denoising step: launched once as a whole, in place of its some thousand kernels
-one by one.
+"""CUDA graphs: the UNet launched once as a whole, in place of its some thousand kernels one by one.
 
-    x_next, x0 = advance(x, combine(unet(x, t, context, edits)), x0_previous, noise, coefficients)
-
-A graph repeats the same kernels on the same memory, so what changes from step to step is copied
-into static buffers: the latent, t, the sampler's coefficients (samplers.Coefficients) and noise,
-the rows of an edit's tables, the momentum of sega. Edits are gated by value, so their tensors have
-the same shapes at every step and one graph serves a whole run. minisd.load(graph=True) gives the
-UNet a `Replay`, guidance.py calls it, and samplers.take asks for the whole step. A loop that is
-written out with predict(x, step) has the UNet alone as a graph; null-text inversion, which
-differentiates, has none while it does. https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+A graph repeats the same kernels on the same memory, so what changes from step to step is copied into
+static buffers: the latent, the time, the rows of an edit's tables. Edits are gated by value, so
+their tensors have the same shapes at every step and one graph serves a whole run. What remains
+outside is guidance and the sampler's update, about a dozen operations on one latent.
+https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
-from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path, tree_map, tree_unflatten
 
+from ..models.unet import UNet
+
 KEPT = 8  # graphs; each holds its buffers, so the ones not used for longest are dropped
-WARM_UP = 3  # calls before the capture: they compile kernels, fill caches and choose convolution algorithms
+WARM_UP = 3  # calls before the capture: they compile kernels, fill caches, choose algorithms
+
+
+class GraphedUNet:
+    """The UNet by CUDA graphs: called as the UNet is, with the same results.
+
+    Under gradients it is the UNet itself. A graph is of one choice of attention and of the place of
+    the weights: new values in place are seen, new tensors cost a new graph.
+    """
+
+    def __init__(self, unet: UNet):
+        self.unet = unet
+        self.prepare, self.prepare_times = unet.prepare, unet.prepare_times
+        self.replay = Replay()
+
+    def __call__(
+        self, x: Tensor, t: Tensor, context: Any, edits: Mapping[str, Any] | None = None
+    ) -> Tensor:
+        if torch.is_grad_enabled():
+            return self.unet(x, t, context, edits)
+        key = (self.unet.attention, *(p.data_ptr() for p in self.unet.parameters()))
+        return self.replay(key, self.unet, x, t, context, edits)
 
 
 class Captured(NamedTuple):
-    """A captured function: its inputs' buffers, what was last copied into them, how to replay it,
-    and its outputs."""
+    """A captured function: its inputs' buffers, how to replay it, and its outputs."""
 
     buffers: list[Tensor]
-    last: list
     replay: Callable[[], None]
-    outputs: object
+    outputs: Any
+
+
+class Inputs(NamedTuple):
+    """The inputs of a call, taken apart: each tensor once, what is written to, and the rest."""
+
+    tensors: list[Tensor]
+    saves: list[bool]  # which of them the function writes to: the `save` fields of edits
+    slots: list[int | None]  # of each leaf its tensor; None: the next of `rest`
+    rest: list[Any]
+    spec: Any
+
+    @classmethod
+    def of(cls, inputs: tuple[Any, ...]) -> "Inputs":
+        paths, spec = tree_flatten_with_path(inputs)
+        index: dict[int, int] = {}  # a tensor that is there twice has one buffer
+        found = cls([], [], [], [], spec)
+        for path, leaf in paths:
+            if not isinstance(leaf, Tensor):
+                found.slots.append(None)
+                found.rest.append(leaf)
+                continue
+            if id(leaf) not in index:
+                index[id(leaf)] = len(found.tensors)
+                names = [str(getattr(part, "name", "")) for part in path]
+                found.tensors.append(leaf)
+                found.saves.append(any(name.startswith("save") for name in names))
+            found.slots.append(index[id(leaf)])
+        return found
+
+    def signature(self) -> Hashable:
+        """What a graph is captured for: shapes, places, and memory that is written to."""
+        places = tuple(
+            (tuple(x.shape), x.stride(), x.dtype, x.device, x.data_ptr() if saves else None)
+            for x, saves in zip(self.tensors, self.saves)
+        )
+        return str(self.spec), tuple(self.slots), tuple(self.rest), places
+
+    def with_tensors(self, tensors: list[Tensor]) -> Any:
+        """The inputs with these tensors in place of their own."""
+        rest = iter(self.rest)
+        leaves = [next(rest) if slot is None else tensors[slot] for slot in self.slots]
+        return tree_unflatten(leaves, self.spec)
 
 
 class Replay:
@@ -38,81 +96,54 @@ class Replay:
 
         replay(key, function, *inputs) == function(*inputs)
 
-    key: what the function does beyond its inputs (a scale that is a Python number). inputs:
-    tensors, None, numbers and containers of them (AttentionEdit too). The function has to be pure
-    in its tensors, except that it may write to the `save` fields of edits: those are not copied,
-    their memory is part of the graph. Outputs are new tensors. A graph is captured at the first
-    call for each key and set of shapes.
+    key: what the function does beyond its inputs. inputs: tensors, None, numbers and containers of
+    them (AttentionEdit too). The function has to be pure in its tensors, except that it may write to
+    the `save` fields of edits: those are not copied, their memory is part of the graph. Outputs are
+    new tensors. A graph is captured at the first call for each key and set of shapes.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.graphs: dict[Hashable, Captured] = {}
-        self.pool = None  # memory that all graphs share: one runs at a time, and its outputs are copied at once
-        self.stream = None  # on which all are captured, as the pool wants it
+        self.pool = None  # memory that all graphs share: one runs at a time, outputs are copied
+        self.stream: torch.cuda.Stream | None = None  # on which all are captured, as the pool wants
 
-    def __call__(self, key: Hashable, function: Callable, *inputs):
-        paths, spec = tree_flatten_with_path(inputs)
-        tensors, slots, rest = (
-            [],
-            [],
-            [],
-        )  # a tensor that is there twice has one buffer: slots says where it goes
-        index, written = {}, []
-        for path, leaf in paths:
-            if isinstance(leaf, Tensor):
-                saves = any(str(getattr(part, "name", "")).startswith("save") for part in path)
-                if id(leaf) not in index:
-                    index[id(leaf)] = len(tensors)
-                    tensors.append(leaf)
-                    written.append(saves)
-                slots.append(index[id(leaf)])
-            else:
-                slots.append(None)
-                rest.append(leaf)
-        signature = tuple(
-            (tuple(x.shape), x.stride(), x.dtype, x.device, x.data_ptr() if saves else None)
-            for x, saves in zip(tensors, written)
-        )
-        whole = (key, str(spec), tuple(slots), tuple(rest), signature)
+    def __call__(self, key: Hashable, function: Callable[..., Any], *arguments: Any) -> Any:
+        inputs = Inputs.of(arguments)
+        whole = key, inputs.signature()
         captured = self.graphs.pop(whole, None)
         if captured is None:
-            captured = self.capture(function, spec, tensors, written, slots, rest)
+            captured = self.capture(function, inputs)
             while len(self.graphs) >= KEPT:
                 self.graphs.pop(next(iter(self.graphs)))
         self.graphs[whole] = captured  # the one used last is last
-        for i, x in enumerate(tensors):
-            last, version = captured.last[i]
-            now = (
-                -1 if x.is_inference() else x._version
-            )  # tensors of inference_mode do not count their changes
-            copied = last is x and version == now >= 0  # keys and values: once for all steps
-            if not written[i] and not copied:
-                captured.buffers[i].copy_(x)
-                captured.last[i] = (x, now)
+        own = [i for i, saves in enumerate(inputs.saves) if not saves]
+        # At every call, in few launches: no version number tells of every change of values.
+        torch._foreach_copy_([captured.buffers[i] for i in own], [inputs.tensors[i] for i in own])
         captured.replay()
+        for x, saves in zip(inputs.tensors, inputs.saves):
+            if saves and not x.is_inference():
+                torch.autograd.graph.increment_version(x)  # a graph writes past autograd's count
         return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, captured.outputs)
 
-    def capture(self, function, spec, tensors, written, slots, rest) -> Captured:
+    def capture(self, function: Callable[..., Any], inputs: Inputs) -> Captured:
         """Run the function on buffers that are its own, and record it."""
+        pairs = list(zip(inputs.tensors, inputs.saves))
         with torch.inference_mode(False):  # later calls may be outside of it
-            buffers = [x if saves else x.clone() for x, saves in zip(tensors, written)]
-        others = iter(rest)
-        arguments = tree_unflatten(
-            [next(others) if slot is None else buffers[slot] for slot in slots], spec
-        )
-        before = [x.clone() if saves else None for x, saves in zip(tensors, written)]
-        replay, outputs = self.record(lambda: function(*arguments), tensors[0].device)
-        for x, old in zip(tensors, before):
+            buffers = [x if saves else x.clone() for x, saves in pairs]
+        arguments = inputs.with_tensors(buffers)
+        before = [x.clone() if saves else None for x, saves in pairs]
+        replay, outputs = self.record(lambda: function(*arguments), inputs.tensors[0].device)
+        for (x, _), old in zip(pairs, before):
             if old is not None:
                 x.copy_(old)  # the warm-up has written there
-        return Captured(buffers, [(None, 0)] * len(buffers), replay, outputs)
+        return Captured(buffers, replay, outputs)
 
-    def record(self, run: Callable, device: torch.device):
+    def record(
+        self, run: Callable[[], Any], device: torch.device
+    ) -> tuple[Callable[[], None], Any]:
         """(a function that replays `run`, the tensors in which its results then are)."""
         if device.type != "cuda":
-            raise ValueError(
-                f"CUDA graphs need a model on a CUDA device, got {device}; unet.replay = None goes without"
-            )
+            raise ValueError(f"CUDA graphs need a model on a CUDA device, got {device}")
         with torch.cuda.device(device):
             if self.stream is None or self.stream.device != device:
                 self.stream, self.pool = torch.cuda.Stream(), None

@@ -7,15 +7,26 @@ patched or called back. Source: Hertz et al. 2022, "Prompt-to-Prompt Image Editi
 Attention Control".
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
-from minisd_kernels import ops, reference
+from minisd_kernels import ops as kernels, reference
 from torch import Tensor, nn
 
-IMPLEMENTATIONS = ("triton", "sdpa", "reference")
+from . import ops
+
+Implementation = Literal["triton", "sdpa", "reference"]
+IMPLEMENTATIONS = get_args(Implementation)
+
+
+def check_implementation(impl: str) -> Implementation:
+    """impl, or ValueError if no such code computes attention."""
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"attention is {impl!r}, expected one of {', '.join(IMPLEMENTATIONS)}")
+    return impl
 
 
 class AttentionEdit(NamedTuple):
@@ -99,70 +110,60 @@ def attention(
     inject_qk, _ = fields.pop("inject_qk"), fields.pop("save_qk")
     if impl == "reference":
         return reference.cross_attention(q, k, v, **fields)
-    if impl == "triton" and (saves or L <= ops.MAX_KEYS and inject_qk is None):
-        return ops.cross_attention(q, k, v, **fields)
+    if impl == "triton" and (saves or L <= kernels.MAX_KEYS and inject_qk is None):
+        return kernels.cross_attention(q, k, v, **fields)
     if saves:  # the map is asked for, of the edited rows
         first = R - number_of_rows(edit)
         edited = reference.cross_attention(q[first:], k[first:], v[first:], **fields)
-        return (
-            torch.cat([plain(q[:first], k[:first], v[:first], impl), edited]) if first else edited
-        )
+        own = [plain(q[:first], k[:first], v[:first], impl)] if first else []
+        return torch.cat([*own, edited])
+    if impl == "triton" and edit == AttentionEdit(source_row=edit.source_row):
+        return kernels.attention(q, k, v, edit.source_row)  # the kernel reads the row's q and k
     return folded(q, k, v, edit, partial(plain, impl=impl))
 
 
-def plain(q, k, v, impl):
+def plain(q: Tensor, k: Tensor, v: Tensor, impl: str) -> Tensor:
     """Attention without an edit."""
     if impl == "reference":
         return reference.attention(q, k, v)
     if impl == "triton":
-        return (
-            ops.cross_attention(q, k, v) if k.shape[2] <= ops.MAX_KEYS else ops.attention(q, k, v)
-        )
+        one_pass = k.shape[2] <= kernels.MAX_KEYS
+        return (kernels.cross_attention if one_pass else kernels.attention)(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def folded(q, k, v, edit, attend):
-    """The edited attention in at most three calls of `attend`, without a map.
+def folded(
+    q: Tensor, k: Tensor, v: Tensor, edit: AttentionEdit, attend: Callable[..., Tensor]
+) -> Tensor:
+    """The edited attention in at most two calls of `attend` over the edited rows, without a map.
 
-        V' = reweight * V;   out = P_own V' + [P_source (token_map @ (blend * V')) - P_own (blend * V')]
+        out = P_own V_own + P_source V_source
+        V_own = (1 - blend) * reweight * V,   V_source = token_map @ (blend * reweight * V)
 
-    Taking the whole own map first and then exchanging columns, instead of adding two parts, makes
-    equal rows come out as they would without an edit, to the last bit.
+    A row that takes nothing from a source has V_own = V and V_source = 0: it comes out as it would
+    without an edit, to the last bit.
     """
-    if not number_of_rows(edit):
+    S = number_of_rows(edit)
+    if not S:
         return attend(q, k, v)
-    first = q.shape[0] - number_of_rows(edit)
-    has_source = (
-        edit.source_row is not None or edit.inject is not None or edit.inject_qk is not None
-    )
+    first = q.shape[0] - S
+    has_source = any(x is not None for x in (edit.source_row, edit.inject, edit.inject_qk))
+    v_own, v_source = kernels.fold(v[first:], has_source, edit.token_map, edit.blend, edit.reweight)
     if not has_source:
-        whole, _ = ops.fold(v[first:], False, None, None, edit.reweight)
-        return attend(q, k, torch.cat([v[:first], whole]))
-
-    _, v_source = ops.fold(v[first:], True, edit.token_map, edit.blend, edit.reweight)
+        return attend(q, k, torch.cat([v[:first], v_own]))
     if edit.inject is not None:
         source = edit.inject.to(v.dtype) @ v_source
     else:
-        q_source, k_source = edit.inject_qk or (
-            q[first:][edit.source_row],
-            k[first:][edit.source_row],
-        )
-        if edit.blend is None:  # one term: the rows differ in q, k and v only
-            return attend(
-                *(
-                    torch.cat([x[:first], s])
-                    for x, s in zip((q, k, v), (q_source, k_source, v_source))
-                )
-            )
+        row = edit.source_row
+        q_source, k_source = edit.inject_qk or (q[first:][row], k[first:][row])
+        if v_own is None:  # one term: the rows differ in q, k and v only
+            pairs = zip((q, k, v), (q_source, k_source, v_source))
+            return attend(*(torch.cat([x[:first], x_source]) for x, x_source in pairs))
         source = attend(q_source, k_source, v_source)
-    if edit.blend is None:
+    if v_own is None:
         return torch.cat([attend(q[:first], k[:first], v[:first]), source]) if first else source
-    whole, _ = ops.fold(v[first:], False, None, None, edit.reweight)
-    _, v_exchanged = ops.fold(v[first:], True, None, edit.blend, edit.reweight)
-    out = attend(q, k, torch.cat([v[:first], whole]))
-    return torch.cat(
-        [out[:first], out[first:] + (source - attend(q[first:], k[first:], v_exchanged))]
-    )
+    own = attend(q, k, torch.cat([v[:first], v_own]))
+    return torch.cat([own[:first], own[first:] + source]) if first else own + source
 
 
 def number_of_rows(edit: AttentionEdit) -> int:
@@ -171,7 +172,7 @@ def number_of_rows(edit: AttentionEdit) -> int:
     return next((x.shape[0] for x in tensors if x is not None), 0)
 
 
-def check(q, k, v, edit):
+def check(q: Tensor, k: Tensor, v: Tensor, edit: AttentionEdit) -> None:
     """ValueError unless the edit fits q, k, v: shapes, dtypes and devices, never values."""
     tensors = edit._asdict()
     inject_qk, save_qk = tensors.pop("inject_qk"), tensors.pop("save_qk")
@@ -197,7 +198,7 @@ def check(q, k, v, edit):
         tensors["source_row"] = torch.empty(
             inject_qk[0].shape[0], dtype=torch.int64, device=q.device
         )
-    ops.check(q, k, v, **tensors)
+    kernels.check(q, k, v, **tensors)
 
 
 class Attention(nn.Module):
@@ -205,71 +206,40 @@ class Attention(nn.Module):
 
     q = to_q(x), (k, v) = project(context), out = to_out(attention(q, k, v)).
     x: (B, N, channels); `context_channels` is the width that to_k and to_v take (None: channels,
-    self-attention). Module names are diffusers'. `name` is the site name, `impl` the code that
-    computes (see `attention`).
+    self-attention). Module names are diffusers'.
     """
 
-    name = None
-    impl = "sdpa"
-
-    def __init__(self, channels, heads, context_channels=None, qkv_bias=False):
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        context_channels: int | None = None,
+        qkv_bias: bool = False,
+    ):
         super().__init__()
         self.heads = heads
         self.to_q = nn.Linear(channels, channels, bias=qkv_bias)
         self.to_k = nn.Linear(context_channels or channels, channels, bias=qkv_bias)
         self.to_v = nn.Linear(context_channels or channels, channels, bias=qkv_bias)
-        self.to_out = nn.ModuleList(
-            [nn.Linear(channels, channels)]
-        )  # a list, because the checkpoint says to_out.0
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # the checkpoint's to_out.0
 
-    def split_heads(self, x):
-        return x.unflatten(-1, (self.heads, -1)).transpose(
-            1, 2
-        )  # (B, N, H*D) -> (B, H, N, D), a view
+    def split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, N, H*D) -> (B, H, N, D)
 
-    def project(self, context):
+    def project(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """(B, L, context_channels) -> k, v, each (B, H, L, D)."""
-        return self.split_heads(self.to_k(context)), self.split_heads(self.to_v(context))
+        k, v = ops.linear(self.to_k, context), ops.linear(self.to_v, context)
+        return self.split_heads(k), self.split_heads(v)
 
-    def fuse(self):
-        """Let to_q, to_k and to_v of self-attention be one product: lay their weights in one piece
-        of memory, in turn.
-
-        They stay three parameters with the same values; moved or replaced, they are three products
-        again. Hooks on the three layers are not called meanwhile.
-        """
-        layers = (self.to_q, self.to_k, self.to_v)
-        for layer, weight in zip(layers, torch.cat([layer.weight for layer in layers]).chunk(3)):
-            layer.weight = nn.Parameter(weight, requires_grad=False)
-
-    def qkv_weight(self):
-        """The weights of to_q, to_k and to_v as one matrix (3 * channels, channels), or None:
-        `fuse` did not lay them out, or they need gradients, or torch.compile is tracing, which
-        cannot see where they lie."""
-        weights = self.to_q.weight, self.to_k.weight, self.to_v.weight
-        if (
-            torch.compiler.is_compiling()
-            or self.to_q.bias is not None
-            or any(w.requires_grad for w in weights)
-        ):
-            return None
-        q, size = weights[0], weights[0].numel()
-        one_memory = len({w.untyped_storage().data_ptr() for w in weights}) == 1
-        in_turn = [w.storage_offset() - q.storage_offset() for w in weights] == [0, size, 2 * size]
-        return (
-            q.as_strided((3 * q.shape[0], q.shape[1]), q.stride())
-            if one_memory and in_turn
-            else None
-        )
-
-    def forward(self, x, kv=None, edit=None):
-        """x: (B, N, channels), kv: what `project` gave (None: self-attention), edit: AttentionEdit
-        or None."""
-        qkv = self.qkv_weight() if kv is None else None
-        if qkv is not None:
-            q, k, v = (self.split_heads(part) for part in F.linear(x, qkv).chunk(3, dim=-1))
-        else:
-            q = self.split_heads(self.to_q(x))
-            k, v = self.project(x) if kv is None else kv
-        out = attention(q, k, v, edit, self.impl)
-        return self.to_out[0](out.transpose(1, 2).flatten(-2))
+    def forward(
+        self,
+        x: Tensor,
+        kv: tuple[Tensor, Tensor] | None = None,
+        edit: AttentionEdit | None = None,
+        impl: str = "sdpa",
+    ) -> Tensor:
+        """x: (B, N, channels), kv: what `project` gave (None: self-attention) -> (B, N, channels)."""
+        q = self.split_heads(ops.linear(self.to_q, x))
+        k, v = self.project(x) if kv is None else kv
+        out = attention(q, k, v, edit, impl)
+        return ops.linear(self.to_out[0], out.transpose(1, 2).flatten(-2))

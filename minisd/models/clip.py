@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import expect
+from . import ops
 from .config import read_config
 
 
@@ -102,11 +103,11 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
-            proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, L, D)
+            ops.linear(proj, x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, L, D)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out_proj(out.transpose(1, 2).flatten(-2))
+        return ops.linear(self.out_proj, out.transpose(1, 2).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -119,7 +120,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        return ops.linear(self.fc2, self.act(ops.linear(self.fc1, x)))
 
 
 class EncoderLayer(nn.Module):

@@ -11,8 +11,9 @@ from typing import Self, cast
 from torch import Tensor, nn
 
 from .. import expect
+from . import ops
 from .attention import Attention
-from .blocks import Downsample, ResnetBlock, Upsample, add, norm_silu_conv
+from .blocks import Downsample, ResnetBlock, Upsample
 from .config import read_config
 
 NORM_EPS = 1e-6  # every GroupNorm of the VAE
@@ -69,7 +70,7 @@ class SpatialAttention(Attention):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # an image, no tokens
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, h*w, C)
-        return add(x, super().forward(tokens).transpose(1, 2).unflatten(2, x.shape[2:]))
+        return ops.add(x, super().forward(tokens).transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
 class MidBlock(nn.Module):
@@ -136,7 +137,7 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             for layer in cast(Block, block).layers():
                 x = layer(x)
-        return norm_silu_conv(self.conv_norm_out, self.conv_out, self.mid_block(x))
+        return ops.norm_silu_conv(self.conv_norm_out, self.conv_out, self.mid_block(x))
 
 
 class Decoder(nn.Module):
@@ -161,7 +162,7 @@ class Decoder(nn.Module):
         for block in self.up_blocks:
             for layer in cast(Block, block).layers():
                 x = layer(x)
-        return norm_silu_conv(self.conv_norm_out, self.conv_out, x)
+        return ops.norm_silu_conv(self.conv_norm_out, self.conv_out, x)
 
 
 class AutoencoderKL(nn.Module):

@@ -1,23 +1,29 @@
-"""Guidance: functions that turn the UNet and text embeddings into a noise predictor, predict(x,
-step) -> eps.
+"""Guidance: what the network is asked at each step, and how its answers become one prediction.
 
     conditional  eps = e(cond)
     cfg          eps = e(uncond) + scale (e(cond) - e(uncond))
     erase        eps = cfg - sum_i erase_scale_i (e(concept_i) - e(uncond))
-    sega         the same for the largest values of each e(concept_i) - e(uncond), after a warm-up, with momentum
+    sega         the same for the largest values of each e(concept_i) - e(uncond), late, with momentum
+
+A guidance is groups of text embeddings and one `combine` of the network's answers to them. All
+groups go through the network in one call, group-major with the conditional group LAST, because an
+AttentionEdit addresses the last rows of the batch. The network is any callable
+
+    network(x (B, C, h, w), t (0-d tensor), context (G*B, L, D), edits) -> (G*B, C, h, w)
+
+and where it has `prepare` and `prepare_times` (UNet), keys, values and times are computed once for a
+run. They travel in the state that the loop hands on: a guidance itself never changes, so it cannot
+keep anything of weights that have changed since.
 
 Sources: Ho & Salimans 2022 (arXiv 2207.12598); erase is the negation of Liu et al. 2022 (arXiv
-2206.01714), sega follows Brack et al. 2023 (arXiv 2301.12247). All groups of rows go through the
-UNet in one call, group-major with the conditional group LAST, because an AttentionEdit addresses
-the last rows of the batch. The UNet is any callable
-
-    unet(x (B, 4, h, w), t (0-d tensor), context (G*B, L, D), edits) -> eps (G*B, 4, h, w)
-
-and where it has `prepare` and `prepare_times` (unet.py), the context and t are given as these have
-made them.
+2206.01714), sega follows Brack et al. 2023 (arXiv 2301.12247).
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,65 +31,140 @@ from torch import Tensor
 from .. import expect
 from .samplers import Step
 
-Edits = Callable[[Step], Mapping]  # step -> {site name: AttentionEdit}
-Predict = Callable[[Tensor, Step], Tensor]
+if TYPE_CHECKING:  # guidance is given the network and imports no model
+    from ..models.attention import AttentionEdit
+
+Embeddings = Tensor | Sequence[Tensor]  # (1 or B, L, D), or one such tensor for each step
+Edits = Callable[[Step], "Mapping[str, AttentionEdit]"]  # step -> {site name: AttentionEdit}
 
 
-def conditional(unet, cond: Tensor, edits: Edits | None = None) -> Predict:
+class Predict(Protocol):
+    """predict(x, step, state) -> (eps, state). x, eps: (B, C, h, w).
+
+    state: None on the first step of a run, then what the step before returned.
+    """
+
+    def __call__(self, x: Tensor, step: Step, state: Any = None, /) -> tuple[Tensor, Any]: ...
+
+
+class Run(NamedTuple):
+    """What a guidance hands from step to step of one run."""
+
+    rows: int = 0  # of the context
+    context: Any = None  # of all groups, as network.prepare returned it; None: not fixed
+    times: Mapping[int, Tensor] = {}  # t -> its row of network.prepare_times
+    momentum: Tensor | None = None  # of sega
+
+
+@dataclass(frozen=True, eq=False)
+class Guidance:
+    """predict(x, step, state) -> (combine(eps of each group), state), in one call of the network.
+
+    groups: [(name, embeddings)], the conditional one last. combine: G tensors (B, C, h, w) -> one.
+    edits: step -> {site: AttentionEdit} of the conditional rows. ValueError for shapes that differ.
+    """
+
+    network: Callable[..., Tensor]
+    groups: Sequence[tuple[str, Embeddings]]
+    combine: Callable[..., Tensor]
+    edits: Edits | None = None
+
+    def __call__(self, x: Tensor, step: Step, state: Run | None = None) -> tuple[Tensor, Run]:
+        run = self.prepared(x, step, Run() if state is None else state)
+        context = self.context(len(x), step) if run.context is None else run.context
+        t = run.times[step.t] if run.times else _time(step, x)
+        edits = {} if self.edits is None else self.edits(step)
+        eps = self.network(x, t, context, edits).chunk(len(self.groups))
+        out, momentum = self.combined(eps, step, run.momentum)
+        return out, run._replace(momentum=momentum)
+
+    def combined(
+        self, eps: Sequence[Tensor], step: Step, momentum: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(the prediction, the momentum for the next step)."""
+        return self.combine(*eps), momentum
+
+    def prepared(self, x: Tensor, step: Step, run: Run) -> Run:
+        """The run with what is the same for all its steps; nothing is kept under gradients."""
+        if torch.is_grad_enabled():
+            return run._replace(context=None, times={})
+        prepare = getattr(self.network, "prepare", None)
+        prepare_times = getattr(self.network, "prepare_times", None)
+        rows, fixed = len(x) * len(self.groups), all(isinstance(e, Tensor) for _, e in self.groups)
+        if prepare is not None and fixed and run.rows != rows:
+            run = run._replace(rows=rows, context=prepare(self.context(len(x), step)))
+        if prepare_times is not None and step.t not in run.times:
+            t = tuple(dict.fromkeys((*step.times, step.t)))
+            table = prepare_times(torch.tensor(t, dtype=torch.int64, device=x.device))
+            run = run._replace(times=dict(zip(t, table.split(1))))
+        return run
+
+    def context(self, batch: int, step: Step) -> Tensor:
+        """The embeddings of all groups, (G * batch, L, D)."""
+        parts = [_rows(name, embeddings, batch, step) for name, embeddings in self.groups]
+        if len({part.shape for part in parts}) > 1:
+            named = zip(self.groups, parts)
+            got = ", ".join(f"{name} {tuple(part.shape)}" for (name, _), part in named)
+            raise ValueError(f"the texts differ in shape: {got}, expected one (L, D) for all")
+        return torch.cat(parts)
+
+
+def conditional(
+    network: Callable[..., Tensor], cond: Tensor, edits: Edits | None = None
+) -> Guidance:
     """eps = e(cond). cond: (B, L, D), or (1, L, D) for every latent."""
-    return _combined(_grouped(unet, [("cond", cond)], edits), "conditional", lambda c: c)
+    return Guidance(network, [("cond", cond)], lambda c: c, edits)
 
 
 def cfg(
-    unet,
-    uncond: Tensor | Sequence[Tensor],
+    network: Callable[..., Tensor],
+    uncond: Embeddings,
     cond: Tensor,
     scale: float = 7.5,
     edits: Edits | None = None,
-) -> Predict:
-    """Classifier-free guidance, eps = u + scale (c - u). With scale 1 no unconditional half is
-    computed.
+) -> Guidance:
+    """Classifier-free guidance, eps = u + scale (c - u). With scale 1 there is no u to compute.
 
     cond: (B, L, D) or (1, L, D).  uncond: the same, or a list with one such tensor per step of the
     full schedule (entry step.index is used; null-text inversion makes such a list).
     """
     expect.number("guidance scale", scale)
     if scale == 1:
-        return conditional(unet, cond, edits)
-    call = _grouped(unet, [("uncond", uncond), ("cond", cond)], edits)
-    return _combined(call, ("cfg", scale), lambda u, c: u + scale * (c - u))
+        return conditional(network, cond, edits)
+    groups = [("uncond", uncond), ("cond", cond)]
+    return Guidance(network, groups, _guided(scale), edits)
 
 
 def erase(
-    unet,
-    uncond: Tensor | Sequence[Tensor],
+    network: Callable[..., Tensor],
+    uncond: Embeddings,
     cond: Tensor,
     concepts: Tensor,
     scale: float = 7.5,
     erase_scale: float | Sequence[float] = 10.0,
     edits: Edits | None = None,
-) -> Predict:
-    """Guidance away from concepts, eps = u + scale (c - u) - sum_i w_i (e_i - u), in one UNet call
-    of 2 + n groups.
+) -> Guidance:
+    """Away from concepts, eps = u + scale (c - u) - sum_i w_i (e_i - u), in one call of 2 + n groups.
 
     concepts: (n, L, D), each for every latent, or (n, B, L, D).  erase_scale: w, one weight for all
     or one each.
     """
-    call, weights = _with_concepts(unet, uncond, cond, concepts, scale, erase_scale, edits)
+    expect.number("guidance scale", scale)
+    weights = _weights(erase_scale, concepts)
 
-    def combine(u, *eps_of_concepts_and_c):
-        *concept_eps, c = eps_of_concepts_and_c
+    def combine(u: Tensor, *concepts_and_c: Tensor) -> Tensor:
+        *of_concepts, c = concepts_and_c
         eps = u + scale * (c - u)
-        for w, e in zip(weights, concept_eps):
+        for w, e in zip(weights, of_concepts):
             eps = eps - w * (e - u)
         return eps
 
-    return _combined(call, ("erase", scale, *weights), combine)
+    return Guidance(network, _with_concepts(uncond, cond, concepts), combine, edits)
 
 
 def sega(
-    unet,
-    uncond: Tensor | Sequence[Tensor],
+    network: Callable[..., Tensor],
+    uncond: Embeddings,
     cond: Tensor,
     concepts: Tensor,
     scale: float = 7.5,
@@ -93,65 +174,59 @@ def sega(
     momentum: float = 0.1,
     beta: float = 0.4,
     edits: Edits | None = None,
-) -> Predict:
-    """Semantic guidance (Brack et al. 2023): as `erase`, but only where a concept shows most, late,
-    with momentum.
+) -> Sega:
+    """Semantic guidance (Brack et al. 2023): as `erase`, but only where a concept shows most; late.
 
         d_i = -w_i (e_i - u), set to 0 where |d_i| is below its quantile `threshold` over the
-        positions of each channel
-        g   = sum_i d_i + momentum v;    v <- beta v + (1 - beta) g        (v = 0 on the first step that runs)
-        eps = u + scale (c - u) + g,     without g while step.index < warmup, in which v already gathers
+              positions of each channel
+        g   = sum_i d_i + momentum v;    v <- beta v + (1 - beta) g        (v = 0 at the start)
+        eps = u + scale (c - u) + g,     without g while step.index < warmup, in which v gathers
 
     warmup counts in the full schedule, as step.index does. A negative weight leads towards a
     concept.
     """
-    call, weights = _with_concepts(unet, uncond, cond, concepts, scale, erase_scale, edits)
+    expect.number("guidance scale", scale)
+    weights = _weights(erase_scale, concepts)
     expect.number("threshold", threshold, 0, 1)
     expect.whole_number("warmup", warmup, 0)
     expect.number("momentum", momentum)
     expect.number("beta", beta, 0, 1)
-    v, last = None, 0
+    groups, guided = _with_concepts(uncond, cond, concepts), _guided(scale)
+    return Sega(network, groups, guided, edits, weights, threshold, warmup, momentum, beta)
 
-    def state(x, step):
-        """v, and whether the step is late enough to be guided."""
-        nonlocal v, last
-        if 0 < len(step.times) <= warmup:
-            raise ValueError(
-                f"warmup is {warmup}, expected less than the {len(step.times)} steps: none is guided"
-            )
-        if v is None or step.index <= last:  # a new run
-            v = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
-        last = step.index
-        return v, torch.full((), step.index >= warmup, device=x.device)
 
-    def combine(v, late, u, *eps_of_concepts_and_c):
-        *concept_eps, c = eps_of_concepts_and_c
-        g = momentum * v
-        for w, e in zip(weights, concept_eps):
+@dataclass(frozen=True, eq=False)
+class Sega(Guidance):
+    """See `sega`. combine(u, c) is the guidance without the concepts."""
+
+    weights: Sequence[float] = ()
+    threshold: float = 0.9
+    warmup: int = 10
+    momentum: float = 0.1
+    beta: float = 0.4
+
+    def combined(
+        self, eps: Sequence[Tensor], step: Step, momentum: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        if 0 < len(step.times) <= self.warmup:
+            got = f"warmup is {self.warmup}, expected less than the {len(step.times)} steps"
+            raise ValueError(f"{got}: none is guided")
+        u, *of_concepts, c = eps
+        v = momentum
+        if v is None:
+            v = torch.zeros_like(u, dtype=torch.promote_types(u.dtype, torch.float32))
+        g = self.momentum * v
+        for w, e in zip(self.weights, of_concepts):
             d = (-w * (e - u)).to(v)
-            g = g + torch.where(d.abs() >= _quantile(d.abs(), threshold), d, 0)
-        eps = u + scale * (c - u)
-        return torch.where(late, (eps + g).to(eps), eps), beta * v + (1 - beta) * g
+            g = g + torch.where(d.abs() >= _quantile(d.abs(), self.threshold), d, 0)
+        out = self.combine(u, c)
+        if step.index >= self.warmup:
+            out = (out + g).to(out)
+        return out, self.beta * v + (1 - self.beta) * g
 
-    def predict(x, step):
-        nonlocal v
-        now = state(x, step)
-        eps, v = combine(*now, *call(x, step))
-        return eps
 
-    def graph(x, step, update, *tensors):
-        nonlocal v
-
-        def function(groups, v, late, *tensors):
-            eps, v = combine(v, late, *groups)
-            return update(eps, *tensors), v
-
-        key = ("sega", scale, *weights, threshold, momentum, beta, update)
-        out, v = call.graph(key, function, x, step, *state(x, step), *tensors)
-        return out
-
-    predict.graph = call.graph and graph
-    return predict
+def _guided(scale: float) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda u, c: u + scale * (c - u)
 
 
 def _quantile(x: Tensor, q: float) -> Tensor:
@@ -159,125 +234,45 @@ def _quantile(x: Tensor, q: float) -> Tensor:
     return x.flatten(2).quantile(q, dim=2)[:, :, None, None]
 
 
-def _with_concepts(unet, uncond, cond, concepts: Tensor, scale, erase_scale, edits: Edits | None):
-    """A call(x, step) -> eps of uncond, of each concept and of cond, in one UNet call; and the
-    concepts' weights."""
-    expect.number("guidance scale", scale)
+def _with_concepts(
+    uncond: Embeddings, cond: Tensor, concepts: Tensor
+) -> list[tuple[str, Embeddings]]:
+    """The groups uncond, each concept, cond."""
+    each = concepts[:, None] if concepts.ndim == 3 else concepts
+    return [("uncond", uncond), *(("concepts", rows) for rows in each), ("cond", cond)]
+
+
+def _weights(erase_scale: float | Sequence[float], concepts: Tensor) -> list[float]:
+    """One weight for each concept."""
     if concepts.ndim not in (3, 4):
-        raise ValueError(
-            f"concepts has shape {tuple(concepts.shape)}, expected (n, L, D) or (n, B, L, D)"
-        )
-    weights = (
-        list(erase_scale)
-        if isinstance(erase_scale, (list, tuple))
-        else [erase_scale] * len(concepts)
-    )
+        got = tuple(concepts.shape)
+        raise ValueError(f"concepts has shape {got}, expected (n, L, D) or (n, B, L, D)")
+    if isinstance(erase_scale, (list, tuple)):
+        weights = list(erase_scale)
+    else:
+        weights = [erase_scale] * len(concepts)
     if len(weights) != len(concepts):
-        raise ValueError(
-            f"erase_scale is {erase_scale!r}, expected one weight or one per concept ({len(concepts)})"
-        )
+        expected = f"one weight or one per concept ({len(concepts)})"
+        raise ValueError(f"erase_scale is {erase_scale!r}, expected {expected}")
     for weight in weights:
         expect.number("erase_scale", weight)
-    each = concepts[:, None] if concepts.ndim == 3 else concepts
-    groups = [("uncond", uncond), *(("concepts", rows) for rows in each), ("cond", cond)]
-    return _grouped(unet, groups, edits), weights
+    return weights
 
 
-def _grouped(unet, groups: list[tuple[str, Tensor | Sequence[Tensor]]], edits: Edits | None):
-    """A call(x, step) -> one eps (B, 4, h, w) per group.
-
-    Keys and values of the context are projected once, on the first call (unet.prepare), unless the
-    context changes from step to step, and times once for all steps (unet.prepare_times), unless
-    gradients are wanted. A UNet with a `replay` (cuda_graph.py) is called through it; its graphs
-    hold for the code of attention and the weights' places of now.
-    """
-    replay = getattr(unet, "replay", None)
-    fixed = all(isinstance(rows, Tensor) for _, rows in groups)
-    prepare, prepare_times = getattr(unet, "prepare", None), getattr(unet, "prepare_times", None)
-    prepared, times = {}, {}  # batch size -> prepared context; t -> its row of prepare_times
-
-    def context_for(batch, step):
-        parts = [_rows(name, rows, batch, step) for name, rows in groups]
-        if len({part.shape for part in parts}) > 1:
-            got = ", ".join(f"{name} {tuple(part.shape)}" for (name, _), part in zip(groups, parts))
-            raise ValueError(f"the texts differ in shape: {got}, expected one (L, D) for all")
-        return torch.cat(parts)
-
-    def prepared_for(batch, step):
-        if not fixed or prepare is None or torch.is_grad_enabled():
-            return context_for(batch, step)
-        if batch not in prepared:
-            prepared[batch] = prepare(context_for(batch, step))
-        return prepared[batch]
-
-    def time_for(x, step):
-        if prepare_times is None or torch.is_grad_enabled():
-            return torch.full((), step.t, device=x.device)
-        if step.t not in times:
-            run = tuple(dict.fromkeys((*step.times, step.t)))
-            times.update(zip(run, prepare_times(torch.tensor(run, device=x.device)).split(1)))
-        return times[step.t]
-
-    def inputs(x, step):
-        return (
-            x,
-            time_for(x, step),
-            prepared_for(len(x), step),
-            edits(step) if edits is not None else {},
-        )
-
-    def graph(key, function, x, step, *tensors):
-        """function(eps of each group, *tensors): the UNet and what follows as one CUDA graph. key:
-        what function is."""
-
-        def whole(tensors, *inputs):
-            return function(unet(*inputs).chunk(len(groups)), *tensors)
-
-        state = (
-            unet.attention,
-            *(p.data_ptr() for p in unet.parameters() if not p.is_mkldnn),
-        )  # never so on CUDA
-        return replay((state, key), whole, tensors, *inputs(x, step))
-
-    def call(x, step):
-        if replay is None or torch.is_grad_enabled():
-            return unet(*inputs(x, step)).chunk(len(groups))
-        return graph("unet", lambda eps: eps, x, step)
-
-    call.graph = None if replay is None else graph
-    return call
+def _time(step: Step, x: Tensor) -> Tensor:
+    return torch.full((), step.t, dtype=torch.int64, device=x.device)
 
 
-def _combined(call, key, combine: Callable[..., Tensor]) -> Predict:
-    """predict(x, step) = combine(*call(x, step)), with its `graph` if there is one. key: what
-    `combine` computes.
-
-    predict.graph(x, step, update, *tensors) == update(predict(x, step), *tensors): with the
-    sampler's update the whole step is one CUDA graph (samplers.take).
-    """
-
-    def predict(x, step):
-        return combine(*call(x, step))
-
-    def graph(x, step, update, *tensors):
-        def function(groups, *tensors):
-            return update(combine(*groups), *tensors)
-
-        return call.graph((key, update), function, x, step, *tensors)
-
-    predict.graph = call.graph and graph
-    return predict
-
-
-def _rows(name: str, rows: Tensor | Sequence[Tensor], batch: int, step: Step) -> Tensor:
+def _rows(name: str, embeddings: Embeddings, batch: int, step: Step) -> Tensor:
     """The (batch, L, D) rows of one group at this step."""
-    if isinstance(rows, (list, tuple)):
-        if step.index >= len(rows):
-            raise ValueError(
-                f"{name} is a list of {len(rows)} entries, but step {step.index} needs one entry per step"
-            )
-        rows = rows[step.index]
+    rows: Any = embeddings
+    if isinstance(embeddings, (list, tuple)):
+        if step.index >= len(embeddings):
+            got = f"{name} is a list of {len(embeddings)} entries"
+            raise ValueError(f"{got}, but step {step.index} needs one entry per step")
+        rows = embeddings[step.index]
     if not (isinstance(rows, Tensor) and rows.ndim == 3 and len(rows) in (1, batch)):
         got = f"has shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else f"is {rows!r:.80}"
-        raise ValueError(f"{name} {got}, expected (1, L, D) or one per latent, ({batch}, L, D)")
+        expected = f"(1, L, D) or one per latent, ({batch}, L, D)"
+        raise ValueError(f"{name} {got}, expected {expected}")
     return rows.expand(batch, -1, -1)

@@ -1,19 +1,18 @@
-"""Samplers: each is the list of its steps, and the denoising loop is three lines.
+"""Samplers: each is the list of its steps, a step is data, and the loop is the method (loop.py).
 
+    x0 = None
     for step in sampler:
-        x = step.update(x, predict(x, step))
-        if after is not None: x = after(x, step)
+        x, x0 = step(x, eps, x0)                            # eps predicted at x and step.t
 
-Sources: DDIM, Song et al. 2020 (arXiv 2010.02502) eq. 12 and 16; DPM-Solver++ 2M, Lu et al. 2022
-(arXiv 2211.01095) algorithm 2; Karras et al. 2022 (arXiv 2206.00364) eq. 5. Timesteps and levels
-are those of diffusers' DDIMScheduler, DDIMInverseScheduler and DPMSolverMultistepScheduler built
-from the same scheduler_config.json.
+One formula serves all of them, `advance`. Sources: DDIM, Song et al. 2020 (arXiv 2010.02502) eq. 12
+and 16; DPM-Solver++ 2M, Lu et al. 2022 (arXiv 2211.01095) algorithm 2; Karras et al. 2022 (arXiv
+2206.00364) eq. 5. Timesteps and levels are those of diffusers' DDIMScheduler, DDIMInverseScheduler
+and DPMSolverMultistepScheduler built from the same scheduler_config.json.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -25,68 +24,89 @@ from .schedule import Level, NoiseSchedule
 
 
 class Coefficients(NamedTuple):
-    """The numbers of one step of `advance`; 0-d tensors in a CUDA graph, which so serves all
-    steps."""
+    """The numbers of one step of `advance`."""
 
     alpha: float
     sigma: float
-    c: float
-    of_x: float
-    of_D: float
-    of_eps: float
-    of_noise: float = 0.0
+    c: float  # weight of the difference to the x0 before; 0: first order
+    x_x: float
+    x_D: float
+    x_eps: float
+    x_noise: float = 0.0
 
 
 def advance(
     x: Tensor, eps: Tensor, x0_previous: Tensor | None, noise: Tensor | None, k: Coefficients
 ) -> tuple[Tensor, Tensor]:
-    """One step of either sampler: x at the next level, in x's dtype, and x0; both computed in fp32
-    or wider.
+    """One step of any sampler: x at the next level, in x's dtype, and x0, in float32 or wider.
 
-    x0     = (x - sigma eps) / alpha
-    D      = x0 + c (x0 - x0_previous),          x0 itself without a previous one
-    x_next = of_x x + of_D D + of_eps eps + of_noise noise
+        x0     = (x - sigma eps) / alpha
+        D      = x0 + c (x0 - x0_previous),          x0 itself without a previous one
+        x_next = x_x x + x_D D + x_eps eps + x_noise noise
+
+    x, eps, x0_previous, noise: (B, C, h, w). All is computed in float32 or wider.
     """
     wide, eps = _wide(x), _wide(eps)
     x0 = (wide - k.sigma * eps) / k.alpha
     D = x0 + k.c * (x0 - (x0 if x0_previous is None else x0_previous))
-    x_next = k.of_x * wide + k.of_D * D + k.of_eps * eps
+    x_next = k.x_x * wide + k.x_D * D + k.x_eps * eps
     if noise is not None:
-        x_next = x_next + k.of_noise * noise.to(x_next)
+        x_next = x_next + k.x_noise * noise.to(x_next)
     return x_next.to(x.dtype), x0
 
 
 class Step(NamedTuple):
-    """One step of a sampler, from level `now` to level `next`, with the UNet evaluated at timestep
-    `t`.
+    """One step of a sampler, from level `now` to level `next`, the network evaluated at `t`.
 
-    index counts in the full schedule: skip does not shift it.  update(x, eps) -> x at level `next`,
-    in x's dtype but computed in fp32 or wider; call it once per step, because it may advance the
-    sampler's history or draw noise. coefficients: of the `advance` that update is. times: t of
-    every step of the full schedule, so that what depends on t alone can be computed for all steps
-    at once. draw(x): the noise of a step that has some, of x's shape.
+    index counts in the full schedule: skip does not shift it.  first: whether it is the first that
+    runs.  times: t of every step of the full schedule, so that what depends on t alone can be
+    computed for all steps at once.  k: the coefficients of `advance`.  seed: of the noise of a step
+    that has some, None of one that has none.  Nothing in it changes: a step may be called as often
+    as one likes, at other latents too (fixed-point inversion, EDICT).
     """
 
     index: int
     t: int
     now: Level
     next: Level
-    update: Callable[[Tensor, Tensor], Tensor]
-    coefficients: Coefficients | None = None
-    times: tuple[int, ...] = ()
-    draw: Callable[[Tensor], Tensor] | None = None
+    k: Coefficients
+    first: bool
+    times: tuple[int, ...]
+    seed: int | None = None
+
+    def __call__(
+        self, x: Tensor, eps: Tensor, x0_previous: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(x at level `next`, x0): hand the x0 of one step to the next; see `advance`."""
+        return advance(x, eps, x0_previous, self.noise(x), self.k)
+
+    def noise(self, x: Tensor) -> Tensor | None:
+        """The step's noise, of x's shape and on its device: a function of (seed, index) alone.
+
+        Drawn on the CPU in float32, so that it is the same on every device.
+        """
+        if self.seed is None:
+            return None
+        (mixed,) = np.random.SeedSequence([self.seed % 2**64, self.index]).generate_state(
+            1, np.uint64
+        )
+        generator = torch.Generator("cpu").manual_seed(int(mixed))
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float32, device="cpu")
+        return noise.to(x.device, non_blocking=True)
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """What the samplers share. steps: length of the full schedule, 1..N. skip: steps left out at
-    its noisy end."""
+    """What the samplers share: an iterable of Steps, from noise to image.
+
+    steps: length of the full schedule, 1..N. skip: steps left out at its noisy end.
+    """
 
     schedule: NoiseSchedule
     steps: int
     skip: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         expect.whole_number("steps", self.steps, 1, len(self.schedule))
         expect.whole_number("skip", self.skip, 0, self.steps)
         self.plan()
@@ -95,84 +115,92 @@ class Sampler:
         """(t, now, next) of every step of the full schedule, from noise to image."""
         raise NotImplementedError
 
+    def coefficients(self, now: Level, next: Level, before: Level | None) -> Coefficients:
+        """Of the step from `now` to `next`; before: where the step before began, None of the first."""
+        raise NotImplementedError
+
     def __len__(self) -> int:
         return self.steps - self.skip
 
+    def __iter__(self) -> Iterator[Step]:
+        plan, before = self.plan(), None
+        times = tuple(t for t, _, _ in plan)
+        for index, (t, now, next) in list(enumerate(plan))[self.skip :]:
+            k = self.coefficients(now, next, before)
+            yield Step(index, t, now, next, k, index == self.skip, times, self.noise_seed())
+            before = now
+
+    def noise_seed(self) -> int | None:
+        """The seed of the steps' noise; None: they have none."""
+        return None
+
     def start(self, x0: Tensor, noise: Tensor) -> Tensor:
-        """A clean latent at the level of the first step, alpha x0 + sigma noise; x0 itself if all
-        steps are skipped."""
+        """A clean latent at the level of the first step that runs, alpha x0 + sigma noise.
+
+        x0, noise: (B, C, h, w). x0 itself if all steps are skipped.
+        """
         level = self.plan()[self.skip][1] if self.skip < self.steps else Level(1.0, 0.0)
         return (level.alpha * _wide(x0) + level.sigma * _wide(noise)).to(x0.dtype)
 
 
 @dataclass(frozen=True)
 class DDIM(Sampler):
-    """DDIM, deterministic (eta 0) to DDPM-like (eta 1); `inverse=True` runs the same steps
-    backwards, image to noise.
+    """DDIM, deterministic (eta 0) to DDPM-like (eta 1); `inverse=True` runs from image to noise.
 
         x0     = (x - sigma eps) / alpha
-        x_next = alpha' x0 + sqrt(sigma'^2 - s^2) eps + s noise,   s = eta (sigma' / sigma) sqrt(1 - alpha^2 / alpha'^2)
+        x_next = alpha' x0 + sqrt(sigma'^2 - s^2) eps + s noise,
+        s      = eta (sigma' / sigma) sqrt(1 - alpha^2 / alpha'^2)
 
-    The noise of eta > 0 is drawn on the CPU from `seed`, anew for each iteration over the sampler,
-    so it is the same on every device. Give another seed than that of the initial latents: with the
-    same one the first noise equals them. Inverse: the steps of DDIM(schedule, steps, skip) in
-    reverse order with now and next exchanged, t and index kept, so the UNet is evaluated at the
-    noisier end, as in diffusers' DDIMInverseScheduler. It starts from the clean latent.
+    The noise of eta > 0 is a function of (seed, index of the step). Inverse: the steps of
+    DDIM(schedule, steps, skip) in reverse order with now and next exchanged, t and index kept, so
+    the network is evaluated at the noisier end, as in diffusers' DDIMInverseScheduler. It starts
+    from the clean latent.
     """
 
     eta: float = 0.0
     inverse: bool = False
     seed: int = 201002502
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         expect.number("eta", self.eta, 0, 1)
         expect.whole_number("seed", self.seed, -(2**63), 2**64 - 1)
         if self.inverse and self.eta:
-            raise ValueError(
-                f"eta is {self.eta!r} with inverse=True, expected 0: only eta 0 can be run backwards"
-            )
+            got = f"eta is {self.eta!r} with inverse=True"
+            raise ValueError(f"{got}, expected 0: only eta 0 can be run backwards")
 
-    def plan(self):
+    def plan(self) -> list[tuple[int, Level, Level]]:
         stride = len(self.schedule) // self.steps
         timesteps = self.schedule.timesteps(self.steps, self.schedule.timestep_spacing or "leading")
-        level = self.schedule.level
-        return [
-            (t, level(t), level(t - stride) if t >= stride else self.schedule.clean)
-            for t in timesteps
-        ]
+        level, clean = self.schedule.level, self.schedule.clean
+        return [(t, level(t), level(t - stride) if t >= stride else clean) for t in timesteps]
 
-    def start(self, x0, noise):
-        if self.inverse:
-            raise ValueError(
-                "DDIM inversion starts from the clean latent itself: pass it to the loop"
-            )
-        return super().start(x0, noise)
+    def coefficients(self, now: Level, next: Level, before: Level | None) -> Coefficients:
+        s = 0.0
+        if self.eta:
+            s = self.eta * next.sigma / now.sigma * math.sqrt(1 - (now.alpha / next.alpha) ** 2)
+        x_eps = math.sqrt(next.sigma**2 - s**2)
+        return Coefficients(
+            now.alpha, now.sigma, 0.0, x_x=0.0, x_D=next.alpha, x_eps=x_eps, x_noise=s
+        )
+
+    def noise_seed(self) -> int | None:
+        return self.seed if self.eta else None
 
     def __iter__(self) -> Iterator[Step]:
-        generator = torch.Generator().manual_seed(self.seed)
-        plan = self.plan()
-        times, steps = tuple(t for t, *_ in plan), list(enumerate(plan))[self.skip :]
-        for index, (t, now, next) in reversed(steps) if self.inverse else steps:
-            now, next = (next, now) if self.inverse else (now, next)
-            s = (
-                self.eta * (next.sigma / now.sigma) * math.sqrt(1 - (now.alpha / next.alpha) ** 2)
-                if self.eta
-                else 0.0
-            )
-            k = Coefficients(
-                now.alpha, now.sigma, 0.0, 0.0, next.alpha, math.sqrt(next.sigma**2 - s**2), s
-            )
-            draw = partial(_randn_like, generator=generator) if self.eta else None
-            yield Step(index, t, now, next, partial(_ddim_update, k=k, draw=draw), k, times, draw)
+        steps = super().__iter__()
+        return self._reversed(list(steps)) if self.inverse else steps
 
+    def _reversed(self, steps: list[Step]) -> Iterator[Step]:
+        for i, step in enumerate(reversed(steps)):
+            now, next = step.next, step.now
+            k = self.coefficients(now, next, None)
+            yield step._replace(now=now, next=next, k=k, first=i == 0)
 
-def _ddim_update(x, eps, k, draw):
-    return advance(x, eps, None, draw and draw(x), k)[0]
-
-
-def _randn_like(x, generator):
-    return torch.randn(x.shape, generator=generator).to(x.device, non_blocking=True)
+    def start(self, x0: Tensor, noise: Tensor) -> Tensor:
+        if self.inverse:
+            raise ValueError("DDIM inversion starts from the clean latent: give that to the loop")
+        return super().start(x0, noise)
 
 
 @dataclass(frozen=True)
@@ -191,17 +219,13 @@ class DPMpp2M(Sampler):
 
     karras: bool = True
 
-    def plan(self):
+    def plan(self) -> list[tuple[int, Level, Level]]:
         n, ratios = self.steps, self.schedule.ratios()
         if self.karras:
             ends = ratios[-1].item() ** (1 / 7), ratios[0].item() ** (1 / 7)
             run = np.linspace(*ends, n) ** 7
-            timesteps = (
-                np.interp(np.log(run), np.log(ratios), np.arange(len(ratios)))
-                .round()
-                .astype(int)
-                .tolist()
-            )
+            nearest = np.interp(np.log(run), np.log(ratios), np.arange(len(ratios))).round()
+            timesteps = nearest.astype(int).tolist()
         else:
             # n + 1 timesteps, and the lowest is left out: the last step goes from the one above it
             # to sigma = 0.
@@ -211,78 +235,14 @@ class DPMpp2M(Sampler):
         levels = [Level.from_ratio(float(r)) for r in run.astype(np.float32)] + [Level(1.0, 0.0)]
         return list(zip(timesteps, levels, levels[1:]))
 
-    def __iter__(self) -> Iterator[Step]:
-        x0_previous = h_previous = None
-        plan = self.plan()
-        times = tuple(t for t, *_ in plan)
-        for index, (t, now, next) in list(enumerate(plan))[self.skip :]:
-            h = math.log(now.ratio / next.ratio) if next.sigma else math.inf
-            c = h / (2 * h_previous) if h_previous and next.sigma else 0.0
-            h_previous = h
-
-            of_D = next.alpha * (1 - next.ratio / now.ratio)
-            k = Coefficients(now.alpha, now.sigma, c, next.sigma / now.sigma, of_D, 0.0)
-
-            def update(x, eps, k=k):
-                nonlocal x0_previous
-                x_next, x0_previous = advance(x, eps, x0_previous, None, k)
-                return x_next
-
-            yield Step(index, t, now, next, update, k, times)
-
-
-@torch.no_grad()
-def denoise(
-    x: Tensor,
-    sampler: Iterable[Step],
-    predict: Callable[[Tensor, Step], Tensor],
-    after: Callable[[Tensor, Step], Tensor] | None = None,
-) -> Tensor:
-    """Run the steps on x (B, C, h, w); predict(x, step) -> eps, after(x, step) -> x edits the
-    latent after each step.
-
-    Any iterable of steps will do (`tqdm(sampler)` shows progress). Without gradients: write the
-    loop out to have them.
-    """
-    x = x.contiguous()  # as it is after the first step: other strides (`x.expand`) would cost a second compiled graph
-    x0 = None
-    for step in sampler:
-        x, x0 = take(step, predict, x, x0)
-        if after is not None:
-            x = after(x, step)
-    return x
-
-
-def take(
-    step: Step,
-    predict: Callable[[Tensor, Step], Tensor],
-    x: Tensor,
-    x0_previous: Tensor | None = None,
-    start: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """step.update(start, predict(x, step)): `start` (None: x) at the next level, by the noise
-    predicted at x.
-
-    If the UNet was loaded with graph=True, one CUDA graph. That keeps no history: hand the x0 (B,
-    C, h, w) of one step, the second of what is returned, to the next; it is None where update
-    remembers it itself. x may be start in the network's dtype, or another latent that is a better
-    guess of where the step ends (fixed-point inversion, EDICT).
-    """
-    start = x if start is None else start
-    graph = getattr(predict, "graph", None)
-    if graph is None or step.coefficients is None or torch.is_grad_enabled():
-        return step.update(start, predict(x, step)), None
-    k = torch.tensor(step.coefficients, dtype=torch.promote_types(start.dtype, torch.float32))
-    k = k.to(x.device, non_blocking=True)  # the host does not wait for the step before
-    x0_previous = torch.zeros_like(start, dtype=k.dtype) if x0_previous is None else x0_previous
-    return graph(x, step, _advance_from, start, x0_previous, step.draw and step.draw(start), k)
-
-
-def _advance_from(eps, x, x0_previous, noise, k):
-    """`advance` as predict.graph calls it: eps first, the coefficients in one tensor."""
-    return advance(x, eps, x0_previous, noise, Coefficients(*k.unbind()))
+    def coefficients(self, now: Level, next: Level, before: Level | None) -> Coefficients:
+        c = 0.0
+        if before is not None and next.sigma:
+            c = math.log(now.ratio / next.ratio) / (2 * math.log(before.ratio / now.ratio))
+        x_D = next.alpha * (1 - next.ratio / now.ratio)
+        return Coefficients(now.alpha, now.sigma, c, next.sigma / now.sigma, x_D, x_eps=0.0)
 
 
 def _wide(x: Tensor) -> Tensor:
-    """x in at least fp32."""
+    """x in at least float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -70,7 +70,7 @@ class Trace:
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         if self.wants(step):
-            self.steps.append(step._replace(update=None))  # it holds the sampler's history
+            self.steps.append(step)
             self.latents.append(x.detach().to("cpu", copy=True))
             self.images.append(self.show(x, self.view))
             if self.folder is not None:

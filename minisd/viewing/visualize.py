@@ -11,7 +11,8 @@ for overlaid words.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import torch
@@ -19,55 +20,40 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .. import expect
+from ..drawing import Drawing, Options
 from ..editing.maps import Maps
 from ..editing.recording import Recording
-from ..pipeline import denoise_shown, make_sampler
+from ..editing.sites import Where
 from ..sampling.guidance import cfg
-from ..sampling.samplers import Step
+
+if TYPE_CHECKING:
+    from ..pipeline import StableDiffusion
 
 MARGIN, FONT_SIZE = 6, 13  # of contact sheets, in pixels
 
 
 def heatmap(
-    sd,
+    sd: "StableDiffusion",
     prompt: str,
     *,
-    steps: int = 25,
-    guidance: float = 7.5,
-    sampler: str = "dpm++",
-    seed: int = 0,
-    height: int | None = None,
-    width: int | None = None,
-    latents: Tensor | None = None,
-    uncond: Tensor | Sequence[Tensor] | None = None,
-    negative_prompt: str = "",
-    where: str | int | Sequence[str | int] | None = None,
+    where: Where | None = None,
     until: float = 1.0,
-    on_step: Callable[[Tensor, Step], Tensor | None] | None = None,
-    progress: bool = True,
-) -> tuple[Image.Image, Maps]:
-    """Draw a prompt: its picture and its `Maps`, whose `word(word, grid=...)` is the mean map of a
-    word, (h, w).
+    **options: Unpack[Options],
+) -> tuple[list[Image.Image], Maps]:
+    """Draw a prompt: num_images images and their `Maps`.
 
-    where: the cross-attention sites, see `select_sites`; None is all of them. until: maps of the
-    first part of the steps only, 0.2 for the first fifth, in which the layout forms. latents,
-    uncond: as in `edit_prompt`; on_step: as in `StableDiffusion.txt2img`.
+    maps.word(word, row, grid=...) is the mean map of a word in image `row`, (h, w). where: the
+    cross-attention sites, see `select_sites`; None is all of them. until: maps of the first part of
+    the steps only, 0.2 for the first fifth, in which the layout forms. options: see
+    `minisd.drawing.Drawing`.
     """
-    x = sd.starting_noise(1, seed, latents, height, width)
+    drawing = Drawing.of(options)
+    x = drawing.noise(sd, drawing.num_images)
     height, width = (side * sd.vae.factor for side in x.shape[2:])
-    maps = Maps(
-        sd,
-        [prompt],
-        steps,
-        sd.unet.sites("cross") if where is None else where,
-        height,
-        width,
-        until,
-    )
-    uncond = sd.encode_prompt([negative_prompt]) if uncond is None else uncond
-    plan = make_sampler(sampler, sd.schedule, steps)
-    predict = cfg(sd.unet, uncond, sd.encode_prompt([prompt]), guidance, maps)
-    return sd.decode(denoise_shown(x, plan, predict, on_step, progress))[0], maps
+    sites = sd.unet.sites("cross") if where is None else where
+    maps = Maps(sd, [prompt] * len(x), drawing.steps, sites, height, width, until)
+    predict = cfg(sd.network, *drawing.embed(sd, [prompt]), drawing.guidance, maps)
+    return sd.decode(drawing.denoise(x, drawing.plan(sd), predict)), maps
 
 
 def word_sheet(

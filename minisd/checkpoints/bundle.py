@@ -1,0 +1,67 @@
+"""Bundles: what minisd saves of a run, one safetensors file of checked tensors with metadata in JSON.
+
+A bundle has a format's name, fields (the JSON) and tensors. `write_bundle` writes all or nothing;
+`read_bundle` refuses what is another format, misses something, holds something unknown or a number
+that is not finite, in one ValueError, before anything is built from it.
+"""
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..files import atomic_write
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
+
+
+def write_bundle(
+    path: str | Path, format: str, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Write one file, under its name only when it is whole."""
+    owned = {name: x.clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
+    with atomic_write(path) as temporary:
+        save_file(owned, temporary, {format: json.dumps(dict(fields))})
+
+
+def read_bundle(
+    path: str | Path,
+    format: str,
+    fields: Collection[str],
+    needed: Collection[str],
+    known: str,
+    may_be_nan: Collection[str] = (),
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(fields, tensors) of a file that `write_bundle` wrote, on the CPU; JSON lists become tuples.
+
+    fields: names that have to be there, and no others. needed: tensors that have to be there.
+    known: a pattern that all other tensors' names match. may_be_nan: tensors that need not be
+    finite. ValueError that names the file and everything at fault.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get(format, "null"))
+            # Copied, not mapped: the file may change.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+    if not isinstance(about, dict):
+        raise ValueError(f"{path} holds no {format} that minisd has saved")
+    missing = sorted((set(fields) - set(about)) | (set(needed) - set(tensors)))
+    strange = [name for name in tensors if name not in needed and not re.fullmatch(known, name)]
+    unknown = sorted(set(about) - set(fields)) + strange
+    wrong = [
+        name
+        for name, x in tensors.items()
+        if x.dtype not in DTYPES or (name not in may_be_nan and not x.isfinite().all())
+    ]
+    if missing or unknown or wrong:
+        faults = f"missing {missing!r:.200}, unknown {unknown!r:.200}, not finite {wrong!r:.200}"
+        raise ValueError(f"{path} is no complete {format}: {faults}")
+    return {n: tuple(v) if isinstance(v, list) else v for n, v in about.items()}, tensors

@@ -1,0 +1,224 @@
+"""Drawing: what all ways of drawing share, said and checked once.
+
+A method (txt2img, edit_prompt, blend, ...) takes `**options`, which are the fields of `Drawing`, and
+is then a few lines: embed the texts, choose the noise, run the loop, decode.
+
+    drawing = Drawing.of(options)
+    uncond, cond = drawing.embed(sd, prompts)
+    x = drawing.noise(sd, rows)
+    z = drawing.denoise(x, drawing.steps_of(sd), cfg(sd.network, uncond, cond, drawing.guidance))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, get_args
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from . import expect
+from .sampling.guidance import Embeddings, Predict
+from .sampling.loop import denoise
+from .sampling.samplers import DDIM, DPMpp2M, Sampler, Step
+from .sampling.schedule import NoiseSchedule
+
+if TYPE_CHECKING:
+    from .pipeline import StableDiffusion
+
+SamplerName = Literal["dpm++", "dpm++ linspace", "ddim"]
+SAMPLERS = get_args(SamplerName)
+T = TypeVar("T")
+OnStep = Callable[[Tensor, Step], Tensor | None]
+
+
+class Options(TypedDict, total=False):
+    """The fields of `Drawing`, as keyword arguments of everything that draws."""
+
+    negative_prompt: str | Sequence[str]
+    uncond: Embeddings | None
+    steps: int
+    guidance: float
+    sampler: SamplerName
+    seed: int | Sequence[int]
+    num_images: int
+    height: int | None
+    width: int | None
+    latents: Tensor | None
+    on_step: OnStep | None
+    progress: bool
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Drawing:
+    """The options that all ways of drawing share.
+
+    negative_prompt   what guidance leads away from, one for all prompts or one for each; it has no
+                      effect at guidance 1, where no unconditional half is computed
+    uncond            its embedding in place of the text: (1 or B, L, D), or a list with one for each
+                      step (null-text inversion makes one)
+    steps             1 to 1000, of the sampler's full schedule
+    guidance          scale of classifier-free guidance; 1: none, twice as fast
+    sampler           "dpm++": DPM-Solver++ 2M on Karras' noise levels; "dpm++ linspace": on the
+                      schedule's own; "ddim"
+    seed              image i is drawn with seed + i, whatever the batch; a list gives each its seed
+    num_images        of each prompt; those of the first prompt come first
+    height, width     in pixels, multiples of vae.factor; None: the model's own, or the image's
+    latents           noise (B, C, h, w) in place of the seed's: x_T, or what an image is noised with
+    on_step           called with (x, step) after each step, and may return new latents
+    progress          a bar on stderr
+
+    ValueError for values that do not fit, an unknown option is a TypeError.
+    """
+
+    negative_prompt: str | Sequence[str] = ""
+    uncond: Embeddings | None = None
+    steps: int = 25
+    guidance: float = 7.5
+    sampler: SamplerName = "dpm++"
+    seed: int | Sequence[int] = 0
+    num_images: int = 1
+    height: int | None = None
+    width: int | None = None
+    latents: Tensor | None = None
+    on_step: OnStep | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        expect.whole_number("steps", self.steps, 1)
+        expect.number("guidance", self.guidance)
+        expect.whole_number("num_images", self.num_images, 1)
+        if self.sampler not in SAMPLERS:
+            expected = ", ".join(map(repr, SAMPLERS))
+            raise ValueError(f"sampler is {self.sampler!r}, expected one of {expected}")
+        if self.uncond is not None and self.negative_prompt != "":
+            raise ValueError("got negative_prompt and uncond, expected one of them")
+
+    @classmethod
+    def of(cls, options: Options, *, without: Collection[str] = (), **defaults: Any) -> Drawing:
+        """From a method's options. defaults: where the method's are others.
+
+        without: the options that have no effect on the method: ValueError if one is given.
+        """
+        for name in without:
+            if name in options:
+                raise ValueError(f"{name} has no effect here: got {options[name]!r:.80}")  # type: ignore[literal-required]
+        return cls(**(defaults | options))
+
+    def at(self, height: int, width: int) -> Drawing:
+        """The same at the size of an image that was given."""
+        return replace(self, height=height, width=width)
+
+    def plan(self, sd: StableDiffusion, strength: float = 1.0) -> Sampler:
+        """The sampler, of whose steps the last int(steps * strength) run (diffusers' rule)."""
+        expect.number("strength", strength, 0, 1)
+        skip = self.steps - int(self.steps * strength)
+        return make_sampler(self.sampler, sd.schedule, self.steps, skip)
+
+    def noise(self, sd: StableDiffusion, rows: int) -> Tensor:
+        """x_T (rows, C, h, w): the given latents, or else the seed's noise.
+
+        ValueError for latents of another number or another size than height x width pixels.
+        """
+        x, height, width = self.latents, self.height, self.width
+        if x is None:
+            return sd.noise(self.seed, rows, height, width)
+        if not (isinstance(x, Tensor) and x.is_floating_point() and x.ndim == 4):
+            got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"the latents are {got}, expected a tensor of floats (B, C, h, w)")
+        if height is None and width is None:
+            height, width = (side * sd.vae.factor for side in x.shape[-2:])
+        expected = (rows, sd.unet.config.in_channels, *sd.latent_size(height, width))
+        if tuple(x.shape) != expected:
+            raise ValueError(f"the latents have shape {tuple(x.shape)}, expected {expected}")
+        return x.to(sd.device, sd.dtype)
+
+    def embed(self, sd: StableDiffusion, prompts: Sequence[str]) -> tuple[Embeddings, Tensor]:
+        """(uncond, cond) of all images, cond (len(prompts) * num_images, L, D)."""
+        negatives = as_list(self.negative_prompt)
+        expect.rows("prompts", prompts=len(prompts), negative_prompts=len(negatives))
+        cond = self.per_image(embed(sd, prompts), len(prompts))
+        if self.uncond is not None:
+            return self.uncond, cond
+        return self.per_image(embed(sd, negatives), len(prompts)), cond
+
+    def per_image(self, rows: Tensor, prompts: int) -> Tensor:
+        """One row for all prompts or one for each -> one for each image, prompt after prompt."""
+        return rows.expand(prompts, *rows.shape[1:]).repeat_interleave(self.num_images, dim=0)
+
+    def each(self, images: Sequence[T]) -> list[T]:
+        """num_images times each, in the order of `per_image`."""
+        return [image for image in images for _ in range(self.num_images)]
+
+    def denoise(
+        self,
+        x: Tensor,
+        plan: Sampler,
+        predict: Predict,
+        after: Callable[[Tensor, Step], Tensor] | None = None,
+    ) -> Tensor:
+        """The loop, with a progress bar; `after` and then on_step see the latent after each step."""
+        with memory_for("latents", x):
+            return denoise(x, self.shown(plan), predict, chain(after, self.on_step))
+
+    def shown(self, plan: Sampler) -> tqdm[Step]:
+        """The steps under a progress bar."""
+        return tqdm(plan, disable=not self.progress)
+
+
+def embed(sd: StableDiffusion, prompts: Sequence[str]) -> Tensor:
+    """(B, L, D). Each text once and alone: in a batch, BLAS may give equal texts other last bits."""
+    rows = {text: sd.encode_prompt([text]) for text in dict.fromkeys(prompts)}
+    return torch.cat([rows[text] for text in prompts])
+
+
+def make_sampler(name: SamplerName, schedule: NoiseSchedule, steps: int, skip: int = 0) -> Sampler:
+    """The sampler of that name."""
+    if name == "ddim":
+        return DDIM(schedule, steps, skip)
+    return DPMpp2M(schedule, steps, skip, karras=name == "dpm++")
+
+
+def chain(*edits: OnStep | None) -> Callable[[Tensor, Step], Tensor] | None:
+    """after(x, step): the given ones in turn, where one may return None for x as it is."""
+    given = [edit for edit in edits if edit is not None]
+
+    def after(x: Tensor, step: Step) -> Tensor:
+        for edit in given:
+            new = edit(x, step)
+            if new is None:
+                continue
+            if not (isinstance(new, Tensor) and new.shape == x.shape):
+                got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
+                expected = f"None or latents of shape {tuple(x.shape)}"
+                raise ValueError(f"on_step returned {got}, expected {expected}")
+            x = new.to(x)
+        return x
+
+    return after if given else None
+
+
+@contextmanager
+def memory_for(what: str, x: Tensor, factor: int = 1) -> Iterator[None]:
+    """torch's errors of memory that it does not get, as a MemoryError that says what for.
+
+    x: (B, C, h, w); what is `factor` times as high and wide.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # on a CPU it has no class of its own
+        out = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not out:
+            raise
+        size = f"{x.shape[3] * factor} x {x.shape[2] * factor}"
+        hint = "a smaller size (--size WxH, or height= and width=), fewer images or bfloat16"
+        raise MemoryError(f"not enough memory for {what} of {size}: try {hint}") from error
+
+
+def as_list(texts: str | Sequence[str]) -> list[str]:
+    if not isinstance(texts, Sequence):
+        raise TypeError(f"got {texts!r}, expected a text or a list of texts")
+    return [texts] if isinstance(texts, str) else list(texts)
