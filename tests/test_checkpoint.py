@@ -393,6 +393,37 @@ def test_sources_that_are_none(source):
 # memory
 
 
+@pytest.mark.parametrize("change", ["dtype", "device"])
+def test_loading_does_not_depend_on_torchs_defaults(original, change):
+    expected = load(original)
+    if change == "dtype":
+        torch.set_default_dtype(torch.float64)
+    else:
+        torch.set_default_device("meta")
+    try:
+        sd = load(original)
+        ids = sd.tokenizer(["a red circle"])
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert_same_weights(sd, expected)
+    for state in states(sd).values():
+        assert {(x.dtype, x.device.type) for x in state.values()} == {(torch.float32, "cpu")}
+    assert torch.equal(sd.schedule.alphas_cumprod, expected.schedule.alphas_cumprod)
+    assert torch.equal(ids, expected.tokenizer(["a red circle"]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # the files' own, and another
+def test_convolutions_are_in_channels_last_memory(original, dtype):
+    dtype = getattr(torch, dtype)
+    sd = checkpoint.load_parts(checkpoint.locate(original), torch.device("cpu"), dtype)
+    assert_same_weights(sd, load(original).to(dtype=dtype))
+    weights = [x for state in states(sd).values() for x in state.values() if x.ndim == 4]
+    assert len(weights) > 30 and any(weight.shape[2] == 3 for weight in weights)
+    for weight in weights:
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def write_unaligned(path, tensors):
     """A safetensors file whose data starts at an odd byte, as that of the published text encoder
     does."""
