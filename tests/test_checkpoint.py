@@ -259,8 +259,8 @@ def test_pickles_are_refused_with_the_way_out(folder, tmp_path):
             (tmp_path / name).write_bytes(b"\x80\x02")
         message = refusal(tmp_path / name)
         assert message == (
-            f"minisd does not read the pickle {tmp_path / name}: reading one runs whatever code its author put into "
-            "it; take the .safetensors file of the same model"
+            f"minisd does not read the pickle {tmp_path / name}: reading one runs whatever code its "
+            "author put into it; take the .safetensors file of the same model"
         )
 
 
@@ -507,7 +507,7 @@ def test_peak_memory_of_loading(original, folder, dtype):
         import re, sys, minisd
         def status(key):
             return 1024 * int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
-        minisd.load(sys.argv[2], device="cpu")  # once before: the allocator and the imports are warm
+        minisd.load(sys.argv[2], device="cpu")  # once before: allocator and imports are warm
         before = status("VmRSS")
         open("/proc/self/clear_refs", "w").write("5")
         sd = minisd.load(sys.argv[1], device="cpu", dtype=sys.argv[3])
