@@ -259,8 +259,8 @@ def test_pickles_are_refused_with_the_way_out(folder, tmp_path):
             (tmp_path / name).write_bytes(b"\x80\x02")
         message = refusal(tmp_path / name)
         assert message == (
-            f"minisd does not read the pickle {tmp_path / name}: reading one runs whatever code its "
-            "author put into it; take the .safetensors file of the same model"
+            f"minisd does not read the pickle {tmp_path / name}: reading one runs whatever code "
+            "its author put into it; take the .safetensors file of the same model"
         )
 
 
