@@ -334,8 +334,6 @@ def load(
     sd = StableDiffusion(*checkpoint.load_parts(found, where, kind), compile=compile, graph=graph)
     auto: Implementation = "triton" if where.type == "cuda" else "sdpa"
     sd.unet.attention = auto if attention == "auto" else attention
-    for model in (sd.unet, sd.vae):  # the order in which convolutions read, and models/ops.py too
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return sd
 
 

@@ -266,8 +266,9 @@ class DownBlock(Block):
         downsamples: bool,
         name: str,
     ):
+        last = [Downsample(channels)] if downsamples else []  # first: so a seed gives its weights
         super().__init__(config, widths, channels, heads, len(widths) if cross else 0, name)
-        self.downsamplers = nn.ModuleList([Downsample(channels)] if downsamples else [])
+        self.downsamplers = nn.ModuleList(last)
 
     def forward(self, x: Tensor, c: Conditioning) -> tuple[Tensor, list[Tensor]]:
         skips = []
@@ -305,8 +306,9 @@ class UpBlock(Block):
         upsamples: bool,
         name: str,
     ):
+        last = [Upsample(channels)] if upsamples else []
         super().__init__(config, widths, channels, heads, len(widths) if cross else 0, name)
-        self.upsamplers = nn.ModuleList([Upsample(channels)] if upsamples else [])
+        self.upsamplers = nn.ModuleList(last)
 
     def forward(self, x: Tensor, skips: list[Tensor], size: torch.Size, c: Conditioning) -> Tensor:
         for i in range(len(self.resnets)):
