@@ -158,8 +158,7 @@ def read_array(values: Mask) -> Mask:
     """An array as a mask (H, W) bool; leading axes of length 1 are left out."""
     if values.ndim < 2 or values[(0,) * (values.ndim - 2)].size != values.size or not values.size:
         raise ValueError(f"the mask is an array of shape {values.shape}, expected (height, width)")
-    height, width = values.shape[-2:]
-    values = values.reshape(height, width)
+    values = values.reshape(values.shape[values.ndim - 2 :])
     if values.dtype == bool:
         return values
     top = {"u1": 255, "f4": 1, "f8": 1, "f2": 1}.get(values.dtype.str[1:])

@@ -98,15 +98,13 @@ def attention(
             buffer.copy_(x[R - buffer.shape[0] :].detach())
     edit = edit._replace(save_qk=None)
     saves = edit.save is not None or edit.save_mean is not None
-    if edit.inject_qk is not None:
+    if (pair := edit.inject_qk) is not None:
         if edit.token_map is None and edit.blend is None:  # the stored q and k stand in for the own
-            first = R - edit.inject_qk[0].shape[0]
-            q = torch.cat([q[:first], edit.inject_qk[0]])
-            k = torch.cat([k[:first], edit.inject_qk[1]])
+            first = R - pair[0].shape[0]
+            q, k = torch.cat([q[:first], pair[0]]), torch.cat([k[:first], pair[1]])
             edit = edit._replace(inject_qk=None)
         elif saves or impl == "reference":
-            q_source, k_source = edit.inject_qk
-            P = reference.attention_map(q_source, k_source)
+            P = reference.attention_map(pair[0], pair[1])
             edit = edit._replace(inject_qk=None, inject=P)
 
     fields = edit._asdict()
