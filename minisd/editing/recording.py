@@ -76,7 +76,9 @@ class Recording:
     @classmethod
     def load(cls, path: str | Path) -> "Recording":
         """Read a file that `save` wrote; ValueError if it is another, incomplete or does not fit."""
-        fields, tensors = read_bundle(path, FORMAT, FIELDS, needed=("t",), known=f"z|{MAPS}")
+        fields, tensors = read_bundle(
+            path, FORMAT, FIELDS, needed=("t",), known=f"z|{MAPS}", integers=("t",)
+        )
         t, z = tensors.pop("t"), tensors.pop("z", None)
         try:
             return cls(**fields, t=t, maps=tensors, z=z)
