@@ -2,7 +2,7 @@
 
     x0 = None
     for step in sampler:
-        x, x0 = step(x, eps, x0)                            # eps predicted at x and step.t
+        x, x0 = step(x, eps, x0)                    # eps predicted by the network at x and step.t
 
 One formula serves all of them, `advance`. Sources: DDIM, Song et al. 2020 (arXiv 2010.02502) eq. 12
 and 16; DPM-Solver++ 2M, Lu et al. 2022 (arXiv 2211.01095) algorithm 2; Karras et al. 2022 (arXiv
@@ -24,30 +24,39 @@ from .schedule import Level, NoiseSchedule
 
 
 class Coefficients(NamedTuple):
-    """The numbers of one step of `advance`."""
+    """The numbers of one step of `advance`: all products of a tensor, none divided by."""
 
-    alpha: float
-    sigma: float
+    x0_x: float
+    x0_out: float
+    eps_x: float
+    eps_out: float
     c: float  # weight of the difference to the x0 before; 0: first order
     x_x: float
     x_D: float
     x_eps: float
     x_noise: float = 0.0
 
+    @classmethod
+    def of_eps(cls, now: Level, **others: float) -> "Coefficients":
+        """Of a network that predicts eps: x0 = (x - sigma eps) / alpha at the level `now`."""
+        return cls(1 / now.alpha, -now.sigma / now.alpha, 0.0, 1.0, **others)
+
 
 def advance(
-    x: Tensor, eps: Tensor, x0_previous: Tensor | None, noise: Tensor | None, k: Coefficients
+    x: Tensor, out: Tensor, x0_previous: Tensor | None, noise: Tensor | None, k: Coefficients
 ) -> tuple[Tensor, Tensor]:
     """One step of any sampler: x at the next level, in x's dtype, and x0, in float32 or wider.
 
-        x0     = (x - sigma eps) / alpha
+        x0     = x0_x x + x0_out out,      eps = eps_x x + eps_out out
         D      = x0 + c (x0 - x0_previous),          x0 itself without a previous one
         x_next = x_x x + x_D D + x_eps eps + x_noise noise
 
-    x, eps, x0_previous, noise: (B, C, h, w). All is computed in float32 or wider.
+    x, x0_previous, noise: (B, C, h, w), out: the same, what the network predicted. All is computed
+    in float32 or wider.
     """
-    wide, eps = _wide(x), _wide(eps)
-    x0 = (wide - k.sigma * eps) / k.alpha
+    wide, out = _wide(x), _wide(out)
+    x0 = k.x0_x * wide + k.x0_out * out
+    eps = k.eps_x * wide + k.eps_out * out
     D = x0 + k.c * (x0 - (x0 if x0_previous is None else x0_previous))
     x_next = k.x_x * wide + k.x_D * D + k.x_eps * eps
     if noise is not None:
@@ -75,10 +84,10 @@ class Step(NamedTuple):
     seed: int | None = None
 
     def __call__(
-        self, x: Tensor, eps: Tensor, x0_previous: Tensor | None = None
+        self, x: Tensor, out: Tensor, x0_previous: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """(x at level `next`, x0): hand the x0 of one step to the next; see `advance`."""
-        return advance(x, eps, x0_previous, self.noise(x), self.k)
+        return advance(x, out, x0_previous, self.noise(x), self.k)
 
     def noise(self, x: Tensor) -> Tensor | None:
         """The step's noise, of x's shape and on its device: a function of (seed, index) alone.
@@ -180,9 +189,7 @@ class DDIM(Sampler):
         if self.eta:
             s = self.eta * next.sigma / now.sigma * math.sqrt(1 - (now.alpha / next.alpha) ** 2)
         x_eps = math.sqrt(next.sigma**2 - s**2)
-        return Coefficients(
-            now.alpha, now.sigma, 0.0, x_x=0.0, x_D=next.alpha, x_eps=x_eps, x_noise=s
-        )
+        return Coefficients.of_eps(now, c=0.0, x_x=0.0, x_D=next.alpha, x_eps=x_eps, x_noise=s)
 
     def noise_seed(self) -> int | None:
         return self.seed if self.eta else None
@@ -239,8 +246,8 @@ class DPMpp2M(Sampler):
         c = 0.0
         if before is not None and next.sigma:
             c = math.log(now.ratio / next.ratio) / (2 * math.log(before.ratio / now.ratio))
-        x_D = next.alpha * (1 - next.ratio / now.ratio)
-        return Coefficients(now.alpha, now.sigma, c, next.sigma / now.sigma, x_D, x_eps=0.0)
+        x_x, x_D = next.sigma / now.sigma, next.alpha * (1 - next.ratio / now.ratio)
+        return Coefficients.of_eps(now, c=c, x_x=x_x, x_D=x_D, x_eps=0.0)
 
 
 def _wide(x: Tensor) -> Tensor:
