@@ -110,12 +110,13 @@ def test_a_trace_sees_the_steps_in_the_order_of_the_run(sd):
     first = next(iter(DDIM(sd.schedule, 6, skip=1)))
     t = torch.tensor(first.t)
     with torch.no_grad():
-        x, _ = first(
-            inversion.latents, sd.unet(inversion.latents, t, sd.encode_prompt([SOURCE]))
-        )
+        x, _ = first(inversion.latents, sd.unet(inversion.latents, t, sd.encode_prompt([SOURCE])))
     assert (back.latents[0] - x).abs().max() < 1e-5
     assert invert(sd, picture(3), SOURCE, steps=2, **QUIET).trajectory is None
-    for run in (lambda **o: invert(sd, picture(3), SOURCE, **o), lambda **o: redraw(sd, inversion, **o)):
+    for run in (
+        lambda **o: invert(sd, picture(3), SOURCE, **o),
+        lambda **o: redraw(sd, inversion, **o),
+    ):
         with pytest.raises(TypeError, match="visual_steps"):
             run(visual_steps=[0], **QUIET)
 

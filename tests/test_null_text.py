@@ -109,9 +109,7 @@ def test_more_than_fifty_steps_run_through_the_same_rates(sd, monkeypatch):
     module, stops = sys.modules["minisd.editing.null_text"], []
     adam = module.adam
     monkeypatch.setattr(module, "adam", lambda *given: stops.append(given[-1]) or adam(*given))
-    inversion = invert(
-        sd, pictures(1), SOURCE, steps=100, skip=97, trajectory=True, **QUIET
-    )
+    inversion = invert(sd, pictures(1), SOURCE, steps=100, skip=97, trajectory=True, **QUIET)
     found = null_text(sd, inversion, inner_steps=1, **QUIET)
     before = [sd.encode_prompt([""]), *found.uncond[97:99]]
     moved = [(after - phi).abs().max().item() for phi, after in zip(before, found.uncond[97:])]

@@ -74,6 +74,8 @@ else:
             maps.append(p2p.maps)
             x, step = sd.noise(3, 1, 8, 12).expand(2, -1, -1, -1), next(iter(DDIM(sd.schedule, 5)))
             with torch.no_grad():
-                cfg(sd.unet, sd.encode_prompt([""]), sd.encode_prompt(prompts), 7.5, p2p)(x, step, None)
+                cfg(sd.unet, sd.encode_prompt([""]), sd.encode_prompt(prompts), 7.5, p2p)(
+                    x, step, None
+                )
         torch.testing.assert_close(maps[0].mean(), maps[1].mean(), rtol=1e-4, atol=1e-6)
         assert maps[0].mean()[1, :, :, 1].std() > 0

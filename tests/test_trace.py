@@ -315,7 +315,9 @@ def test_trace_writes_steps_and_animations(command, tmp_path):
 def test_trace_of_the_editing_commands(command):
     options = [*SHAPES, "--trace-format", "png"]
     assert (
-        command("edit", PROMPT, OTHERS[0], OTHERS[1], "--cross", "0", *options, "--trace", "e")[0]
+        command(
+            "edit", PROMPT, OTHERS[0], OTHERS[1], "--cross-steps", "0", *options, "--trace", "e"
+        )[0]
         == 0
     )
     edited = [values(Image.open(f"minisd-0000{i}.png")) for i in range(3)]

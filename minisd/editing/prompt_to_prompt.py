@@ -107,6 +107,8 @@ class PromptToPrompt:
         if compat not in (None, "google"):
             raise ValueError(f'compat is {compat!r}, expected None or "google"')
         expect.whole_number("steps", steps, 1)
+        if map_sites is not None and not collect_maps:
+            raise ValueError(f"map_sites has no effect without collect_maps: got {map_sites!r:.80}")
         prompts = all_prompts(source, targets, reweight)
         google, device = compat == "google", sd.device
         self.sd, self.steps, self.prompts = sd, steps, prompts
@@ -260,7 +262,7 @@ def seed_baseline(
     sd: "StableDiffusion", source: str, *targets: str, **options: Unpack[Options]
 ) -> list[Image.Image]:
     """The seed-only baseline of `edit_prompt`: all prompts from the same noise, without an edit."""
-    drawing, _ = split(options)
+    drawing = Drawing.of(options, steps=50, sampler="ddim")
     prompts = [source, *targets]
     x = shared_noise(drawing, sd, prompts)
     predict = cfg(sd.network, *drawing.embed(sd, prompts), drawing.guidance)
