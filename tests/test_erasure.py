@@ -190,6 +190,30 @@ def test_the_momentum_of_a_run_does_not_reach_the_next(sd, rows):
         assert torch.equal(first, second)
 
 
+def test_two_runs_of_one_predictor_do_not_mix(sd, rows):
+    """The momentum travels in the state of a run: drawn step by step in turn, two runs are what
+    they are alone, and a state that is used twice gives the same twice."""
+    predict = sega(sd.unet, *rows, 5.0, warmup=1, momentum=0.5)
+    plan = DDIM(sd.schedule, 4)
+    alone = [denoise(sd.noise(seed), plan, predict) for seed in (1, 2)]
+    runs = [[sd.noise(seed), None, None] for seed in (1, 2)]  # x, x0, state
+    mixed = [sd.noise(seed) for seed in (1, 2)]  # the same, with one state for both
+    shared = None
+    with torch.no_grad():
+        for step in plan:
+            for run in runs:
+                x, x0, state = run
+                eps, new = predict(x, step, state)
+                again, _ = predict(x, step, state)
+                assert torch.equal(eps, again)
+                run[:] = (*step(x, eps, x0), new)
+            for i, x in enumerate(mixed):
+                eps, shared = predict(x, step, shared)
+                mixed[i], _ = step(x, eps)
+    assert all(torch.equal(run[0], x) for run, x in zip(runs, alone))
+    assert (mixed[1] - alone[1]).abs().max() > 1e-3 * alone[1].abs().max()
+
+
 def test_weights_lead_away_or_towards(sd, rows):
     x, step = sd.noise(1), list(DDIM(sd.schedule, 4))[1]
     plain, _ = cfg(sd.unet, *rows[:2], 5.0)(x, step, None)

@@ -98,6 +98,46 @@ def test_refinement_leads_back(sd):
     assert errors[0] > 0.01 and errors[3] < 1e-4 and errors == sorted(errors, reverse=True)
 
 
+def test_a_fixed_point_calls_each_step_again_from_where_it_started(sd):
+    """x <- step(start, eps(x)), 1 + refine times with the same step; written out it is `invert`."""
+    image, cond = picture(13), sd.encode_prompt([SOURCE])
+    ours = invert(sd, image, SOURCE, steps=4, refine=2, trajectory=True, **QUIET)
+    predict, x, state, path = conditional(sd.unet, cond), ours.z, None, [ours.z]
+    with torch.no_grad():
+        for step in list(DDIM(sd.schedule, 4, inverse=True)):
+            start, guesses = x, []
+            for _ in range(3):
+                eps, state = predict(x, step, state)
+                x, x0 = step(start, eps)
+                again, x0_again = step(start, eps)
+                assert torch.equal(x, again) and torch.equal(x0, x0_again)
+                guesses.append(x)
+            assert not torch.equal(guesses[0], guesses[1])
+            path.append(x)
+    assert torch.equal(torch.stack(path[::-1]), ours.trajectory)
+
+
+def test_the_noise_of_eta_is_a_function_of_seed_and_index(sd):
+    """Skipped steps shift none of it, and no run takes of another's."""
+    predict = cfg(sd.unet, *sd.encode_prompt(["", SOURCE]).split(1), 3.0)
+    sampler, path = DDIM(sd.schedule, 5, eta=0.7, seed=3), []
+    x = minisd.denoise(sd.noise(1), sampler, predict, lambda x, step: path.append(x) or x)
+    assert torch.equal(minisd.denoise(sd.noise(1), sampler, predict), x)  # iterated again
+    later = DDIM(sd.schedule, 5, skip=2, eta=0.7, seed=3)
+    assert torch.equal(minisd.denoise(path[1], later, predict), x)
+    other = minisd.denoise(sd.noise(1), dataclasses.replace(sampler, seed=4), predict)
+    assert far(other, x) > 0.01
+    steps = list(sampler)
+    for a, b in zip(steps, sampler):
+        assert torch.equal(a.noise(x), b.noise(x)) and torch.equal(a.noise(x), a.noise(x))
+    for a, b in zip(steps[2:], later, strict=True):
+        assert torch.equal(a.noise(x), b.noise(x))
+    drawn = torch.stack([step.noise(x) for step in steps]).flatten(1)
+    assert torch.corrcoef(drawn).fill_diagonal_(0).abs().max() < 0.3  # another for each step
+    eps = torch.ones_like(x)
+    assert torch.equal(steps[1](x, eps)[0], steps[1](x, eps)[0])
+
+
 def test_a_trace_sees_the_steps_in_the_order_of_the_run(sd):
     trace, back = (Trace(sd, view=latent_rgb) for _ in range(2))
     options = dict(steps=6, skip=1, trajectory=True, on_step=trace)
@@ -409,6 +449,20 @@ def test_edict_is_exact(sd):
     assert far(noise[0], z) > 0.1 and far(noise[0], noise[1]) > 1e-3
     plain = invert(sd, picture(11), SOURCE, steps=50, skip=10, **QUIET)
     assert far(redraw_latents(sd, plain, guidance=3.0, **QUIET), plain.z) > 0.1
+
+
+def test_edict_runs_its_steps_again_with_the_same_result(sd):
+    """Steps are data: a list of them serves every run, both ways, and none leaves a trace."""
+    null, source = sd.encode_prompt(["", SOURCE]).split(1)
+    z = sd.encode_image(picture(12)).double()
+    predict = cfg(sd.unet, null, source, 3.0)
+    back, forth = (list(DDIM(sd.schedule, 4, inverse=way)) for way in (True, False))
+    noise = edict_invert((z, z), back, predict)
+    image = edict_denoise(noise, forth, predict)
+    again = edict_invert((z, z), back, predict)
+    assert all(torch.equal(a, b) for a, b in zip(again, noise))
+    assert all(torch.equal(a, b) for a, b in zip(edict_denoise(again, forth, predict), image))
+    assert back == list(DDIM(sd.schedule, 4, inverse=True)) and forth == list(DDIM(sd.schedule, 4))
 
 
 def test_edict_refuses_steps_that_draw_noise(sd):

@@ -15,6 +15,7 @@ from minisd.editing.maps import Maps
 from minisd.editing.prompt_to_prompt import PromptToPrompt, edit_prompt, stack
 from minisd.editing.sites import coarsest, select_sites
 from minisd.editing.tables import cross_table, interval
+from minisd.models.attention import AttentionEdit, attention
 from minisd.models.unet import UNet, UNetConfig
 
 STEPS = 5
@@ -81,6 +82,28 @@ def test_without_steps_there_is_no_edit(sd, impl, target):
         sd, SOURCE, target, steps=STEPS, cross_steps=0, self_steps=0, reweight={"my": 5}
     )
     assert torch.equal(run(sd, [SOURCE, target], edits), run(sd, [SOURCE, target]))
+
+
+@pytest.mark.parametrize("source", ["source_row", "inject", "inject_qk"])
+def test_a_row_that_takes_its_own_map_only_gives_the_plain_bits(source):
+    """Where blend is 0, P_own V_own + P_source V_source is P_own V + 0, beside rows that blend."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(4, 2, n, 8, generator=generator) for n in (16, 77, 77))
+    blend = torch.stack([torch.zeros(77), torch.full((77,), 0.3), torch.zeros(77)])
+    token_map = torch.rand(3, 77, 77, generator=generator)
+    stored = {
+        "source_row": torch.tensor([2, 0, 0]),
+        "inject": torch.rand(3, 2, 16, 77, generator=generator),
+        "inject_qk": (q[:3] + 1, k[:3] - 1),
+    }[source]
+    edit = AttentionEdit(token_map=token_map, blend=blend, **{source: stored})
+    plain = attention(q, k, v, impl="sdpa")
+    for factors in (None, torch.ones(3, 77)):
+        out = attention(q, k, v, edit._replace(reweight=factors), impl="sdpa")
+        assert torch.equal(out[[0, 1, 3]], plain[[0, 1, 3]])
+        assert relative(out[2], plain[2]) > 0.01
+    own = attention(q, k, v, AttentionEdit(source_row=torch.arange(4)), impl="sdpa")
+    assert torch.equal(own, plain)
 
 
 def test_reweight_by_one_is_the_identity(sd, impl):
