@@ -1,4 +1,4 @@
-"""Bundles: what minisd saves of a run, one safetensors file of checked tensors with metadata in JSON.
+"""Bundles: what minisd saves of a run, one safetensors file of checked tensors with JSON fields.
 
 A bundle has a format's name, fields (the JSON) and tensors. `write_bundle` writes all or nothing;
 `read_bundle` refuses what is another format, misses something, holds something unknown or a number
@@ -24,7 +24,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def write_bundle(
     path: str | Path, format: str, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Write one file, under its name only when it is whole."""
+    """Write one file, under its name only when it is complete."""
     owned = {name: x.clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
     with atomic_write(path) as temporary:
         save_file(owned, temporary, {format: json.dumps(dict(fields))})

@@ -12,7 +12,7 @@ and DPMSolverMultistepScheduler built from the same scheduler_config.json.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -65,7 +65,8 @@ def advance(
     return x_next.to(x.dtype), x0
 
 
-class Step(NamedTuple):
+@dataclass(frozen=True)
+class Step:
     """One step of a sampler, from level `now` to level `next`, the network evaluated at `t`.
 
     index counts in the full schedule: skip does not shift it.  first: whether it is the first that
@@ -126,7 +127,8 @@ class Sampler:
         raise NotImplementedError
 
     def coefficients(self, now: Level, next: Level, before: Level | None) -> Coefficients:
-        """Of the step from `now` to `next`; before: where the step before began, None of the first."""
+        """Of the step from `now` to `next`; before: where the step before began, None of the
+        first."""
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -203,7 +205,7 @@ class DDIM(Sampler):
         for i, step in enumerate(reversed(steps)):
             now, next = step.next, step.now
             k = self.coefficients(now, next, None)
-            yield step._replace(now=now, next=next, k=k, first=i == 0)
+            yield replace(step, now=now, next=next, k=k, first=i == 0)
 
     def start(self, x0: Tensor, noise: Tensor) -> Tensor:
         if self.inverse:
