@@ -84,9 +84,9 @@ def test_the_first_scenes_come_back_as_recorded(sd):
     prompts = [case.prompts[0] for case in some]
     for name, refine in (("ddim", 0), ("refined", part["refine"])):
         inversion = minisd.invert(
-            sd, pictures, prompts, part["steps"], refine=refine, progress=False
+            sd, pictures, prompts, steps=part["steps"], refine=refine, progress=False
         )
-        images = sd.decode(minisd.redraw(sd, inversion, progress=False))
+        images = minisd.redraw(sd, inversion, progress=False)
         measured = [
             psnr(values(picture), values(image)) for picture, image in zip(pictures, images)
         ]

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from .. import expect
 from ..checkpoints.bundle import read_bundle, write_bundle
-from ..drawing import Drawing, Options, as_list, embed, memory_for
+from ..drawing import Drawing, Options, as_list, chain, embed, memory_for
 from ..pipeline import ImageInput
 from ..sampling.guidance import Embeddings, Predict, cfg, conditional
 from ..sampling.samplers import DDIM, Step
@@ -243,15 +243,15 @@ def invert(
     prompts = prompts * (len(z) // len(prompts))
     predict = conditional(sd.network, embed(sd, prompts))
 
-    x, state, path = z, None, [z]
+    x, state, path, after = z, None, [z], chain(drawing.on_step)
     with memory_for("latents", z):
         for step in drawing.shown(sampler):
             start = x
             for _ in range(1 + refine):
                 eps, state = predict(x.to(sd.dtype), step, state)
                 x, _ = step(start, eps)
-            if drawing.on_step is not None:
-                drawing.on_step(x, step)
+            if after is not None:
+                x = after(x, step)
             if trajectory:
                 path.append(x)
     timesteps = tuple(t for t, _, _ in sampler.plan())
@@ -309,8 +309,8 @@ def redraw_latents(
     drawing = Drawing.of(options, without=INVERTED, guidance=own)
     prompts = list(inversion.prompts) if prompt is None else as_list(prompt)
     expect.rows("images", images=len(inversion), prompts=len(prompts))
-    after = inversion.after()
-    if after is not None and prompt is not None:
+    back = inversion.after()
+    if back is not None and prompt is not None:
         how = "edit_prompt(sd, prompt, target, **edit_options)"
         raise ValueError(f"direct inversion edits through a source row: {how}")
     sampler = DDIM(sd.schedule, inversion.steps, inversion.skip)
@@ -323,12 +323,11 @@ def redraw_latents(
 
     # One order of the memory, one result: files keep none.
     x, state = inversion.latents.to(sd.device).contiguous(), None
+    after = chain(back, drawing.on_step)
     with memory_for("latents", x):
         for step in drawing.shown(sampler):
             eps, state = predict(x.to(sd.dtype), step, state)
             x, _ = step(x, eps)
             if after is not None:
                 x = after(x, step)
-            if drawing.on_step is not None:
-                drawing.on_step(x, step)
     return x

@@ -110,6 +110,8 @@ class PromptToPrompt:
         if compat not in (None, "google"):
             raise ValueError(f'compat is {compat!r}, expected None or "google"')
         expect.whole_number("steps", steps, 1)
+        if map_sites is not None and not collect_maps:
+            raise ValueError(f"map_sites has no effect without collect_maps: got {map_sites!r:.80}")
         prompts = all_prompts(source, targets, reweight)
         google, device = compat == "google", sd.device
         self.sd, self.steps, self.prompts = sd, steps, prompts
@@ -194,16 +196,18 @@ def stack(*edits: PromptToPrompt) -> PromptToPrompt:
     """Several edits as one, for one batch of rows [source 1, *targets 1, source 2, *targets 2,
     ...].
 
-    They must agree in steps and sites, and have all a reweight or none. ValueError otherwise, and
-    for rows that an edit does not have.
+    They must agree in steps and sites, and have all a reweight or none, and collect all maps or
+    none (those of the first one's sites). ValueError otherwise, and for rows that an edit does not
+    have.
     """
     for e in edits:
         e.check_rows()
-    if len({(e.steps, *e.cross_sites, *e.self_sites, e.reweight is None) for e in edits}) != 1:
-        expected = "the same steps and sites, and either all with reweight or none"
+    kinds = {
+        (e.steps, *e.cross_sites, *e.self_sites, e.reweight is None, e._maps is None) for e in edits
+    }
+    if len(kinds) != 1:
+        expected = "the same steps and sites, and either all with reweight and maps or none"
         raise ValueError(f"expected edits with {expected}")
-    if any(e._maps is not None for e in edits):
-        raise ValueError("got edits that collect maps, expected them without collect_maps")
     first_rows = [0, *torch.tensor([len(e.prompts) for e in edits]).cumsum(0).tolist()]
     placed = list(zip(edits, first_rows))
     stacked = copy.copy(edits[0])
@@ -214,6 +218,8 @@ def stack(*edits: PromptToPrompt) -> PromptToPrompt:
     stacked.blend = torch.cat([e.blend for e in edits], dim=1)
     factors = [e.reweight for e in edits if e.reweight is not None]
     stacked.reweight = torch.cat(factors, dim=1) if factors else None
+    if stacked._maps is not None:
+        stacked._maps = stacked._maps.of(stacked.prompts, stacked.source_row)
     return stacked
 
 
@@ -260,7 +266,7 @@ def seed_baseline(
     sd: "StableDiffusion", source: str, *targets: str, **options: Unpack[Options]
 ) -> list[Image.Image]:
     """The seed-only baseline of `edit_prompt`: all prompts from the same noise, without an edit."""
-    drawing, _ = split(options)
+    drawing = Drawing.of(options, steps=50, sampler="ddim")
     prompts = [source, *targets]
     x = shared_noise(drawing, sd, prompts)
     predict = cfg(sd.network, *drawing.embed(sd, prompts), drawing.guidance)
@@ -278,6 +284,7 @@ def split(options: Mapping[str, Any]) -> tuple[Drawing, dict[str, Any]]:
 def shared_noise(drawing: Drawing, sd: "StableDiffusion", prompts: Sequence[str]) -> Tensor:
     """x_T for num_images of each prompt: one noise for all prompts of an image."""
     n, all_rows = drawing.num_images, drawing.num_images * len(prompts)
-    if drawing.latents is not None and len(drawing.latents) == all_rows:
+    given = drawing.latents
+    if isinstance(given, Tensor) and given.ndim == 4 and len(given) == all_rows:
         return drawing.noise(sd, all_rows)
     return drawing.noise(sd, n).repeat(len(prompts), 1, 1, 1)

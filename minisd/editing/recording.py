@@ -60,10 +60,15 @@ class Recording:
         for name, x in self.maps.items():
             expect.shape(name, x, self.steps, 1, "H", "N", "L")
             site, kind = name.rsplit(".", 1)
-            if kind in "qk" and f"{site}.{'qk'.replace(kind, '')}" not in self.maps:
-                raise ValueError(
-                    f"{name} is there without its other half, expected {site}.q and .k"
-                )
+            if kind == "p":
+                continue
+            other = self.maps.get(f"{site}.{'k' if kind == 'q' else 'q'}")
+            if other is None:
+                expected = f"expected {site}.q and .k"
+                raise ValueError(f"{name} is there without its other half, {expected}")
+            if other.shape != x.shape:
+                got = f"{tuple(x.shape)} and {tuple(other.shape)}"
+                raise ValueError(f"{site}.q and .k: got {got}, expected the same shape")
         if self.z is not None:
             expect.shape("z", self.z, 1, "C", *self.size)
 
@@ -77,7 +82,9 @@ class Recording:
     def load(cls, path: str | Path) -> "Recording":
         """Read a file that `save` wrote; ValueError if it is another, incomplete or does not
         fit."""
-        fields, tensors = read_bundle(path, FORMAT, FIELDS, needed=("t",), known=f"z|{MAPS}")
+        fields, tensors = read_bundle(
+            path, FORMAT, FIELDS, needed=("t",), known=f"z|{MAPS}", integers=("t",)
+        )
         t, z = tensors.pop("t"), tensors.pop("z", None)
         try:
             return cls(**fields, t=t, maps=tensors, z=z)

@@ -52,9 +52,10 @@ def advance(
         x_next = x_x x + x_D D + x_eps eps + x_noise noise
 
     x, x0_previous, noise: (B, C, h, w), out: the same, what the network predicted. All is computed
-    in float32 or wider.
+    in float32, or in x's dtype if that is wider.
     """
-    wide, out = _wide(x), _wide(out)
+    wide = _wide(x)
+    out = out.to(torch.promote_types(out.dtype, wide.dtype))  # EDICT undoes a step to float64's bits
     x0 = k.x0_x * wide + k.x0_out * out
     eps = k.eps_x * wide + k.eps_out * out
     D = x0 + k.c * (x0 - (x0 if x0_previous is None else x0_previous))
