@@ -9,15 +9,16 @@ import struct
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import minisd
-from minisd import pipeline
+from minisd import drawing, pipeline
 from minisd.checkpoints import load as checkpoint
-from minisd.cli import main as cli
+from minisd.cli import main as cli, options, output
 
 TINY = ["--model", "tiny", "--steps", "3", "--device", "cpu"]
 
@@ -72,7 +73,7 @@ def test_txt2img_draws_what_the_pipeline_draws(minisd_command, here):
     sd = minisd.load("tiny", device="cpu")
     [expected] = sd.txt2img(
         "a red circle",
-        "blurry",
+        negative_prompt="blurry",
         steps=3,
         guidance=3,
         sampler="ddim",
@@ -265,8 +266,8 @@ def test_a_reader_that_goes_away_is_no_error():
 
 def test_a_name_may_be_as_long_as_the_system_allows(here):
     name = "n" * 251 + ".png"
-    assert cli.output_paths(name, 1) == [cli.Path(name)]
-    cli.write_png(here / name, Image.new("RGB", (8, 8)), {})
+    assert output.output_paths(name, 1) == [Path(name)]
+    output.write_png(here / name, Image.new("RGB", (8, 8)), {})
     assert files(here) == [name]
 
 
@@ -274,7 +275,7 @@ def test_a_name_may_be_as_long_as_the_system_allows(here):
 
 
 def test_what_the_terminal_cannot_show_is_escaped(here):
-    cli.write_png(
+    output.write_png(
         here / "a.png", Image.new("RGB", (8, 8)), {"version": "minisd 0", "prompt": "雪 red"}
     )
     run = [sys.executable, "-m", "minisd", "info", "a.png"]
@@ -290,13 +291,13 @@ def test_info_of_a_picture_that_means_ill(minisd_command, here):
         "prompt": "a\x1b[2Jcat",
         "arguments": "edit 'a cat'; rm -rf $HOME `id` a\x9bm",
     }
-    cli.write_png(here / "a.png", Image.new("RGB", (8, 8)), chunks)
+    output.write_png(here / "a.png", Image.new("RGB", (8, 8)), chunks)
     code, out, _ = minisd_command("info", "a.png")
     assert (
         code == 0 and r"prompt:          a\x1b[2Jcat" in out and out.replace("\n", "").isprintable()
     )
     assert out.endswith("\n\nminisd edit 'a cat;' rm -rf '$HOME' '`id`' 'a\\x9bm'\n")
-    cli.write_png(here / "a.png", Image.new("RGB", (8, 8)), chunks | {"arguments": "edit 'a"})
+    output.write_png(here / "a.png", Image.new("RGB", (8, 8)), chunks | {"arguments": "edit 'a"})
     assert minisd_command("info", "a.png")[::2] == (2, "minisd: error: No closing quotation\n")
 
 
@@ -353,8 +354,8 @@ def test_the_model_is_v1_4_where_none_is_named():
 
 
 def test_choices_are_those_of_the_pipeline():
-    assert cli.SAMPLERS == tuple(pipeline.SAMPLERS)
-    assert set(cli.DTYPES) <= {*pipeline.DTYPES, "auto"}
+    assert options.SAMPLERS == tuple(drawing.SAMPLERS)
+    assert set(options.DTYPES) <= {*pipeline.DTYPES, "auto"}
 
 
 @pytest.mark.parametrize(
@@ -367,7 +368,7 @@ def test_choices_are_those_of_the_pipeline():
         (["txt2img", "a", "--size", "64x-8"], "got '64x-8', expected WIDTHxHEIGHT"),
         (
             ["txt2img", "a", "--size", "30x32", *TINY],
-            "the picture is 30 x 32 pixels, expected positive multiples of 4",
+            "the image is 30 x 32 pixels, expected positive multiples of 4",
         ),
         (["txt2img", "a", "-n", "0"], "got 0, expected at least 1"),
         (["txt2img", "a", "--steps", "x"], "invalid positive value: 'x'"),
@@ -412,7 +413,7 @@ def test_choices_are_those_of_the_pipeline():
             "in.png carries no settings: minisd did not draw it, or they were stripped",
         ),
         (["info", "none.png"], "No such file or directory: 'none.png'"),
-        (["info", "file"], "file is neither a picture nor a .safetensors file"),
+        (["info", "file"], "file is neither an image nor a .safetensors file"),
         (
             ["info", "tiny", "--variant", "fp16"],
             "diffusion_pytorch_model.fp16.safetensors is missing",
@@ -489,12 +490,12 @@ def pictures(tmp_path_factory):
 def test_bad_pictures_are_refused_in_one_line(minisd_command, here, pictures, arguments):
     for name, message in [
         ("none.png", "No such file or directory: '{path}'"),
-        ("folder.png", "{path} cannot be read as a picture: [Errno 21] Is a directory: '{path}'"),
-        ("empty.png", "{path} cannot be read as a picture: cannot identify image file '{path}'"),
-        ("text.png", "{path} cannot be read as a picture: cannot identify image file '{path}'"),
-        ("cut.png", "{path} cannot be read as a picture: "),
-        ("cut.jpg", "{path} cannot be read as a picture: "),
-        ("float.tif", "{path} cannot be read as a picture: a picture of mode F has no known white"),
+        ("folder.png", "{path} cannot be read as a[Errno 21] Is a directory: '{path}'"),
+        ("empty.png", "{path} cannot be read as acannot identify image file '{path}'"),
+        ("text.png", "{path} cannot be read as acannot identify image file '{path}'"),
+        ("cut.png", "{path} cannot be read as a"),
+        ("cut.jpg", "{path} cannot be read as a"),
+        ("float.tif", "{path} cannot be read as aa picture of mode F has no known white"),
         ("huge.png", "{path} is too large: expected at most 89,478,485 pixels"),
         ("dot.png", ""),  # too small to draw, or not of the mask's proportions
     ]:
@@ -524,7 +525,7 @@ def test_pictures_are_taken_as_a_viewer_shows_them(minisd_command, here, picture
         )
         assert code == 0 and (pixels("out.png") == rgb).all()
     dot = ["img2img", pictures / "dot.png", "a", *TINY, "--strength", "0", "-o", "out.png"]
-    assert "the picture is 1 x 1 pixels, expected at least 4 x 4" in minisd_command(*dot)[2]
+    assert "the image is 1 x 1 pixels, expected at least 4 x 4" in minisd_command(*dot)[2]
     assert minisd_command(*dot, "--size", "8x4")[0] == 0 and pixels("out.png").shape == (4, 8, 3)
 
 
