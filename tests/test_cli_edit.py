@@ -23,11 +23,11 @@ def names(folder):
 
 def test_edit_writes_the_sheet_and_the_pictures(minisd_command, here):
     options = [
-        "--cross",
+        "--cross-steps",
         "0.7",
-        "--cross",
+        "--cross-steps",
         "cat=0.2:0.5",
-        "--self",
+        "--self-steps",
         "0.3:1",
         "--reweight",
         "my=-2",
@@ -37,21 +37,11 @@ def test_edit_writes_the_sheet_and_the_pictures(minisd_command, here):
     code, out, _ = minisd_command("edit", SOURCE, SWAP, REFINED, *options, "-o", "e.png", *TINY)
     assert code == 0 and out.split() == ["e-0.png", "e-1.png", "e-2.png", "s.png"]
     assert names(here) == ["e-0.png", "e-1.png", "e-2.png", "s.png"]
-    images, baseline = minisd.edit_prompt(
-        minisd.load("tiny", device="cpu"),
-        SOURCE,
-        SWAP,
-        REFINED,
-        steps=3,
-        seed=4,
-        height=24,
-        width=40,
-        baseline=True,
-        cross_steps={"default": 0.7, "cat": (0.2, 0.5)},
-        self_steps=(0.3, 1),
-        reweight={"my": -2},
-        progress=False,
-    )
+    sd = minisd.load("tiny", device="cpu")
+    how = dict(steps=3, seed=4, height=24, width=40, progress=False)
+    edited = dict(cross_steps={"default": 0.7, "cat": (0.2, 0.5)}, self_steps=(0.3, 1))
+    images = minisd.edit_prompt(sd, SOURCE, SWAP, REFINED, reweight={"my": -2}, **edited, **how)
+    baseline = minisd.seed_baseline(sd, SOURCE, SWAP, REFINED, **how)
     for i, image in enumerate(images):
         assert (pixels(f"e-{i}.png") == pixels(image)).all()
     sheet = minisd.contact_sheet(
@@ -133,7 +123,7 @@ def test_heatmap(minisd_command, here):
         )[0]
         == 0
     )
-    image, maps = minisd.heatmap(
+    [image], maps = minisd.heatmap(
         minisd.load("tiny", device="cpu"),
         SOURCE,
         steps=3,
@@ -161,14 +151,14 @@ def test_heatmap(minisd_command, here):
         ),
         (["edit", SOURCE, SWAP, "--reweight", "dog"], "got 'dog', expected WORD=FACTOR"),
         (
-            ["edit", SOURCE, SWAP, "--cross", "dog=often"],
+            ["edit", SOURCE, SWAP, "--cross-steps", "dog=often"],
             "got 'often', expected a fraction of the steps or START:END",
         ),
         (
-            ["edit", SOURCE, SWAP, "--cross", "2"],
+            ["edit", SOURCE, SWAP, "--cross-steps", "2"],
             "cross_steps: got 2.0, expected a fraction from 0 to 1",
         ),
-        (["edit", SOURCE, SWAP, "--self", "0:0.5:1"], "got '0:0.5:1'"),
+        (["edit", SOURCE, SWAP, "--self-steps", "0:0.5:1"], "got '0:0.5:1'"),
         (["edit", SOURCE, REFINED, "--kind", "replace"], "same number of words, got 5 and 6"),
         (["edit", SOURCE, SWAP, "--subtract", "dog"], "--subtract: expected --local-blend"),
         (
@@ -177,7 +167,7 @@ def test_heatmap(minisd_command, here):
         ),
         (
             ["edit", SOURCE, SWAP, REFINED, "--sweep", "0,1"],
-            "--sweep: expected one target and no --cross, got 2",
+            "--sweep: expected one target and no --cross-steps, got 2",
         ),
         (
             ["edit", SOURCE, SWAP, "--threshold", "0.5"],
