@@ -21,7 +21,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir() if path.name != "tiny")
 
 
-def test_edit_writes_the_sheet_and_the_pictures(minisd_command, here):
+def test_edit_writes_the_sheet_and_the_images(minisd_command, here):
     options = [
         "--cross-steps",
         "0.7",
@@ -59,31 +59,22 @@ def test_edit_writes_the_sheet_and_the_pictures(minisd_command, here):
     assert (pixels("s.png") == pixels(sheet)).all()
 
 
-def test_edit_draws_again(minisd_command, here):
-    """`minisd info` prints the line that drew the picture, and it draws the same."""
-    _, out, _ = minisd_command(
-        "edit", SOURCE, SWAP, "--local-blend", "cat,dog", "--threshold", "0.9", *TINY, "-n", "2"
-    )
+def test_edit_draws_again(minisd_command, draw_again, here):
+    """`minisd info` prints the line that drew the image, and it draws the same."""
+    options = ["--local-blend", "cat,dog", "--threshold", "0.9"]
+    _, out, _ = minisd_command("edit", SOURCE, SWAP, *options, *TINY, "-n", "2")
     files = out.split()
-    assert [file[-16:] for file in files] == [f"minisd-0000{i}.png" for i in range(4)]
-    first = [pixels(file) for file in files]
-    assert not (first[0] == first[2]).all()  # another seed
-    code, about, _ = minisd_command("info", files[1])
-    assert (
-        code == 0
-        and "prompt:          a dog on my mat" in about
-        and "source:          a cat on my mat" in about
-    )
-    line = about.splitlines()[-1]
-    assert (
-        line
-        == f"minisd edit '{SOURCE}' '{SWAP}' --local-blend cat,dog --threshold 0.9 {' '.join(TINY)} -n 2"
-    )
-    _, out, _ = minisd_command(
-        "edit", SOURCE, SWAP, "--local-blend", "cat,dog", "--threshold", "0.9", *TINY, "-n", "2"
-    )
-    assert out.split() != files
-    assert all((pixels(again) == before).all() for again, before in zip(out.split(), first))
+    assert files == [f"minisd-0000{i}.png" for i in range(4)]
+    assert not (pixels(files[0]) == pixels(files[2])).all()  # another seed
+    code, about, _ = minisd_command("info", files[3])
+    assert code == 0
+    assert "prompt:          a dog on my mat" in about
+    assert "source:          a cat on my mat" in about
+    how = f"--local-blend cat,dog --threshold 0.9 {' '.join(TINY[:-2])} --seed 5 -o again.png"
+    assert about.splitlines()[-1] == f"minisd edit '{SOURCE}' '{SWAP}' {how}"
+    again = draw_again(files[3])
+    assert again == ["again-0.png", "again-1.png"]
+    assert all((pixels(p) == pixels(old)).all() for p, old in zip(again, files[2:]))
 
 
 def test_a_sweep_of_the_steps(minisd_command, here):

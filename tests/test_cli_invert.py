@@ -29,9 +29,9 @@ def photo():
     )  # 32 x 24 is what the VAE takes of it
 
 
-def inverted(sd, method, pictures=1):
+def inverted(sd, method, images=1):
     inversion = minisd.invert(
-        sd, [photo()] * pictures, SOURCE, steps=3, refine=1, trajectory=True, progress=False
+        sd, [photo()] * images, SOURCE, steps=3, refine=1, trajectory=True, progress=False
     )
     if method == "null-text":
         return minisd.null_text(sd, inversion, 7.5, inner_steps=2, progress=False)
@@ -200,7 +200,7 @@ def test_a_size_and_the_sheet(command, here):
     ],
 )
 def test_errors_are_one_line_and_leave_nothing_behind(command, here, arguments, message):
-    (here / "notes.txt").write_text("no picture")
+    (here / "notes.txt").write_text("no image")
     (here / "notes.safetensors").write_text("no tensors, but more than eight bytes of text")
     (here / "d.safetensors").mkdir()
     methods = {
@@ -211,7 +211,7 @@ def test_errors_are_one_line_and_leave_nothing_behind(command, here, arguments, 
     for name in methods.keys() & set(arguments):
         inverted(minisd.load("tiny", device="cpu"), methods[name]).save(name)
     if "two.safetensors" in arguments:
-        inverted(minisd.load("tiny", device="cpu"), "ddim", pictures=2).save("two.safetensors")
+        inverted(minisd.load("tiny", device="cpu"), "ddim", images=2).save("two.safetensors")
     before = names(here)
     code, out, err = command(arguments[0], *TINY, "-o", "x.png", *arguments[1:])
     assert code == 2 and out == "" and message in err.splitlines()[-1], err

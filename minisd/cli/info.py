@@ -74,7 +74,9 @@ def command_of(chunks: Mapping[str, str]) -> list[str]:
 
 def print_model(request: ModelRequest) -> None:
     """Configs, files and parameter counts of a model, from its headers; nothing is downloaded."""
-    from ..checkpoints.load import MODELS, CheckpointError, read_header
+    from ..checkpoints.load import MODELS
+    from ..checkpoints.sources import CheckpointError
+    from ..checkpoints.tensor_file import read_header
 
     checkpoint = request.locate()
     total = 0

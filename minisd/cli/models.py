@@ -93,8 +93,8 @@ def export(args: Namespace, call: Call) -> None:
 
 def check(args: Namespace, call: Call) -> None:
     from ..checkpoints.check import check_files, check_image, digests, is_v1_4
-    from ..checkpoints.load import CheckpointError, load_parts
-    from ..checkpoints.sources import hub_repo
+    from ..checkpoints.load import load_parts
+    from ..checkpoints.sources import CheckpointError, hub_repo
     from ..pipeline import StableDiffusion, pick_device, pick_dtype
 
     device = pick_device(args.device)
