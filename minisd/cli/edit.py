@@ -260,8 +260,8 @@ def draw_edit(
         return images, None
     if request.sweep:
         return images, sweep_sheet(request, images)
-    options["on_step"] = None  # the trace is the edit's
-    baseline = seed_baseline(sd, *request.prompts, **options)
+    plain: Options = {**options, "on_step": None}  # the trace is the edit's
+    baseline = seed_baseline(sd, *request.prompts, **plain)
     return images, edit_sheet(request.prompts, images, baseline)
 
 
