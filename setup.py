@@ -44,7 +44,15 @@ setup(
     ],
     extras_require={
         "video": ["imageio-ffmpeg"],
-        "test": ["pytest", "hypothesis", "diffusers", "transformers", "imageio-ffmpeg", "ruff", "mypy"],
+        "test": [
+            "pytest",
+            "hypothesis",
+            "diffusers",
+            "transformers",
+            "imageio-ffmpeg",
+            "ruff",
+            "mypy",
+        ],
     },
     entry_points={"console_scripts": ["minisd = minisd.__main__:main"]},
 )

@@ -246,14 +246,13 @@ class StableDiffusion:
         None: the model's own size.
         """
         factor, own = self.vae.factor, self.unet.config.sample_size
-        if own is None and None in (height, width):
-            got = "the model's config names no size (sample_size)"
-            raise ValueError(f"{got}: give height and width")
-        h, w = own if isinstance(own, (tuple, list)) else (own, own)
-        height, width = (
-            h * factor if height is None else height,
-            w * factor if width is None else width,
-        )
+        if height is None or width is None:
+            if own is None:
+                got = "the model's config names no size (sample_size)"
+                raise ValueError(f"{got}: give height and width")
+            h, w = own if isinstance(own, tuple) else (own, own)
+            height = h * factor if height is None else height
+            width = w * factor if width is None else width
         sides = (height, width)
         whole = all(isinstance(side, Integral) for side in sides)
         if not (whole and all(side > 0 and side % factor == 0 for side in sides)):

@@ -16,6 +16,7 @@ too, goes back to pixels in the end, by fitting the decoder or by Poisson blendi
 exact.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -140,7 +141,8 @@ def read_mask(mask: Any) -> Mask:
         with Image.open(mask) as file:
             return read_mask(file)
     if isinstance(mask, Image.Image):
-        if mask.has_transparency_data and mask.convert("RGBA").getextrema()[3][0] < 255:
+        alpha = np.asarray(mask.convert("RGBA"))[..., 3]
+        if mask.has_transparency_data and alpha.min() < 255:
             expected = "black and white alone, without transparency"
             raise ValueError(f"the mask is transparent in places: expected {expected}")
         white = np.asarray(to_rgb(mask).convert("L")) >= 128
@@ -156,9 +158,11 @@ def read_mask(mask: Any) -> Mask:
 
 def read_array(values: Mask) -> Mask:
     """An array as a mask (H, W) bool; leading axes of length 1 are left out."""
-    if values.ndim < 2 or values[(0,) * (values.ndim - 2)].size != values.size or not values.size:
+    one = values.ndim >= 2 and math.prod(values.shape[:-2]) == 1
+    if not (one and values.size):
         raise ValueError(f"the mask is an array of shape {values.shape}, expected (height, width)")
-    values = values.reshape(values.shape[values.ndim - 2 :])
+    height, width = values.shape[values.ndim - 2], values.shape[values.ndim - 1]
+    values = values.reshape(height, width)
     if values.dtype == bool:
         return values
     top = {"u1": 255, "f4": 1, "f8": 1, "f2": 1}.get(values.dtype.str[1:])

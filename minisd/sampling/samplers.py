@@ -55,7 +55,7 @@ def advance(
     in float32, or in x's dtype if that is wider.
     """
     wide = _wide(x)
-    out = out.to(torch.promote_types(out.dtype, wide.dtype))  # EDICT undoes a step to float64's bits
+    out = out.to(torch.promote_types(out.dtype, wide.dtype))  # EDICT undoes a step in float64
     x0 = k.x0_x * wide + k.x0_out * out
     eps = k.eps_x * wide + k.eps_out * out
     D = x0 + k.c * (x0 - (x0 if x0_previous is None else x0_previous))
