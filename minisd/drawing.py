@@ -1,7 +1,7 @@
 """Drawing: what all ways of drawing share, said and checked once.
 
-A method (txt2img, edit_prompt, blend, ...) takes `**options`, which are the fields of `Drawing`, and
-is then a few lines: embed the texts, choose the noise, run the loop, decode.
+A method (txt2img, edit_prompt, blend, ...) takes `**options`, which are the fields of `Drawing`,
+and is then a few lines: embed the texts, choose the noise, run the loop, decode.
 
     drawing = Drawing.of(options)
     uncond, cond = drawing.embed(sd, prompts)
@@ -58,8 +58,8 @@ class Drawing:
 
     negative_prompt   what guidance leads away from, one for all prompts or one for each; it has no
                       effect at guidance 1, where no unconditional half is computed
-    uncond            its embedding in place of the text: (1 or B, L, D), or a list with one for each
-                      step (null-text inversion makes one)
+    uncond            its embedding in place of the text: (1 or B, L, D), or a list with one for
+                      each step (null-text inversion makes one)
     steps             1 to 1000, of the sampler's full schedule
     guidance          scale of classifier-free guidance; 1: none, twice as fast
     sampler           "dpm++": DPM-Solver++ 2M on Karras' noise levels; "dpm++ linspace": on the
@@ -67,7 +67,7 @@ class Drawing:
     seed              image i is drawn with seed + i, whatever the batch; a list gives each its seed
     num_images        of each prompt; those of the first prompt come first
     height, width     in pixels, multiples of vae.factor; None: the model's own, or the image's
-    latents           noise (B, C, h, w) in place of the seed's: x_T, or what an image is noised with
+    latents           noise (B, C, h, w) in place of the seed's
     on_step           called with (x, step) after each step, and may return new latents
     progress          a bar on stderr
 
@@ -103,10 +103,11 @@ class Drawing:
 
         without: the options that have no effect on the method: ValueError if one is given.
         """
+        given: dict[str, Any] = {**defaults, **options}
         for name in without:
             if name in options:
-                raise ValueError(f"{name} has no effect here: got {options[name]!r:.80}")  # type: ignore[literal-required]
-        return cls(**(defaults | options))
+                raise ValueError(f"{name} has no effect here: got {given[name]!r:.80}")
+        return cls(**given)
 
     def at(self, height: int, width: int) -> Drawing:
         """The same at the size of an image that was given."""
@@ -160,7 +161,8 @@ class Drawing:
         predict: Predict,
         after: Callable[[Tensor, Step], Tensor] | None = None,
     ) -> Tensor:
-        """The loop, with a progress bar; `after` and then on_step see the latent after each step."""
+        """The loop, with a progress bar; `after` and then on_step see the latent after each
+        step."""
         with memory_for("latents", x):
             return denoise(x, self.shown(plan), predict, chain(after, self.on_step))
 
@@ -170,7 +172,8 @@ class Drawing:
 
 
 def embed(sd: StableDiffusion, prompts: Sequence[str]) -> Tensor:
-    """(B, L, D). Each text once and alone: in a batch, BLAS may give equal texts other last bits."""
+    """(B, L, D). Each text once and alone: in a batch, BLAS may give equal texts other last
+    bits."""
     rows = {text: sd.encode_prompt([text]) for text in dict.fromkeys(prompts)}
     return torch.cat([rows[text] for text in prompts])
 

@@ -48,7 +48,8 @@ class StableDiffusion:
 
     An image is a PIL image, or a tensor (B, 3, H, W) in [-1, 1]; a latent z or x is (B, C, H /
     factor, W / factor), C = unet.config.in_channels (4) and factor = vae.factor (8 in SD v1),
-    scaled by vae.config.scaling_factor. compile, graph: how `network` computes the UNet, see `load`.
+    scaled by vae.config.scaling_factor. compile, graph: how `network` computes the UNet, see
+    `load`.
     """
 
     tokenizer: CLIPTokenizer
@@ -123,8 +124,9 @@ class StableDiffusion:
         with memory_for("images", x):
             mean, logvar = self.vae.encode(x)
         if generator is not None:
-            where = {"device": generator.device, "dtype": torch.float32}
-            noise = torch.randn(mean.shape, generator=generator, **where)
+            noise = torch.randn(
+                mean.shape, generator=generator, device=generator.device, dtype=torch.float32
+            )
             mean = mean + (0.5 * logvar).exp() * noise.to(mean)
         z = self.vae.config.scaling_factor * mean
         return z.contiguous()  # as noise is: other strides would cost a graph of their own
@@ -159,7 +161,9 @@ class StableDiffusion:
         """
         if batch is not None:
             expect.whole_number("batch", batch, 1)
-        seeds = [seed + i for i in range(batch or 1)] if isinstance(seed, Integral) else seed
+        seeds: Any = seed
+        if isinstance(seed, Integral):
+            seeds = [int(seed) + i for i in range(batch or 1)]
         if not (isinstance(seeds, (list, tuple)) and seeds and all(map(is_seed, seeds))):
             expected = "a whole number or a list of them, at least one, from -2**63 to 2**64 - 1"
             raise ValueError(f"got seeds {seeds!r}, expected {expected}")
@@ -168,8 +172,10 @@ class StableDiffusion:
             raise ValueError(f"got {got}, expected one for each")
         shape = (1, self.unet.config.in_channels, *self.latent_size(height, width))
         generators = [torch.Generator("cpu").manual_seed(int(s)) for s in seeds]
-        where = {"dtype": torch.float32, "device": "cpu"}
-        rows = [torch.randn(shape, generator=generator, **where) for generator in generators]
+        rows = [
+            torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+            for generator in generators
+        ]
         return torch.cat(rows).to(self.device, self.dtype)
 
     def pixels(
@@ -240,18 +246,16 @@ class StableDiffusion:
         None: the model's own size.
         """
         factor, own = self.vae.factor, self.unet.config.sample_size
-        if own is None and None in (height, width):
-            got = "the model's config names no size (sample_size)"
-            raise ValueError(f"{got}: give height and width")
-        h, w = own if isinstance(own, (tuple, list)) else (own, own)
-        height, width = (
-            h * factor if height is None else height,
-            w * factor if width is None else width,
-        )
+        if height is None or width is None:
+            if own is None:
+                got = "the model's config names no size (sample_size)"
+                raise ValueError(f"{got}: give height and width")
+            h, w = own if isinstance(own, tuple) else (own, own)
+            height = h * factor if height is None else height
+            width = w * factor if width is None else width
         sides = (height, width)
-        if not all(
-            isinstance(side, Integral) and side > 0 and side % factor == 0 for side in sides
-        ):
+        whole = all(isinstance(side, Integral) for side in sides)
+        if not (whole and all(side > 0 and side % factor == 0 for side in sides)):
             got = f"{width!r} x {height!r}"
             raise ValueError(f"the image is {got} pixels, expected positive multiples of {factor}")
         if height * width > MOST_PIXELS:
@@ -306,10 +310,11 @@ def load(
     repo. local_files_only: do not ask the Hub, use its local cache. tokenizer: a folder with
     vocab.json and merges.txt, in place of the model's own.
 
-    On a CPU, weights that keep their dtype stay mapped from their files (but for convolutions, which
-    take channels_last memory): such a file may be replaced meanwhile, but not overwritten in place.
-    Raises CheckpointError, a ValueError, if the model cannot be found or read, if tensors are
-    missing, unexpected or misshapen (one error that lists them all), or if a weight is not finite.
+    On a CPU, weights that keep their dtype stay mapped from their files (but for convolutions,
+    which take channels_last memory): such a file may be replaced meanwhile, but not overwritten in
+    place. Raises CheckpointError, a ValueError, if the model cannot be found or read, if tensors
+    are missing, unexpected or misshapen (one error that lists them all), or if a weight is not
+    finite.
     """
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
@@ -328,8 +333,6 @@ def load(
     sd = StableDiffusion(*checkpoint.load_parts(found, where, kind), compile=compile, graph=graph)
     auto: Implementation = "triton" if where.type == "cuda" else "sdpa"
     sd.unet.attention = auto if attention == "auto" else attention
-    for model in (sd.unet, sd.vae):  # the order in which convolutions read, and models/ops.py too
-        model.to(memory_format=torch.channels_last)
     return sd
 
 
@@ -373,4 +376,4 @@ def unchanged(image: ImageInput, pixels: Tensor, drawing: Drawing) -> list[Image
 
 def is_seed(value: object) -> bool:
     """Whether torch takes it as a seed: a whole number from -2**63 to 2**64 - 1."""
-    return isinstance(value, Integral) and -(2**63) <= value < 2**64
+    return isinstance(value, Integral) and -(2**63) <= int(value) < 2**64

@@ -2,6 +2,7 @@
 other tests; and, below pytest's summary, the measured figures."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -87,6 +88,21 @@ def minisd_command(capsys):
         except SystemExit as stop:
             code = stop.code
         return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def draw_again(minisd_command):
+    """Run the command that `minisd info` prints of an image -> the files that it writes."""
+
+    def run(path):
+        code, told, err = minisd_command("info", path)
+        assert code == 0, err
+        _, line = told.split("\n\nminisd ")
+        code, out, err = minisd_command(*shlex.split(line))
+        assert code == 0, f"{line}\n{err}"
+        return out.splitlines()
 
     return run
 

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import minisd
+from minisd import Drawing
 from minisd.editing import blended
 from minisd.editing.blended import latent_mask, noises, paste, read_mask
 from minisd.sampling.schedule import Level
@@ -69,7 +70,7 @@ def test_equals_the_oracle(pair, sampler, strength, monkeypatch, record_property
     cond, uncond = pipe.encode_prompt(["a dog"], "cpu", 1, True, negative_prompt=["bad"])
     x0 = pipe.image_processor.preprocess(image)
     small = Image.fromarray((255 * mask).astype(np.uint8)).resize((10, 6), Image.Resampling.NEAREST)
-    start, behind = noises(sd, 2, 1, 24, 40)
+    start, behind = noises(Drawing(seed=2, height=24, width=40), sd, 1)
     expected = oracle_real.blend(
         pipe.unet, pipe.vae, oracle_real.SCHEDULERS[sampler](tiny.SCHEDULER), x0,
         torch.from_numpy(np.asarray(small) > 0), uncond, cond, start, behind, 8, strength, 5,
@@ -91,7 +92,7 @@ def test_the_background_has_the_same_noise_at_every_step(sd):
         on_step=lambda x, step: seen.append((x.clone(), step)),
         **QUIET,
     )
-    start, behind = noises(sd, 5, 1, 24, 40)
+    start, behind = noises(Drawing(seed=5, height=24, width=40), sd, 1)
     assert torch.equal(start, sd.noise(5, 1, 24, 40)) and (start - behind).abs().mean() > 0.5
     outside = ~latent_mask(mask, 6, 10).expand(1, 4, 6, 10)
     z0 = sd.encode_image(image)
@@ -303,11 +304,11 @@ def test_files_of_masks_that_are_refused(sd, tmp_path):
     (dict(strength=1.5), "strength is 1.5, expected a number from 0 to 1"),
     (dict(feather=-1), "feather is -1, expected a whole number, at least 0"),
     (dict(feather=1.5), "feather is 1.5"),
-    (dict(seed=[1, 2]), "2 seeds for 1 pictures"),
-    (dict(mask=[box(), box()], prompt=["a", "b", "c"]), "1 pictures, 2 masks and 3 prompts, expected one for all"),
+    (dict(seed=[1, 2]), "2 seeds for 1 images"),
+    (dict(mask=[box(), box()], prompt=["a", "b", "c"]), "1 images, 2 masks and 3 prompts, expected one for all"),
     (dict(image=Image.new("RGB", (9000, 9000)), mask=box(90, 90)), "9000 x 9000 pixels, expected at most 4,194,304"),
     (dict(image=[picture(), picture(80, 48)]), r"sizes \[\(40, 24\), \(80, 48\)\], expected one size"),
-    (dict(guidance=float("nan")), "guidance scale is nan"),
+    (dict(guidance=float("nan")), "guidance is nan, expected a finite number"),
     (dict(sampler="euler"), "sampler is 'euler'"),
     (dict(prompt=[]), "0 prompts"),
 ])  # fmt: skip

@@ -259,8 +259,8 @@ def test_pickles_are_refused_with_the_way_out(folder, tmp_path):
             (tmp_path / name).write_bytes(b"\x80\x02")
         message = refusal(tmp_path / name)
         assert message == (
-            f"minisd does not read the pickle {tmp_path / name}: reading one runs whatever code its author put into "
-            "it; take the .safetensors file of the same model"
+            f"minisd does not read the pickle {tmp_path / name}: reading one runs whatever code "
+            "its author put into it; take the .safetensors file of the same model"
         )
 
 
@@ -393,6 +393,37 @@ def test_sources_that_are_none(source):
 # memory
 
 
+@pytest.mark.parametrize("change", ["dtype", "device"])
+def test_loading_does_not_depend_on_torchs_defaults(original, change):
+    expected = load(original)
+    if change == "dtype":
+        torch.set_default_dtype(torch.float64)
+    else:
+        torch.set_default_device("meta")
+    try:
+        sd = load(original)
+        ids = sd.tokenizer(["a red circle"])
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert_same_weights(sd, expected)
+    for state in states(sd).values():
+        assert {(x.dtype, x.device.type) for x in state.values()} == {(torch.float32, "cpu")}
+    assert torch.equal(sd.schedule.alphas_cumprod, expected.schedule.alphas_cumprod)
+    assert torch.equal(ids, expected.tokenizer(["a red circle"]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # the files' own, and another
+def test_convolutions_are_in_channels_last_memory(original, dtype):
+    dtype = getattr(torch, dtype)
+    sd = checkpoint.load_parts(checkpoint.locate(original), torch.device("cpu"), dtype)
+    assert_same_weights(sd, load(original).to(dtype=dtype))
+    weights = [x for state in states(sd).values() for x in state.values() if x.ndim == 4]
+    assert len(weights) > 30 and any(weight.shape[2] == 3 for weight in weights)
+    for weight in weights:
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def write_unaligned(path, tensors):
     """A safetensors file whose data starts at an odd byte, as that of the published text encoder
     does."""
@@ -476,7 +507,7 @@ def test_peak_memory_of_loading(original, folder, dtype):
         import re, sys, minisd
         def status(key):
             return 1024 * int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
-        minisd.load(sys.argv[2], device="cpu")  # once before: the allocator and the imports are warm
+        minisd.load(sys.argv[2], device="cpu")  # once before: allocator and imports are warm
         before = status("VmRSS")
         open("/proc/self/clear_refs", "w").write("5")
         sd = minisd.load(sys.argv[1], device="cpu", dtype=sys.argv[3])

@@ -1,5 +1,6 @@
 """The `minisd` command: what it draws and writes, what it prints, and how it fails."""
 
+import ast
 import os
 import re
 import shlex
@@ -9,15 +10,16 @@ import struct
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import minisd
-from minisd import pipeline
+from minisd import drawing, pipeline
 from minisd.checkpoints import load as checkpoint
-from minisd.cli import main as cli
+from minisd.cli import main as cli, options, output
 
 TINY = ["--model", "tiny", "--steps", "3", "--device", "cpu"]
 
@@ -41,7 +43,7 @@ def chunks(path):
         return image.text
 
 
-def picture(path, mode="RGB", width=45, height=26):
+def write_image(path, mode="RGB", width=45, height=26):
     values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     Image.fromarray(values).convert(mode).save(path)
     return path
@@ -72,7 +74,7 @@ def test_txt2img_draws_what_the_pipeline_draws(minisd_command, here):
     sd = minisd.load("tiny", device="cpu")
     [expected] = sd.txt2img(
         "a red circle",
-        "blurry",
+        negative_prompt="blurry",
         steps=3,
         guidance=3,
         sampler="ddim",
@@ -83,14 +85,23 @@ def test_txt2img_draws_what_the_pipeline_draws(minisd_command, here):
     )
     assert (pixels("new/folder/out.png") == np.asarray(expected)).all()
     assert chunks("new/folder/out.png") == {
-        "version": f"minisd {minisd.__version__}", "command": "txt2img", "prompt": "a red circle", "negative": "blurry",
-        "model": "tiny", "seed": "7", "size": "40x24", "steps": "3", "guidance": "3.0", "sampler": "ddim",
-        "dtype": "float32", "device": "cpu",
-    }  # fmt: skip
+        "version": f"minisd {minisd.__version__}",
+        "command": "txt2img",
+        "prompt": "a red circle",
+        "negative": "blurry",
+        "model": "tiny",
+        "seed": "7",
+        "size": "40x24",
+        "steps": "3",
+        "guidance": "3.0",
+        "sampler": "ddim",
+        "dtype": "float32",
+        "device": "cpu",
+    }
 
 
 def test_img2img_draws_what_the_pipeline_draws(minisd_command):
-    picture("in.png")
+    write_image("in.png")
     code, out, _ = minisd_command(
         "img2img", "in.png", "a dog", "--strength", "0.7", *TINY, "-o", "out.png"
     )
@@ -119,31 +130,94 @@ def test_img2img_draws_what_the_pipeline_draws(minisd_command):
             "1",
         ],
         ["img2img", "in.png", "a dog", "--strength", "0.9", "-n", "2"],
-        ["img2img", "a picture.jpg", "a dog", "--size", "32x32", "--negative", "cats"],
+        ["img2img", "an image.jpg", "a dog", "--size", "32x32", "--negative", "cats"],
         ["img2img", "in.png", "a dog", "--strength", "0"],
     ],
 )
-def test_the_command_that_info_prints_draws_the_same_bits(minisd_command, arguments):
-    picture("in.png")
-    picture("a picture.jpg")
-    code, out, _ = minisd_command(arguments[0], *TINY, "-o", "pictures/", *arguments[1:])
+def test_the_command_that_info_prints_draws_the_same_bits(minisd_command, draw_again, arguments):
+    write_image("in.png")
+    write_image("an image.jpg")
+    code, out, _ = minisd_command(arguments[0], *TINY, "-o", "images/", *arguments[1:])
     assert code == 0
     path = out.splitlines()[-1]  # of several, the last: it is drawn again without the others
-    code, out, _ = minisd_command("info", path)
-    _, line = out.split("\n\nminisd ")
-    code, out, _ = minisd_command(*shlex.split(line))
-    assert (code, out) == (0, "again.png\n")
+    assert draw_again(path) == ["again.png"]
     assert (pixels("again.png") == pixels(path)).all() and chunks("again.png") == chunks(path)
 
 
-def test_info_of_a_picture(minisd_command):
+@pytest.mark.parametrize(
+    ("arguments", "files_again"),
+    [
+        (
+            ["edit", "a cat", "a dog", *TINY, "-n", "2", "--seed=-5", "--sh", "s.png", "-ox.png"],
+            [["again-0.png", "again-1.png"], ["again.png"]],
+        ),
+        (["edit", "a cat", *TINY, "--reweight", "cat=-2", "--sheet", "s.png"], [["again.png"]]),
+        (
+            ["edit", "a cat", "a dog", *TINY, "--image", "in.png", "-o", "x/", "--self", "0.2:1"],
+            [["again-0.png", "again-1.png"]],
+        ),
+        (["heatmap", "a cat", *TINY, "-n2", "--outp", "h.png"], [["again.png"]]),
+        (["invert", "in.png", "a cat", *TINY, "--save", "p.safetensors"], [["again.png"]]),
+        (
+            ["blend", "in.png", "in.png", "a cat", *TINY, "-n", "2", "--trace=t", "--trace-e", "2"],
+            [["again.png"]],
+        ),
+        (["erase", *TINY, "-n2", "--see", "7", "-o", "x/", "--", "a", "-n", "-o"], [["again.png"]]),
+    ],
+    ids=lambda value: value[0] if isinstance(value[0], str) else "",
+)
+def test_other_commands_draw_each_image_again_and_write_nothing_else(
+    minisd_command, draw_again, here, arguments, files_again
+):
+    write_image("in.png")
+    code, out, err = minisd_command(*arguments)
+    assert code == 0, err
+    before, found = files(here), []
+    for path in [line for line in out.splitlines() if line.endswith(".png")]:
+        new = draw_again(path)
+        assert new in files_again and files(here) == sorted([*before, *new])
+        same = [p for p in new if chunks(p) == chunks(path) and (pixels(p) == pixels(path)).all()]
+        assert len(same) == 1, f"{path}: {chunks(path)}"
+        found.append(new)
+        for each in new:
+            (here / each).unlink()
+    assert all(names in found for names in files_again)
+
+
+@pytest.mark.parametrize(
+    ("argv", "again"),
+    [
+        (["heatmap", "a", "--seed", "-3", "-n", "2"], ["heatmap", "a"]),
+        (["edit", "-o", "x.png", "a", "-", "--sheet=s.png"], ["edit", "a", "-"]),
+        (
+            ["blend", "--trace-preview", "-ob.png", "i", "m", "--trace-fo", "gif"],
+            ["blend", "i", "m"],
+        ),
+        (
+            ["edit", "a b", "--negative=-o x", "--self", "1"],
+            ["edit", "a b", "--negative=-o x", "--self", "1"],
+        ),
+        (
+            ["erase", "--strength", "-1", "--erase-scale=-1,2"],
+            ["erase", "--strength", "-1", "--erase-scale=-1,2"],
+        ),
+    ],
+)
+def test_the_line_that_draws_again(argv, again):
+    end = ["--", "-n", "--seed"]
+    line = output.line_again([*argv, *end], 5)
+    assert shlex.split(line) == [*again, "--seed", "5", "-o", "again.png", *end]
+    assert shlex.split(output.line_again(argv, None, "--sheet")) == [*again, "--sheet", "again.png"]
+
+
+def test_info_of_an_image(minisd_command):
     minisd_command("txt2img", "a cat", *TINY, "-o", "out.png")
     code, out, err = minisd_command("info", "out.png")
     assert code == 0 and err == ""
     assert "prompt:          a cat\n" in out and "seed:            0\n" in out
     assert out.endswith(
-        "\n\nminisd txt2img 'a cat' --model tiny --seed 0 --size 32x32 --steps 3 --guidance 7.5 --sampler dpm++ "
-        "--dtype float32 --device cpu -o again.png\n"
+        "\n\nminisd txt2img 'a cat' --model tiny --seed 0 --size 32x32 --steps 3 --guidance 7.5 "
+        "--sampler dpm++ --dtype float32 --device cpu -o again.png\n"
     )
 
 
@@ -159,7 +233,7 @@ def test_prompt_that_is_cut_warns_in_one_line(minisd_command):
 # files
 
 
-def test_several_pictures_and_folders(minisd_command, here):
+def test_several_images_and_folders(minisd_command, here):
     assert (
         minisd_command("txt2img", "a", *TINY, "-n", "2", "-o", "x.png")[1] == "x-0.png\nx-1.png\n"
     )
@@ -176,17 +250,19 @@ def test_several_pictures_and_folders(minisd_command, here):
     )  # the working folder is the default
 
 
-def test_a_picture_is_whole_or_not_there(minisd_command, here, monkeypatch):
-    (here / "old.png").write_bytes(b"an older picture")
+def test_an_image_is_whole_or_not_there(minisd_command, here, monkeypatch):
+    (here / "old.png").write_bytes(b"an older image")
+
+    failures = [KeyboardInterrupt(), OSError("No space left on device")]
 
     def save(self, path, **options):
         path.write_bytes(b"half")
-        raise kind
+        raise failures.pop(0)
 
     monkeypatch.setattr(Image.Image, "save", save)
-    for kind, code in ((KeyboardInterrupt(), 130), (OSError("No space left on device"), 2)):
+    for code in (130, 2):
         assert minisd_command("txt2img", "a", *TINY, "-o", "old.png")[0] == code
-        assert files(here) == ["old.png"] and (here / "old.png").read_bytes() == b"an older picture"
+        assert files(here) == ["old.png"] and (here / "old.png").read_bytes() == b"an older image"
 
 
 def test_written_files_are_ordinary_files(minisd_command, here):
@@ -213,7 +289,8 @@ def test_ctrl_c_leaves_nothing_behind(here):
         "new/out.png",
     ]
     command += ["--trace", "new/trace"]
-    restore = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  a background job ignores it
+    # A background job ignores it.
+    restore = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
     process = subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=restore)
     seen = b""
     while not re.search(
@@ -236,11 +313,13 @@ def test_ctrl_c_while_libraries_are_imported(here, module):
     (here / "early").mkdir()
     (here / "early" / f"{module}.py").write_text(f"import os, signal\n{interrupt}raise ImportError")
     paths = [str(here / "early"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    restore = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    environment = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "minisd", "txt2img", "a", *TINY], capture_output=True, preexec_fn=restore,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"},
-    )  # fmt: skip
+        [sys.executable, "-m", "minisd", "txt2img", "a", *TINY],
+        capture_output=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        env=os.environ | environment,
+    )
     assert (done.returncode, done.stderr.decode()) == (130, "\nminisd: interrupted\n")
     assert files(here) == ["early", f"early/{module}.py"]
 
@@ -265,8 +344,8 @@ def test_a_reader_that_goes_away_is_no_error():
 
 def test_a_name_may_be_as_long_as_the_system_allows(here):
     name = "n" * 251 + ".png"
-    assert cli.output_paths(name, 1) == [cli.Path(name)]
-    cli.write_png(here / name, Image.new("RGB", (8, 8)), {})
+    assert output.output_paths(name, 1) == [Path(name)]
+    output.write_png(here / name, Image.new("RGB", (8, 8)), {})
     assert files(here) == [name]
 
 
@@ -274,7 +353,7 @@ def test_a_name_may_be_as_long_as_the_system_allows(here):
 
 
 def test_what_the_terminal_cannot_show_is_escaped(here):
-    cli.write_png(
+    output.write_png(
         here / "a.png", Image.new("RGB", (8, 8)), {"version": "minisd 0", "prompt": "雪 red"}
     )
     run = [sys.executable, "-m", "minisd", "info", "a.png"]
@@ -284,19 +363,19 @@ def test_what_the_terminal_cannot_show_is_escaped(here):
     assert done.returncode == 0 and rb"prompt:          \u96ea red" in done.stdout
 
 
-def test_info_of_a_picture_that_means_ill(minisd_command, here):
+def test_info_of_an_image_that_means_ill(minisd_command, here):
     chunks = {
         "version": "minisd 0",
         "prompt": "a\x1b[2Jcat",
         "arguments": "edit 'a cat'; rm -rf $HOME `id` a\x9bm",
     }
-    cli.write_png(here / "a.png", Image.new("RGB", (8, 8)), chunks)
+    output.write_png(here / "a.png", Image.new("RGB", (8, 8)), chunks)
     code, out, _ = minisd_command("info", "a.png")
     assert (
         code == 0 and r"prompt:          a\x1b[2Jcat" in out and out.replace("\n", "").isprintable()
     )
     assert out.endswith("\n\nminisd edit 'a cat;' rm -rf '$HOME' '`id`' 'a\\x9bm'\n")
-    cli.write_png(here / "a.png", Image.new("RGB", (8, 8)), chunks | {"arguments": "edit 'a"})
+    output.write_png(here / "a.png", Image.new("RGB", (8, 8)), chunks | {"arguments": "edit 'a"})
     assert minisd_command("info", "a.png")[::2] == (2, "minisd: error: No closing quotation\n")
 
 
@@ -317,6 +396,32 @@ def test_info_of_a_model(minisd_command):
 
 
 # help and errors
+
+
+def test_modules_of_the_command_import_one_way():
+    """main -> the groups of commands -> output -> options; edit also reads what is inverted."""
+    folder = Path(cli.__file__).parent
+    ranks = dict(options=0, output=1, invert=2, main=4)
+    seen = set()
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level == 1:
+                names = [node.module] if node.module else [alias.name for alias in node.names]
+                for name in names:
+                    assert ranks.get(name, 3) < ranks.get(path.stem, 3), f"{path.stem} -> {name}"
+                    seen.add((path.stem, name))
+    assert {("main", "edit"), ("edit", "invert"), ("draw", "output")} <= seen
+
+
+def test_what_argparse_read_is_not_written_to():
+    for path in Path(cli.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            written = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+            assert (
+                not written
+                and getattr(node, "id", "") != "setattr"
+                or (path.stem == "main" and node.attr == "showwarning")
+            ), f"{path.name}:{node.lineno}"
 
 
 def test_help_shows_the_defaults(minisd_command):
@@ -353,8 +458,8 @@ def test_the_model_is_v1_4_where_none_is_named():
 
 
 def test_choices_are_those_of_the_pipeline():
-    assert cli.SAMPLERS == tuple(pipeline.SAMPLERS)
-    assert set(cli.DTYPES) <= {*pipeline.DTYPES, "auto"}
+    assert options.SAMPLERS == tuple(drawing.SAMPLERS)
+    assert set(options.DTYPES) <= {*pipeline.DTYPES, "auto"}
 
 
 @pytest.mark.parametrize(
@@ -367,7 +472,7 @@ def test_choices_are_those_of_the_pipeline():
         (["txt2img", "a", "--size", "64x-8"], "got '64x-8', expected WIDTHxHEIGHT"),
         (
             ["txt2img", "a", "--size", "30x32", *TINY],
-            "the picture is 30 x 32 pixels, expected positive multiples of 4",
+            "the image is 30 x 32 pixels, expected positive multiples of 4",
         ),
         (["txt2img", "a", "-n", "0"], "got 0, expected at least 1"),
         (["txt2img", "a", "--steps", "x"], "invalid positive value: 'x'"),
@@ -412,7 +517,7 @@ def test_choices_are_those_of_the_pipeline():
             "in.png carries no settings: minisd did not draw it, or they were stripped",
         ),
         (["info", "none.png"], "No such file or directory: 'none.png'"),
-        (["info", "file"], "file is neither a picture nor a .safetensors file"),
+        (["info", "file"], "file is neither an image nor a .safetensors file"),
         (
             ["info", "tiny", "--variant", "fp16"],
             "diffusion_pytorch_model.fp16.safetensors is missing",
@@ -420,8 +525,8 @@ def test_choices_are_those_of_the_pipeline():
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(minisd_command, here, arguments, message):
-    picture("in.png")
-    (here / "file").write_text("no picture")
+    write_image("in.png")
+    (here / "file").write_text("no image")
     before = files(here)
     code, out, err = minisd_command(*arguments)
     assert code == 2 and out == "" and message in err
@@ -454,30 +559,30 @@ def test_debug_shows_the_traceback(minisd_command):
     assert loud.returncode == 1 and "Traceback" in loud.stderr
 
 
-# pictures that are given
+# images that are given
 
-READING = [  # every command that reads a picture, at each place where it does
-    ["img2img", "PICTURE", "a"],
-    ["blend", "PICTURE", "whole.png", "a"],
-    ["blend", "whole.png", "PICTURE", "a"],
-    ["erase", "a", "b", "--image", "PICTURE"],
-    ["invert", "PICTURE", "a"],
-    ["edit", "a cat", "a dog", "--image", "PICTURE"],
+READING = [  # every command that reads an image, at each place where it does
+    ["img2img", "IMAGE", "a"],
+    ["blend", "IMAGE", "whole.png", "a"],
+    ["blend", "whole.png", "IMAGE", "a"],
+    ["erase", "a", "b", "--image", "IMAGE"],
+    ["invert", "IMAGE", "a"],
+    ["edit", "a cat", "a dog", "--image", "IMAGE"],
 ]
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """A folder of files that are no picture, or one that has to be converted first."""
-    folder = tmp_path_factory.mktemp("pictures")
-    whole = picture(folder / "whole.png", width=40, height=24)
+def images(tmp_path_factory):
+    """A folder of files that are no image, or one that has to be converted first."""
+    folder = tmp_path_factory.mktemp("images")
+    whole = write_image(folder / "whole.png", width=40, height=24)
     (folder / "cut.png").write_bytes(whole.read_bytes()[:1000])
-    (folder / "cut.jpg").write_bytes(picture(folder / "whole.jpg").read_bytes()[:700])
-    (folder / "text.png").write_text("no picture")
+    (folder / "cut.jpg").write_bytes(write_image(folder / "whole.jpg").read_bytes()[:700])
+    (folder / "text.png").write_text("no image")
     (folder / "empty.png").write_bytes(b"")
     (folder / "folder.png").mkdir()
-    picture(folder / "float.tif", "F")
-    picture(folder / "dot.png", width=1, height=1)
+    write_image(folder / "float.tif", "F")
+    write_image(folder / "dot.png", width=1, height=1)
     huge = whole.read_bytes().replace(struct.pack(">II", 40, 24), struct.pack(">II", 20000, 20000))
     (folder / "huge.png").write_bytes(
         huge[:29] + struct.pack(">I", zlib.crc32(huge[12:29])) + huge[33:]
@@ -486,31 +591,30 @@ def pictures(tmp_path_factory):
 
 
 @pytest.mark.parametrize("arguments", READING, ids=" ".join)
-def test_bad_pictures_are_refused_in_one_line(minisd_command, here, pictures, arguments):
+def test_bad_images_are_refused_in_one_line(minisd_command, here, images, arguments):
     for name, message in [
         ("none.png", "No such file or directory: '{path}'"),
-        ("folder.png", "{path} cannot be read as a picture: [Errno 21] Is a directory: '{path}'"),
-        ("empty.png", "{path} cannot be read as a picture: cannot identify image file '{path}'"),
-        ("text.png", "{path} cannot be read as a picture: cannot identify image file '{path}'"),
-        ("cut.png", "{path} cannot be read as a picture: "),
-        ("cut.jpg", "{path} cannot be read as a picture: "),
-        ("float.tif", "{path} cannot be read as a picture: a picture of mode F has no known white"),
+        ("folder.png", "[Errno 21] Is a directory: '{path}'"),
+        ("empty.png", "cannot identify image file '{path}'"),
+        ("text.png", "cannot identify image file '{path}'"),
+        ("cut.png", "{path} cannot be read as "),
+        ("cut.jpg", "{path} cannot be read as "),
+        ("float.tif", "of mode F has no known white"),
         ("huge.png", "{path} is too large: expected at most 89,478,485 pixels"),
         ("dot.png", ""),  # too small to draw, or not of the mask's proportions
     ]:
-        path = pictures / name
+        path = images / name
         given = [
-            {"PICTURE": path, "whole.png": pictures / "whole.png"}.get(each, each)
-            for each in arguments
+            {"IMAGE": path, "whole.png": images / "whole.png"}.get(each, each) for each in arguments
         ]
         code, out, err = minisd_command(*given, *TINY, "-o", "new/out.png", "--trace", "new/trace")
         assert code == 2 and out == "" and message.format(path=path) in err
         assert err.count("\n") == 1 and err.startswith("minisd: error: ") and files(here) == []
 
 
-def test_pictures_are_taken_as_a_viewer_shows_them(minisd_command, here, pictures):
-    """At strength 0, and where strength x steps is below 1, the picture itself comes out."""
-    rgb = np.asarray(Image.open(pictures / "whole.png"))
+def test_images_are_taken_as_a_viewer_shows_them(minisd_command, here, images):
+    """At strength 0, and where strength x steps is below 1, the image itself comes out."""
+    rgb = np.asarray(Image.open(images / "whole.png"))
     upright = Image.Exif()
     upright[274] = 6  # stored lying on its left side
     Image.fromarray(np.rot90(rgb).copy()).save("turned.png", exif=upright)
@@ -523,17 +627,17 @@ def test_pictures_are_taken_as_a_viewer_shows_them(minisd_command, here, picture
             "img2img", name, "a", *TINY, "--strength", strength, "-o", "out.png"
         )
         assert code == 0 and (pixels("out.png") == rgb).all()
-    dot = ["img2img", pictures / "dot.png", "a", *TINY, "--strength", "0", "-o", "out.png"]
-    assert "the picture is 1 x 1 pixels, expected at least 4 x 4" in minisd_command(*dot)[2]
+    dot = ["img2img", images / "dot.png", "a", *TINY, "--strength", "0", "-o", "out.png"]
+    assert "the image is 1 x 1 pixels, expected at least 4 x 4" in minisd_command(*dot)[2]
     assert minisd_command(*dot, "--size", "8x4")[0] == 0 and pixels("out.png").shape == (4, 8, 3)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "P", "LA", "I;16", "1", "CMYK"])
-def test_pictures_of_any_mode(minisd_command, mode):
+def test_images_of_any_mode(minisd_command, mode):
     if mode == "I;16":
         Image.fromarray(np.full((24, 40), 40000, np.uint16)).save("in.tif")
     else:
-        picture("in.tif", mode)
+        write_image("in.tif", mode)
     assert (
         minisd_command("img2img", "in.tif", "a", *TINY, "--strength", "0", "-o", "out.png")[0] == 0
     )

@@ -21,13 +21,13 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir() if path.name != "tiny")
 
 
-def test_edit_writes_the_sheet_and_the_pictures(minisd_command, here):
+def test_edit_writes_the_sheet_and_the_images(minisd_command, here):
     options = [
-        "--cross",
+        "--cross-steps",
         "0.7",
-        "--cross",
+        "--cross-steps",
         "cat=0.2:0.5",
-        "--self",
+        "--self-steps",
         "0.3:1",
         "--reweight",
         "my=-2",
@@ -37,21 +37,11 @@ def test_edit_writes_the_sheet_and_the_pictures(minisd_command, here):
     code, out, _ = minisd_command("edit", SOURCE, SWAP, REFINED, *options, "-o", "e.png", *TINY)
     assert code == 0 and out.split() == ["e-0.png", "e-1.png", "e-2.png", "s.png"]
     assert names(here) == ["e-0.png", "e-1.png", "e-2.png", "s.png"]
-    images, baseline = minisd.edit_prompt(
-        minisd.load("tiny", device="cpu"),
-        SOURCE,
-        SWAP,
-        REFINED,
-        steps=3,
-        seed=4,
-        height=24,
-        width=40,
-        baseline=True,
-        cross_steps={"default": 0.7, "cat": (0.2, 0.5)},
-        self_steps=(0.3, 1),
-        reweight={"my": -2},
-        progress=False,
-    )
+    sd = minisd.load("tiny", device="cpu")
+    how = dict(steps=3, seed=4, height=24, width=40, progress=False)
+    edited = dict(cross_steps={"default": 0.7, "cat": (0.2, 0.5)}, self_steps=(0.3, 1))
+    images = minisd.edit_prompt(sd, SOURCE, SWAP, REFINED, reweight={"my": -2}, **edited, **how)
+    baseline = minisd.seed_baseline(sd, SOURCE, SWAP, REFINED, **how)
     for i, image in enumerate(images):
         assert (pixels(f"e-{i}.png") == pixels(image)).all()
     sheet = minisd.contact_sheet(
@@ -69,31 +59,22 @@ def test_edit_writes_the_sheet_and_the_pictures(minisd_command, here):
     assert (pixels("s.png") == pixels(sheet)).all()
 
 
-def test_edit_draws_again(minisd_command, here):
-    """`minisd info` prints the line that drew the picture, and it draws the same."""
-    _, out, _ = minisd_command(
-        "edit", SOURCE, SWAP, "--local-blend", "cat,dog", "--threshold", "0.9", *TINY, "-n", "2"
-    )
+def test_edit_draws_again(minisd_command, draw_again, here):
+    """`minisd info` prints the line that drew the image, and it draws the same."""
+    options = ["--local-blend", "cat,dog", "--threshold", "0.9"]
+    _, out, _ = minisd_command("edit", SOURCE, SWAP, *options, *TINY, "-n", "2")
     files = out.split()
-    assert [file[-16:] for file in files] == [f"minisd-0000{i}.png" for i in range(4)]
-    first = [pixels(file) for file in files]
-    assert not (first[0] == first[2]).all()  # another seed
-    code, about, _ = minisd_command("info", files[1])
-    assert (
-        code == 0
-        and "prompt:          a dog on my mat" in about
-        and "source:          a cat on my mat" in about
-    )
-    line = about.splitlines()[-1]
-    assert (
-        line
-        == f"minisd edit '{SOURCE}' '{SWAP}' --local-blend cat,dog --threshold 0.9 {' '.join(TINY)} -n 2"
-    )
-    _, out, _ = minisd_command(
-        "edit", SOURCE, SWAP, "--local-blend", "cat,dog", "--threshold", "0.9", *TINY, "-n", "2"
-    )
-    assert out.split() != files
-    assert all((pixels(again) == before).all() for again, before in zip(out.split(), first))
+    assert files == [f"minisd-0000{i}.png" for i in range(4)]
+    assert not (pixels(files[0]) == pixels(files[2])).all()  # another seed
+    code, about, _ = minisd_command("info", files[3])
+    assert code == 0
+    assert "prompt:          a dog on my mat" in about
+    assert "source:          a cat on my mat" in about
+    how = f"--local-blend cat,dog --threshold 0.9 {' '.join(TINY[:-2])} --seed 5 -o again.png"
+    assert about.splitlines()[-1] == f"minisd edit '{SOURCE}' '{SWAP}' {how}"
+    again = draw_again(files[3])
+    assert again == ["again-0.png", "again-1.png"]
+    assert all((pixels(p) == pixels(old)).all() for p, old in zip(again, files[2:]))
 
 
 def test_a_sweep_of_the_steps(minisd_command, here):
@@ -133,7 +114,7 @@ def test_heatmap(minisd_command, here):
         )[0]
         == 0
     )
-    image, maps = minisd.heatmap(
+    [image], maps = minisd.heatmap(
         minisd.load("tiny", device="cpu"),
         SOURCE,
         steps=3,
@@ -161,14 +142,14 @@ def test_heatmap(minisd_command, here):
         ),
         (["edit", SOURCE, SWAP, "--reweight", "dog"], "got 'dog', expected WORD=FACTOR"),
         (
-            ["edit", SOURCE, SWAP, "--cross", "dog=often"],
+            ["edit", SOURCE, SWAP, "--cross-steps", "dog=often"],
             "got 'often', expected a fraction of the steps or START:END",
         ),
         (
-            ["edit", SOURCE, SWAP, "--cross", "2"],
+            ["edit", SOURCE, SWAP, "--cross-steps", "2"],
             "cross_steps: got 2.0, expected a fraction from 0 to 1",
         ),
-        (["edit", SOURCE, SWAP, "--self", "0:0.5:1"], "got '0:0.5:1'"),
+        (["edit", SOURCE, SWAP, "--self-steps", "0:0.5:1"], "got '0:0.5:1'"),
         (["edit", SOURCE, REFINED, "--kind", "replace"], "same number of words, got 5 and 6"),
         (["edit", SOURCE, SWAP, "--subtract", "dog"], "--subtract: expected --local-blend"),
         (
@@ -177,7 +158,7 @@ def test_heatmap(minisd_command, here):
         ),
         (
             ["edit", SOURCE, SWAP, REFINED, "--sweep", "0,1"],
-            "--sweep: expected one target and no --cross, got 2",
+            "--sweep: expected one target and no --cross-steps, got 2",
         ),
         (
             ["edit", SOURCE, SWAP, "--threshold", "0.5"],

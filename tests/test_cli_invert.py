@@ -29,9 +29,9 @@ def photo():
     )  # 32 x 24 is what the VAE takes of it
 
 
-def inverted(sd, method, pictures=1):
+def inverted(sd, method, images=1):
     inversion = minisd.invert(
-        sd, [photo()] * pictures, SOURCE, 3, refine=1, trajectory=True, progress=False
+        sd, [photo()] * images, SOURCE, steps=3, refine=1, trajectory=True, progress=False
     )
     if method == "null-text":
         return minisd.null_text(sd, inversion, 7.5, inner_steps=2, progress=False)
@@ -74,8 +74,8 @@ def test_a_photograph_is_edited_at_once_or_through_a_file(command, here, method)
     )
     assert code == 0 and out.split() == ["p.safetensors", "r.png"], err
     guidance = 1.0 if method == "ddim" else 7.5
-    z = minisd.redraw(sd, inversion, guidance=guidance, progress=False)
-    assert (pixels("r.png") == pixels(sd.decode(z)[0])).all()
+    [expected] = minisd.redraw(sd, inversion, guidance=guidance, progress=False)
+    assert (pixels("r.png") == pixels(expected)).all()
     assert Image.open("r.png").text["guidance"] == str(guidance)
     assert (
         command("edit", SOURCE, SWAP, "--image", "p.safetensors", *TINY[:2], "-o", "f.png")[0] == 0
@@ -96,9 +96,9 @@ def test_edit_by_the_prompt_alone_with_a_trace(command, here):
     )
     assert code == 0 and out == "s.png\n"
     sd = minisd.load("tiny", device="cpu")
-    inversion = minisd.invert(sd, photo(), SOURCE, 3, progress=False)
-    z = minisd.redraw(sd, inversion, SWAP, 3.0, progress=False)
-    assert (pixels("s.png") == pixels(sd.decode(z)[0])).all()
+    inversion = minisd.invert(sd, photo(), SOURCE, steps=3, progress=False)
+    [expected] = minisd.redraw(sd, inversion, SWAP, guidance=3.0, progress=False)
+    assert (pixels("s.png") == pixels(expected)).all()
     assert len(list((here / "t").glob("step_*.png"))) == 3
     assert (pixels(str(sorted((here / "t").glob("step_*.png"))[-1])) == pixels("s.png")).all()
 
@@ -132,14 +132,14 @@ def test_a_size_and_the_sheet(command, here):
             ["edit", SOURCE, SWAP, "--image", "nothing.png"],
             "No such file or directory: 'nothing.png'",
         ),
-        (["edit", SOURCE, SWAP, "--image", "notes.txt"], "notes.txt cannot be read as a picture"),
+        (["edit", SOURCE, SWAP, "--image", "notes.txt"], "notes.txt cannot be read as "),
         (
             ["edit", SOURCE, SWAP, "--image", "notes.safetensors"],
             "notes.safetensors cannot be read as safetensors",
         ),
         (
             ["edit", SWAP, SOURCE, "--image", "p.safetensors"],
-            "after 'a cat on my mat': give that as SOURCE",
+            "was inverted by 'a cat on my mat': give that as SOURCE",
         ),
         (
             ["edit", SOURCE, SWAP, "--image", "p.safetensors", "--refine", "2"],
@@ -157,7 +157,7 @@ def test_a_size_and_the_sheet(command, here):
         (["invert", "photo.png", SOURCE, "--save", "d.safetensors"], "expected the name of a file"),
         (
             ["invert", "photo.png", SOURCE, "--seed", "5"],
-            "--seed: an inverted picture is drawn from its own noise",
+            "--seed: an inverted image is drawn from its own noise",
         ),
         (
             ["invert", "photo.png", SOURCE, "--inner", "3"],
@@ -193,14 +193,14 @@ def test_a_size_and_the_sheet(command, here):
         ),
         (
             ["edit", SOURCE, SWAP, "--image", "two.safetensors"],
-            "two.safetensors holds 2 pictures, expected one",
+            "two.safetensors holds 2 images, expected one",
         ),
         (["invert", "photo.png", SOURCE, "--refine", "-1"], "got -1, expected at least 0"),
         (["invert", "photo.png", SOURCE, "--inversion", "magic"], "invalid choice: 'magic'"),
     ],
 )
 def test_errors_are_one_line_and_leave_nothing_behind(command, here, arguments, message):
-    (here / "notes.txt").write_text("no picture")
+    (here / "notes.txt").write_text("no image")
     (here / "notes.safetensors").write_text("no tensors, but more than eight bytes of text")
     (here / "d.safetensors").mkdir()
     methods = {
@@ -211,7 +211,7 @@ def test_errors_are_one_line_and_leave_nothing_behind(command, here, arguments, 
     for name in methods.keys() & set(arguments):
         inverted(minisd.load("tiny", device="cpu"), methods[name]).save(name)
     if "two.safetensors" in arguments:
-        inverted(minisd.load("tiny", device="cpu"), "ddim", pictures=2).save("two.safetensors")
+        inverted(minisd.load("tiny", device="cpu"), "ddim", images=2).save("two.safetensors")
     before = names(here)
     code, out, err = command(arguments[0], *TINY, "-o", "x.png", *arguments[1:])
     assert code == 2 and out == "" and message in err.splitlines()[-1], err
@@ -221,9 +221,9 @@ def test_errors_are_one_line_and_leave_nothing_behind(command, here, arguments, 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["edit", SOURCE, SWAP, "--cross", "bird=1"], "the word 'bird' is not in the prompt"),
+        (["edit", SOURCE, SWAP, "--cross-steps", "bird=1"], "the word 'bird' is not in the prompt"),
         (
-            ["edit", SOURCE, SWAP, "--cross", "1.5"],
+            ["edit", SOURCE, SWAP, "--cross-steps", "1.5"],
             "cross_steps: got 1.5, expected a fraction from 0 to 1",
         ),
         (["edit", SOURCE, SWAP, "--local-blend", "bird"], "the word 'bird' is not in the prompt"),
@@ -259,7 +259,7 @@ def test_what_does_not_fit_is_refused_before_the_inversion(
 
 def test_a_guidance_of_0_that_is_stored_is_kept(command, here):
     inversion = minisd.invert(
-        sd := minisd.load("tiny", device="cpu"), photo(), SOURCE, 3, trajectory=True
+        sd := minisd.load("tiny", device="cpu"), photo(), SOURCE, steps=3, trajectory=True
     )
     minisd.null_text(sd, inversion, 0.0, inner_steps=0).save("p.safetensors")
     assert command("invert", "p.safetensors", SOURCE, *TINY, "-o", "r.png")[0] == 0
@@ -270,7 +270,7 @@ def test_ctrl_c_leaves_nothing_behind(command, here, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("minisd.editing.null_text.gradient", interrupted)
+    monkeypatch.setattr("minisd.editing.null_text.Objective.gradient", interrupted)
     arguments = ["--inversion", "null-text", "--save", "new/p.safetensors", "-o", "new/r.png"]
     code, _, err = command("invert", "photo.png", SOURCE, *arguments, *TINY)
     assert code == 130 and "interrupted" in err and names(here) == []

@@ -13,7 +13,8 @@ from PIL import Image
 
 import minisd
 from minisd.sampling.guidance import cfg, erase, sega
-from minisd.sampling.samplers import DDIM, DPMpp2M, denoise
+from minisd.sampling.loop import denoise
+from minisd.sampling.samplers import DDIM, DPMpp2M
 
 QUIET = dict(steps=4, progress=False)
 CONCEPTS, WEIGHTS = ["a dog", "a red mat"], [2.5, -1.0]
@@ -167,15 +168,18 @@ def test_the_weight_of_a_concept_is_one_whatever_the_guide():
 def test_sega_changes_only_the_largest_values_and_only_after_the_warmup(sd, rows):
     x, steps = sd.noise(1, 2), list(DDIM(sd.schedule, 4))
     predict = sega(sd.unet, *rows, 5.0, WEIGHTS[0], threshold=0.75, warmup=2, momentum=0)
-    changes = [
-        (predict(x, step) - cfg(sd.unet, *rows[:2], 5.0)(x, step)).abs() > 1e-3 for step in steps
-    ]
+
+    def eps(predict, step):
+        return predict(x, step, None)[0]
+
+    plain = cfg(sd.unet, *rows[:2], 5.0)
+    changes = [(eps(predict, step) - eps(plain, step)).abs() > 1e-3 for step in steps]
     shares = [change.float().mean().item() for change in changes]
     assert shares[:2] == [0, 0] and all(
         0.25 <= share <= 0.5 for share in shares[2:]
     )  # a quarter for each concept
     one = sega(sd.unet, *rows[:2], rows[2][:1], 5.0, 2.5, threshold=0.75, warmup=0, momentum=0)
-    change = (one(x, steps[0]) - cfg(sd.unet, *rows[:2], 5.0)(x, steps[0])).abs() > 1e-4
+    change = (eps(one, steps[0]) - eps(plain, steps[0])).abs() > 1e-4
     assert (change.flatten(2).sum(dim=2) == 16).all()  # 16 of the 64 positions of every channel
 
 
@@ -186,11 +190,36 @@ def test_the_momentum_of_a_run_does_not_reach_the_next(sd, rows):
         assert torch.equal(first, second)
 
 
+def test_two_runs_of_one_predictor_do_not_mix(sd, rows):
+    """The momentum travels in the state of a run: drawn step by step in turn, two runs are what
+    they are alone, and a state that is used twice gives the same twice."""
+    predict = sega(sd.unet, *rows, 5.0, warmup=1, momentum=0.5)
+    plan = DDIM(sd.schedule, 4)
+    alone = [denoise(sd.noise(seed), plan, predict) for seed in (1, 2)]
+    runs = [[sd.noise(seed), None, None] for seed in (1, 2)]  # x, x0, state
+    mixed = [sd.noise(seed) for seed in (1, 2)]  # the same, with one state for both
+    shared = None
+    with torch.no_grad():
+        for step in plan:
+            for run in runs:
+                x, x0, state = run
+                eps, new = predict(x, step, state)
+                again, _ = predict(x, step, state)
+                assert torch.equal(eps, again)
+                run[:] = (*step(x, eps, x0), new)
+            for i, x in enumerate(mixed):
+                eps, shared = predict(x, step, shared)
+                mixed[i], _ = step(x, eps)
+    assert all(torch.equal(run[0], x) for run, x in zip(runs, alone))
+    assert (mixed[1] - alone[1]).abs().max() > 1e-3 * alone[1].abs().max()
+
+
 def test_weights_lead_away_or_towards(sd, rows):
     x, step = sd.noise(1), list(DDIM(sd.schedule, 4))[1]
-    plain = cfg(sd.unet, *rows[:2], 5.0)(x, step)
+    plain, _ = cfg(sd.unet, *rows[:2], 5.0)(x, step, None)
     away, towards = (
-        sega(sd.unet, *rows, 5.0, w, warmup=0, momentum=0)(x, step) - plain for w in (3.0, -3.0)
+        sega(sd.unet, *rows, 5.0, w, warmup=0, momentum=0)(x, step, None)[0] - plain
+        for w in (3.0, -3.0)
     )
     assert (away + towards).abs().max() <= 1e-4 * away.abs().max() and away.abs().max() > 0.01
 
@@ -202,17 +231,17 @@ def test_weights_lead_away_or_towards(sd, rows):
     (dict(concepts=[]), r"got the concepts \[\], expected at least one text"),
     (dict(concepts=["a", " "]), r"got the concepts \['a', ' '\], expected at least one text, each"),
     (dict(guide=partial(sega, warmup=4)), "warmup is 4, expected less than the 4 steps"),
-    (dict(image=None, strength=0.5), "strength is 0.5, but there is no picture"),
+    (dict(image=None, strength=0.5), "strength is 0.5, but there is no image"),
     (dict(strength=1.5), "strength is 1.5, expected a number from 0 to 1"),
     (dict(erase_scale=[1.0, 2.0]), r"erase_scale is \[1.0, 2.0\], expected one weight or one per concept \(1\)"),
     (dict(erase_scale=float("nan")), "erase_scale is nan"),
-    (dict(guidance=float("inf")), "guidance scale is inf"),
+    (dict(guidance=float("inf")), "guidance is inf, expected a finite number"),
     (dict(guide=partial(sega, threshold=90)), "threshold is 90, expected a number from 0 to 1"),
-    (dict(image=[picture()] * 2, prompt=["a"] * 3), "2 pictures and 3 prompts, expected one for all or one for each"),
+    (dict(image=[picture()] * 2, prompt=["a"] * 3), "2 images and 3 prompts, expected one for all or one for each"),
     (dict(prompt=[]), "0 prompts"),
-    (dict(seed=[1, 2]), "2 seeds for 1 pictures"),
-    (dict(image=[picture()] * 3, prompt=["a"] * 3, seed=[1, 2]), "2 seeds for 3 pictures"),
-    (dict(image=None, seed=[1, 2]), "2 seeds for 1 pictures"),
+    (dict(seed=[1, 2]), "2 seeds for 1 images"),
+    (dict(image=[picture()] * 3, prompt=["a"] * 3, seed=[1, 2]), "2 seeds for 3 images"),
+    (dict(image=None, seed=[1, 2]), "2 seeds for 1 images"),
     (dict(sampler="euler"), "sampler is 'euler'"),
 ])  # fmt: skip
 def test_arguments_that_are_refused(sd, arguments, message):

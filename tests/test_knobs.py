@@ -1,10 +1,13 @@
 """docs/knobs.md: the options of its tables are the commands' options, with their defaults."""
 
+import dataclasses
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 
+import minisd
 from minisd.cli.main import build_parser
 
 PAGE = (Path(__file__).parent.parent / "docs/knobs.md").read_text(encoding="utf-8")
@@ -32,3 +35,20 @@ def test_options_and_defaults(command):
             assert number and float(number[0]) == default, (
                 f"{command} {name}: {told}, the command has {default}"
             )
+
+
+def test_one_name_for_one_knob():
+    """cross_steps, self_steps and guidance, in Python, in the command and on the page."""
+    arguments = {
+        name
+        for function in (minisd.PromptToPrompt, minisd.invert, minisd.blend, minisd.erase_concepts)
+        for name in inspect.signature(function).parameters
+    } | {field.name for field in dataclasses.fields(minisd.Drawing)}
+    for name in ("cross_steps", "self_steps"):
+        assert name in arguments and f"| `--{name.replace('_', '-')}`, `{name}` |" in PAGE
+        assert f"--{name.replace('_', '-')}" in options("edit")
+    assert "guidance" in arguments
+    assert all("--guidance" in options(command) for command in ("edit", "invert", "blend", "erase"))
+    other = {"injection_ratio", "self_ratio", "guidance_scale", "cross_replace_steps"}
+    assert not other & arguments and not any(name in PAGE for name in other)
+    assert not re.search(r"`--(cross|self)`", PAGE)

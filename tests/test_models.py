@@ -505,7 +505,7 @@ def test_unet_errors(pair):
 def test_vae_and_text_encoder_errors():
     vae = minisd.models.vae.AutoencoderKL(VAEConfig(block_out_channels=(4, 4), norm_num_groups=2))
     for wrong in (torch.zeros(1, 4, 8, 8), torch.zeros(3, 8, 8), None):
-        with pytest.raises(ValueError, match=r"picture: got .*, expected a tensor \(B, 3, H, W\)"):
+        with pytest.raises(ValueError, match=r"image: got .*, expected a tensor \(B, 3, H, W\)"):
             vae.encode(wrong)
     for wrong in (torch.zeros(1, 3, 8, 8), torch.zeros(4, 8, 8), torch.zeros(1, 4, 0, 8)):
         with pytest.raises(ValueError, match=r"latents: got .*, expected a tensor \(B, 4, h, w\)"):

@@ -11,8 +11,8 @@ import torch
 from oracle_p2p import Target
 
 import minisd
-from minisd import Inversion, edit_prompt, invert, null_text, redraw
-from minisd.editing.null_text import differentiable
+from minisd import Inversion, edit_prompt, invert, null_text
+from minisd.editing.inversion import redraw_latents
 
 SOURCE, SWAP = "a cat on my mat", "a dog on my mat"
 PROMPTS = [SOURCE, "a red bird", "on"]
@@ -66,7 +66,8 @@ def test_loss_curves_embeddings_and_pictures_equal_the_oracle(
 ):
     """Three pictures in one batch; the oracle takes them one by one."""
     _, sd = pair
-    inversion = invert(sd, pictures(3, 24, 32), PROMPTS, steps, skip=skip, trajectory=True, **QUIET)
+    options = dict(steps=steps, skip=skip, trajectory=True)
+    inversion = invert(sd, pictures(3, 24, 32), PROMPTS, **options, **QUIET)
     ours = null_text(sd, inversion, inner_steps=inner_steps, early_stop=early_stop, **QUIET)
     assert (
         ours.losses.shape == (steps, inner_steps, 3)
@@ -74,7 +75,7 @@ def test_loss_curves_embeddings_and_pictures_equal_the_oracle(
         and ours.method == "null-text"
     )
     assert ours.losses[:skip].isnan().all() and (ours.latents == inversion.latents).all()
-    z, lengths = redraw(sd, ours, **QUIET), set()
+    z, lengths = redraw_latents(sd, ours, **QUIET), set()
     for row in range(3):
         embeddings, losses, x = oracle(pair, inversion, row, inner_steps, early_stop)
         for i, (theirs, phi) in enumerate(zip(losses, embeddings), skip):
@@ -92,11 +93,12 @@ def test_loss_curves_embeddings_and_pictures_equal_the_oracle(
 def test_it_leads_back_where_guidance_leads_astray(pair):
     """More inner steps come nearer to the trajectory, and the loss of each step falls."""
     sd = pair[1]
-    inversion = invert(sd, pictures(2), PROMPTS[:2], 50, skip=44, trajectory=True, **QUIET)
-    errors = [far(redraw(sd, inversion, guidance=7.5, **QUIET), inversion.z)]
+    options = dict(steps=50, skip=44, trajectory=True)
+    inversion = invert(sd, pictures(2), PROMPTS[:2], **options, **QUIET)
+    errors = [far(redraw_latents(sd, inversion, guidance=7.5, **QUIET), inversion.z)]
     for inner_steps in (0, 3, 20):
         found = null_text(sd, inversion, inner_steps=inner_steps, early_stop=0, **QUIET)
-        errors.append(far(redraw(sd, found, **QUIET), inversion.z))
+        errors.append(far(redraw_latents(sd, found, **QUIET), inversion.z))
     assert errors[1] == pytest.approx(errors[0], rel=1e-3) and errors[1] > errors[2] > errors[3]
     assert (found.losses[44:, -1] < found.losses[44:, 0]).all()
 
@@ -104,10 +106,10 @@ def test_it_leads_back_where_guidance_leads_astray(pair):
 def test_more_than_fifty_steps_run_through_the_same_rates(sd, monkeypatch):
     """Step i of 100 has the rate and the threshold of step i / 2 of 50; Adam's first step moves by
     just the rate."""
-    module, stops = sys.modules[differentiable.__module__], []
+    module, stops = sys.modules["minisd.editing.null_text"], []
     adam = module.adam
     monkeypatch.setattr(module, "adam", lambda *given: stops.append(given[-1]) or adam(*given))
-    inversion = invert(sd, pictures(1), SOURCE, 100, skip=97, trajectory=True, **QUIET)
+    inversion = invert(sd, pictures(1), SOURCE, steps=100, skip=97, trajectory=True, **QUIET)
     found = null_text(sd, inversion, inner_steps=1, **QUIET)
     before = [sd.encode_prompt([""]), *found.uncond[97:99]]
     moved = [(after - phi).abs().max().item() for phi, after in zip(before, found.uncond[97:])]
@@ -118,14 +120,13 @@ def test_more_than_fifty_steps_run_through_the_same_rates(sd, monkeypatch):
 def test_memory_saving_and_the_network_s_state(sd, monkeypatch):
     """`recompute` changes no number; nothing but the unconditional call has gradients; the UNet is
     left as it was."""
-    inversion = invert(sd, pictures(1), SOURCE, 3, trajectory=True, **QUIET)
-    calls, forward = [], type(sd.unet).forward
+    inversion = invert(sd, pictures(1), SOURCE, steps=3, trajectory=True, **QUIET)
+    calls, forward, chosen = [], type(sd.unet).forward, "sdpa"
 
-    def spy(self, x, t, context, edits=None):
-        calls.append(
-            (self.recompute, torch.is_grad_enabled(), x.requires_grad, context.requires_grad)
-        )
-        return forward(self, x, t, context, edits)
+    def spy(self, x, t, context, *, attention, recompute):
+        assert attention == "sdpa" and self.attention == chosen
+        calls.append((recompute, torch.is_grad_enabled(), x.requires_grad, context.requires_grad))
+        return forward(self, x, t, context, attention=attention, recompute=recompute)
 
     monkeypatch.setattr(type(sd.unet), "forward", spy)
     plain = null_text(sd, inversion, inner_steps=2, early_stop=0, **QUIET)
@@ -138,16 +139,14 @@ def test_memory_saving_and_the_network_s_state(sd, monkeypatch):
     saved = null_text(sd, inversion, inner_steps=2, early_stop=0, recompute=True, **QUIET)
     assert calls[12:] == [(True, *call[1:]) for call in calls[:12]]
     assert far(saved.uncond, plain.uncond) < 1e-5
-    assert sd.unet.recompute is False and all(p.grad is None for p in sd.unet.parameters())
-    sd.unet.attention = "triton"
+    assert all(p.grad is None and p.requires_grad for p in sd.unet.parameters())
+    # Attention and recompute are arguments of the call: the UNet is never anything else meanwhile.
+    sd.unet.attention = chosen = "triton"
     try:
-        null_text(sd, inversion, inner_steps=1, **QUIET)
-        with pytest.raises(ZeroDivisionError), differentiable(sd.unet, True):
-            assert sd.unet.attention == "sdpa" and sd.unet.recompute
-            1 / 0
-        assert sd.unet.attention == "triton" and not sd.unet.recompute
+        ours = null_text(sd, inversion, inner_steps=2, early_stop=0, **QUIET)
     finally:
         sd.unet.attention = "sdpa"
+    assert torch.equal(ours.uncond, plain.uncond)
 
 
 def test_recomputing_keeps_fewer_activations(sd):
@@ -162,11 +161,8 @@ def test_recomputing_keeps_fewer_activations(sd):
             return x
 
         context = sd.encode_prompt([SOURCE]).requires_grad_()
-        with (
-            differentiable(sd.unet, recompute),
-            torch.autograd.graph.saved_tensors_hooks(count, lambda x: x),
-        ):
-            sd.unet(torch.randn(1, 4, 16, 16), torch.tensor(5), context)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            sd.unet(torch.randn(1, 4, 16, 16), torch.tensor(5), context, recompute=recompute)
         return total
 
     assert kept(True) < 0.5 * kept(False)
@@ -176,7 +172,7 @@ def test_editing_a_picture_and_its_file(pair, tmp_path):
     """Prompt-to-prompt with an embedding per step, from the file, equals the oracle."""
     reference, sd = pair
     steps = 5
-    inversion = invert(sd, pictures(2), PROMPTS[:2], steps, trajectory=True, **QUIET)
+    inversion = invert(sd, pictures(2), PROMPTS[:2], steps=steps, trajectory=True, **QUIET)
     null_text(sd, inversion, inner_steps=2, **QUIET)[0].save(tmp_path / "n.safetensors")
     loaded, latents = Inversion.load(tmp_path / "n.safetensors"), []
     assert loaded.guidance == 7.5 and loaded.uncond.shape == (steps, 1, 77, 24)
@@ -196,11 +192,10 @@ def test_editing_a_picture_and_its_file(pair, tmp_path):
 def test_half_precision(tmp_path):
     p2p_model.load(tmp_path)
     sd = minisd.load(tmp_path, device="cpu", dtype="bfloat16")
-    found = null_text(
-        sd, invert(sd, pictures(1), SOURCE, 2, trajectory=True, **QUIET), inner_steps=2, **QUIET
-    )
+    inversion = invert(sd, pictures(1), SOURCE, steps=2, trajectory=True, **QUIET)
+    found = null_text(sd, inversion, inner_steps=2, **QUIET)
     assert found.uncond.dtype == torch.float32 and found.losses.isfinite().all()
-    assert redraw(sd, found, **QUIET).isfinite().all()
+    assert redraw_latents(sd, found, **QUIET).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -216,6 +211,6 @@ def test_half_precision(tmp_path):
     ],
 )
 def test_bad_arguments(sd, kept, arguments, message):
-    inversion = invert(sd, pictures(1), SOURCE, 2, trajectory=kept, **QUIET)
+    inversion = invert(sd, pictures(1), SOURCE, steps=2, trajectory=kept, **QUIET)
     with pytest.raises(ValueError, match=message):
         null_text(sd, inversion, **arguments, **QUIET)

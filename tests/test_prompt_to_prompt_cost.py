@@ -81,7 +81,8 @@ def peak(sd, edits, blend):
     cond, uncond = sd.encode_prompt(PROMPTS), sd.encode_prompt([""])
     x = sd.noise(3).expand(len(PROMPTS), -1, -1, -1)
     options = dict(cross_steps=0.5, self_steps=0.5, reweight={"my": 2})
-    p2p = PromptToPrompt(sd, *PROMPTS, steps=STEPS, **options) if edits else None
+    options |= {"steps": STEPS, "collect_maps": blend}
+    p2p = PromptToPrompt(sd, *PROMPTS, **options) if edits else None
     after = LocalBlend(p2p.maps, ("cat", "dog")) if blend else None
     with Live() as live:
         denoise(x, DDIM(sd.schedule, STEPS), cfg(sd.unet, uncond, cond, 7.5, p2p), after)
@@ -121,7 +122,13 @@ def test_one_graph_for_all_steps(sd):
 
     def run(unet, cross, own):
         p2p = PromptToPrompt(
-            sd, *PROMPTS, steps=STEPS, cross_steps=cross, self_steps=own, reweight={"my": 2}
+            sd,
+            *PROMPTS,
+            steps=STEPS,
+            cross_steps=cross,
+            self_steps=own,
+            reweight={"my": 2},
+            collect_maps=True,
         )
         blend = LocalBlend(p2p.maps, ("cat", "dog"), start=0.5)
         return denoise(x, DDIM(sd.schedule, STEPS), cfg(unet, uncond, cond, 7.5, p2p), blend)

@@ -101,7 +101,8 @@ def both(pair, case, impl, height=32, width=32, uncond=None, steps=STEPS):
     cond, x = sd.encode_prompt(prompts), sd.noise(3, 1, height, width)
     uncond = sd.encode_prompt([""]) if uncond is None else uncond
     sd.unet.attention = impl
-    p2p = PromptToPrompt(sd, *prompts, steps=steps, height=height, width=width, **arguments)
+    arguments = {"steps": steps, "height": height, "width": width, **arguments}
+    p2p = PromptToPrompt(sd, *prompts, collect_maps=blend is not None, **arguments)
     after = LocalBlend(p2p.maps, **blend_arguments) if blend else None
     predict = cfg(sd.unet, uncond, cond, 7.5, p2p)
     ours = denoise(x.expand(len(prompts), -1, -1, -1), DDIM(sd.schedule, steps), predict, after)

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from minisd import DDIM, cfg, denoise
 from minisd.editing.prompt_to_prompt import PromptToPrompt, edit_prompt
-from minisd.editing.recording import Recorder, Recording, Replay, record, replay
+from minisd.editing.recording import Injection, Recorder, Recording, record, replay
 
 STEPS = 5
 SOURCE, SWAP, REFINED = "a cat on my mat", "a lion on my mat", "a sad cat on my red mat"
@@ -59,7 +59,7 @@ def test_record_and_replay_equal_lockstep(sd, impl, dtype, bound, options):
     together = run(sd, prompts, PromptToPrompt(sd, *prompts, steps=STEPS, **SIZE, **options))
     source, recorder = recorded(sd, dtype=dtype)
     assert relative(source, together[:1]) < 1e-5
-    targets = run(sd, prompts[1:], Replay(sd, recorder.recording, *prompts[1:], **options))
+    targets = run(sd, prompts[1:], Injection(sd, recorder.recording, *prompts[1:], **options))
     sd.unet.attention = "sdpa"
     assert relative(targets, together[1:]) <= bound
     assert relative(targets, run(sd, prompts[1:])) > 0.01
@@ -69,14 +69,14 @@ def test_only_the_recorded_sites_are_injected(sd):
     _, recorder = recorded(sd, cross_sites="mid", self_sites=[])
     (site,) = recorder.cross_sites
     step = next(iter(DDIM(sd.schedule, STEPS)))
-    assert set(Replay(sd, recorder.recording, SWAP)(step)) == {site}
+    assert set(Injection(sd, recorder.recording, SWAP)(step)) == {site}
     assert list(recorder.recording.maps) == [f"{site}.p"]
 
 
 def test_tensors_have_the_same_shapes_at_every_step(sd):
     """Gate by value: nothing of the edits but their content depends on the step."""
     _, recorder = recorded(sd)
-    edits = Replay(sd, recorder.recording, SWAP, REFINED, cross_steps=0.4, self_steps=(0.2, 0.6))
+    edits = Injection(sd, recorder.recording, SWAP, REFINED, cross_steps=0.4, self_steps=(0.2, 0.6))
 
     def shapes(x):
         return (
@@ -137,11 +137,11 @@ def test_save_and_load(sd, tmp_path):
     assert all(torch.equal(x, again.maps[name]) for name, x in recorder.recording.maps.items())
     assert all(x.dtype == torch.float16 for x in again.maps.values())
     assert torch.equal(
-        run(sd, [SWAP], Replay(sd, again, SWAP)),
-        run(sd, [SWAP], Replay(sd, recorder.recording, SWAP)),
+        run(sd, [SWAP], Injection(sd, again, SWAP)),
+        run(sd, [SWAP], Injection(sd, recorder.recording, SWAP)),
     )
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="other.safetensors is not a recording"):
+    with pytest.raises(ValueError, match="other.safetensors holds no minisd_recording"):
         Recording.load(tmp_path / "other.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "maps.safetensors").read_bytes()[:-1])
     with pytest.raises(ValueError, match="cut.safetensors cannot be read as safetensors"):
@@ -153,9 +153,9 @@ def test_a_save_that_fails_leaves_the_older_file(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("no space left")
 
-    kept = Recording(SOURCE, 1, (1, 1), torch.zeros(1), {})
+    kept = Recording(SOURCE, 1, (1, 1), torch.zeros(1, dtype=torch.int64), {})
     kept.save(tmp_path / "maps.safetensors")
-    monkeypatch.setattr("minisd.editing.recording.save_file", disk_is_full)
+    monkeypatch.setattr("minisd.checkpoints.bundle.save_file", disk_is_full)
     with pytest.raises(OSError, match="no space left"):
         kept.save(tmp_path / "maps.safetensors")
     assert Recording.load(tmp_path / "maps.safetensors").prompt == SOURCE
@@ -170,7 +170,7 @@ def test_the_size_is_worked_out_first(sd):
         match="7 cross- and 4 self-attention sites over 50 steps .* GB, the limit is 1e-06",
     ):
         Recorder(sd, SOURCE, 50, limit=1000)
-    with pytest.raises(ValueError, match="dtype is 'half', expected one of float16"):
+    with pytest.raises(ValueError, match="dtype is 'half', expected a floating-point torch dtype"):
         Recorder(sd, SOURCE, 50, dtype="half")
     with pytest.raises(ValueError, match="steps is '50', expected a whole number, at least 1"):
         Recorder(sd, SOURCE, "50")
@@ -202,7 +202,7 @@ def test_size_of_stable_diffusion(sd):
 
 def test_another_schedule_is_refused(sd):
     _, recorder = recorded(sd)
-    replaying = Replay(sd, recorder.recording, SWAP)
+    replaying = Injection(sd, recorder.recording, SWAP)
     for sampler in (DDIM(sd.schedule, 4), DDIM(sd.schedule, 6)):
         with pytest.raises(
             ValueError, match="expected a run like the recorded one of 5 steps at timesteps"
@@ -214,8 +214,10 @@ def test_another_schedule_is_refused(sd):
 def test_record_and_replay_of_pictures(sd):
     """The two calls draw what edit_prompt draws, up to the float16 of the maps."""
     options = dict(seed=3, progress=False)
-    image, recording = record(sd, SOURCE, steps=STEPS, **SIZE, **options)
-    images = replay(sd, recording, SWAP, REFINED, injection_ratio=0.6, self_ratio=0.2, **options)
+    recording = record(sd, SOURCE, steps=STEPS, **SIZE, **options)
+    [image] = sd.decode(recording.z)
+    assert recording.z.shape == (1, 4, 6, 11)
+    images = replay(sd, recording, SWAP, REFINED, cross_steps=0.6, self_steps=0.2, **options)
     together = edit_prompt(
         sd, SOURCE, SWAP, REFINED, steps=STEPS, cross_steps=0.6, self_steps=0.2, **SIZE, **options
     )
@@ -225,15 +227,15 @@ def test_record_and_replay_of_pictures(sd):
             torch.frombuffer(bytearray(i.tobytes()), dtype=torch.uint8).int() for i in (mine, other)
         )
         assert (a - b).abs().max() <= 2
-    none = replay(sd, recording, SWAP, injection_ratio=0, self_ratio=0, **options)
+    none = replay(sd, recording, SWAP, cross_steps=0, self_steps=0, **options)
     plain = run(sd, [SWAP])
     assert none[0].tobytes() == sd.decode(plain)[0].tobytes()
     given = replay(
         sd,
         recording,
         SWAP,
-        injection_ratio=0,
-        self_ratio=0,
+        cross_steps=0,
+        self_steps=0,
         latents=sd.noise(3, **SIZE),
         progress=False,
     )

@@ -69,12 +69,13 @@ else:
         """The maps that a local blend reads, of one step, against PyTorch's attention."""
         sd, prompts, maps = pair[1], [against.SOURCE, against.SWAP], []
         for sd.unet.attention in ("triton", "sdpa"):
-            p2p = PromptToPrompt(
-                sd, *prompts, steps=5, reweight={"my": 3}, map_sites="up", height=8, width=12
-            )
+            options = dict(steps=5, reweight={"my": 3}, height=8, width=12)
+            p2p = PromptToPrompt(sd, *prompts, map_sites="up", collect_maps=True, **options)
             maps.append(p2p.maps)
             x, step = sd.noise(3, 1, 8, 12).expand(2, -1, -1, -1), next(iter(DDIM(sd.schedule, 5)))
             with torch.no_grad():
-                cfg(sd.unet, sd.encode_prompt([""]), sd.encode_prompt(prompts), 7.5, p2p)(x, step)
+                cfg(sd.unet, sd.encode_prompt([""]), sd.encode_prompt(prompts), 7.5, p2p)(
+                    x, step, None
+                )
         torch.testing.assert_close(maps[0].mean(), maps[1].mean(), rtol=1e-4, atol=1e-6)
         assert maps[0].mean()[1, :, :, 1].std() > 0

@@ -66,7 +66,7 @@ def test_it_keeps_every_third_step_and_the_last_and_changes_nothing(sd, tmp_path
 
 def test_it_keeps_the_steps_that_are_named_as_copies_in_both_directions(sd):
     trace, x = Trace(sd, every=[0, 2], view=latent_rgb), sd.noise(0)
-    predict = lambda x, step: 0.1 * x  # noqa: E731
+    predict = lambda x, step, state: (0.1 * x, state)  # noqa: E731
     x = denoise(x, DDIM(sd.schedule, 4), predict, after=trace)
     x = denoise(x, DDIM(sd.schedule, 4, inverse=True), predict, after=trace)
     assert [step.index for step in trace.steps] == [0, 2, 2, 0]
@@ -97,15 +97,28 @@ def test_it_composes_with_everything_that_draws(sd):
             denoise(sd.noise(0), DDIM(sd.schedule, 2), cfg(sd.unet, uncond, cond), after=trace())
         )
     )
-    edited, baseline = minisd.edit_prompt(
-        sd, PROMPT, PROMPT.replace("circle", "square"), local_blend=["circle", "square"], on_step=trace(),
-        after=lambda x, step: x + 0.01, baseline=True, **options,
-    )  # fmt: skip
-    drawn.append(edited)
-    drawn.append([minisd.heatmap(sd, PROMPT, on_step=trace(), **options)[0]])
+    target = PROMPT.replace("circle", "square")
+    edit = dict(local_blend=["circle", "square"], after=lambda x, step: x + 0.01)
+    drawn.append(minisd.edit_prompt(sd, PROMPT, target, on_step=trace(), **edit, **options))
+    drawn.append(minisd.seed_baseline(sd, PROMPT, target, on_step=trace(), **options))
+    drawn.append(minisd.heatmap(sd, PROMPT, on_step=trace(), **options)[0])
+    recording = minisd.record(sd, PROMPT, on_step=trace(), **options)
+    drawn.append(sd.decode(recording.z))
+    drawn.append(minisd.replay(sd, recording, target, on_step=trace(), progress=False))
+    mask = np.zeros((64, 64), bool)
+    mask[:, :32] = True
+    blend = dict(strength=1.0, paste_back=False, sampler="ddim")
+    minisd.blend(sd, drawn[0][0], mask, PROMPT, on_step=trace(), **blend, **options)
+    erased = minisd.erase_concepts(sd, None, PROMPT, ["red"], on_step=trace(), **options)
+    inversion = minisd.invert(sd, drawn[0][0], PROMPT, on_step=trace(), **options)
+    redrawn = minisd.redraw(sd, inversion, on_step=trace(), progress=False)
+    counts = [2, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2]
+    assert [len(traced.images) for traced in traces] == counts
+    # The blend puts back its background at last, and an inversion ends as noise.
+    del traces[8], traces[9]
+    drawn += [erased, redrawn]
     for images, traced in zip(drawn, traces, strict=True):
         assert (values(traced.images[-1]) == np.hstack([values(image) for image in images])).all()
-    assert [len(traced.images) for traced in traces] == [2, 1, 2, 2, 2]
     replaced = minisd.edit_prompt(
         sd, PROMPT, OTHERS[0], on_step=lambda x, step: torch.zeros_like(x), **options
     )
@@ -302,7 +315,9 @@ def test_trace_writes_steps_and_animations(command, tmp_path):
 def test_trace_of_the_editing_commands(command):
     options = [*SHAPES, "--trace-format", "png"]
     assert (
-        command("edit", PROMPT, OTHERS[0], OTHERS[1], "--cross", "0", *options, "--trace", "e")[0]
+        command(
+            "edit", PROMPT, OTHERS[0], OTHERS[1], "--cross-steps", "0", *options, "--trace", "e"
+        )[0]
         == 0
     )
     edited = [values(Image.open(f"minisd-0000{i}.png")) for i in range(3)]

@@ -29,12 +29,12 @@ def values(image):
 
 
 def test_heatmap(sd):
-    image, maps = heatmap(sd, PROMPT, steps=4, seed=2, height=24, width=44, progress=False)
+    [image], maps = heatmap(sd, PROMPT, steps=4, seed=2, height=24, width=44, progress=False)
     (plain,) = sd.txt2img(PROMPT, steps=4, seed=2, height=24, width=44, progress=False)
     assert np.abs(values(image) - values(plain)).max() <= 1  # looking changes nothing
     assert set(maps.sums) == set(sd.unet.sites("cross")) and maps.count == 4
     assert maps.word("cat").shape == (6, 11) and maps.word("cat", grid=(3, 6)).shape == (3, 6)
-    given, early = heatmap(
+    [given], early = heatmap(
         sd, PROMPT, steps=4, latents=sd.noise(2, 1, 24, 44), until=0.5, where="3x6", progress=False
     )
     assert np.abs(values(given) - values(plain)).max() <= 1
@@ -47,7 +47,7 @@ def test_heatmap(sd):
         (dict(until=1.5), "until is 1.5, expected a number from 0 to 1"),
         (dict(until=0.03), "until is 0.03 of 25 steps, expected at least the first of them"),
         (dict(steps="25"), "steps is '25', expected a whole number, at least 1"),
-        (dict(guidance="7"), "guidance scale is '7'"),
+        (dict(guidance="7"), "guidance is '7', expected a finite number"),
         (dict(height="32"), "32 x '32' pixels"),
         (
             dict(latents=torch.zeros(4, 8, 8)),
@@ -69,7 +69,7 @@ def test_heatmap_refuses(sd, wrong, message):
 
 
 def test_sheets(sd):
-    image, maps = heatmap(sd, PROMPT, steps=2, progress=False)
+    [image], maps = heatmap(sd, PROMPT, steps=2, progress=False)
     assert image.size == (32, 32)
     sheet = word_sheet(image, maps)  # the picture, a, cat, on, my, mat
     assert sheet.width == 6 * (128 + 6) + 6 and 128 < sheet.height < 170
@@ -126,7 +126,7 @@ def test_contact_sheet():
 def test_components(sd):
     """Against the maps of every head, site and step, formed from hooks on the queries and keys."""
     what = dict(cross_sites=[], self_sites=64, dtype=torch.float32)
-    _, recording = record(sd, PROMPT, steps=3, seed=1, progress=False, **what)
+    recording = record(sd, PROMPT, steps=3, seed=1, progress=False, **what)
     kept = []
     hooks = []
     sites = [s for s in sd.unet.sites("self") if sd.unet.grid(s) == (8, 8)]

@@ -1,4 +1,4 @@
-"""Bundles: what minisd saves of a run, one safetensors file of checked tensors with metadata in JSON.
+"""Bundles: what minisd saves of a run, one safetensors file of checked tensors with JSON fields.
 
 A bundle has a format's name, fields (the JSON) and tensors. `write_bundle` writes all or nothing;
 `read_bundle` refuses what is another format, misses something, holds something unknown or a number
@@ -18,13 +18,13 @@ from torch import Tensor
 
 from ..files import atomic_write
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def write_bundle(
     path: str | Path, format: str, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Write one file, under its name only when it is whole."""
+    """Write one file, under its name only when it is complete."""
     owned = {name: x.clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
     with atomic_write(path) as temporary:
         save_file(owned, temporary, {format: json.dumps(dict(fields))})
@@ -37,12 +37,14 @@ def read_bundle(
     needed: Collection[str],
     known: str,
     may_be_nan: Collection[str] = (),
+    integers: Collection[str] = (),
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(fields, tensors) of a file that `write_bundle` wrote, on the CPU; JSON lists become tuples.
 
     fields: names that have to be there, and no others. needed: tensors that have to be there.
     known: a pattern that all other tensors' names match. may_be_nan: tensors that need not be
-    finite. ValueError that names the file and everything at fault.
+    finite. integers: tensors of int64; all others are floats. ValueError that names the file and
+    everything at fault.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -59,7 +61,8 @@ def read_bundle(
     wrong = [
         name
         for name, x in tensors.items()
-        if x.dtype not in DTYPES or (name not in may_be_nan and not x.isfinite().all())
+        if x.dtype not in ((torch.int64,) if name in integers else FLOATS)
+        or (name not in may_be_nan and not x.isfinite().all())
     ]
     if missing or unknown or wrong:
         faults = f"missing {missing!r:.200}, unknown {unknown!r:.200}, not finite {wrong!r:.200}"

@@ -1,139 +1,113 @@
 """The commands `minisd blend` (blended latent diffusion) and `minisd erase` (concept erasure)."""
 
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .main import add_drawing_options, draw, number, read_picture, refuse, whole_line
+from .options import AddCommand, Call, DrawRequest, add_drawing_options, number, weights
+from .output import draw, file_chunks, line_again
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ..drawing import Options
+    from ..pipeline import StableDiffusion
+
+SIZE = "resize the image to that; without it, its own size"
 
 
-def add_commands(command) -> None:
-    """command(name, run, help) -> the parser of a new command."""
-    size = "resize the picture to that; without it, its own size"
-    parser = command(
-        "blend", blend, "redraw the white part of a mask after a text; no other pixel changes"
-    )
+def add_commands(command: AddCommand) -> None:
+    what = "redraw the white part of a mask according to a prompt; no other pixel changes"
+    add_blend_options(command("blend", blend, what))
+    what = "draw a prompt, or redraw an image according to it, without the concepts named"
+    add_erase_options(command("erase", erase, what))
+
+
+def add_blend_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("image", help="the picture")
-    add("mask", help="a picture of its proportions: white is redrawn, black is kept")
-    add("prompt", help="what is to be seen, of the whole picture")
-    how_far = "how far from the picture, from 0 (itself) to 1 (not bound to it)"
+    add("image", help="the image")
+    add("mask", help="an image of its proportions: white is redrawn, black is kept")
+    add("prompt", help="what is to be seen, of the whole image")
+    how_far = "how far from the image, from 0 (itself) to 1 (not bound to it)"
     add("--strength", type=number, default=0.95, help=how_far)
     either = parser.add_mutually_exclusive_group().add_argument
-    either(
-        "--feather",
-        type=int,
-        default=0,
-        metavar="PIXELS",
-        help="fade inside the mask's edge over that many pixels",
-    )
-    either(
-        "--no-paste-back",
-        action="store_true",
-        help="the decoded picture as it is, in which every pixel changes",
-    )
-    add_drawing_options(parser, size_help=size)
+    fade = "fade inside the mask's edge over that many pixels"
+    either("--feather", type=int, default=0, metavar="PIXELS", help=fade)
+    bare = "the decoded image as it is, in which every pixel changes"
+    either("--no-paste-back", action="store_true", help=bare)
+    add_drawing_options(parser, size_help=SIZE)
 
-    parser = command(
-        "erase", erase, "draw a text, or redraw a picture after it, without the concepts named"
-    )
+
+def add_erase_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("prompt", help="what to draw")
     add("concepts", nargs="+", metavar="concept", help="what to leave out, e.g. 'a red hat'")
-    add("--image", help="a picture to redraw; without it, the drawing starts from noise")
-    add("--strength", type=number, help="how far from the picture, from 0 to 1; without it 0.3")
-    add(
-        "--erase-scale",
-        type=weights,
-        default=10.0,
-        metavar="W",
-        help="one weight, or one for each concept: 10,5",
-    )
-    add(
-        "--sega",
-        action="store_true",
-        help="semantic guidance: only where a concept shows most, late, with momentum",
-    )
-    add(
-        "--threshold",
-        type=number,
-        default=0.9,
-        help="with --sega: the quantile from which on it shows most",
-    )
-    add(
-        "--warmup",
-        type=int,
-        default=10,
-        metavar="STEPS",
-        help="with --sega: nothing is done in so many first steps",
-    )
-    add(
-        "--momentum",
-        type=number,
-        default=0.1,
-        help="with --sega: how much of earlier steps' direction is added",
-    )
-    add_drawing_options(parser, size_help=size)
+    add("--image", help="an image to redraw; without it, the drawing starts from noise")
+    add("--strength", type=number, help="how far from the image, from 0 to 1; without it 0.3")
+    scale = "one weight, or one for each concept: 10,5"
+    add("--erase-scale", type=weights, default=10.0, metavar="W", help=scale)
+    sega = "semantic guidance: only where a concept shows most, late, with momentum"
+    add("--sega", action="store_true", help=sega)
+    most = "with --sega: the quantile from which on it shows most"
+    add("--threshold", type=number, default=0.9, help=most)
+    first = "with --sega: nothing is done in so many first steps"
+    add("--warmup", type=int, default=10, metavar="STEPS", help=first)
+    earlier = "with --sega: how much of earlier steps' direction is added"
+    add("--momentum", type=number, default=0.1, help=earlier)
+    add_drawing_options(parser, size_help=SIZE)
     parser.set_defaults(steps=50)
 
 
-def weights(text: str) -> float | list[float]:
-    """ "10" -> 10.0, "10,5" -> [10.0, 5.0]."""
-    values = [number(value) for value in text.split(",")]
-    return values[0] if len(values) == 1 else values
-
-
-def settings(args, **files: str) -> dict:
-    """What the PNG tells: the whole command, and the files that it read."""
-    from hashlib import sha256
-
-    hashes = {
-        f"{name}_sha256": sha256(Path(path).read_bytes()).hexdigest()
-        for name, path in files.items()
-    }
-    return {**files, **hashes, "arguments": whole_line(args)}
-
-
-def blend(args) -> None:
+def blend(args: Namespace, call: Call) -> None:
     from ..editing.blended import blend, read_mask
+    from ..viewing.images import read_image
 
-    image, mask = (
-        read_picture(args.image),
-        read_mask(args.mask),
-    )  # before the model, which may take minutes
+    request = DrawRequest.of(args, call)
+    image, mask = read_image(args.image), read_mask(args.mask)  # before the model, which is slow
+    prompt, strength, feather = args.prompt, args.strength, args.feather
+    paste_back = not args.no_paste_back
+    files = file_chunks(image=args.image, mask=args.mask)
 
-    def run(sd, **options):
-        return blend(
-            sd, image, mask, args.prompt, args.strength,
-            feather=args.feather, paste_back=not args.no_paste_back, **options,
-        )  # fmt: skip
+    def run(sd: StableDiffusion, options: Options) -> list[Image.Image]:
+        how = {"feather": feather, "paste_back": paste_back}
+        return blend(sd, image, mask, prompt, strength, **how, **options)
 
-    draw(args, settings(args, image=args.image, mask=args.mask), run)
+    def told(seed: int) -> dict[str, str]:
+        return {"prompt": prompt, **files, "arguments": line_again(call.argv, seed)}
+
+    draw(request, run, told)
 
 
-def erase(args) -> None:
+def erase(args: Namespace, call: Call) -> None:
     from ..editing.erasure import erase_concepts
+    from ..viewing.images import read_image
+
+    request = DrawRequest.of(args, call, negative_at_1=True)
+    image = None if args.image is None else read_image(args.image)
+    files = {} if args.image is None else file_chunks(image=args.image)
+    prompt, concepts = args.prompt, args.concepts
+    strength, scale, guide = args.strength, args.erase_scale, guide_of(args, call)
+
+    def run(sd: StableDiffusion, options: Options) -> list[Image.Image]:
+        return erase_concepts(sd, image, prompt, concepts, strength, scale, guide=guide, **options)
+
+    def told(seed: int) -> dict[str, str]:
+        return {"prompt": prompt, **files, "arguments": line_again(call.argv, seed)}
+
+    draw(request, run, told)
+
+
+def guide_of(args: Namespace, call: Call) -> Callable[..., Any]:
+    """How the concepts are led away from: erasure's own rule, or sega with its options."""
     from ..sampling.guidance import erase, sega
 
-    image, guide = None if args.image is None else read_picture(args.image), erase
-    if args.sega:
-        if args.warmup >= args.steps:
-            raise ValueError(
-                f"--warmup {args.warmup}: expected less than --steps {args.steps}, or nothing is erased"
-            )
-        guide = partial(sega, threshold=args.threshold, warmup=args.warmup, momentum=args.momentum)
-    else:
-        refuse(args, "expected --sega with it", "threshold", "warmup", "momentum")
-
-    def run(sd, **options):
-        return erase_concepts(
-            sd,
-            image,
-            args.prompt,
-            args.concepts,
-            args.strength,
-            args.erase_scale,
-            guide=guide,
-            **options,
-        )
-
-    draw(args, settings(args, **({} if image is None else {"image": args.image})), run)
+    if not args.sega:
+        call.refuse("expected --sega with it", "threshold", "warmup", "momentum")
+        return erase
+    if args.warmup >= args.steps:
+        expected = f"less than --steps {args.steps}, or nothing is erased"
+        raise ValueError(f"--warmup {args.warmup}: expected {expected}")
+    return partial(sega, threshold=args.threshold, warmup=args.warmup, momentum=args.momentum)

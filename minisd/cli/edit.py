@@ -1,286 +1,308 @@
 """The commands `minisd edit` (prompt-to-prompt) and `minisd heatmap`."""
 
-import argparse
+from __future__ import annotations
 
-from .invert import add_inversion_options, edit_options, picture_size, read_image
-from .main import (
+from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .invert import InvertRequest, add_inversion_options
+from .options import (
+    AddCommand,
+    Call,
+    DrawRequest,
     add_drawing_options,
-    draw,
-    drawing_options,
-    load_model,
+    factor,
+    fractions,
+    interval,
     number,
-    output_paths,
-    refuse,
-    text_chunks,
-    tracing,
-    whole_line,
-    write_png,
+    schedule,
+    sites,
+    words,
 )
+from .output import draw, line_again, load_model, output_paths, text_chunks, tracing, write_png
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ..drawing import Options
+    from ..editing.prompt_to_prompt import EditOptions
+    from ..pipeline import StableDiffusion
 
 SITES = "in down, mid or up, on a grid (16x16), or with at most so many positions (256)"
 
 
-def add_commands(command) -> None:
-    """command(name, run, help) -> the parser of a new command."""
-    parser = command(
-        "edit", edit, "draw a prompt, and the same picture after other prompts (prompt-to-prompt)"
-    )
-    add = parser.add_argument
-    add("source", help="the prompt of the picture that is edited")
-    add(
-        "target",
-        nargs="*",
-        help="prompts to edit it to; none with --reweight: the source prompt itself",
-    )
-    when = "FRACTION of the steps, START:END, or WORD=... for a word of the target (repeat)"
-    add(
-        "--cross",
-        metavar="WHEN",
-        type=schedule,
-        action="append",
-        help=f"take the source's cross-attention: {when}",
-    )
-    add(
-        "--sweep",
-        metavar="FRACTIONS",
-        type=fractions,
-        help="draw the one target with each as --cross: 0,0.25,0.5,1",
-    )
-    add(
-        "--self",
-        metavar="WHEN",
-        type=interval,
-        default=0.4,
-        dest="own",
-        help="take its self-attention: as --cross",
-    )
-    add(
-        "--kind",
-        choices=("replace", "refine"),
-        help="words swapped, or added and removed; without it, by the prompts",
-    )
-    add(
-        "--reweight",
-        metavar="WORD=FACTOR",
-        type=factor,
-        action="append",
-        help="scale a word's attention (repeat)",
-    )
-    add(
-        "--local-blend",
-        metavar="WORDS",
-        type=words,
-        help="change it only near these words, e.g. circle,square",
-    )
-    add(
-        "--subtract",
-        metavar="WORDS",
-        type=words,
-        help="with --local-blend: but not near these words",
-    )
-    add(
-        "--threshold",
-        type=number,
-        default=0.3,
-        help="with --local-blend: share of the greatest attention",
-    )
-    add("--sites", metavar="WHERE", type=sites, help=f"only cross-attention sites {SITES}")
-    add(
-        "--compat", choices=("google",), help="the token maps and step counts of the published code"
-    )
-    add(
-        "--sheet",
-        metavar="PATH",
-        help="write source, seed-only baseline and edit side by side, a row for each target",
-    )
-    add(
-        "--image",
-        metavar="PATH",
-        help="edit this picture, which SOURCE describes, or an inversion that was saved",
-    )
+def add_commands(command: AddCommand) -> None:
+    what = "draw a prompt, and the same image according to other prompts (prompt-to-prompt)"
+    parser = command("edit", edit, what)
+    add_edit_options(parser)
     add_inversion_options(parser, otherwise="direct")
-    add_drawing_options(
-        parser, size_help="size in pixels; without it the model's own, or that of --image"
-    )
+    own = "size in pixels; without it the model's own, or that of --image"
+    add_drawing_options(parser, size_help=own)
     parser.set_defaults(steps=50, sampler="ddim", output=None)
 
-    parser = command(
-        "heatmap", heatmap, "draw a picture, and where in it each word of the prompt is"
-    )
+    what = "draw an image, and where in it each word of the prompt is"
+    parser = command("heatmap", heatmap, what)
     add = parser.add_argument
     add("prompt", help="what to draw")
     either = parser.add_mutually_exclusive_group().add_argument
-    either("--words", type=words, metavar="WORDS", help="only these words, e.g. circle,square")
-    either(
-        "--tokens",
-        action="store_true",
-        help="one map for each token on one scale, <bos> and <eos> among them",
-    )
+    only = "only these words, e.g. circle,square"
+    either("--words", type=words, metavar="WORDS", help=only)
+    tokens = "one map for each token on one scale, <bos> and <eos> among them"
+    either("--tokens", action="store_true", help=tokens)
     add("--sites", metavar="WHERE", type=sites, help=f"only cross-attention sites {SITES}")
     add("--until", type=number, default=1.0, help="the mean over this first part of the steps")
     add_drawing_options(parser, size_help="size in pixels; without it the model's own")
 
 
-def interval(text: str):
-    """ "0.8" -> 0.8, "0.2:0.6" -> (0.2, 0.6)."""
-    try:
-        values = tuple(map(float, text.split(":")))
-    except ValueError:
-        values = ()
-    if len(values) not in (1, 2):
-        raise argparse.ArgumentTypeError(
-            f"got {text!r}, expected a fraction of the steps or START:END, e.g. 0.2:0.6"
+def add_edit_options(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("source", help="the prompt of the image that is edited")
+    targets = "prompts to edit it to; none with --reweight: the source prompt itself"
+    add("target", nargs="*", help=targets)
+    when = "FRACTION of the steps, START:END, or WORD=... for a word of the target (repeat)"
+    cross = f"take the source's cross-attention: {when}; without it, 0.8"
+    add("--cross-steps", metavar="WHEN", type=schedule, action="append", help=cross)
+    sweep = "draw the one target with each as --cross-steps: 0,0.25,0.5,1"
+    add("--sweep", metavar="FRACTIONS", type=fractions, help=sweep)
+    own = "take its self-attention: FRACTION of the steps, or START:END"
+    add("--self-steps", metavar="WHEN", type=interval, default=0.4, help=own)
+    kind = "words swapped, or added and removed; without it, by the prompts"
+    add("--kind", choices=("replace", "refine"), help=kind)
+    scale = "scale a word's attention (repeat)"
+    add("--reweight", metavar="WORD=FACTOR", type=factor, action="append", help=scale)
+    near = "change it only near these words, e.g. circle,square"
+    add("--local-blend", metavar="WORDS", type=words, help=near)
+    far = "with --local-blend: but not near these words"
+    add("--subtract", metavar="WORDS", type=words, help=far)
+    share = "with --local-blend: share of the greatest attention"
+    add("--threshold", type=number, default=0.3, help=share)
+    add("--sites", metavar="WHERE", type=sites, help=f"only cross-attention sites {SITES}")
+    published = "the token maps and step counts of the published code"
+    add("--compat", choices=("google",), help=published)
+    sheet = "write source, seed-only baseline and edit side by side, a row for each target"
+    add("--sheet", metavar="PATH", help=sheet)
+    given = "edit this image, which SOURCE describes, or an inversion that was saved"
+    add("--image", metavar="PATH", help=given)
+
+
+# edit
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """`minisd edit`: what is drawn, and where it goes.
+
+    targets       as they are given, or once for each fraction of a sweep
+    edit          the arguments of `PromptToPrompt`
+    local_blend   those of `LocalBlend`
+    inverting     the image that is edited, if one is given
+    images        files of one seed after the other, of each the source and the targets; none if
+                  only sheets are asked for
+    sheets        a file for each seed, if they are asked for
+    again, sheet_again
+                  for each seed, the command that draws its images, or its sheet, again
+    """
+
+    drawing: DrawRequest
+    source: str
+    targets: list[str]
+    edit: EditOptions
+    local_blend: dict[str, Any] | None
+    sweep: list[float] | None
+    inverting: InvertRequest | None
+    images: list[Path]
+    sheets: list[Path]
+    again: list[str]
+    sheet_again: list[str]
+
+    @classmethod
+    def of(cls, args: Namespace, call: Call) -> EditRequest:
+        blend = None
+        if args.local_blend:
+            subtract = args.subtract or ()
+            blend = {"words": args.local_blend, "subtract": subtract, "threshold": args.threshold}
+        else:
+            call.refuse("expected --local-blend with it", "subtract", "threshold")
+        if args.sweep and (len(args.target) != 1 or args.cross_steps):
+            got = f"got {len(args.target)} targets"
+            raise ValueError(f"--sweep: expected one target and no --cross-steps, {got}")
+        targets = args.target * len(args.sweep) if args.sweep else args.target
+        inverting = read_inverting(args, call)
+        drawing = DrawRequest.of(args, call, **(inverting.options if inverting else {}))
+        each = 1 + max(len(targets), 1)
+        only_sheets = args.output is None and args.sheet
+        images = [] if only_sheets else output_paths(args.output or ".", args.n * each)
+        sheets = output_paths(args.sheet, args.n, "--sheet") if args.sheet else []
+        own = [seed if inverting is None else None for seed in drawing.seeds]
+        return cls(
+            drawing=drawing,
+            source=args.source,
+            targets=targets,
+            edit=edit_options(args),
+            local_blend=blend,
+            sweep=args.sweep,
+            inverting=inverting,
+            images=images,
+            sheets=sheets,
+            again=[line_again(call.argv, seed) for seed in own],
+            sheet_again=[line_again(call.argv, seed, "--sheet") for seed in own],
         )
-    return values if len(values) == 2 else values[0]
+
+    @property
+    def prompts(self) -> list[str]:
+        """Of the images of one seed, the source first."""
+        return [self.source, *(self.targets or [self.source])]
+
+    def files(self, i: int) -> list[Path]:
+        """The images of seed i."""
+        each = len(self.prompts)
+        return self.images[i * each : (i + 1) * each]
 
 
-def schedule(text: str):
-    """ "cat=0.2" -> ("cat", 0.2), "0.8" -> ("default", 0.8)."""
-    word, equals, when = text.rpartition("=")
-    return (word if equals else "default", interval(when))
-
-
-def fractions(text: str) -> list[float]:
-    """ "0,0.5,1" -> [0.0, 0.5, 1.0]."""
-    try:
-        return [float(value) for value in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"got {text!r}, expected fractions of the steps, e.g. 0,0.5,1"
-        ) from None
-
-
-def factor(text: str) -> tuple[str, float]:
-    word, _, value = text.rpartition("=")
-    try:
-        return word, float(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"got {text!r}, expected WORD=FACTOR, e.g. cat=2"
-        ) from None
-
-
-def words(text: str) -> tuple[str, ...]:
-    """ "circle, red square" -> ("circle", "red square")."""
-    if not (found := tuple(word for word in map(str.strip, text.split(",")) if word)):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected at least one, e.g. circle,square")
-    return found
-
-
-def sites(text: str) -> tuple[str | int, ...]:
-    """ "down,16x16,256" -> ("down", "16x16", 256)."""
-    return tuple(int(entry) if entry.isdecimal() else entry for entry in words(text))
-
-
-def edit(args) -> None:
-    options = {
-        "self_steps": args.own,
+def edit_options(args: Namespace) -> EditOptions:
+    options: EditOptions = {
+        "self_steps": args.self_steps,
         "edit": args.kind,
         "cross_sites": args.sites,
         "compat": args.compat,
     }
-    if args.cross:
-        options["cross_steps"] = {"default": 0.8} | dict(args.cross)
+    if args.sweep:
+        options["cross_steps"] = args.sweep
+    elif args.cross_steps:
+        options["cross_steps"] = {"default": 0.8} | dict(args.cross_steps)
     if args.reweight:
         options["reweight"] = dict(args.reweight)
-    blend = None
-    if args.local_blend:
-        blend = {
-            "words": args.local_blend,
-            "subtract": args.subtract or (),
-            "threshold": args.threshold,
-        }
-    else:
-        refuse(args, "expected --local-blend with it", "subtract", "threshold")
+    return options
 
-    given = read_image(args, args.source)
-    targets = args.target or [args.source]
-    if args.sweep:
-        if len(args.target) != 1 or args.cross:
-            raise ValueError(
-                f"--sweep: expected one target and no --cross, got {len(args.target)} targets"
-            )
-        targets = args.target = args.target * len(args.sweep)
-        options["cross_steps"] = args.sweep
-    each = 1 + len(targets)
-    pictures = (
-        []
-        if args.output is None and args.sheet
-        else output_paths(args.output or ".", args.n * each)
-    )
-    sheets = output_paths(args.sheet, args.n, "--sheet") if args.sheet else []
-    sd = load_model(args)
-    from ..editing.prompt_to_prompt import edit_prompt
 
-    check_edit(args, sd, given, options, blend)
-    settings = {"arguments": whole_line(args)}
-    for i in range(args.n):
-        seed = args.seed + i
-        with tracing(args, sd, seed) as on_step:
-            shared = drawing_options(args, seed) | {
-                "on_step": on_step,
-                "baseline": bool(sheets and not args.sweep),
-            }
-            shared |= edit_options(args, sd, given)
-            drawn = edit_prompt(
-                sd, args.source, *args.target, local_blend=blend, **shared, **options
-            )
-        images, baseline = drawn if shared["baseline"] else (drawn, None)
-        for path, image, prompt in zip(pictures[i * each :], images, [args.source, *targets]):
-            texts = {"source": args.source, "prompt": prompt}
-            write_png(path, image, text_chunks(args, sd, seed, image, texts, settings))
+def read_inverting(args: Namespace, call: Call) -> InvertRequest | None:
+    """The image that --image names, which has to be inverted by the source prompt."""
+    from ..editing.inversion import Inversion
+
+    if args.image is None:
+        call.refuse("expected --image with it", "inversion", "refine", "inner")
+        return None
+    inverting = InvertRequest.of(args, call, "direct")
+    if isinstance(image := inverting.image, Inversion):
+        if image.prompts != (args.source,):
+            by = ", ".join(map(repr, image.prompts))
+            raise ValueError(f"{args.image} was inverted by {by}: give that as SOURCE")
+        if image.guidance not in (None, inverting.guidance):
+            call.refuse(f"{args.image} was made for guidance {image.guidance:g}", "guidance")
+    return inverting
+
+
+def edit(args: Namespace, call: Call) -> None:
+    request = EditRequest.of(args, call)
+    drawing, source = request.drawing, request.source
+    sd = load_model(drawing)
+    check_edit(request, sd)
+    for i, seed in enumerate(drawing.seeds):
+        with tracing(drawing, sd, seed) as on_step:
+            images, sheet = draw_edit(request, sd, drawing.options_of(seed, on_step))
+        for path, image, prompt in zip(request.files(i), images, request.prompts):
+            told = {"source": source, "prompt": prompt, "arguments": request.again[i]}
+            write_png(path, image, text_chunks(drawing, sd, seed, image, told))
             print(path)
-        if sheets:
-            sheet = edit_sheet(args.source, targets, images, baseline, args.sweep)
-            write_png(
-                sheets[i],
-                sheet,
-                text_chunks(args, sd, seed, images[0], {"source": args.source}, settings),
-            )
-            print(sheets[i])
+        if sheet is not None:
+            path, told = request.sheets[i], {"source": source, "arguments": request.sheet_again[i]}
+            write_png(path, sheet, text_chunks(drawing, sd, seed, images[0], told))
+            print(path)
 
 
-def check_edit(args, sd, image, options: dict, blend: dict | None) -> None:
-    """Refuse what `edit_prompt` will refuse, before a picture is inverted, which may take hours."""
+def check_edit(request: EditRequest, sd: StableDiffusion) -> None:
+    """Refuse what `edit_prompt` will refuse, before an image is inverted, which may take hours."""
     from ..editing.local_blend import LocalBlend
     from ..editing.prompt_to_prompt import PromptToPrompt
 
-    width, height = args.size or (None, None)
-    if image is not None:
-        height, width = picture_size(sd, image, height, width)
+    options, blend = request.drawing.options, request.local_blend
+    height, width = options["height"], options["width"]
+    if request.inverting is not None:
+        height, width = request.inverting.image_size(sd)
     p2p = PromptToPrompt(
-        sd, args.source, *args.target, steps=args.steps, height=height, width=width, **options
+        sd,
+        request.source,
+        *request.targets,
+        steps=options["steps"],
+        collect_maps=blend is not None,
+        height=height,
+        width=width,
+        **request.edit,
     )
     if blend is not None:
         LocalBlend(p2p.maps, **blend)
 
 
-def edit_sheet(
-    source: str, targets: list[str], images: list, baseline: list | None, sweep: list[float] | None
-):
-    """Source, seed-only baseline and edit side by side, a row for each target; of a sweep all
-    pictures in one row."""
+def draw_edit(
+    request: EditRequest, sd: StableDiffusion, options: Options
+) -> tuple[list[Image.Image], Image.Image | None]:
+    """The source and its edits, and the sheet if one is asked for."""
+    from ..editing.prompt_to_prompt import edit_prompt, seed_baseline
+
+    after = None
+    if request.inverting is not None:
+        inversion = request.inverting.inverted(sd, request.source)
+        inverted = inversion.edit_options(sd)
+        after = inverted.pop("after")
+        options = {**options, **inverted}  # type: ignore[typeddict-item]
+    images = edit_prompt(
+        sd,
+        request.source,
+        *request.targets,
+        local_blend=request.local_blend,
+        after=after,
+        **request.edit,
+        **options,
+    )
+    if not request.sheets:
+        return images, None
+    if request.sweep:
+        return images, sweep_sheet(request, images)
+    plain: Options = {**options, "on_step": None}  # the trace is the edit's
+    baseline = seed_baseline(sd, *request.prompts, **plain)
+    return images, edit_sheet(request.prompts, images, baseline)
+
+
+def sweep_sheet(request: EditRequest, images: list[Image.Image]) -> Image.Image:
+    """All images of a sweep in one row."""
     from ..viewing.visualize import contact_sheet
 
-    if sweep:
-        captions = [source, *(f"{fraction:.0%}: {targets[0]}" for fraction in sweep)]
-        return contact_sheet(images, captions, columns=len(images))
-    rows = [[images[0], plain, edited] for plain, edited in zip(baseline[1:], images[1:])]
-    captions = [[source, f"without edit: {target}", f"edit: {target}"] for target in targets]
-    return contact_sheet(sum(rows, []), sum(captions, []), columns=3)
+    parts = zip(request.sweep or (), request.targets)
+    captions = [request.source, *(f"{fraction:.0%}: {target}" for fraction, target in parts)]
+    return contact_sheet(images, captions, columns=len(images))
 
 
-def heatmap(args) -> None:
-    def run(sd, **options):
+def edit_sheet(
+    prompts: list[str], images: list[Image.Image], baseline: list[Image.Image]
+) -> Image.Image:
+    """Source, seed-only baseline and edit side by side, a row for each target."""
+    from ..viewing.visualize import contact_sheet
+
+    shown, captions = [], []
+    for target, plain, edited in zip(prompts[1:], baseline[1:], images[1:]):
+        shown += [images[0], plain, edited]
+        captions += [prompts[0], f"without edit: {target}", f"edit: {target}"]
+    return contact_sheet(shown, captions, columns=3)
+
+
+# heatmap
+
+
+def heatmap(args: Namespace, call: Call) -> None:
+    request = DrawRequest.of(args, call)
+    prompt, only, tokens = args.prompt, args.words, args.tokens
+    where, until = args.sites, args.until
+
+    def run(sd: StableDiffusion, options: Options) -> list[Image.Image]:
         from ..editing.alignment import find_word, missing_word
         from ..viewing.visualize import heatmap, token_sheet, word_sheet
 
-        for word in args.words or ():  # before the picture, which may take minutes
-            if not find_word(sd.tokenizer, args.prompt, word):
-                raise missing_word(word, [args.prompt])
-        image, maps = heatmap(sd, args.prompt, where=args.sites, until=args.until, **options)
-        if args.tokens:
-            return [token_sheet(image, maps)]
-        return [word_sheet(image, maps, args.words)]
+        for word in only or ():  # before the drawing, which may take minutes
+            if not find_word(sd.tokenizer, prompt, word):
+                raise missing_word(word, [prompt])
+        [image], maps = heatmap(sd, prompt, where=where, until=until, **options)
+        return [token_sheet(image, maps) if tokens else word_sheet(image, maps, only)]
 
-    draw(args, {"arguments": whole_line(args)}, run)
+    draw(request, run, lambda seed: {"prompt": prompt, "arguments": line_again(call.argv, seed)})

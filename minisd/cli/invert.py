@@ -1,179 +1,189 @@
 """The command `minisd invert`, and what `minisd edit --image` shares with it: the four ways to
-invert a picture."""
+invert an image."""
 
-import argparse
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .main import add_drawing_options, check_place, draw, positive, read_picture, refuse, whole_line
+from .options import AddCommand, Call, DrawRequest, add_drawing_options, count, positive
+from .output import check_place, draw, line_again
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ..drawing import Options
+    from ..editing.inversion import Inversion, Method
+    from ..pipeline import StableDiffusion
 
 METHODS = ("ddim", "null-text", "negative-prompt", "direct")  # editing.inversion.METHODS
 
 
-def add_commands(command) -> None:
-    """command(name, run, help) -> the parser of a new command."""
-    parser = command(
-        "invert", invert, "find the noise that draws a given picture, and draw it again from that"
-    )
-    parser.add_argument("image", help="the picture, or an inversion that --save wrote")
-    parser.add_argument(
-        "prompt", help="what it shows; for a saved inversion another text edits it by that alone"
-    )
-    parser.add_argument(
-        "--save",
-        metavar="FILE",
-        help="write the inversion, one .safetensors file, for edit --image",
-    )
+def add_commands(command: AddCommand) -> None:
+    what = "find the noise that draws a given image, and draw it again from that"
+    parser = command("invert", invert, what)
+    parser.add_argument("image", help="the image, or an inversion that --save wrote")
+    shows = "what it shows; for a saved inversion another text edits it by that alone"
+    parser.add_argument("prompt", help=shows)
+    save = "write the inversion, one .safetensors file, for edit --image"
+    parser.add_argument("--save", metavar="FILE", help=save)
     add_inversion_options(parser, otherwise="ddim")
-    add_drawing_options(
-        parser, size_help="resize the picture to that; without it, its own size, rounded down"
-    )
+    own = "resize the image to that; without it, its own size, rounded down"
+    add_drawing_options(parser, size_help=own)
     parser.set_defaults(steps=50, sampler="ddim", guidance=None)
 
 
-def add_inversion_options(parser, otherwise: str) -> None:
-    add, back = parser.add_argument, "what is done so that guidance leads back to the picture"
+def add_inversion_options(parser: ArgumentParser, otherwise: Method) -> None:
+    add, back = parser.add_argument, "what is done so that guidance leads back to the image"
     add("--inversion", choices=METHODS, help=f"{back}; without it, {otherwise}")
-    add(
-        "--refine",
-        type=count,
-        metavar="K",
-        help="fixed-point iterations of each step of the inversion; without it, 0",
-    )
-    add(
-        "--inner",
-        type=positive,
-        metavar="N",
-        help="null-text: steps of Adam for each step at most; without it, 10",
-    )
-    parser.set_defaults(otherwise=otherwise)
+    refine = "fixed-point iterations of each step of the inversion; without it, 0"
+    add("--refine", type=count, metavar="K", help=refine)
+    inner = "null-text: steps of Adam for each step at most; without it, 10"
+    add("--inner", type=positive, metavar="N", help=inner)
 
 
-def count(text: str) -> int:
-    if (value := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"got {text}, expected at least 0")
-    return value
+@dataclass(frozen=True)
+class InvertRequest:
+    """An image, or an inversion that was saved, and how it is inverted.
 
-
-def read_image(args, source: str | None = None):
-    """The picture, or the saved inversion, that args.image names, or None; before the model, which
-    may take minutes.
-
-    source: the prompt that a saved inversion has to be of. Sets args.method, and args.steps to
-    those of the inversion.
+    guidance   that it is drawn with: the given one, or null-text's, or the method's
     """
-    if args.image is None:
-        refuse(args, "expected --image with it", "inversion", "refine", "inner")
-        return None
-    if args.n != 1 or args.sampler != "ddim":
-        raise ValueError(
-            "an inverted picture is drawn by DDIM from its own noise: expected -n 1 and --sampler ddim"
-        )
-    refuse(args, "an inverted picture is drawn from its own noise", "seed")
-    if Path(args.image).suffix.lower() == ".safetensors":
-        image = read_inversion(args, source)
-    else:
-        image, args.method = read_picture(args.image), args.inversion or args.otherwise
-        if args.method != "null-text":
-            refuse(args, "expected --inversion null-text with it", "inner")
-        elif args.guidance == 1:
+
+    image: Image.Image | Inversion
+    method: Method
+    steps: int
+    guidance: float
+    size: tuple[int, int] | None
+    refine: int
+    inner: int
+
+    @classmethod
+    def of(cls, args: Namespace, call: Call, otherwise: Method) -> InvertRequest:
+        """Reads what args.image names: before the model, which may take minutes.
+
+        otherwise: the method where none is given.
+        """
+        if args.n != 1 or args.sampler != "ddim":
+            why = "an inverted image is drawn by DDIM from its own noise"
+            raise ValueError(f"{why}: expected -n 1 and --sampler ddim")
+        call.refuse("an inverted image is drawn from its own noise", "seed")
+        saved = Path(args.image).suffix.lower() == ".safetensors"
+        request = cls._saved(args, call) if saved else cls._new(args, call, otherwise)
+        if request.method in ("null-text", "negative-prompt"):
+            why = f"a {request.method} inversion has an unconditional embedding of its own"
+            call.refuse(why, "negative")
+        return request
+
+    @classmethod
+    def _new(cls, args: Namespace, call: Call, otherwise: Method) -> InvertRequest:
+        from ..viewing.images import read_image
+
+        image, method = read_image(args.image), args.inversion or otherwise
+        guidance = own_guidance(method) if args.guidance is None else args.guidance
+        if method != "null-text":
+            call.refuse("expected --inversion null-text with it", "inner")
+        elif guidance == 1:
             raise ValueError("--guidance 1: null-text has no effect at it, expected another scale")
-    if args.method in ("null-text", "negative-prompt"):
-        refuse(
-            args, f"a {args.method} inversion has an unconditional embedding of its own", "negative"
+        refine, inner = args.refine or 0, args.inner or 10
+        return cls(image, method, args.steps, guidance, args.size, refine, inner)
+
+    @classmethod
+    def _saved(cls, args: Namespace, call: Call) -> InvertRequest:
+        from ..editing.inversion import Inversion
+
+        path, settings = args.image, ("inversion", "refine", "inner", "size")
+        call.refuse(f"{path} is an inversion already", *settings)
+        image = Inversion.load(path)
+        if len(image) != 1:
+            expected = "expected one: save inversion[i]"
+            raise ValueError(f"{path} holds {len(image)} images, {expected}")
+        if args.steps != image.steps:
+            call.refuse(f"{path} was inverted in {image.steps} steps", "steps")
+        guidance = args.guidance if "guidance" in call.given else image.guidance
+        guidance = args.guidance if guidance is None else guidance
+        guidance = own_guidance(image.method) if guidance is None else guidance
+        return cls(image, image.method, image.steps, guidance, None, 0, 0)
+
+    @property
+    def options(self) -> Options:
+        """What the inversion says of how it is drawn."""
+        return {"steps": self.steps, "guidance": self.guidance}
+
+    def image_size(self, sd: StableDiffusion) -> tuple[int, int]:
+        """(height, width) in pixels of the image as it is inverted."""
+        from ..editing.inversion import Inversion
+
+        if isinstance(self.image, Inversion):
+            h, w = self.image.z.shape[-2:]
+            return h * sd.vae.factor, w * sd.vae.factor
+        width, height = self.size or (None, None)
+        h, w = sd.pixels(self.image, height, width).shape[-2:]
+        return h, w
+
+    def inverted(self, sd: StableDiffusion, prompt: str) -> Inversion:
+        """The inversion by the prompt, which says what the image shows; a saved one is as it is."""
+        from ..editing import inversion as by
+        from ..editing.null_text import null_text
+
+        if isinstance(self.image, by.Inversion):
+            return self.image
+        (width, height), method = self.size or (None, None), self.method
+        inversion = by.invert(
+            sd,
+            self.image,
+            prompt,
+            steps=self.steps,
+            refine=self.refine,
+            trajectory=method in ("null-text", "direct"),
+            height=height,
+            width=width,
         )
-    return image
+        if method == "null-text":
+            return null_text(sd, inversion, self.guidance, inner_steps=self.inner)
+        if method == "negative-prompt":
+            return by.negative_prompt_inversion(sd, inversion)
+        return by.direct_inversion(inversion) if method == "direct" else inversion
 
 
-def read_inversion(args, source: str | None):
-    from ..editing.inversion import Inversion
-
-    refuse(args, f"{args.image} is an inversion already", "inversion", "refine", "inner", "size")
-    inversion = Inversion.load(args.image)
-    if len(inversion) != 1:
-        raise ValueError(
-            f"{args.image} holds {len(inversion)} pictures, expected one: save inversion[i]"
-        )
-    if source is not None and inversion.prompts != (source,):
-        prompts = ", ".join(map(repr, inversion.prompts))
-        raise ValueError(f"{args.image} was inverted after {prompts}: give that as SOURCE")
-    if args.steps != inversion.steps:
-        refuse(args, f"{args.image} was inverted in {inversion.steps} steps", "steps")
-    if source is not None and inversion.guidance not in (None, args.guidance):
-        refuse(args, f"{args.image} was made for guidance {inversion.guidance:g}", "guidance")
-    args.steps, args.method = inversion.steps, inversion.method
-    return inversion
+def own_guidance(method: Method) -> float:
+    """Where none is given: plain DDIM comes back without any."""
+    return 1.0 if method == "ddim" else 7.5
 
 
-def picture_size(sd, image, height: int | None, width: int | None) -> tuple[int, int]:
-    """(height, width) in pixels of the inverted picture that `read_image` gave."""
-    from ..editing.inversion import Inversion
-
-    if isinstance(image, Inversion):
-        return tuple(side * sd.vae.factor for side in image.z.shape[-2:])
-    return tuple(sd.pixels(image, height, width).shape[-2:])
-
-
-def inversion_of(args, sd, image, prompt: str):
-    """The picture's inversion after the prompt; what is one already stays as it is."""
-    from ..editing.inversion import Inversion, direct_inversion, invert, negative_prompt_inversion
-    from ..editing.null_text import null_text
-
-    if isinstance(image, Inversion):
-        return image
-    (width, height), path = args.size or (None, None), args.method in ("null-text", "direct")
-    size = {"height": height, "width": width}
-    inversion = invert(
-        sd, image, prompt, args.steps, refine=args.refine or 0, trajectory=path, **size
-    )
-    if args.method == "null-text":
-        return null_text(sd, inversion, args.guidance, inner_steps=args.inner or 10)
-    if args.method == "negative-prompt":
-        return negative_prompt_inversion(sd, inversion)
-    return direct_inversion(inversion) if args.method == "direct" else inversion
-
-
-def edit_options(args, sd, image) -> dict:
-    """What `edit_prompt` takes to edit the picture, or the inversion, that is --image; {} without
-    one."""
-    if image is None:
-        return {}
-    options = inversion_of(args, sd, image, args.source).edit_options(sd)
-    args.guidance = options.get("guidance", args.guidance)
-    return options
-
-
-def invert(args) -> None:
-    """Guidance: what was given, or what null-text was made for, or 1 for plain DDIM and 7.5 for the
-    others."""
+def invert(args: Namespace, call: Call) -> None:
     from ..editing.inversion import Inversion, redraw
 
-    image = read_image(args)
-    saved = isinstance(image, Inversion)
-    if saved and args.method == "direct" and image.prompts != (args.prompt,):
-        edit = f"minisd edit --image {args.image} SOURCE TARGET"
-        raise ValueError(f"a direct inversion is edited beside its source, by {edit}")
-    if args.method == "direct":
-        refuse(args, "a direct inversion comes back whatever it is", "guidance", "negative")
-    if args.guidance is None and saved:
-        args.guidance = image.guidance
-    if args.guidance is None:
-        args.guidance = 1.0 if args.method == "ddim" else 7.5
-    if args.save:
-        if not args.save.endswith(".safetensors") or Path(args.save).is_dir():
-            raise ValueError(
-                f"--save {args.save}: expected the name of a file that ends in .safetensors"
-            )
-        check_place("--save", Path(args.save))
+    inverting, prompt, save = InvertRequest.of(args, call, "ddim"), args.prompt, args.save
+    if inverting.method == "direct":
+        if isinstance(inverting.image, Inversion) and inverting.image.prompts != (prompt,):
+            edit = f"minisd edit --image {args.image} SOURCE TARGET"
+            raise ValueError(f"a direct inversion is edited beside its source, by {edit}")
+        call.refuse("a direct inversion comes back whatever it is", "guidance", "negative")
+    request = DrawRequest.of(args, call, **inverting.options)
+    if save is not None:
+        check_save(save)
 
-    def run(sd, on_step, negative_prompt, **options):
-        inversion = inversion_of(args, sd, image, args.prompt)
-        if args.save:
-            inversion.save(args.save)
-            print(args.save)
-        prompt = None if inversion.prompts == (args.prompt,) else args.prompt
-        z = redraw(
-            sd, inversion, prompt, args.guidance, negative_prompt=negative_prompt, on_step=on_step
+    def run(sd: StableDiffusion, options: Options) -> list[Image.Image]:
+        inversion = inverting.inverted(sd, prompt)
+        if save is not None:
+            inversion.save(save)
+            print(save)
+        return redraw(
+            sd,
+            inversion,
+            None if inversion.prompts == (prompt,) else prompt,
+            guidance=inverting.guidance,
+            negative_prompt=options["negative_prompt"],
+            on_step=options["on_step"],
         )
-        return sd.decode(z)
 
-    draw(args, {"arguments": whole_line(args)}, run)
+    draw(request, run, lambda _: {"prompt": prompt, "arguments": line_again(call.argv, None)})
+
+
+def check_save(path: str) -> None:
+    """ValueError or OSError unless an inversion can be written there."""
+    if not path.endswith(".safetensors") or Path(path).is_dir():
+        raise ValueError(f"--save {path}: expected the name of a file that ends in .safetensors")
+    check_place("--save", Path(path))

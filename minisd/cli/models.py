@@ -1,68 +1,48 @@
 """The commands about models: `minisd models`, `fetch`, `export` and `check`."""
 
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-SOURCE = "bundled name, Hub repo id or sd-v1-4 or sd-v1-5, folder or .safetensors file"
+from .options import SOURCE, AddCommand, Call, ModelRequest, add_model_options
+from .output import check_place
+
+if TYPE_CHECKING:
+    from ..checkpoints.check import Finding
 
 
-def add_commands(command) -> None:
-    """command(name, run, help) -> the parser of a new command."""
+def add_commands(command: AddCommand) -> None:
     command("models", models, "list the models at hand: bundled, and in the local Hub cache")
 
-    parser = command(
-        "fetch", fetch, "download a model from the Hub, the files that are needed and no other"
-    )
+    what = "download a model from the Hub, the files that are needed and no other"
+    parser = command("fetch", fetch, what)
     parser.add_argument("repo", help="Hub repo id, or sd-v1-4 or sd-v1-5")
     parser.add_argument("--to", metavar="DIR", help="a folder for it; without it, the Hub's cache")
-    add_source_options(parser, local=False)
+    add_model_options(parser, local=False, tokenizer=False)
 
-    parser = command(
-        "export", export, "write a model in diffusers layout, or as one file in CompVis' layout"
-    )
-    parser.add_argument("--model", default="sd-v1-4", help=SOURCE)
-    parser.add_argument(
-        "--to", metavar="PATH", required=True, help="a new folder, or a new .safetensors file"
-    )
-    parser.add_argument(
-        "--single-file", action="store_true", help="one .safetensors file in CompVis' layout"
-    )
-    parser.add_argument(
-        "--dtype", choices=("float16", "bfloat16", "float32"), help="without it, that of the files"
-    )
-    add_source_options(parser)
-    add_tokenizer_option(parser)
+    what = "write a model in diffusers layout, or as one file in CompVis' layout"
+    parser = command("export", export, what)
+    add = parser.add_argument
+    add("--model", default="sd-v1-4", help=SOURCE)
+    where = "a new folder, or a new .safetensors file"
+    add("--to", metavar="PATH", required=True, help=where)
+    one = "one .safetensors file in CompVis' layout"
+    add("--single-file", action="store_true", help=one)
+    dtypes = ("float16", "bfloat16", "float32")
+    add("--dtype", choices=dtypes, help="without it, that of the files")
+    add_model_options(parser)
 
-    parser = command(
-        "check",
-        check,
-        "verify a model's files, names, shapes and values, and draw a picture with it",
-    )
+    what = "verify a model's files, names, shapes and values, and draw an image with it"
+    parser = command("check", check, what)
     parser.add_argument("source", help=SOURCE)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; without it, cuda if there is one")
-    add_source_options(parser)
-    add_tokenizer_option(parser)
+    add_model_options(parser)
 
 
-def add_source_options(parser, local=True) -> None:
-    parser.add_argument("--variant", help="weight files of that variant, e.g. fp16")
-    parser.add_argument("--revision", help="branch, tag or commit of a Hub repo")
-    if local:
-        parser.add_argument(
-            "--local-files-only",
-            action="store_true",
-            help="do not ask the Hub, use its local cache",
-        )
-
-
-def add_tokenizer_option(parser) -> None:
-    parser.add_argument(
-        "--tokenizer",
-        metavar="DIR",
-        help="folder with vocab.json and merges.txt, for a single file",
-    )
-
-
-def models(args) -> None:
+def models(args: Namespace, call: Call) -> None:
     """One line for each model: what to give to --model, where it is, how large it is, its
     folder."""
     from ..checkpoints import sources
@@ -79,73 +59,59 @@ def models(args) -> None:
             print(f"{name}\tnot here\t{sources.SIZES[None]}\tminisd fetch {name}")
 
 
-def in_bytes(size: int) -> str:
+def in_bytes(size: float) -> str:
     """1719125304 -> "1.7 GB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            break
+    if size < 1000:
+        return f"{size} B"
+    for unit in ("kB", "MB", "GB"):
         size /= 1000
-    return f"{size:.1f} {unit}" if unit != "B" else f"{size} B"
+        if size < 1000:
+            return f"{size:.1f} {unit}"
+    return f"{size / 1000:.1f} TB"
 
 
-def fetch(args) -> None:
+def fetch(args: Namespace, call: Call) -> None:
     from ..checkpoints import sources
 
     if (repo := sources.hub_repo(args.repo)) is None:
-        raise ValueError(
-            f"{args.repo!r} is no Hub repo: expected owner/name, or {', '.join(sources.SHORT_NAMES)}"
-        )
-    print(
-        sources.download(
-            repo, args.variant, args.revision, to=None if args.to is None else Path(args.to)
-        )
-    )
+        expected = f"owner/name, or {', '.join(sources.SHORT_NAMES)}"
+        raise ValueError(f"{args.repo!r} is no Hub repo: expected {expected}")
+    to = None if args.to is None else Path(args.to)
+    print(sources.download(repo, args.variant, args.revision, to=to))
 
 
-def located(args, source: str):
-    from ..checkpoints.load import locate
-
-    return locate(
-        source,
-        variant=args.variant,
-        revision=args.revision,
-        local_files_only=args.local_files_only,
-        tokenizer=args.tokenizer,
-    )
-
-
-def export(args) -> None:
+def export(args: Namespace, call: Call) -> None:
     from ..checkpoints.export import export, export_single_file
-    from .main import check_place
 
     check_place("--to", Path(args.to))
     write = export_single_file if args.single_file else export
-    found = located(args, args.model)
-    args.before_writing()
-    write(found, args.to, args.dtype)
+    checkpoint = ModelRequest.of(args, args.model).locate()
+    call.before_writing()
+    write(checkpoint, args.to, args.dtype)
     print(args.to)
 
 
-def check(args) -> None:
+def check(args: Namespace, call: Call) -> None:
     from ..checkpoints.check import check_files, check_image, digests, is_v1_4
-    from ..checkpoints.load import CheckpointError, load_parts
-    from ..checkpoints.sources import hub_repo
+    from ..checkpoints.load import load_parts
+    from ..checkpoints.sources import CheckpointError, hub_repo
     from ..pipeline import StableDiffusion, pick_device, pick_dtype
 
     device = pick_device(args.device)
-    found = located(args, args.source)
-    failures = 0
+    checkpoint = ModelRequest.of(args, args.source).locate()
+    sums = digests(checkpoint)
+    wrong = report(check_files(checkpoint, sums, hub_repo(args.source)))
+    if not wrong:
+        sd = StableDiffusion(*load_parts(checkpoint, device, pick_dtype(None, device)))
+        wrong = report(check_image(sd, is_v1_4(sums)))
+    if wrong:
+        raise CheckpointError(f"{args.source}: {wrong} of these are wrong")
 
-    def report(findings) -> None:
-        nonlocal failures
-        for verdict, line in findings:
-            failures += verdict is False
-            print(f"{'-' if verdict is None else 'ok' if verdict else 'WRONG':6}{line}", flush=True)
 
-    of_files = digests(found)
-    report(check_files(found, of_files, hub_repo(args.source)))
-    if not failures:
-        sd = StableDiffusion(*load_parts(found, device, pick_dtype(None, device)))
-        report(check_image(sd, is_v1_4(of_files)))
-    if failures:
-        raise CheckpointError(f"{args.source}: {failures} of these are wrong")
+def report(findings: Iterable[Finding]) -> int:
+    """Print each as it is found; how many are wrong."""
+    wrong = 0
+    for verdict, line in findings:
+        wrong += verdict is False
+        print(f"{'-' if verdict is None else 'ok' if verdict else 'WRONG':6}{line}", flush=True)
+    return wrong

@@ -116,10 +116,9 @@ def replace_map(
     word), except at the padding, where rows are dropped or repeated to fill the columns.
     """
     if len(source) != len(target):
-        raise ValueError(
-            f"replace: expected prompts with the same number of words, got {len(source)} and {len(target)}; "
-            'edit="refine" aligns prompts of different length'
-        )
+        got = f"got {len(source)} and {len(target)}"
+        hint = 'edit="refine" aligns prompts of different length'
+        raise ValueError(f"replace: expected prompts with the same number of words, {got}; {hint}")
     M = torch.zeros(length, length)
     M[0, 0] = 1
     i = j = 1
@@ -170,18 +169,19 @@ def token_map(
     edit: str | None = None,
     google: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """M and mask from one prompt to another; edit: "replace", "refine", or None for
-    `kind_of_edit`."""
+    """M and mask from one prompt to another.
+
+    edit: "replace", "refine", or None for `kind_of_edit`.
+    """
     words = split_words(tokenizer, source), split_words(tokenizer, target)
     edit = kind_of_edit(*words) if edit is None else edit
     if edit == "replace":
         return replace_map(*words, tokenizer.max_length, google)
     if edit == "refine":
-        ids = (
+        own, other = (
             [tokenizer.bos_id, *(i for word in side for i in word), tokenizer.eos_id]
             for side in words
         )
-        return refine_map(*ids, tokenizer.max_length, google)
-    raise ValueError(
-        f"edit is {edit!r}, expected 'replace', 'refine' or None (chosen from the prompts)"
-    )
+        return refine_map(own, other, tokenizer.max_length, google)
+    expected = "'replace', 'refine' or None (chosen from the prompts)"
+    raise ValueError(f"edit is {edit!r}, expected {expected}")

@@ -1,4 +1,5 @@
-"""Blended latent diffusion: redraw the white part of a mask by a prompt, keep the rest of the image.
+"""Blended latent diffusion: redraw the white part of a mask by a prompt, keep the rest of the
+image.
 
 Before the network sees the latent x, at every step, all of it outside the mask becomes the image's
 own latent z0 at that step's noise level, with the same noise every time; after the last step, z0:
@@ -7,16 +8,19 @@ own latent z0 at that step's noise level, with the same noise every time; after 
     m (B, 1, h, w) in {0, 1},  z0 the mode of the VAE's posterior
 
 This keeps the latents outside the mask, not the pixels: the decoder's convolutions, and the
-attention in its middle, mix all positions. So the decoded image is then pasted through the mask into
-the image that was given.
+attention in its middle, mix all positions. So the decoded image is then pasted through the mask
+into the image that was given.
 
 Source: Avrahami et al. 2023, "Blended Latent Diffusion" (arXiv 2206.02779), algorithm 1. The paper,
-too, goes back to pixels in the end, by fitting the decoder or by Poisson blending; pasting is exact.
+too, goes back to pixels in the end, by fitting the decoder or by Poisson blending; pasting is
+exact.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
@@ -36,6 +40,8 @@ from ..viewing.images import as_given, read_image, to_rgb
 if TYPE_CHECKING:
     from ..pipeline import StableDiffusion
 
+Mask = np.ndarray[Any, Any]
+
 BACKGROUND_SEED = 2206_02779  # added to the seed: the background has other noise than the start
 
 
@@ -54,12 +60,12 @@ def blend(
 
     image, prompt: as in `sd.img2img`. mask: what `read_mask` takes, of the image's proportions;
     resized by taking the nearest. Of images, masks and prompts there may be one for all or one for
-    each. strength: the last int(steps * strength) steps are run; if there are none, the image itself
-    is returned. feather: inside the mask, the edge fades over that many pixels. paste_back: False
-    returns what was decoded, in which no pixel is the input's. options: see
+    each. strength: the last int(steps * strength) steps are run; if there are none, the image
+    itself is returned. feather: inside the mask, the edge fades over that many pixels. paste_back:
+    False returns what was decoded, in which no pixel is the input's. options: see
     `minisd.drawing.Drawing`; height, width: resize the image to that, without them the result has
-    the image's own size, whatever it is; on_step sees the latent with its background. ValueError for
-    what does not fit.
+    the image's own size, whatever it is; on_step sees the latent with its background. ValueError
+    for what does not fit.
     """
     prompts, drawing = as_list(prompt), Drawing.of(options)
     masks = [read_mask(each) for each in (mask if isinstance(mask, (list, tuple)) else [mask])]
@@ -71,7 +77,8 @@ def blend(
     images = unchanged(image, pixels, drawing)
     rows = expect.rows(images=len(images), masks=len(masks), prompts=len(prompts))
     prompts = prompts * (rows // len(prompts))
-    images, masks = (drawing.each(each * (rows // len(each))) for each in (images, masks))
+    images = drawing.each(images * (rows // len(images)))
+    masks = drawing.each(masks * (rows // len(masks)))
     drawing = drawing.at(*pixels.shape[2:])
     start, behind = noises(drawing, sd, len(images))
     if len(plan) == 0:
@@ -115,44 +122,47 @@ class Background:
 def noises(drawing: Drawing, sd: "StableDiffusion", rows: int) -> tuple[Tensor, Tensor]:
     """The noise that the images start from, and the noise of their backgrounds."""
     start, seed = drawing.noise(sd, rows), drawing.seed
-    seeds = seed if isinstance(seed, (list, tuple)) else [seed + i for i in range(rows)]
+    seeds: Any = seed
+    if isinstance(seed, int):
+        seeds = [seed + i for i in range(rows)]
     others = [(each + BACKGROUND_SEED) % 2**63 for each in seeds]
     return start, sd.noise(others, rows, drawing.height, drawing.width)
 
 
-def read_mask(mask) -> np.ndarray:
+def read_mask(mask: Any) -> Mask:
     """A mask as (H, W) bool, True where it is white, of a file, a PIL image, or an array or tensor.
 
-    Pictures of any mode are made grey, and white is 128 of 255 or more; an array (H, W) is bool, or
+    Images of any mode are made grey, and white is 128 of 255 or more; an array (H, W) is bool, or
     8-bit, or floats from 0 to 1 (white from 0.5). ValueError for a mask that cannot be understood
     or has no white.
     """
     if isinstance(mask, (str, os.PathLike)):
-        read_image(mask)  # says what is wrong with a file
+        read_image(Path(mask))  # says what is wrong with a file
         with Image.open(mask) as file:
             return read_mask(file)
     if isinstance(mask, Image.Image):
-        if mask.has_transparency_data and mask.convert("RGBA").getextrema()[3][0] < 255:
-            raise ValueError(
-                "the mask is transparent in places: expected black and white alone, without transparency"
-            )
+        alpha = np.asarray(mask.convert("RGBA"))[..., 3]
+        if mask.has_transparency_data and alpha.min() < 255:
+            expected = "black and white alone, without transparency"
+            raise ValueError(f"the mask is transparent in places: expected {expected}")
         white = np.asarray(to_rgb(mask).convert("L")) >= 128
     else:
         white = read_array(
             mask.detach().cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
         )
     if not white.any():
-        raise ValueError(
-            "the mask has no white, so nothing would be redrawn: white is redrawn, black is kept"
-        )
+        why = "nothing would be redrawn: white is redrawn, black is kept"
+        raise ValueError(f"the mask has no white, so {why}")
     return white
 
 
-def read_array(values: np.ndarray) -> np.ndarray:
+def read_array(values: Mask) -> Mask:
     """An array as a mask (H, W) bool; leading axes of length 1 are left out."""
-    if values.ndim < 2 or values[(0,) * (values.ndim - 2)].size != values.size or not values.size:
+    one = values.ndim >= 2 and math.prod(values.shape[:-2]) == 1
+    if not (one and values.size):
         raise ValueError(f"the mask is an array of shape {values.shape}, expected (height, width)")
-    values = values.reshape(values.shape[-2:])
+    height, width = values.shape[values.ndim - 2], values.shape[values.ndim - 1]
+    values = values.reshape(height, width)
     if values.dtype == bool:
         return values
     top = {"u1": 255, "f4": 1, "f8": 1, "f2": 1}.get(values.dtype.str[1:])
@@ -162,13 +172,12 @@ def read_array(values: np.ndarray) -> np.ndarray:
         or (top == 255 and values.max() == 1)
     ):
         got = f"{values.dtype} from {values.min()} to {values.max()}"
-        raise ValueError(
-            f"the mask is an array of {got}, expected bool, uint8 from 0 to 255, or floats from 0 to 1"
-        )
+        expected = "bool, uint8 from 0 to 255, or floats from 0 to 1"
+        raise ValueError(f"the mask is an array of {got}, expected {expected}")
     return values >= (128 if top == 255 else 0.5)
 
 
-def check_proportions(sizes: list[tuple[int, int]], masks: list[np.ndarray]) -> None:
+def check_proportions(sizes: list[tuple[int, int]], masks: list[Mask]) -> None:
     """ValueError unless the pictures have one size, and each mask its proportions (to within a
     pixel of the mask)."""
     if len(set(sizes)) > 1:
@@ -180,46 +189,41 @@ def check_proportions(sizes: list[tuple[int, int]], masks: list[np.ndarray]) -> 
             raise ValueError(f"{got}, expected the same proportions")
 
 
-def resized(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+def resized(mask: Mask, height: int, width: int) -> Mask:
     """The mask with that many pixels, each the nearest of the given ones."""
     return np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
 
 
-def latent_mask(mask: np.ndarray, h: int, w: int) -> Tensor:
+def latent_mask(mask: Mask, h: int, w: int) -> Tensor:
     """m (1, 1, h, w) bool. ValueError if the white is so thin that none is left."""
     m = torch.from_numpy(resized(mask, h, w).copy())
     if not m.any():
-        raise ValueError(
-            f"the mask's white is too thin: nothing is left of it on the {w} x {h} grid of the latents; "
-            f"expected areas of {mask.shape[1] / w:.0f} x {mask.shape[0] / h:.0f} of its pixels and more"
-        )
+        grid = f"the {w} x {h} grid of the latents"
+        expected = f"areas of {mask.shape[1] / w:.0f} x {mask.shape[0] / h:.0f} of its pixels"
+        got = f"the mask's white is too thin: nothing is left of it on {grid}"
+        raise ValueError(f"{got}; expected {expected} and more")
     return m[None, None]
 
 
-def paste(
-    picture: Image.Image, drawn: Image.Image, mask: np.ndarray, feather: int = 0
-) -> Image.Image:
-    """The drawn picture where the mask is white, the picture's own pixels outside; each resized to
-    the picture.
+def paste(image: Image.Image, drawn: Image.Image, mask: Mask, feather: int = 0) -> Image.Image:
+    """The drawn image where the mask is white, the image's own pixels outside.
 
-    At d pixels inside the mask's edge (1: the outermost) the share of the drawn picture is min(1, d
-    / (feather + 1)).
+    At d pixels inside the mask's edge (1: the outermost) the share of the drawn image is
+    min(1, d / (feather + 1)). Both are resized to the image.
     """
-    width, height = picture.size
-    if drawn.size != picture.size:
-        drawn = drawn.resize(picture.size, Image.Resampling.LANCZOS)
+    width, height = image.size
+    if drawn.size != image.size:
+        drawn = drawn.resize(image.size, Image.Resampling.LANCZOS)
     inside = torch.from_numpy(resized(mask, height, width).astype(np.float32))[None]
     feather = 0 if inside.all() else feather  # no edge, no fading
     depth = inside.clone()  # d, feather + 1 at most
     for _ in range(feather):
-        inside = -F.max_pool2d(
-            -inside, 3, stride=1, padding=1
-        )  # one layer less; the picture's border is no edge
+        # One layer less; the image's border is no edge.
+        inside = -F.max_pool2d(-inside, 3, stride=1, padding=1)
         if not inside.any():
             break
         depth += inside
     share = depth[0, :, :, None].double().numpy() / (feather + 1)
-    own = np.asarray(picture, np.float64)
-    return Image.fromarray(
-        (own + share * (np.asarray(drawn, np.float64) - own)).round().astype(np.uint8)
-    )
+    own = np.asarray(image, np.float64)
+    mixed = own + share * (np.asarray(drawn, np.float64) - own)
+    return Image.fromarray(mixed.round().astype(np.uint8))

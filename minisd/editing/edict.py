@@ -44,8 +44,8 @@ def edict_denoise(
 ) -> Pair:
     """From noise to image.
 
-    steps: of DDIM with eta 0. predict(x, step, state) -> (eps, state), of `cfg` or `conditional`, is
-    given x (B, C, h, w) in `dtype`.
+    steps: of DDIM with eta 0. predict(x, step, state) -> (eps, state), of `cfg` or `conditional`,
+    is given x (B, C, h, w) in `dtype`.
     """
     (x, y), state = pair, None
     for step in steps:

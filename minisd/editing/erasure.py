@@ -62,7 +62,7 @@ def erase_concepts(
         rows = expect.rows(images=len(pixels), prompts=len(prompts))
     sized = drawing if pixels is None else drawing.at(*pixels.shape[2:])
     x = sized.noise(sd, rows * drawing.num_images)
-    if pixels is not None:
+    if image is not None and pixels is not None:
         if len(plan) == 0:
             kept = unchanged(image, pixels, drawing)
             return drawing.each(kept * (rows // len(kept)))

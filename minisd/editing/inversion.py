@@ -10,8 +10,9 @@ That is DDIM's own step solved for x_t, were eps taken at x_t; taken at x_s it i
 Fixed-point refinement puts what came out back in, x_t <- next(x_s, eps(x_t, t)), k times, after
 which the steps forward lead back.
 
-Under guidance they do not: e(uncond) moves the image away. Three remedies, each of which makes of an
-inversion another one, whose latents, unconditional embeddings and `after` prompt-to-prompt takes:
+Under guidance they do not: e(uncond) moves the image away. Three remedies, each of which makes of
+an inversion another one, whose latents, unconditional embeddings and `after` prompt-to-prompt
+takes:
 
     null-text        optimise the unconditional embedding of each step (null_text.py)
     negative-prompt  take the image's own prompt for it: e(cond) + scale (e(target) - e(cond))
@@ -33,7 +34,7 @@ from torch import Tensor
 
 from .. import expect
 from ..checkpoints.bundle import read_bundle, write_bundle
-from ..drawing import Drawing, Options, as_list, embed, memory_for
+from ..drawing import Drawing, Options, as_list, chain, embed, memory_for
 from ..pipeline import ImageInput
 from ..sampling.guidance import Embeddings, Predict, cfg, conditional
 from ..sampling.samplers import DDIM, Step
@@ -140,7 +141,7 @@ class Inversion:
         """Image i alone."""
         i = range(len(self))[i]
         rows = {"latents": 0, "z": 0, "trajectory": 1, "losses": 2, "uncond": -3}
-        parts = {name: x.narrow(rows[name], i, 1) for name, x in self.tensors().items()}
+        parts: dict[str, Any] = {n: x.narrow(rows[n], i, 1) for n, x in self.tensors().items()}
         return replace(self, prompts=self.prompts[i : i + 1], **parts)
 
     def check(self, sd: "StableDiffusion") -> None:
@@ -200,11 +201,12 @@ class Inversion:
 
     @classmethod
     def load(cls, path: str | Path) -> "Inversion":
-        """Read a file that `save` wrote, on the CPU; ValueError if it is another or does not fit."""
+        """Read a file that `save` wrote, on the CPU; ValueError if it is another or does not
+        fit."""
         needed, known = ("latents", "z"), "|".join(TENSORS)
         fields, tensors = read_bundle(path, FORMAT, FIELDS, needed, known, may_be_nan=("losses",))
         try:
-            return cls(**fields, **tensors)
+            return cls(**(fields | tensors))
         except ValueError as error:
             raise ValueError(f"{path} is no complete {FORMAT}: {error}") from error
 
@@ -226,8 +228,8 @@ def invert(
     images or one for each. skip: do not run the last steps, to the noisiest levels; sampling has to
     skip the same. refine: fixed-point iterations of each step, each costs one more call of the
     network; 1 or 2 will do. trajectory: keep the latents of all steps. options: steps (50), height,
-    width, on_step and progress of `minisd.drawing.Drawing`. Latents are float32 even where the model
-    is not.
+    width, on_step and progress of `minisd.drawing.Drawing`. Latents are float32 even where the
+    model is not.
     """
     drawing = Drawing.of(options, without=WITHOUT_GUIDANCE, steps=50)
     sampler = DDIM(sd.schedule, drawing.steps, skip, inverse=True)
@@ -241,15 +243,15 @@ def invert(
     prompts = prompts * (len(z) // len(prompts))
     predict = conditional(sd.network, embed(sd, prompts))
 
-    x, state, path = z, None, [z]
+    x, state, path, after = z, None, [z], chain(drawing.on_step)
     with memory_for("latents", z):
         for step in drawing.shown(sampler):
             start = x
             for _ in range(1 + refine):
                 eps, state = predict(x.to(sd.dtype), step, state)
                 x, _ = step(start, eps)
-            if drawing.on_step is not None:
-                drawing.on_step(x, step)
+            if after is not None:
+                x = after(x, step)
             if trajectory:
                 path.append(x)
     timesteps = tuple(t for t, _, _ in sampler.plan())
@@ -271,8 +273,8 @@ def negative_prompt_inversion(sd: "StableDiffusion", inversion: Inversion) -> In
 def direct_inversion(inversion: Inversion) -> Inversion:
     """The source row is put back on the trajectory after each step of the lockstep run.
 
-    It comes back exactly. The target row is not touched; it follows the source through the attention
-    maps. ValueError without a trajectory.
+    It comes back exactly. The target row is not touched; it follows the source through the
+    attention maps. ValueError without a trajectory.
     """
     return replace(inversion, method="direct")
 
@@ -286,8 +288,8 @@ def redraw(
     """Draw from an inversion: the images again, or by another prompt.
 
     prompt: None reconstructs the images; another one, or one for each image, edits them by the
-    change of prompt alone. options: guidance (the inversion's own, or else 1, none), negative_prompt
-    (where the inversion has no unconditional embedding), on_step and progress of
+    change of prompt alone. options: guidance (the inversion's own, or else 1, none),
+    negative_prompt (where the inversion has no unconditional embedding), on_step and progress of
     `minisd.drawing.Drawing`. ValueError for a direct inversion with another prompt: that takes a
     source row beside it, see `edit_prompt`.
     """
@@ -307,8 +309,8 @@ def redraw_latents(
     drawing = Drawing.of(options, without=INVERTED, guidance=own)
     prompts = list(inversion.prompts) if prompt is None else as_list(prompt)
     expect.rows("images", images=len(inversion), prompts=len(prompts))
-    after = inversion.after()
-    if after is not None and prompt is not None:
+    back = inversion.after()
+    if back is not None and prompt is not None:
         how = "edit_prompt(sd, prompt, target, **edit_options)"
         raise ValueError(f"direct inversion edits through a source row: {how}")
     sampler = DDIM(sd.schedule, inversion.steps, inversion.skip)
@@ -321,12 +323,11 @@ def redraw_latents(
 
     # One order of the memory, one result: files keep none.
     x, state = inversion.latents.to(sd.device).contiguous(), None
+    after = chain(back, drawing.on_step)
     with memory_for("latents", x):
         for step in drawing.shown(sampler):
             eps, state = predict(x.to(sd.dtype), step, state)
             x, _ = step(x, eps)
             if after is not None:
                 x = after(x, step)
-            if drawing.on_step is not None:
-                drawing.on_step(x, step)
     return x

@@ -6,36 +6,39 @@ and for any number of targets.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import expect
+from ..sampling.samplers import Step
 from .alignment import find_word, missing_word
 from .maps import Maps
 
+Words = str | Sequence[str | Sequence[str]]  # of all prompts, or a list with those of each row
+
 
 class LocalBlend:
-    """Keeps the change near named objects: outside, a target's latent is the source's. Called after
-    each step.
+    """Keeps the change near named objects: outside, a target's latent is the source's.
 
         near = max_pool_3x3(map of words) > threshold * its maximum
         far  = map of subtract > subtract_threshold * its maximum
-        x_row <- x_row where (near_row or near_source) and not (far_row or far_source), else
-        x_source
+        keep = (near_row or near_source) and not (far_row or far_source)
+        x_row <- x_row where keep, else x_source                        after each step
 
-    maps: those of a PromptToPrompt, `p2p.maps`, whose sums over the steps so far are read, on the
-    latent's grid. words, subtract: of all prompts, each row taking those that its prompt has; or a
-    LIST with the words of each row, source first. start: the fraction of the steps before which
-    nothing is done. ValueError: a word that no prompt has.
+    maps: those of a PromptToPrompt that collects them, whose sums over the steps so far are read,
+    on the latent's grid. words, subtract: of all prompts, each row taking those that its prompt
+    has; or a LIST with the words of each row, source first. start: the fraction of the steps
+    before which nothing is done. ValueError: a word that no prompt has.
     """
 
     def __init__(
         self,
         maps: Maps,
-        words: str | Sequence,
-        subtract: str | Sequence = (),
+        words: Words,
+        subtract: Words = (),
         threshold: float = 0.3,
         subtract_threshold: float = 0.3,
         start: float = 0.2,
@@ -48,21 +51,21 @@ class LocalBlend:
         self.words = self.pick(words)
         self.subtract = self.pick(subtract) if len(subtract) else None
 
-    def pick(self, words) -> Tensor:
+    def pick(self, words: Words) -> Tensor:
         """(S, L): 1 in the columns of each row's words."""
         prompts = self.maps.prompts
         L, device = self.maps.tokenizer.max_length, self.maps.source_row.device
-        picked = torch.zeros(len(prompts), L, device=device)
+        picked = torch.zeros(len(prompts), L, dtype=torch.float32, device=device)
         if isinstance(words, list):
             if len(words) != len(prompts):
-                raise ValueError(
-                    f"got a list of {len(words)} entries, expected words for {len(prompts)} rows"
-                )
+                got = f"got a list of {len(words)} entries"
+                raise ValueError(f"{got}, expected words for {len(prompts)} rows")
             for row, own in enumerate(words):
                 for word in [own] if isinstance(own, str) else own:
                     picked[row, self.maps.columns(word, row)] = 1
             return picked
-        for word in [words] if isinstance(words, str) else words:
+        shared: Any = [words] if isinstance(words, str) else words
+        for word in shared:
             found = [find_word(self.maps.tokenizer, prompt, word) for prompt in prompts]
             if not any(found):
                 raise missing_word(word, prompts)
@@ -70,11 +73,10 @@ class LocalBlend:
                 picked[row, positions] = 1
         return picked
 
-    def __call__(self, x: Tensor, step) -> Tensor:
+    def __call__(self, x: Tensor, step: Step) -> Tensor:
         if len(x) != len(self.maps.prompts):
-            raise ValueError(
-                f"got {len(x)} latents, expected one for each prompt, {len(self.maps.prompts)}"
-            )
+            expected = f"one for each prompt, {len(self.maps.prompts)}"
+            raise ValueError(f"got {len(x)} latents, expected {expected}")
         if step.index < self.first:
             return x
         keep = self.mask(self.words, self.threshold, x.shape[2:], pool=True)
@@ -82,7 +84,7 @@ class LocalBlend:
             keep &= ~self.mask(self.subtract, self.subtract_threshold, x.shape[2:], pool=False)
         return torch.where(keep, x, x[self.maps.source_row])
 
-    def mask(self, words: Tensor, threshold: float, size, pool: bool) -> Tensor:
+    def mask(self, words: Tensor, threshold: float, size: torch.Size, pool: bool) -> Tensor:
         """(S, 1, h, w) bool: where the words are, in a row or in its source."""
         heat = torch.einsum("shwl,sl->shw", self.maps.mean(), words)[:, None]
         if pool:

@@ -36,8 +36,8 @@ class Maps:
     source_row    (S,) the row whose image each row is an edit of (`LocalBlend` reads it), by
                   default itself
 
-    sums: {site: (S, N, L) float32}, set to zero on the first step that runs, or where a step's index
-    is not above that of the step before.
+    sums: {site: (S, N, L) float32}, set to zero on the first step that runs, or where a step's
+    index is not above that of the step before.
     """
 
     def __init__(
@@ -70,9 +70,8 @@ class Maps:
     def reset(self, prompts: Sequence[str], source_row: Tensor | None = None) -> None:
         """Empty sums for these rows."""
         self.prompts, L = list(prompts), self.tokenizer.max_length
-        where = {"dtype": torch.float32, "device": self.device}
         self.sums = {
-            site: torch.zeros(len(self.prompts), h * w, L, **where)
+            site: torch.zeros(len(self.prompts), h * w, L, dtype=torch.float32, device=self.device)
             for site, (h, w) in self.grids.items()
         }
         own = torch.arange(len(self.prompts), dtype=torch.int64, device=self.device)
@@ -89,7 +88,8 @@ class Maps:
         return {site: AttentionEdit(save_mean=total) for site, total in self.open(step).items()}
 
     def open(self, step: Step) -> Mapping[str, Tensor]:
-        """The sums that this step adds to, zero at the first step of a run; none from `until` on."""
+        """The sums that this step adds to, zero at the first step of a run; none from `until`
+        on."""
         if step.first or step.index <= self.last:
             self.count = 0
             for total in self.sums.values():
@@ -107,21 +107,24 @@ class Maps:
         step.
         """
         if not self.count:
-            raise RuntimeError(
-                "the maps are empty: no step has run with them (they sum from their first use on)"
-            )
+            raise RuntimeError("the maps are empty: no step has run with them")
         grids = [g for g in self.grids.values() if grid in (None, g)]
         if not grids:
-            raise ValueError(
-                f"no saved site has the grid {grid}, expected one of {sorted(set(self.grids.values()))}"
-            )
-        finest, total = max(grids), 0
-        for site, (h, w) in self.grids.items():
-            if (h, w) in grids:
-                maps = self.sums[site].mT.unflatten(2, (h, w))  # (S, L, h, w)
-                total = total + (
-                    maps if (h, w) == finest else F.interpolate(maps, finest, mode="bilinear")
-                )
+            known = sorted(set(self.grids.values()))
+            raise ValueError(f"no saved site has the grid {grid}, expected one of {known}")
+        finest = max(grids)
+        maps = [
+            self.sums[site].mT.unflatten(2, (h, w))  # (S, L, h, w)
+            for site, (h, w) in self.grids.items()
+            if (h, w) in grids
+        ]
+        total = sum(
+            (
+                x if x.shape[2:] == finest else F.interpolate(x, finest, mode="bilinear")
+                for x in maps
+            ),
+            torch.zeros((), dtype=torch.float32, device=self.device),
+        )
         return total.permute(0, 2, 3, 1) / (self.count * len(grids))
 
     def columns(self, word: str, row: int = 0) -> list[int]:

@@ -1,18 +1,18 @@
-"""Null-text inversion: optimise the unconditional embedding of each step, so that guidance leads
-back to the picture.
+"""Null-text inversion: optimise the unconditional embedding of each step for guidance.
 
 The trajectory of DDIM inversion without guidance, z*_T ... z*_0, is the pivot. From x = z*_T on, at
 step i
 
-    minimise over phi_i   | next(x, eps_u + w (eps_c - eps_u)) - z*_next |^2 (mean),   eps_u = e(phi_i), eps_c = e(cond)
+    minimise over phi_i   | next(x, eps_u + w (eps_c - eps_u)) - z*_next |^2  (mean)
+    eps_u = e(phi_i),     eps_c = e(cond)
 
 by a few steps of Adam from phi_(i-1), the first from the embedding of ""; then x <- next(x, ...)
-with what was found. Everything else is frozen. Gradients run through the one unconditional UNet
-call alone, from the first cross-attention on; eps_c is computed once per step, without. Mokady et
-al. 2022 (arXiv 2211.09794) and its published code:
+with what was found. Everything else is frozen. Gradients run through the one unconditional call of
+the UNet alone, from the first cross-attention on; eps_c is computed once per step, without. Mokady
+et al. 2022 (arXiv 2211.09794) and its published code:
 
-    learning rate 0.01 (1 - i / 100),  up to 10 inner steps,  stop when the loss before an update <
-    1e-5 + 2e-5 i
+    learning rate 0.01 (1 - i / 100),  up to 10 inner steps
+    stop when the loss before an update < 1e-5 + 2e-5 i
 
 which count in a schedule of 50 steps; with more than 50, i runs to the same ends: 50 i / steps
 stands in its place.

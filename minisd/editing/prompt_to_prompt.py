@@ -1,7 +1,8 @@
-"""Prompt-to-prompt: draw an image again by another prompt and keep its layout, by its attention maps.
+"""Prompt-to-prompt: draw an image again by another prompt and keep its layout, by its attention
+maps.
 
-Source and targets are denoised side by side, as rows of one batch, from the same noise. In the first
-part of the steps the target rows take the source row's maps, so no map is ever stored:
+Source and targets are denoised side by side, as rows of one batch, from the same noise. In the
+first part of the steps the target rows take the source row's maps, so no map is ever stored:
 
     cross-attention   P' = reweight * [blend * (P_source @ token_map) + (1 - blend) * P_own]
     self-attention    P' = P_source, at coarse resolutions
@@ -62,11 +63,11 @@ class PromptToPrompt:
     0.5, 1.0] for three equal targets.
 
     steps         length of the sampler's schedule
-    cross_steps   when cross-attention maps are the source's: a fraction of the steps, a (start, end)
-                  interval of fractions, or one of these for each word of the target, {"default":
-                  0.8, "square": (0, 0.2)} (without "default": 1.0). Step s is in (start, end) if
-                  int(start * steps) <= s < int(end * steps). {"default": 0, "cat": 1} keeps the
-                  object of one word and lets the rest change.
+    cross_steps   when cross-attention maps are the source's: a fraction of the steps, a (start,
+                  end) interval of fractions, or one of these for each word of the target,
+                  {"default": 0.8, "square": (0, 0.2)} (without "default": 1.0). Step s is in
+                  (start, end) if int(start * steps) <= s < int(end * steps). {"default": 0, "cat":
+                  1} keeps the object of one word and lets the rest change.
     self_steps    the same for self-attention, without words
     edit          "replace" (words swapped one by one), "refine" (words added or removed), None:
                   what the prompts suggest
@@ -74,12 +75,14 @@ class PromptToPrompt:
                   cross_steps lasts; factors may be negative. Without targets it is the source
                   prompt that is reweighted.
     cross_sites, self_sites, map_sites
-                  where, see `select_sites`. None: all cross sites; the self sites up to the coarsest
-                  resolution of the down and up blocks; for `maps` the cross sites of that resolution
+                  where, see `select_sites`. None: all cross sites; the self sites up to the
+                  coarsest resolution of the down and up blocks; for `maps` the cross sites of that
+                  resolution
     collect_maps  sum the mean maps of all rows, as used, into `maps` (LocalBlend reads them)
     height, width of the image in pixels, if not the model's own
     compat        "google": the published code's token maps (see alignment.py), and its cross_steps,
-                  which count int(fraction * (steps + 1)) because its sampler calls the UNet so often
+                  which count int(fraction * (steps + 1)) because its sampler calls the UNet so
+                  often
 
     Its tables: source_row (S,), self_row (steps, S), token_map (S, L, L), blend (steps, S, L) and
     reweight (the same, or None). ValueError: a word that is in no target (the message names those
@@ -107,6 +110,8 @@ class PromptToPrompt:
         if compat not in (None, "google"):
             raise ValueError(f'compat is {compat!r}, expected None or "google"')
         expect.whole_number("steps", steps, 1)
+        if map_sites is not None and not collect_maps:
+            raise ValueError(f"map_sites has no effect without collect_maps: got {map_sites!r:.80}")
         prompts = all_prompts(source, targets, reweight)
         google, device = compat == "google", sd.device
         self.sd, self.steps, self.prompts = sd, steps, prompts
@@ -128,8 +133,8 @@ class PromptToPrompt:
         self.check_rows()
         self._maps: Maps | None = None
         if collect_maps:
-            where = {"where": map_sites, "height": height, "width": width}
-            self._maps = Maps(sd, prompts, steps, **where, source_row=self.source_row)
+            rows = self.source_row
+            self._maps = Maps(sd, prompts, steps, map_sites, height, width, source_row=rows)
 
     def check_rows(self) -> None:
         """ValueError if a step takes the map of a row that is not there; not for the loop."""
@@ -188,18 +193,21 @@ def all_prompts(source: str, targets: Sequence[str], reweight: Any) -> list[str]
 
 
 def stack(*edits: PromptToPrompt) -> PromptToPrompt:
-    """Several edits as one, for one batch of rows [source 1, *targets 1, source 2, *targets 2, ...].
+    """Several edits as one, for one batch of rows [source 1, *targets 1, source 2, *targets 2,
+    ...].
 
-    They must agree in steps and sites, and have all a reweight or none. ValueError otherwise, and
-    for rows that an edit does not have.
+    They must agree in steps and sites, and have all a reweight or none, and collect all maps or
+    none (those of the first one's sites). ValueError otherwise, and for rows that an edit does not
+    have.
     """
     for e in edits:
         e.check_rows()
-    if len({(e.steps, *e.cross_sites, *e.self_sites, e.reweight is None) for e in edits}) != 1:
-        expected = "the same steps and sites, and either all with reweight or none"
+    kinds = {
+        (e.steps, *e.cross_sites, *e.self_sites, e.reweight is None, e._maps is None) for e in edits
+    }
+    if len(kinds) != 1:
+        expected = "the same steps and sites, and either all with reweight and maps or none"
         raise ValueError(f"expected edits with {expected}")
-    if any(e._maps is not None for e in edits):
-        raise ValueError("got edits that collect maps, expected them without collect_maps")
     first_rows = [0, *torch.tensor([len(e.prompts) for e in edits]).cumsum(0).tolist()]
     placed = list(zip(edits, first_rows))
     stacked = copy.copy(edits[0])
@@ -210,6 +218,8 @@ def stack(*edits: PromptToPrompt) -> PromptToPrompt:
     stacked.blend = torch.cat([e.blend for e in edits], dim=1)
     factors = [e.reweight for e in edits if e.reweight is not None]
     stacked.reweight = torch.cat(factors, dim=1) if factors else None
+    if stacked._maps is not None:
+        stacked._maps = stacked._maps.of(stacked.prompts, stacked.source_row)
     return stacked
 
 
@@ -223,21 +233,21 @@ def edit_prompt(
 ) -> list[Image.Image]:
     """Draw the source prompt and its edits to the targets, num_images of each, the source first.
 
-    local_blend: the words of a `LocalBlend`, or its arguments as a dict. after(x, step) -> x: called
-    after each step and before the blend (SpatialReplace of the published code is
+    local_blend: the words of a `LocalBlend`, or its arguments as a dict. after(x, step) -> x:
+    called after each step and before the blend (SpatialReplace of the published code is
     `x[:1].expand_as(x)` in the first steps, and x after them). options: the arguments of
     `PromptToPrompt`, and of `minisd.drawing.Drawing` (here steps=50, sampler="ddim"); on_step sees
     all rows. All prompts of an image are drawn from one noise, or each from its own row of
-    `latents`. To edit a given image: see `Inversion.edit_options`. ValueError for what does not fit.
+    `latents`. To edit a given image: see `Inversion.edit_options`. ValueError for what does not
+    fit.
     """
     drawing, edit = split(options)
     prompts = all_prompts(source, targets, edit.get("reweight"))
     x = shared_noise(drawing, sd, prompts)
     drawing = drawing.at(*(side * sd.vae.factor for side in x.shape[2:]))
-    size = {"height": drawing.height, "width": drawing.width}
-    p2p = PromptToPrompt(
-        sd, source, *targets, steps=drawing.steps, collect_maps=bool(local_blend), **size, **edit
-    ).repeated(drawing.num_images)
+    edit |= {"steps": drawing.steps, "height": drawing.height, "width": drawing.width}
+    p2p = PromptToPrompt(sd, source, *targets, collect_maps=bool(local_blend), **edit)
+    p2p = p2p.repeated(drawing.num_images)
     blend = None
     if local_blend:
         blend = LocalBlend(p2p.maps, **blend_arguments(local_blend, drawing))
@@ -256,7 +266,7 @@ def seed_baseline(
     sd: "StableDiffusion", source: str, *targets: str, **options: Unpack[Options]
 ) -> list[Image.Image]:
     """The seed-only baseline of `edit_prompt`: all prompts from the same noise, without an edit."""
-    drawing, _ = split(options)
+    drawing = Drawing.of(options, steps=50, sampler="ddim")
     prompts = [source, *targets]
     x = shared_noise(drawing, sd, prompts)
     predict = cfg(sd.network, *drawing.embed(sd, prompts), drawing.guidance)
@@ -265,14 +275,16 @@ def seed_baseline(
 
 def split(options: Mapping[str, Any]) -> tuple[Drawing, dict[str, Any]]:
     """How it is drawn, and what is edited."""
-    edit = {name: value for name, value in options.items() if name in EditOptions.__annotations__}
-    how = {name: value for name, value in options.items() if name not in edit}
+    known = EditOptions.__annotations__
+    edit = {name: value for name, value in options.items() if name in known}
+    how: Any = {name: value for name, value in options.items() if name not in edit}
     return Drawing.of(how, steps=50, sampler="ddim"), edit
 
 
 def shared_noise(drawing: Drawing, sd: "StableDiffusion", prompts: Sequence[str]) -> Tensor:
     """x_T for num_images of each prompt: one noise for all prompts of an image."""
     n, all_rows = drawing.num_images, drawing.num_images * len(prompts)
-    if drawing.latents is not None and len(drawing.latents) == all_rows:
+    given = drawing.latents
+    if isinstance(given, Tensor) and given.ndim == 4 and len(given) == all_rows:
         return drawing.noise(sd, all_rows)
     return drawing.noise(sd, n).repeat(len(prompts), 1, 1, 1)

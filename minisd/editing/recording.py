@@ -10,7 +10,7 @@ Hertz et al. 2022 (arXiv 2208.01626), algorithm 1.
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch
 from PIL import Image
@@ -22,7 +22,7 @@ from ..drawing import Drawing, Options
 from ..models.attention import AttentionEdit
 from ..sampling.guidance import cfg
 from ..sampling.samplers import Step
-from .prompt_to_prompt import EditedOptions, PromptToPrompt, split
+from .prompt_to_prompt import EditedOptions, EditOptions, PromptToPrompt, split
 from .sites import Where, coarsest, select_sites
 
 if TYPE_CHECKING:
@@ -60,10 +60,15 @@ class Recording:
         for name, x in self.maps.items():
             expect.shape(name, x, self.steps, 1, "H", "N", "L")
             site, kind = name.rsplit(".", 1)
-            if kind in "qk" and f"{site}.{'qk'.replace(kind, '')}" not in self.maps:
-                raise ValueError(
-                    f"{name} is there without its other half, expected {site}.q and .k"
-                )
+            if kind == "p":
+                continue
+            other = self.maps.get(f"{site}.{'k' if kind == 'q' else 'q'}")
+            if other is None:
+                expected = f"expected {site}.q and .k"
+                raise ValueError(f"{name} is there without its other half, {expected}")
+            if other.shape != x.shape:
+                got = f"{tuple(x.shape)} and {tuple(other.shape)}"
+                raise ValueError(f"{site}.q and .k: got {got}, expected the same shape")
         if self.z is not None:
             expect.shape("z", self.z, 1, "C", *self.size)
 
@@ -75,8 +80,11 @@ class Recording:
 
     @classmethod
     def load(cls, path: str | Path) -> "Recording":
-        """Read a file that `save` wrote; ValueError if it is another, incomplete or does not fit."""
-        fields, tensors = read_bundle(path, FORMAT, FIELDS, needed=("t",), known=f"z|{MAPS}")
+        """Read a file that `save` wrote; ValueError if it is another, incomplete or does not
+        fit."""
+        fields, tensors = read_bundle(
+            path, FORMAT, FIELDS, needed=("t",), known=f"z|{MAPS}", integers=("t",)
+        )
         t, z = tensors.pop("t"), tensors.pop("z", None)
         try:
             return cls(**fields, t=t, maps=tensors, z=z)
@@ -98,7 +106,8 @@ class RecordOptions(Options, RecorderOptions, total=False):
 
 
 class Recorder:
-    """Makes `recorder.recording`: denoise(x, sampler, cfg(..., edits=recorder), after=recorder.store).
+    """Makes `recorder.recording`: denoise(x, sampler, cfg(..., edits=recorder),
+    after=recorder.store).
 
     cross_sites, self_sites: what to record, see `select_sites`; by default all cross sites, and the
     self sites up to the coarsest resolution of the down and up blocks; [] for none. dtype: of what
@@ -150,9 +159,9 @@ class Recorder:
 
     def shapes(self, sd: "StableDiffusion", size: tuple[int, int]) -> dict[str, tuple[int, ...]]:
         """{name of what is recorded: its shape in one step}."""
-        shapes = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for site in self.cross_sites + self.self_sites:
-            module, queries = sd.unet.get_submodule(site), math.prod(sd.unet.grid(site, size))
+            module, queries = sd.unet.site(site), math.prod(sd.unet.grid(site, size))
             if site in self.cross_sites:
                 shapes[f"{site}.p"] = (1, module.heads, queries, sd.tokenizer.max_length)
             else:
@@ -185,7 +194,12 @@ class Injection:
     """
 
     def __init__(
-        self, sd: "StableDiffusion", recording: Recording, *targets: str, images: int = 1, **edit
+        self,
+        sd: "StableDiffusion",
+        recording: Recording,
+        *targets: str,
+        images: int = 1,
+        **edit: Unpack[EditOptions],
     ):
         height, width = (side * sd.vae.factor for side in recording.size)
         p2p = PromptToPrompt(
@@ -235,12 +249,12 @@ def record(sd: "StableDiffusion", prompt: str, **options: Unpack[RecordOptions])
     """Draw a prompt and record its maps; the image is sd.decode(recording.z).
 
     options: what is recorded (the other arguments of `Recorder`) and how it is drawn
-    (`minisd.drawing.Drawing`, here steps=50, sampler="ddim"). The size is worked out before the run:
-    MemoryError above `limit`.
+    (`minisd.drawing.Drawing`, here steps=50, sampler="ddim"). The size is worked out before the
+    run: MemoryError above `limit`.
     """
     names = RecorderOptions.__annotations__
-    what = {name: value for name, value in options.items() if name in names}
-    how = {name: value for name, value in options.items() if name not in names}
+    what: dict[str, Any] = {name: v for name, v in options.items() if name in names}
+    how: Any = {name: v for name, v in options.items() if name not in names}
     drawing = Drawing.of(how, without=("num_images",), steps=50, sampler="ddim")
     x = drawing.noise(sd, 1)
     height, width = (side * sd.vae.factor for side in x.shape[2:])
@@ -258,8 +272,8 @@ def replay(
 ) -> list[Image.Image]:
     """Draw target prompts with the recorded maps, num_images of each.
 
-    options: as in `edit_prompt`, but without steps and a size, which are the recording's; the others
-    should be what they were in `record`.
+    options: as in `edit_prompt`, but without steps and a size, which are the recording's; the
+    others should be what they were in `record`.
     """
     for name in ("steps", "height", "width"):
         if name in options:

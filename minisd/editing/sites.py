@@ -47,7 +47,7 @@ def select_sites(
             pattern = f"{entry}_block*" if entry in ("down", "mid", "up") else entry
             new = {site for site in sites if fnmatchcase(site, pattern) or grids[site] == entry}
         elif isinstance(entry, Integral):
-            new = {site for site in sites if math.prod(unet.grid(site, size)) <= entry}
+            new = {site for site in sites if math.prod(unet.grid(site, size)) <= int(entry)}
         if not new:
             known = ", ".join(dict.fromkeys(grids.values()))
             expected = f"down, mid, up, a number of queries, a grid ({known}) or a name"

@@ -1,7 +1,7 @@
 """The tables of prompt-to-prompt: what is edited at each step, in each row and token, as values.
 
-Row 0 is the source, which nothing edits, then one row for each target. All functions count tokens as
-alignment.py does, in the padded row of L ids.
+Row 0 is the source, which nothing edits, then one row for each target. All functions count tokens
+as alignment.py does, in the padded row of L ids.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,9 +22,9 @@ def token_maps(
     tokenizer: CLIPTokenizer, prompts: Sequence[str], edit: str | None | list, google: bool
 ) -> tuple[Tensor, Tensor]:
     """M (S, L, L), source tokens -> own tokens, and (S, L), 1 where a token has a source."""
-    L, zeros = tokenizer.max_length, {"dtype": torch.float32, "device": "cpu"}
-    M = torch.eye(L, **zeros).repeat(len(prompts), 1, 1)
-    has_source = torch.zeros(len(prompts), L, **zeros)
+    L = tokenizer.max_length
+    M = torch.eye(L, dtype=torch.float32, device="cpu").repeat(len(prompts), 1, 1)
+    has_source = torch.zeros(len(prompts), L, dtype=torch.float32, device="cpu")
     for row, kind in per_target("edit", edit, prompts):
         M[row], has_source[row] = token_map(tokenizer, prompts[0], prompts[row], kind, google)
     return M, has_source
@@ -53,7 +53,8 @@ def cross_table(
     columns: Callable[[str], list[int]],
     google: bool = False,
 ) -> Tensor:
-    """(steps, length): 1 where a token's column is edited at a step. columns: word -> its positions.
+    """(steps, length): 1 where a token's column is edited at a step. columns: word -> its
+    positions.
 
     A word's own schedule replaces "default" in its columns. google: fractions are of steps + 1.
     """
@@ -119,7 +120,8 @@ def columns_of(
 
 
 def interval(name: str, value: Interval, steps: int) -> tuple[int, int]:
-    """Steps [start, end) of a fraction or a (start, end) pair of fractions: int(fraction * steps)."""
+    """Steps [start, end) of a fraction or a (start, end) pair of fractions: int(fraction *
+    steps)."""
     try:
         start, end = value if isinstance(value, (tuple, list)) else (0, value)
         fits = 0 <= start <= end <= 1

@@ -10,8 +10,11 @@ bands, so there are no seams and nothing to blend, unlike in a tiled decoding. m
 `is_large`; smaller pictures, and gradients, are computed at once.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 # Elements of an activation above which it is computed in bands: 64 channels of 512x512, 256
 # channels of 512x512. On a CPU earlier, because it costs no time there, and because torch's
@@ -20,7 +23,7 @@ LARGE = {"cpu": 2**24, "cuda": 2**26}
 BAND = 2**22  # elements of a band
 
 
-def is_large(x, factor=1):
+def is_large(x: Tensor, factor: int = 1) -> bool:
     """Whether x (B, C, h, w), with sides `factor` times as long, is to be computed in bands."""
     return (
         factor**2 * x.numel() > LARGE.get(x.device.type, LARGE["cuda"])
@@ -28,7 +31,7 @@ def is_large(x, factor=1):
     )
 
 
-def bands(x, factor=1):
+def bands(x: Tensor, factor: int = 1) -> list[slice]:
     """Slices that cover the rows of x (B, C, h, w), each about BAND elements, or so many once
     enlarged by `factor`."""
     height = x.shape[2]
@@ -36,44 +39,47 @@ def bands(x, factor=1):
     return [slice(start, min(start + rows, height)) for start in range(0, height, rows)]
 
 
-def norm_silu_conv(norm, conv, x, in_place=False):
+def norm_silu_conv(
+    norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor, in_place: bool = False
+) -> Tensor:
     """conv(silu(norm(x))), a GroupNorm and a convolution that keeps the size; in_place: in the
     memory of x."""
     scale, shift = affine(norm, x)
 
-    def activate(band):
+    def activate(band: Tensor) -> Tensor:
         return F.silu((band.to(scale.dtype) * scale).add_(shift), inplace=True).to(x.dtype)
 
     return _convolve(conv, activate, x, 1, x if in_place else None)
 
 
-def upsample_conv(conv, x):
+def upsample_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """conv(x with each pixel repeated in a square of 2 x 2)."""
     return _convolve(conv, lambda band: F.interpolate(band, scale_factor=2, mode="nearest"), x, 2)
 
 
-def add_conv(conv, x, h):
+def add_conv(conv: nn.Conv2d, x: Tensor, h: Tensor) -> Tensor:
     """conv(x) + h, in the memory of h, for a 1x1 convolution."""
     for rows in bands(x):
         h[:, :, rows] += conv(x[:, :, rows])
     return h
 
 
-def affine(norm, x):
-    """scale, shift with norm(x) = scale x + shift for a GroupNorm, each (B, C, 1, 1) in float32 or
-    wider.
+def affine(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+    """scale, shift with norm(x) = scale x + shift for a GroupNorm.
 
-        scale = weight / sqrt(var + eps),   shift = bias - mean scale,   var = mean over c of v_c + (m_c - mean)^2
+        scale = weight / sqrt(var + eps),   shift = bias - mean scale
+        var   = mean over the group's channels c of v_c + (m_c - mean)^2
 
-    with the means m_c and variances v_c of the channels, which are quicker to take than those of
-    groups.
+    each (B, C, 1, 1) in float32 or wider, with the means m_c and variances v_c of the channels,
+    which are quicker to take than those of groups.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     m_c = x.mean((2, 3), keepdim=True, dtype=wide)
-    v_c = sum(
-        (x[:, :, rows].to(wide) - m_c).square_().sum((2, 3), keepdim=True) for rows in bands(x)
-    )
-    v_c, groups = v_c / (x.shape[2] * x.shape[3]), (norm.num_groups, -1)
+    v_c = torch.zeros_like(m_c)
+    for rows in bands(x):
+        v_c += (x[:, :, rows].to(wide) - m_c).square_().sum((2, 3), keepdim=True)
+    v_c /= x.shape[2] * x.shape[3]
+    groups = (norm.num_groups, -1)
     m_c, v_c = m_c.unflatten(1, groups), v_c.unflatten(1, groups)  # (B, G, C / G, 1, 1)
     mean = m_c.mean(2, keepdim=True)
     var = (v_c + (m_c - mean).square()).mean(2, keepdim=True)
@@ -82,17 +88,23 @@ def affine(norm, x):
     return scale.flatten(1, 2), shift.flatten(1, 2)
 
 
-def _convolve(conv, before, x, factor, out=None):
-    """conv(before(x)) for a `before` that enlarges the rows by `factor`; out: x itself, or None for
-    new memory."""
+def _convolve(
+    conv: nn.Conv2d,
+    before: Callable[[Tensor], Tensor],
+    x: Tensor,
+    factor: int,
+    out: Tensor | None = None,
+) -> Tensor:
+    """conv(before(x)) for a `before` that enlarges the rows by `factor`.
+
+    out: x itself, or None for new memory.
+    """
     B, _, h, w = x.shape
     if out is None:
-        size, like = (
-            (B, conv.out_channels, factor * h, factor * w),
-            dict(dtype=x.dtype, device=x.device),
-        )
-        out = torch.empty(size, **like, memory_format=torch.channels_last)
-    above = None
+        size = (B, conv.out_channels, factor * h, factor * w)
+        order = torch.channels_last
+        out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=order)
+    above: Tensor | None = None
     for rows in bands(x, factor):
         band = x[:, :, rows.start : rows.stop + 1]
         band = band if above is None else torch.cat([above, band], dim=2)

@@ -1,8 +1,8 @@
 """CUDA graphs: the UNet launched once as a whole, in place of its some thousand kernels one by one.
 
-A graph repeats the same kernels on the same memory, so what changes from step to step is copied into
-static buffers: the latent, the time, the rows of an edit's tables. Edits are gated by value, so
-their tensors have the same shapes at every step and one graph serves a whole run. What remains
+A graph repeats the same kernels on the same memory, so what changes from step to step is copied
+into static buffers: the latent, the time, the rows of an edit's tables. Edits are gated by value,
+so their tensors have the same shapes at every step and one graph serves a whole run. What remains
 outside is guidance and the sampler's update, about a dozen operations on one latent.
 https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
@@ -97,14 +97,16 @@ class Replay:
         replay(key, function, *inputs) == function(*inputs)
 
     key: what the function does beyond its inputs. inputs: tensors, None, numbers and containers of
-    them (AttentionEdit too). The function has to be pure in its tensors, except that it may write to
-    the `save` fields of edits: those are not copied, their memory is part of the graph. Outputs are
-    new tensors. A graph is captured at the first call for each key and set of shapes.
+    them (AttentionEdit too). The function has to be pure in its tensors, except that it may write
+    to the `save` fields of edits: those are not copied, their memory is part of the graph. Outputs
+    are new tensors. A graph is captured at the first call for each key and set of shapes.
     """
 
     def __init__(self) -> None:
         self.graphs: dict[Hashable, Captured] = {}
-        self.pool = None  # memory that all graphs share: one runs at a time, outputs are copied
+        self.pool: Any = (
+            None  # memory that all graphs share: one runs at a time, outputs are copied
+        )
         self.stream: torch.cuda.Stream | None = None  # on which all are captured, as the pool wants
 
     def __call__(self, key: Hashable, function: Callable[..., Any], *arguments: Any) -> Any:

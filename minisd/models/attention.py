@@ -9,7 +9,7 @@ Attention Control".
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ def check_implementation(impl: str) -> Implementation:
     """impl, or ValueError if no such code computes attention."""
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"attention is {impl!r}, expected one of {', '.join(IMPLEMENTATIONS)}")
-    return impl
+    return cast(Implementation, impl)
 
 
 class AttentionEdit(NamedTuple):
@@ -87,8 +87,7 @@ def attention(
     unknown impl and for shapes, dtypes or devices that do not fit; RuntimeError for "triton" under
     autograd.
     """
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    check_implementation(impl)
     if edit is None:
         return plain(q, k, v, impl)
     check(q, k, v, edit)
@@ -99,12 +98,14 @@ def attention(
             buffer.copy_(x[R - buffer.shape[0] :].detach())
     edit = edit._replace(save_qk=None)
     saves = edit.save is not None or edit.save_mean is not None
-    if edit.inject_qk is not None:
+    if (pair := edit.inject_qk) is not None:
         if edit.token_map is None and edit.blend is None:  # the stored q and k stand in for the own
-            q, k = (torch.cat([x[: R - s.shape[0]], s]) for x, s in zip((q, k), edit.inject_qk))
+            first = R - pair[0].shape[0]
+            q, k = torch.cat([q[:first], pair[0]]), torch.cat([k[:first], pair[1]])
             edit = edit._replace(inject_qk=None)
         elif saves or impl == "reference":
-            edit = edit._replace(inject_qk=None, inject=reference.attention_map(*edit.inject_qk))
+            P = reference.attention_map(pair[0], pair[1])
+            edit = edit._replace(inject_qk=None, inject=P)
 
     fields = edit._asdict()
     inject_qk, _ = fields.pop("inject_qk"), fields.pop("save_qk")
@@ -183,9 +184,9 @@ def check(q: Tensor, k: Tensor, v: Tensor, edit: AttentionEdit) -> None:
         for x, like in zip(pair, (q, k), strict=True):
             expected = (S, *like.shape[1:])
             if tuple(x.shape) != expected or not 1 <= S <= q.shape[0]:
-                raise ValueError(
-                    f"{name}: expected shape {expected} with at most {q.shape[0]} rows, got {tuple(x.shape)}"
-                )
+                most = f"at most {q.shape[0]} rows"
+                got = tuple(x.shape)
+                raise ValueError(f"{name}: expected shape {expected} with {most}, got {got}")
             if x.dtype != q.dtype or x.device != q.device:
                 raise ValueError(
                     f"{name}: expected {q.dtype} on {q.device} like q, got {x.dtype} on {x.device}"
@@ -238,7 +239,8 @@ class Attention(nn.Module):
         edit: AttentionEdit | None = None,
         impl: str = "sdpa",
     ) -> Tensor:
-        """x: (B, N, channels), kv: what `project` gave (None: self-attention) -> (B, N, channels)."""
+        """x: (B, N, channels), kv: what `project` gave (None: self-attention) -> (B, N,
+        channels)."""
         q = self.split_heads(ops.linear(self.to_q, x))
         k, v = self.project(x) if kv is None else kv
         out = attention(q, k, v, edit, impl)

@@ -4,32 +4,36 @@ Radford et al. 2021, https://arxiv.org/abs/2103.00020; module names are those of
 CLIPTextModel.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from .. import expect
 from . import ops
 from .config import read_config
 
 
-def quick_gelu(x):
-    """x * sigmoid(1.702 x), OpenAI's approximation of the GELU, with which their CLIP was
-    trained."""
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x), OpenAI's approximation of the GELU, with which CLIP was trained."""
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+Activation = Literal["quick_gelu", "gelu"]
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "quick_gelu": quick_gelu,
+    "gelu": F.gelu,
+}
 # Where transformers' defaults are others than the numbers of ViT-L/14.
 ABSENT = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
 
 
 @dataclass(frozen=True)
 class CLIPTextConfig:
-    """The numbers of a CLIP text model; the defaults are those of ViT-L/14, which Stable Diffusion
-    v1 uses."""
+    """The numbers of a CLIP text model; the defaults are ViT-L/14's, which SD v1 uses."""
 
     vocab_size: int = 49408
     hidden_size: int = 768
@@ -37,21 +41,22 @@ class CLIPTextConfig:
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     max_position_embeddings: int = 77
-    hidden_act: str = "quick_gelu"
+    hidden_act: Activation = "quick_gelu"
     layer_norm_eps: float = 1e-5
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(
                 f"hidden_act: got {self.hidden_act!r}, supported are {', '.join(ACTIVATIONS)}"
             )
         if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"num_attention_heads: {self.num_attention_heads} heads do not divide hidden_size {self.hidden_size}"
+                f"num_attention_heads: {self.num_attention_heads} heads do not divide hidden_size "
+                f"{self.hidden_size}"
             )
 
     @classmethod
-    def from_dict(cls, values):
+    def from_dict(cls, values: Mapping[str, object]) -> Self:
         """Read the checkpoint's text_encoder/config.json (a dict).
 
         The many other keys that transformers writes there (dropout, token ids, generation settings)
@@ -61,36 +66,34 @@ class CLIPTextConfig:
         """
         if "text_config" in values:
             raise ValueError(
-                "this is the config of a whole CLIP; expected that of its text model, its text_config"
+                "this is the config of a whole CLIP; expected that of its text model, its "
+                "text_config"
             )
         names = {field.name for field in fields(cls)}
-        return read_config(
-            cls, {key: value for key, value in values.items() if key in names}, {}, ABSENT
-        )
+        known = {key: value for key, value in values.items() if key in names}
+        return read_config(cls, known, neutral={}, absent=ABSENT)
 
 
 class Embeddings(nn.Module):
     """token_embedding[ids] + position_embedding[0..L-1]."""
 
-    def __init__(self, config):
+    def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
-        # nn.Embedding's own initial values; made by itself on the meta device, they import all of
-        # torch._dynamo.
-        token, position = (
-            (config.vocab_size, config.hidden_size),
-            (config.max_position_embeddings, config.hidden_size),
-        )
-        self.token_embedding = nn.Embedding.from_pretrained(torch.randn(token), freeze=False)
-        self.position_embedding = nn.Embedding.from_pretrained(torch.randn(position), freeze=False)
+        # nn.Embedding's own initial values, of the default dtype and device as every module's; made
+        # by itself on the meta device, they import all of torch._dynamo.
+        token = torch.randn(config.vocab_size, config.hidden_size)
+        position = torch.randn(config.max_position_embeddings, config.hidden_size)
+        self.token_embedding = nn.Embedding.from_pretrained(token, freeze=False)
+        self.position_embedding = nn.Embedding.from_pretrained(position, freeze=False)
 
-    def forward(self, ids):
+    def forward(self, ids: Tensor) -> Tensor:
         return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
 
 
 class CausalSelfAttention(nn.Module):
     """Each token attends to itself and to those before it. x: (B, L, hidden) -> (B, L, hidden)."""
 
-    def __init__(self, config):
+    def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
         width = config.hidden_size
         self.heads = config.num_attention_heads
@@ -98,7 +101,7 @@ class CausalSelfAttention(nn.Module):
             nn.Linear(width, width) for _ in range(4)
         )
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
             ops.linear(proj, x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, L, D)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -110,37 +113,39 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     """fc2(act(fc1(x)))."""
 
-    def __init__(self, config):
+    def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
         self.act = ACTIVATIONS[config.hidden_act]
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return ops.linear(self.fc2, self.act(ops.linear(self.fc1, x)))
 
 
 class EncoderLayer(nn.Module):
     """x + attn(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config):
+    def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.self_attn = CausalSelfAttention(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 
 
 class Encoder(nn.Module):
-    def __init__(self, config):
+    """The layers, one after the other. x: (B, L, hidden) -> (B, L, hidden)."""
+
+    def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             x = layer(x)
         return x
@@ -149,18 +154,18 @@ class Encoder(nn.Module):
 class CLIPTextModel(nn.Module):
     """ids (B, L) -> final_layer_norm of the last layer, (B, L, hidden).
 
-    As in Stable Diffusion there is no padding mask: pads are attended like any token. ValueError if
-    L exceeds the position embeddings.
+    As in Stable Diffusion there is no padding mask: pads are attended to like any token. ValueError
+    if L exceeds the position embeddings.
     """
 
-    def __init__(self, config=CLIPTextConfig()):
+    def __init__(self, config: CLIPTextConfig = CLIPTextConfig()) -> None:
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
-    def forward(self, ids):
+    def forward(self, ids: Tensor) -> Tensor:
         expect.shape("token ids", ids, "B", "L")
         if ids.shape[1] > (most := self.config.max_position_embeddings):
             raise ValueError(f"token ids: got {ids.shape[1]} in a row, expected at most {most}")

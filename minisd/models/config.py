@@ -1,11 +1,23 @@
 """Reading a checkpoint's config.json into a dataclass, strictly."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from types import UnionType
-from typing import get_args, get_origin
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args, get_origin
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+C = TypeVar("C", bound="DataclassInstance")
 
 
-def read_config(cls, values, neutral, absent, harmless=()):
+def read_config(
+    cls: type[C],
+    values: Mapping[str, object],
+    neutral: Mapping[str, object],
+    absent: Mapping[str, object],
+    harmless: Collection[str] = (),
+) -> C:
     """Build dataclass `cls` from the JSON object `values`.
 
     A key that is a field of `cls` is taken (lists become tuples) and has to be of the annotated
@@ -19,38 +31,44 @@ def read_config(cls, values, neutral, absent, harmless=()):
     Raises ValueError that lists every key at fault with what was got and what was expected.
     """
     kinds = {field.name: field.type for field in fields(cls)}
-    taken, faults = {}, []
+    known: dict[str, object] = {}
+    faults = []
     for key, value in values.items():
         value = tuple(value) if isinstance(value, list) else value
         if key in kinds:
-            taken[key] = value
-            if not fits(value, kinds[key]):
-                kind = kinds[key].__name__ if isinstance(kinds[key], type) else kinds[key]
-                faults.append(f"{key}: got {value!r:.200}, expected {kind}")
+            known[key] = value
+            if not is_of(value, kinds[key]):
+                faults.append(f"{key}: got {value!r:.200}, {_supported(kinds[key])}")
         elif key in neutral:
             if value != neutral[key]:
                 faults.append(f"{key}: got {value!r:.200}, supported is {neutral[key]!r:.200}")
-        elif (
-            not key.startswith("_")
-            and key not in harmless
-            and value is not None
-            and value is not False
-        ):
+        elif key.startswith("_") or key in harmless or value is None or value is False:
+            continue
+        else:
             faults.append(f"{key:.200}: got {value!r:.200}, but this key is unknown")
     if faults:
         raise ValueError(f"{cls.__name__} cannot be built from this config: " + "; ".join(faults))
-    return cls(**absent | taken)
+    return cls(**{**absent, **known})
 
 
-def fits(value, kind):
-    """Whether a value is of an annotated kind: a plain type (an int passes for a float), a tuple,
-    or a union."""
+def _supported(kind: object) -> str:
+    if get_origin(kind) is Literal:
+        return f"supported are {', '.join(map(str, get_args(kind)))}"
+    return f"expected {kind.__name__ if isinstance(kind, type) else kind}"
+
+
+def is_of(value: object, kind: object) -> bool:
+    """Whether a value is of an annotated kind: a plain type, a tuple, a Literal or a union.
+
+    An int passes for a float; a tuple[int, ...] has at least one entry.
+    """
     if isinstance(kind, UnionType):
-        return any(fits(value, each) for each in get_args(kind))
+        return any(is_of(value, each) for each in get_args(kind))
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
     if get_origin(kind) is tuple:
         first, second = get_args(kind)
-        length_fits = isinstance(value, tuple) and (
-            len(value) > 0 if second is ... else len(value) == 2
-        )
-        return length_fits and all(fits(each, first) for each in value)
+        if not isinstance(value, tuple) or (not value if second is ... else len(value) != 2):
+            return False
+        return all(is_of(each, first) for each in value)
     return type(value) is kind or (kind is float and type(value) is int)

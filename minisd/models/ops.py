@@ -6,9 +6,11 @@ torch.compile) it is called as any module is, layer(x). Where nothing is, on a C
 
 - torch gives a float32 linear layer to MKL, which leaves AVX-512 unused on AMD processors; `linear`
   gives it to oneDNN.
-- oneDNN brings the weights of a 3x3 convolution into an order of its own at every call, which on few
-  positions takes as long as the convolution itself. There `conv2d` is one product of the 3x3 windows
-  with the weights as they lie in channels_last memory: no copy of weights exists, none can be stale.
+- oneDNN brings the weights of a 3x3 convolution into an order of its own at every call, which on
+few
+  positions takes as long as the convolution itself. There `conv2d` is one product of the 3x3
+  windows with the weights as they lie in channels_last memory: no copy of weights exists, none can
+  be stale.
 - a 1x1 convolution is a linear layer over the channels.
 
 The results are the same up to the order of the sums. docs/benchmarks.md has what it gains.
@@ -16,6 +18,7 @@ The results are the same up to the order of the sums. docs/benchmarks.md has wha
 
 import functools
 import platform
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +26,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ..engine import bands
+
+Layer = Any  # the nn.Module that holds the parameters, or what somebody put in its place
 
 # Rows (batch x height x width) up to which a 3x3 convolution is one product of windows and weights.
 # Above, oneDNN's convolution is quicker although it reorders the weights: measured on widths of 640
@@ -37,19 +42,19 @@ def onednn_computes(dtype: torch.dtype) -> bool:
     if not (torch.backends.mkldnn.is_available() and x86):
         return False
     if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return dtype == torch.float32
 
 
-def is_plain(layer: nn.Module, kind: type) -> bool:
+def is_plain(layer: Any, kind: type) -> bool:
     """Whether the layer is exactly torch's own and nobody watches or changes its calls."""
     hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
     hooked = hooked or layer._backward_pre_hooks or torch_module._has_any_global_hook()
-    patched = "forward" in layer.__dict__
-    return type(layer) is kind and not hooked and not patched and type(layer.weight) is nn.Parameter
+    patched = "forward" in layer.__dict__ or type(layer) is not kind
+    return not hooked and not patched and type(layer.weight) is nn.Parameter
 
 
-def by_onednn(layer: nn.Module, kind: type, x: Tensor) -> bool:
+def by_onednn(layer: Any, kind: type, x: Tensor) -> bool:
     """Whether oneDNN may be called with this layer's parameters in place of layer(x)."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or not is_plain(layer, kind):
         return False
@@ -60,14 +65,14 @@ def by_onednn(layer: nn.Module, kind: type, x: Tensor) -> bool:
     return not (differentiable or torch.is_autocast_enabled("cpu"))
 
 
-def linear(layer: nn.Module, x: Tensor) -> Tensor:
+def linear(layer: Layer, x: Tensor) -> Tensor:
     """y = x W^T + b. x: (..., in) -> (..., out)."""
     if by_onednn(layer, nn.Linear, x):
         return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
     return layer(x)
 
 
-def conv2d(layer: nn.Module, x: Tensor) -> Tensor:
+def conv2d(layer: Layer, x: Tensor) -> Tensor:
     """The convolution of x (B, in, h, w)."""
     if not by_onednn(layer, nn.Conv2d, x) or layer.groups != 1 or layer.padding_mode != "zeros":
         return layer(x)
@@ -100,17 +105,18 @@ def windows_3x3(x: Tensor) -> Tensor:
     return windows.reshape(B, h, w, 9 * C)
 
 
-# Without gradients the next ones write over a tensor that is not needed again: on a CPU, memory that
-# is fresh from the system costs five times as much as the arithmetic.
+# Without gradients the next ones write over a tensor that is not needed again: on a CPU, memory
+# that is fresh from the system costs five times as much as the arithmetic.
 
 
-def group_norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
+def group_norm_silu(norm: Layer, x: Tensor) -> Tensor:
     """silu(norm(x)). x: (B, C, h, w)."""
     return F.silu(norm(x), inplace=not torch.is_grad_enabled())
 
 
-def norm_silu_conv(norm: nn.Module, conv: nn.Module, x: Tensor, in_place: bool = False) -> Tensor:
-    """conv(silu(norm(x))), large images in bands (engine/bands.py); in_place: x is needed no more."""
+def norm_silu_conv(norm: Layer, conv: Layer, x: Tensor, in_place: bool = False) -> Tensor:
+    """conv(silu(norm(x))), large images in bands (engine/bands.py); in_place: x is needed no
+    more."""
     if bands.is_large(x) and is_plain(norm, nn.GroupNorm) and is_plain(conv, nn.Conv2d):
         return bands.norm_silu_conv(norm, conv, x, in_place)
     return conv2d(conv, group_norm_silu(norm, x))

@@ -1,9 +1,9 @@
 """CLIP's byte-pair tokenizer: text -> the (B, 77) token ids that the text encoder reads.
 
-    text -> NFC, lower case -> words (regex; whitespace only separates) -> bytes as printable
-    characters
-         -> merges inside each word, the last piece carrying "</w>" -> ids -> <bos> ids <eos> pad
-         pad ...
+    text -> NFC, lower case -> words (regex; whitespace only separates)
+         -> bytes as printable characters
+         -> merges inside each word, the last piece carrying "</w>" -> ids
+         -> <bos> ids <eos> pad pad ...
 
 Source: Radford et al. 2021 (CLIP, arXiv 2103.00020), byte-level BPE of Radford et al. 2019 (GPT-2);
 word pattern and normalisation are those of transformers' CLIPTokenizer 5.x (as there, ftfy is not
@@ -11,13 +11,16 @@ run over the text).
 """
 
 import json
+import os
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from tokenizers import (
     AddedToken,
+    Encoding,
     Regex,
     Tokenizer,
     decoders,
@@ -28,6 +31,7 @@ from tokenizers import (
 )
 from torch import Tensor
 
+Merge = tuple[str, str]
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 WORDS = (
@@ -35,14 +39,13 @@ WORDS = (
 )
 
 
-def byte_pair_encoder(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
-    """The text -> pieces part: normaliser, word pattern, bytes and merges, without special tokens
-    and padding."""
+def byte_pair_encoder(vocab: dict[str, int], merges: list[Merge]) -> Tokenizer:
+    """Text -> pieces: normaliser, word pattern, bytes and merges; no special tokens, no padding."""
     for first, second in merges:  # `tokenizers` panics on some of these
         if unknown := [piece for piece in (first, second, first + second) if piece not in vocab]:
-            merge = shortened(f"{first} {second}")
             raise ValueError(
-                f"vocabulary and merges do not fit: no {shortened(unknown[0])}, needed by the merge {merge}"
+                f"vocabulary and merges do not fit: no {shortened(unknown[0])}, needed by the "
+                f"merge {shortened(f'{first} {second}')}"
             )
     unk = EOS if EOS in vocab else None
     try:
@@ -64,11 +67,10 @@ def byte_pair_encoder(vocab: dict[str, int], merges: list[tuple[str, str]]) -> T
 
 
 class CLIPTokenizer:
-    """Prompts to padded token ids: `CLIPTokenizer.from_folder(path)(["a red circle"])` is a
-    LongTensor (1, 77).
+    """Prompts to padded token ids: `CLIPTokenizer.from_folder(path)(["a red circle"])` is (1, 77).
 
     vocab: piece -> id.  merges: pairs of pieces, in the order of merging.  max_length: ids per row,
-    all included. pad_token fills up to max_length: <|endoftext|> in SD 1.x, "!" in SD 2.x. Special
+    all included.  pad_token fills up to max_length: <|endoftext|> in SD 1.x, "!" in SD 2.x. Special
     tokens written out in a prompt become their single id, as in transformers: in lower case, as
     they stand in the vocabulary; those in `any_case` (their files mark them as "normalized") in
     capitals, too.
@@ -77,27 +79,24 @@ class CLIPTokenizer:
     def __init__(
         self,
         vocab: dict[str, int],
-        merges: list[tuple[str, str]],
-        max_length=77,
-        pad_token=EOS,
-        any_case=(),
-    ):
+        merges: list[Merge],
+        max_length: int = 77,
+        pad_token: str = EOS,
+        any_case: Iterable[str] = (),
+    ) -> None:
         for token in (BOS, EOS, pad_token):
             if token not in vocab:
                 raise ValueError(
-                    f"the vocabulary ({len(vocab)} pieces) has no {token!r}, which a CLIP tokenizer needs"
+                    f"the vocabulary ({len(vocab)} pieces) has no {token!r}, which a CLIP "
+                    "tokenizer needs"
                 )
         # transformers writes 1e30 where no limit is known
         if type(max_length) is not int or not 2 <= max_length <= 100_000:
             raise ValueError(
                 f"max_length is {max_length!r}, expected the text encoder's positions, 2 to 100000"
             )
-        self.vocab, self.merges, self.max_length, self.pad_token = (
-            vocab,
-            merges,
-            max_length,
-            pad_token,
-        )
+        self.vocab, self.merges = vocab, merges
+        self.max_length, self.pad_token = max_length, pad_token
         self.any_case = frozenset(any_case)
         self.bos_id, self.eos_id, self.pad_id = vocab[BOS], vocab[EOS], vocab[pad_token]
         self._bpe = byte_pair_encoder(vocab, merges)
@@ -108,26 +107,27 @@ class CLIPTokenizer:
 
     @classmethod
     def from_files(
-        cls, vocab_json, merges_txt, max_length=77, pad_token=EOS, any_case=()
-    ) -> "CLIPTokenizer":
+        cls,
+        vocab_json: str | os.PathLike[str],
+        merges_txt: str | os.PathLike[str],
+        max_length: int = 77,
+        pad_token: str = EOS,
+        any_case: Iterable[str] = (),
+    ) -> Self:
         """From the two files of a checkpoint's tokenizer folder, vocab.json and merges.txt."""
         vocab = json.loads(Path(vocab_json).read_text(encoding="utf-8"))
         # split("\n"), not splitlines(): pieces may hold characters that splitlines() takes for line
         # ends.
         lines = Path(merges_txt).read_text(encoding="utf-8").split("\n")
-        merges = [
-            tuple(line.split(" "))
-            for line in lines
-            if line.strip() and not line.startswith("#version")
-        ]
-        if bad := [pair for pair in merges if len(pair) != 2]:
-            raise ValueError(f"{merges_txt}: expected two pieces a line, got {' '.join(bad[0])!r}")
+        lines = [line for line in lines if line.strip() and not line.startswith("#version")]
+        if bad := [line for line in lines if line.count(" ") != 1]:
+            raise ValueError(f"{merges_txt}: expected two pieces a line, got {bad[0]!r}")
+        merges = [_pair(line) for line in lines]
         return cls(vocab, merges, max_length, pad_token, any_case)
 
     @classmethod
-    def from_folder(cls, folder, max_length: int | None = None) -> "CLIPTokenizer":
-        """From a tokenizer/ folder: vocab.json and merges.txt, or the tokenizer.json that
-        transformers 5 writes.
+    def from_folder(cls, folder: str | os.PathLike[str], max_length: int | None = None) -> Self:
+        """From a tokenizer/ folder: vocab.json and merges.txt, or transformers 5's tokenizer.json.
 
         Special tokens: what special_tokens_map.json says, else tokenizer_config.json, else
         <|endoftext|>, for all but the first (the order is that of transformers; SD 2.x needs it for
@@ -136,12 +136,11 @@ class CLIPTokenizer:
         """
         folder = Path(folder)
         config = _read_json(folder / "tokenizer_config.json")
-        special, normalized = _read_json(folder / "special_tokens_map.json"), {}
+        special = _read_json(folder / "special_tokens_map.json")
+        normalized: dict[str, bool] = {}
         for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
             token = special.get(key) or config.get(key) or (BOS if key == "bos_token" else EOS)
-            pad = (
-                token["content"] if isinstance(token, dict) else token
-            )  # after the loop, that of pad_token
+            pad = token["content"] if isinstance(token, dict) else token  # at last, pad_token's
             normalized[pad] = isinstance(token, dict) and token.get("normalized", True)
         any_case = [token for token, yes in normalized.items() if yes]
         max_length = config.get("model_max_length", 77) if max_length is None else max_length
@@ -154,29 +153,25 @@ class CLIPTokenizer:
                 f"{folder} has neither vocab.json and merges.txt nor tokenizer.json"
             )
         saved = _read_json(folder / "tokenizer.json")
-        vocab = saved["model"]["vocab"] | {
-            token["content"]: token["id"] for token in saved["added_tokens"]
-        }
-        merges = saved["model"][
-            "merges"
-        ]  # pairs, or "first second" as tokenizers before 0.20 wrote them
-        merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges]
+        added = {token["content"]: token["id"] for token in saved["added_tokens"]}
+        vocab = saved["model"]["vocab"] | added
+        merges = [_pair(merge) for merge in saved["model"]["merges"]]
         any_case = [token["content"] for token in saved["added_tokens"] if token["normalized"]]
         return cls(vocab, merges, max_length, pad, any_case)
 
-    def save(self, folder) -> None:
-        """Write vocab.json, merges.txt and tokenizer_config.json, which from_folder and
-        transformers read back."""
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write vocab.json, merges.txt and tokenizer_config.json.
+
+        from_folder and transformers read them back.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
 
-        def entry(token):
+        def entry(token: str) -> str | dict[str, object]:
+            if token not in self.any_case:
+                return token
             flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
-            return (
-                {"__type": "AddedToken", "content": token, **flags}
-                if token in self.any_case
-                else token
-            )
+            return {"__type": "AddedToken", "content": token, **flags}
 
         config = {
             "tokenizer_class": "CLIPTokenizer",
@@ -196,8 +191,7 @@ class CLIPTokenizer:
         )
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Ids of each text, (B, max_length) int64: <bos>, at most max_length - 2 ids, <eos>,
-        padding.
+        """Ids of each text, (B, max_length) int64, on the CPU: <bos>, the text's, <eos>, padding.
 
         A text that is longer is cut, and a UserWarning shows the part that was cut. A bare string
         is a TypeError.
@@ -207,23 +201,22 @@ class CLIPTokenizer:
             raise TypeError(
                 f"expected a list of prompts, got the single string {text}; write [{text}]"
             )
-        return torch.tensor(list(map(self._padded, texts)), dtype=torch.long).reshape(
-            -1, self.max_length
-        )
+        ids = list(map(self._padded, texts))
+        return torch.tensor(ids, dtype=torch.int64, device="cpu").reshape(-1, self.max_length)
 
     def _padded(self, text: str) -> list[int]:
         encoding = self._encode(text)
         ids, room = encoding.ids, self.max_length - 2
         if len(ids) > room:
-            cut = shortened(text[encoding.offsets[room][0] :])
+            rest = shortened(text[encoding.offsets[room][0] :])
             warnings.warn(
-                f"the prompt has {len(ids)} tokens and {room} fit; this part was cut: {cut}",
+                f"the prompt has {len(ids)} tokens and {room} fit; this part was cut: {rest}",
                 stacklevel=3,
             )
         ids = [self.bos_id, *ids[:room], self.eos_id]
         return ids + [self.pad_id] * (self.max_length - len(ids))
 
-    def _encode(self, text: str):
+    def _encode(self, text: str) -> Encoding:
         if not isinstance(text, str):
             raise TypeError(f"expected a prompt (str), got {type(text).__name__}: {text!r}")
         if any("\ud800" <= c <= "\udfff" for c in text):
@@ -233,30 +226,27 @@ class CLIPTokenizer:
         return self._bpe.encode(text, add_special_tokens=False)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of one text, uncut, without <bos>, <eos>, padding: entry i stands at position i + 1
-        of a padded row."""
+        """Ids of one text, uncut, without <bos>, <eos> and padding.
+
+        Entry i stands at position i + 1 of a padded row.
+        """
         return self._encode(text).ids
 
     def tokenize(self, text: str) -> list[str]:
-        """Pieces of one text, aligned with encode(text); the last piece of each word ends in
-        "</w>"."""
+        """Pieces of one text, aligned with encode(text); each word's last piece ends in "</w>"."""
         return self._encode(text).tokens
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids (a list or a 1-D tensor): lower case, one space after each word, without the
-        special tokens."""
-        return (
-            self._bpe.decode([int(i) for i in ids], skip_special_tokens=True)
-            .replace(WORD_END, " ")
-            .strip()
-        )
+        """Text of ids, a list or a 1-D tensor, without the special tokens.
+
+        It is in lower case, with one space after each word.
+        """
+        text = self._bpe.decode([int(i) for i in ids], skip_special_tokens=True)
+        return text.replace(WORD_END, " ").strip()
 
 
-def build_vocabulary(
-    texts: Iterable[str], size: int = 49408
-) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Learn a small vocabulary in CLIP's layout from texts: the (vocab, merges) that CLIPTokenizer
-    takes.
+def build_vocabulary(texts: Iterable[str], size: int = 49408) -> tuple[dict[str, int], list[Merge]]:
+    """Learn a small vocabulary in CLIP's layout from texts -> CLIPTokenizer's vocab and merges.
 
     Ids: the 256 bytes, the 256 bytes + "</w>", one per merge, <|startoftext|>, <|endoftext|>.
     `size` caps their number, at least 514, by default 49408 as CLIP; below the cap merging goes on
@@ -265,7 +255,8 @@ def build_vocabulary(
     smallest = 2 * 256 + 2
     if size < smallest:
         raise ValueError(
-            f"size is {size}, expected at least {smallest}: 256 bytes, 256 with </w>, two special tokens"
+            f"size is {size}, expected at least {smallest}: 256 bytes, 256 with </w>, two special "
+            "tokens"
         )
     # The bytes as printable characters, in CLIP's order: those that are printable themselves, then
     # the other 68.
@@ -282,19 +273,23 @@ def build_vocabulary(
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    merges = [_pair(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
     pieces = dict.fromkeys([*base, *(a + b for a, b in merges), BOS, EOS])
     return {piece: i for i, piece in enumerate(pieces)}, merges
 
 
 def shortened(text: str, most: int = 1000) -> str:
     """A text in quotes for a message, at most 1000 characters of it."""
-    return (
-        repr(text)
-        if len(text) <= most
-        else f"{text[:most]!r} and {len(text) - most} characters more"
-    )
+    if len(text) <= most:
+        return repr(text)
+    return f"{text[:most]!r} and {len(text) - most} characters more"
 
 
-def _read_json(path: Path) -> dict:
+def _pair(merge: str | list[str]) -> Merge:
+    """A merge as a pair; of tokenizer.json it may be one already (tokenizers from 0.20 on)."""
+    first, second = merge.split(" ") if isinstance(merge, str) else merge
+    return first, second
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -11,7 +11,7 @@ else of editing.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -154,7 +154,7 @@ class FeedForward(nn.Module):
         super().__init__()
         # nn.Identity holds the place of diffusers' dropout: the checkpoint calls the last net.2.
         last = nn.Linear(4 * channels, channels)
-        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), last)
+        self.net: Any = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), last)
 
     def forward(self, x: Tensor) -> Tensor:
         geglu, identity, last = self.net
@@ -232,7 +232,7 @@ class Block(nn.Module):
         super().__init__()
         groups, eps = config.norm_num_groups, config.norm_eps
         time_channels = 4 * config.block_out_channels[0]
-        self.resnets = nn.ModuleList(
+        self.resnets: Any = nn.ModuleList(
             ResnetBlock(width, channels, groups, eps, time_channels, f"{name}.resnets.{i}")
             for i, width in enumerate(widths)
         )
@@ -266,8 +266,9 @@ class DownBlock(Block):
         downsamples: bool,
         name: str,
     ):
+        last = [Downsample(channels)] if downsamples else []  # first: so a seed gives its weights
         super().__init__(config, widths, channels, heads, len(widths) if cross else 0, name)
-        self.downsamplers = nn.ModuleList([Downsample(channels)] if downsamples else [])
+        self.downsamplers = nn.ModuleList(last)
 
     def forward(self, x: Tensor, c: Conditioning) -> tuple[Tensor, list[Tensor]]:
         skips = []
@@ -305,8 +306,9 @@ class UpBlock(Block):
         upsamples: bool,
         name: str,
     ):
+        last = [Upsample(channels)] if upsamples else []
         super().__init__(config, widths, channels, heads, len(widths) if cross else 0, name)
-        self.upsamplers = nn.ModuleList([Upsample(channels)] if upsamples else [])
+        self.upsamplers = nn.ModuleList(last)
 
     def forward(self, x: Tensor, skips: list[Tensor], size: torch.Size, c: Conditioning) -> Tensor:
         for i in range(len(self.resnets)):
@@ -333,7 +335,7 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0])
 
-        self.down_blocks = nn.ModuleList()
+        self.down_blocks: Any = nn.ModuleList()
         skip_widths = [widths[0]]  # channels of the skips, in the order in which they are pushed
         for i, (width, kind) in enumerate(zip(widths, config.down_block_types)):
             ins = [widths[max(i - 1, 0)]] + [width] * (layers - 1)
@@ -344,7 +346,7 @@ class UNet(nn.Module):
 
         self.mid_block = MidBlock(config, widths[-1], heads[-1], "mid_block")
 
-        self.up_blocks = nn.ModuleList()
+        self.up_blocks: Any = nn.ModuleList()
         channels = widths[-1]
         for i, kind in enumerate(config.up_block_types):
             width = widths[last - i]
@@ -414,7 +416,7 @@ class UNet(nn.Module):
         `forward` takes it in place of the context. It is of the weights of now.
         """
         expect.shape("context", context, "R", "L", self.config.cross_attention_dim)
-        return {name: self.get_submodule(name).project(context) for name in self.sites("cross")}
+        return {name: self.site(name).project(context) for name in self.sites("cross")}
 
     def prepare_times(self, t: Tensor) -> Tensor:
         """Project times to what they add at every resnet, for all steps at once.
@@ -426,7 +428,7 @@ class UNet(nn.Module):
         channels, freq_shift = config.block_out_channels[0], config.freq_shift
         sinusoids = timestep_embedding(t, channels, config.flip_sin_to_cos, freq_shift)
         emb = self.time_embedding(sinusoids.to(dtype))  # (n, 4 * block_out_channels[0])
-        return torch.cat([self.get_submodule(name).project(emb) for name in self._resnets], dim=1)
+        return torch.cat([self.resnet(name).project(emb) for name in self._resnets], dim=1)
 
     def forward(
         self,
@@ -467,6 +469,13 @@ class UNet(nn.Module):
             x = up(x, own, skips[-1].shape[2:] if skips else x.shape[2:], c)
         return ops.norm_silu_conv(self.conv_norm_out, self.conv_out, x)
 
+    def site(self, name: str) -> Attention:
+        """The attention site of that name."""
+        return cast(Attention, self.get_submodule(name))
+
+    def resnet(self, name: str) -> ResnetBlock:
+        return cast(ResnetBlock, self.get_submodule(name))
+
     def known(self, edits: Mapping[str, AttentionEdit] | None) -> Mapping[str, AttentionEdit]:
         """The edits, none if None; ValueError for a site that is not there."""
         edits = {} if edits is None else edits
@@ -478,7 +487,7 @@ class UNet(nn.Module):
     def times(self, x: Tensor, t: Tensor) -> dict[str, Tensor]:
         """{resnet: what the time adds to its channels, (1 or B, channels)}."""
         expect.shape("x", x, "B", self.config.in_channels, "h", "w")
-        widths = [self.get_submodule(name).conv1.out_channels for name in self._resnets]
+        widths = [self.resnet(name).conv1.out_channels for name in self._resnets]
         shapes = ((), *((n, *row) for n in (1, len(x)) for row in ((), (sum(widths),))))
         if not (torch.is_tensor(t) and t.shape in shapes):
             got = tuple(t.shape) if torch.is_tensor(t) else f"{t!r:.80}"

@@ -1,12 +1,14 @@
-"""The autoencoder between pictures and latents (KL-regularised, no vector quantisation).
+"""The autoencoder between images and latents (KL-regularised, no vector quantisation).
 
 Architecture: Rombach et al. 2022, https://arxiv.org/abs/2112.10752, appendix G; module names are
 those of diffusers' AutoencoderKL, so its state dict loads strictly.
 """
 
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass
+from typing import Self, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from .. import expect
 from . import ops
@@ -23,7 +25,7 @@ ABSENT = {"block_out_channels": (64,), "layers_per_block": 1, "sample_size": 32}
 class VAEConfig:
     """The numbers of an AutoencoderKL; the defaults are Stable Diffusion v1's.
 
-    The picture is `factor` = 2 ** (len(block_out_channels) - 1) times as wide and as high as its
+    The image is `factor` = 2 ** (len(block_out_channels) - 1) times as wide and as high as its
     latent.
     """
 
@@ -37,10 +39,13 @@ class VAEConfig:
     sample_size: int | tuple[int, int] | None = 512
 
     @classmethod
-    def from_dict(cls, values):
-        """Read the checkpoint's vae/config.json (a dict). ValueError for maths that this VAE does
-        not have."""
-        depth = len(values.get("block_out_channels", ABSENT["block_out_channels"]))
+    def from_dict(cls, values: Mapping[str, object]) -> Self:
+        """Read the checkpoint's vae/config.json (a dict).
+
+        ValueError for maths that this VAE does not have.
+        """
+        widths = values.get("block_out_channels", ABSENT["block_out_channels"])
+        depth = len(cast(Sized, widths))
         neutral = {
             "act_fn": "silu",
             "down_block_types": ("DownEncoderBlock2D",) * depth,
@@ -52,18 +57,18 @@ class VAEConfig:
         return read_config(cls, values, neutral, ABSENT, harmless=("force_upcast",))
 
     @property
-    def factor(self):
+    def factor(self) -> int:
         return 2 ** (len(self.block_out_channels) - 1)
 
 
 class SpatialAttention(Attention):
     """x + Attention(GroupNorm(x)) over all h*w positions with one head. x: (B, C, h, w)."""
 
-    def __init__(self, channels, groups):
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__(channels, heads=1, qkv_bias=True)
         self.group_norm = nn.GroupNorm(groups, channels, NORM_EPS)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # an image, no tokens
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, h*w, C)
         return ops.add(x, super().forward(tokens).transpose(1, 2).unflatten(2, x.shape[2:]))
 
@@ -71,22 +76,29 @@ class SpatialAttention(Attention):
 class MidBlock(nn.Module):
     """resnet, attention, resnet, all at the coarsest resolution."""
 
-    def __init__(self, channels, groups):
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(
             ResnetBlock(channels, channels, groups, NORM_EPS) for _ in range(2)
         )
         self.attentions = nn.ModuleList([SpatialAttention(channels, groups)])
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
-class Stage(nn.Module):
-    """`layers` resnets, then the change of resolution, if any, under the name that diffusers gives
-    it."""
+class Block(nn.Module):
+    """`layers` resnets, then the change of resolution, if any, under diffusers' name for it."""
 
-    def __init__(self, in_channels, out_channels, layers, groups, down=None, up=None):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        layers: int,
+        groups: int,
+        down: Downsample | None = None,
+        up: Upsample | None = None,
+    ) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * layers
         self.resnets = nn.ModuleList(
@@ -95,72 +107,60 @@ class Stage(nn.Module):
         self.downsamplers = nn.ModuleList([] if down is None else [down])
         self.upsamplers = nn.ModuleList([] if up is None else [up])
 
-    def layers(self):
-        """In order. The models call them one by one: a loop in here would keep the stage's input
-        till the end."""
+    def layers(self) -> tuple[nn.Module, ...]:
+        """In order.
+
+        The models call them one by one: a forward in here would keep the block's input till its
+        end, a fifth more memory for a decoded image.
+        """
         return (*self.resnets, *self.downsamplers, *self.upsamplers)
 
 
 class Encoder(nn.Module):
-    """Picture (B, 3, H, W) -> moments (B, 2 * latent_channels, H / factor, W / factor), before
-    quant_conv."""
+    """Image (B, 3, H, W) -> moments (B, 2 * latent_channels, h, w), before quant_conv."""
 
-    def __init__(self, config):
+    def __init__(self, config: VAEConfig) -> None:
         super().__init__()
-        widths, layers, groups = (
-            config.block_out_channels,
-            config.layers_per_block,
-            config.norm_num_groups,
-        )
+        widths, layers = config.block_out_channels, config.layers_per_block
+        groups, last = config.norm_num_groups, len(widths) - 1
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        ins, last = (widths[0], *widths), len(widths) - 1
-        self.down_blocks = nn.ModuleList(
-            Stage(
-                ins[i],
-                out,
-                layers,
-                groups,
-                down=Downsample(out, one_sided=True) if i < last else None,
-            )
-            for i, out in enumerate(widths)
-        )
+        self.down_blocks = nn.ModuleList()
+        for i, (ins, out) in enumerate(zip((widths[0], *widths), widths)):
+            down = Downsample(out, one_sided=True) if i < last else None
+            self.down_blocks.append(Block(ins, out, layers, groups, down=down))
         self.mid_block = MidBlock(widths[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
-        for stage in self.down_blocks:
-            for layer in stage.layers():
+        for block in self.down_blocks:
+            for layer in cast(Block, block).layers():
                 x = layer(x)
         return ops.norm_silu_conv(self.conv_norm_out, self.conv_out, self.mid_block(x))
 
 
 class Decoder(nn.Module):
-    """Latent after post_quant_conv (B, latent_channels, h, w) -> picture (B, 3, h * factor, w *
-    factor)."""
+    """Latent (B, latent_channels, h, w), behind post_quant_conv, -> image (B, 3, H, W)."""
 
-    def __init__(self, config):
+    def __init__(self, config: VAEConfig) -> None:
         super().__init__()
-        widths, layers, groups = (
-            config.block_out_channels[::-1],
-            config.layers_per_block,
-            config.norm_num_groups,
-        )
+        widths, layers = config.block_out_channels[::-1], config.layers_per_block
+        groups, last = config.norm_num_groups, len(widths) - 1
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups)
-        ins, last = (widths[0], *widths), len(widths) - 1
-        self.up_blocks = nn.ModuleList(  # one resnet more in each stage than the encoder has
-            Stage(ins[i], out, layers + 1, groups, up=Upsample(out) if i < last else None)
-            for i, out in enumerate(widths)
-        )
+        self.up_blocks = nn.ModuleList()
+        for i, (ins, out) in enumerate(zip((widths[0], *widths), widths)):
+            up = Upsample(out) if i < last else None
+            # One resnet more than the encoder has.
+            self.up_blocks.append(Block(ins, out, layers + 1, groups, up=up))
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
-    def forward(self, z):
+    def forward(self, z: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(z))
-        for stage in self.up_blocks:
-            for layer in stage.layers():
+        for block in self.up_blocks:
+            for layer in cast(Block, block).layers():
                 x = layer(x)
         return ops.norm_silu_conv(self.conv_norm_out, self.conv_out, x)
 
@@ -168,11 +168,11 @@ class Decoder(nn.Module):
 class AutoencoderKL(nn.Module):
     """q(z | x) = N(mean, exp(logvar)) by `encode`, x from z by `decode`.
 
-    Latents here are unscaled: the diffusion model's are `config.scaling_factor * z`, and the
-    pipeline multiplies.
+    Latents here are unscaled: the diffusion model's are `config.scaling_factor * z`, and
+    StableDiffusion multiplies.
     """
 
-    def __init__(self, config=VAEConfig()):
+    def __init__(self, config: VAEConfig = VAEConfig()) -> None:
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
@@ -181,18 +181,23 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     @property
-    def factor(self):
+    def factor(self) -> int:
+        """How many times as wide and as high as its latent an image is."""
         return self.config.factor
 
-    def encode(self, x):
-        """Picture in [-1, 1], (B, 3, H, W) -> mean, logvar, each (B, latent_channels, H // factor,
-        W // factor); logvar is clamped to [-30, 20]."""
-        expect.shape("picture", x, "B", self.config.in_channels, "H", "W")
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Image in [-1, 1], (B, 3, H, W) -> mean, logvar.
+
+        Each is (B, latent_channels, H // factor, W // factor); logvar is clamped to [-30, 20].
+        """
+        expect.shape("image", x, "B", self.config.in_channels, "H", "W")
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
-    def decode(self, z):
-        """Unscaled latent (B, latent_channels, h, w) -> picture (B, 3, h * factor, w * factor),
-        roughly in [-1, 1]."""
+    def decode(self, z: Tensor) -> Tensor:
+        """Unscaled latent (B, latent_channels, h, w) -> image (B, 3, h * factor, w * factor).
+
+        Its values are roughly in [-1, 1].
+        """
         expect.shape("latents", z, "B", self.config.latent_channels, "h", "w")
         return self.decoder(self.post_quant_conv(z))

@@ -3,7 +3,7 @@
     conditional  eps = e(cond)
     cfg          eps = e(uncond) + scale (e(cond) - e(uncond))
     erase        eps = cfg - sum_i erase_scale_i (e(concept_i) - e(uncond))
-    sega         the same for the largest values of each e(concept_i) - e(uncond), late, with momentum
+    sega         the same where e(concept_i) - e(uncond) is largest, late, with momentum
 
 A guidance is groups of text embeddings and one `combine` of the network's answers to them. All
 groups go through the network in one call, group-major with the conditional group LAST, because an
@@ -11,9 +11,9 @@ AttentionEdit addresses the last rows of the batch. The network is any callable
 
     network(x (B, C, h, w), t (0-d tensor), context (G*B, L, D), edits) -> (G*B, C, h, w)
 
-and where it has `prepare` and `prepare_times` (UNet), keys, values and times are computed once for a
-run. They travel in the state that the loop hands on: a guidance itself never changes, so it cannot
-keep anything of weights that have changed since.
+and where it has `prepare` and `prepare_times` (UNet), keys, values and times are computed once for
+a run. They travel in the state that the loop hands on: a guidance itself never changes, so it
+cannot keep anything of weights that have changed since.
 
 Sources: Ho & Salimans 2022 (arXiv 2207.12598); erase is the negation of Liu et al. 2022 (arXiv
 2206.01714), sega follows Brack et al. 2023 (arXiv 2301.12247).
@@ -144,7 +144,8 @@ def erase(
     erase_scale: float | Sequence[float] = 10.0,
     edits: Edits | None = None,
 ) -> Guidance:
-    """Away from concepts, eps = u + scale (c - u) - sum_i w_i (e_i - u), in one call of 2 + n groups.
+    """Away from concepts, eps = u + scale (c - u) - sum_i w_i (e_i - u), in one call of 2 + n
+    groups.
 
     concepts: (n, L, D), each for every latent, or (n, B, L, D).  erase_scale: w, one weight for all
     or one each.

@@ -12,7 +12,7 @@ and DPMSolverMultistepScheduler built from the same scheduler_config.json.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -52,9 +52,10 @@ def advance(
         x_next = x_x x + x_D D + x_eps eps + x_noise noise
 
     x, x0_previous, noise: (B, C, h, w), out: the same, what the network predicted. All is computed
-    in float32 or wider.
+    in float32, or in x's dtype if that is wider.
     """
-    wide, out = _wide(x), _wide(out)
+    wide = _wide(x)
+    out = out.to(torch.promote_types(out.dtype, wide.dtype))  # EDICT undoes a step in float64
     x0 = k.x0_x * wide + k.x0_out * out
     eps = k.eps_x * wide + k.eps_out * out
     D = x0 + k.c * (x0 - (x0 if x0_previous is None else x0_previous))
@@ -64,7 +65,8 @@ def advance(
     return x_next.to(x.dtype), x0
 
 
-class Step(NamedTuple):
+@dataclass(frozen=True)
+class Step:
     """One step of a sampler, from level `now` to level `next`, the network evaluated at `t`.
 
     index counts in the full schedule: skip does not shift it.  first: whether it is the first that
@@ -125,7 +127,8 @@ class Sampler:
         raise NotImplementedError
 
     def coefficients(self, now: Level, next: Level, before: Level | None) -> Coefficients:
-        """Of the step from `now` to `next`; before: where the step before began, None of the first."""
+        """Of the step from `now` to `next`; before: where the step before began, None of the
+        first."""
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -202,7 +205,7 @@ class DDIM(Sampler):
         for i, step in enumerate(reversed(steps)):
             now, next = step.next, step.now
             k = self.coefficients(now, next, None)
-            yield step._replace(now=now, next=next, k=k, first=i == 0)
+            yield replace(step, now=now, next=next, k=k, first=i == 0)
 
     def start(self, x0: Tensor, noise: Tensor) -> Tensor:
         if self.inverse:

@@ -1,7 +1,7 @@
-"""The noise schedule: how much of the latent is signal and how much is noise at each training
-timestep.
+"""The noise schedule: how much of the latent is signal, how much noise, at each training timestep.
 
-    x_t = alpha_t x0 + sigma_t eps,   alpha_t^2 = alphas_cumprod[t] = prod_{s <= t} (1 - beta_s) = 1 - sigma_t^2
+    x_t = alpha_t x0 + sigma_t eps
+    alpha_t^2 = alphas_cumprod[t] = prod_{s <= t} (1 - beta_s) = 1 - sigma_t^2
 
 Source: Ho et al. 2020 (arXiv 2006.11239); the scaled_linear betas are latent diffusion's (arXiv
 2112.10752). The keys are those of diffusers' scheduler_config.json.
@@ -77,35 +77,28 @@ class NoiseSchedule:
         Which solver the file names and that solver's own options are ignored: the sampler is the
         caller's choice.
         """
+        wrong = "scheduler config: "
         if "_class_name" in config and not {"beta_start", "trained_betas"} & config.keys():
-            raise ValueError(
-                f"scheduler config: {config['_class_name']} without beta_start is no schedule of betas"
-            )
+            got = f"{config['_class_name']} without beta_start"
+            raise ValueError(f"{wrong}{got} is no schedule of betas")
         for key, only in ONLY.items():
             if config.get(key, only) != only:
-                raise ValueError(
-                    f"scheduler config: {key} is {config[key]!r}, only {only!r} is supported"
-                )
+                raise ValueError(f"{wrong}{key} is {config[key]!r}, only {only!r} is supported")
         spacing = config.get("timestep_spacing")
         if spacing not in (None, *SPACINGS):
-            raise ValueError(
-                f"scheduler config: timestep_spacing is {spacing!r}, expected {', '.join(SPACINGS)}"
-            )
+            expected = ", ".join(SPACINGS)
+            raise ValueError(f"{wrong}timestep_spacing is {spacing!r}, expected {expected}")
         for key, (least, most) in WHOLE_NUMBERS.items():
             if type(value := config.get(key, least)) is not int or not least <= value <= most:
-                raise ValueError(
-                    f"scheduler config: {key} is {value!r:.80}, expected a whole number, {least} to {most}"
-                )
+                expected = f"a whole number, {least} to {most}"
+                raise ValueError(f"{wrong}{key} is {value!r:.80}, expected {expected}")
         if type(last := config.get("set_alpha_to_one", True)) is not bool:
-            raise ValueError(
-                f"scheduler config: set_alpha_to_one is {last!r:.80}, expected true or false"
-            )
+            raise ValueError(f"{wrong}set_alpha_to_one is {last!r:.80}, expected true or false")
         alphas_cumprod = torch.cumprod(1 - betas(config), dim=0)
         first, last = alphas_cumprod[0].item(), alphas_cumprod[-1].item()
         if not (first < 1 and last > 1e-30):  # sigma / alpha has to be above 0 and finite
-            raise ValueError(
-                f"scheduler config: alphas_cumprod run from {first} to {last}, expected below 1 and above 0"
-            )
+            got = f"alphas_cumprod run from {first} to {last}"
+            raise ValueError(f"{wrong}{got}, expected below 1 and above 0")
         return cls(
             alphas_cumprod,
             config.get("steps_offset", 0),
@@ -143,16 +136,15 @@ class NoiseSchedule:
         an offset.
         """
         if spacing == "leading":
-            t = np.arange(n)[::-1] * (len(self) // n) + self.steps_offset
+            t = np.arange(n, dtype=float)[::-1] * (len(self) // n) + self.steps_offset
         elif spacing == "linspace":
             t = np.linspace(0, len(self) - 1, n).round()[::-1]
         else:
             t = np.arange(len(self), 0, -len(self) / n).round()[:n] - 1
         if t[0] >= len(self) or (spacing == "leading" and n > len(self)):
-            raise ValueError(
-                f"{n} timesteps, {spacing} with steps_offset {self.steps_offset}, do not fit into the schedule's "
-                f"0 to {len(self) - 1}: take fewer steps"
-            )
+            got = f"{n} timesteps, {spacing} with steps_offset {self.steps_offset}"
+            room = f"the schedule's 0 to {len(self) - 1}"
+            raise ValueError(f"{got}, do not fit into {room}: take fewer steps")
         return [int(i) for i in t]
 
 
@@ -174,11 +166,11 @@ def betas(config: dict) -> Tensor:
             f"scheduler config: betas are {ends!r:.80}, expected numbers between 0 and 1"
         )
     if config.get("trained_betas") is not None:
-        return torch.tensor(config["trained_betas"], dtype=torch.float32)
+        return torch.tensor(config["trained_betas"], dtype=torch.float32, device="cpu")
     if kind == "linear":
-        return torch.linspace(start, end, n, dtype=torch.float32)
+        return torch.linspace(start, end, n, dtype=torch.float32, device="cpu")
     if kind == "scaled_linear":
-        return torch.linspace(start**0.5, end**0.5, n, dtype=torch.float32) ** 2
+        return torch.linspace(start**0.5, end**0.5, n, dtype=torch.float32, device="cpu") ** 2
     raise ValueError(
         f"scheduler config: beta_schedule is {kind!r}, expected linear or scaled_linear"
     )

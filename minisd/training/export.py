@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 
 from ..checkpoints.export import config_json, model_index, write_json
 from ..checkpoints.load import SD_V1_SCHEDULE
-from ..checkpoints.sources import weights_file
+from ..checkpoints.names import Config
+from ..checkpoints.sources import Part, weights_file
 from .data import make_tokenizer
 from .recipes import Recipe
 
@@ -20,7 +21,7 @@ def export(recipe: Recipe, run: Path, folder: Path) -> None:
     tokenizer = make_tokenizer()
     pool = torch.load(run / "pool.pt", map_location="cpu", mmap=True)
     averages = torch.load(run / "diffusion.pt", map_location="cpu", mmap=True)["average"]
-    configs = {
+    configs: dict[Part, Config] = {
         "vae": replace(recipe.vae, scaling_factor=pool["scaling_factor"]),
         "unet": recipe.unet,
         "text_encoder": replace(recipe.text, vocab_size=len(tokenizer.vocab)),

@@ -1,8 +1,12 @@
-"""Pictures: files, PIL images and tensors (B, 3, H, W) in [-1, 1], by the rules of diffusers'
-VaeImageProcessor."""
+"""Images: files, PIL images and tensors (B, 3, H, W) in [-1, 1].
+
+The conversions are those of diffusers' VaeImageProcessor.
+"""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -11,9 +15,9 @@ from torch import Tensor
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """A file as a viewer shows it, in RGB (see `to_rgb`); of an animation the first picture.
+    """A file as a viewer shows it, in RGB (see `to_rgb`); of an animation the first frame.
 
-    FileNotFoundError, or ValueError: the file is cut, no picture, or so large (89 megapixels) that
+    FileNotFoundError, or ValueError: the file is cut, no image, or so large (89 megapixels) that
     it is no photograph.
     """
     try:
@@ -34,43 +38,41 @@ def read_image(path: str | Path) -> Image.Image:
 
 
 def to_tensor(images: list[Image.Image], height: int, width: int) -> Tensor:
-    """x = 2 (value / 255) - 1 of RGB pictures, resized (Lanczos) to height x width -> (B, 3,
-    height, width), fp32."""
+    """x = 2 (value / 255) - 1 of RGB images, resized (Lanczos) -> (B, 3, height, width), fp32."""
     images = [image.resize((width, height), Image.Resampling.LANCZOS) for image in images]
     x = torch.from_numpy(np.stack([np.asarray(image, dtype=np.float32) for image in images]))
     return 2 * (x / 255).permute(0, 3, 1, 2) - 1
 
 
 def to_pil(image: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in [-1, 1] -> 8-bit pictures, round(255 (x / 2 + 1/2)). ArithmeticError where it
-    is not finite."""
+    """(B, 3, H, W) in [-1, 1] -> 8-bit images, round(255 (x / 2 + 1/2)).
+
+    ArithmeticError where a value is not finite.
+    """
     if not image.isfinite().all():
         raise ArithmeticError(
             f"the picture has NaN or infinite values in {image.dtype}; try another dtype"
         )
-    image = image.float()
-    image = 255 * (image / 2 + 0.5).clamp(0, 1)
-    return [
-        Image.fromarray(each)
-        for each in image.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    ]
+    values = (255 * (image.float() / 2 + 0.5).clamp(0, 1)).round().to(torch.uint8)
+    return [Image.fromarray(each) for each in values.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-def as_given(image: Image.Image | list[Image.Image] | Tensor) -> list[Image.Image]:
-    """Picture(s), PIL images or a tensor as in `to_pil`, as a list of RGB pictures, each of its own
-    size."""
+def as_given(image: Image.Image | Sequence[Image.Image] | Tensor) -> list[Image.Image]:
+    """One image or more, PIL's or a tensor, as a list of RGB images, each of its own size."""
     if isinstance(image, Tensor):
         return to_pil(image)
-    return [to_rgb(each) for each in (image if isinstance(image, (list, tuple)) else [image])]
+    images = image if isinstance(image, (list, tuple)) else [cast(Image.Image, image)]
+    return [to_rgb(each) for each in images]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture as a viewer shows it: turned upright (EXIF), 16-bit grey scaled to 8, transparency
-    laid on white."""
+    """An image as a viewer shows it, in RGB.
+
+    It is turned upright (EXIF), 16-bit grey is scaled to 8, transparency is laid on white.
+    """
     if not isinstance(image, Image.Image):
-        raise TypeError(
-            f"got a {type(image).__name__}, expected a PIL image or a tensor (B, 3, H, W) in [-1, 1]"
-        )
+        got = type(image).__name__
+        raise TypeError(f"got a {got}, expected a PIL image or a tensor (B, 3, H, W) in [-1, 1]")
     sixteen = image.mode.startswith("I;16") or (
         image.mode == "I" and image.format in ("PNG", "PPM")
     )

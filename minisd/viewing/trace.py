@@ -1,8 +1,7 @@
-"""Watching a picture form: its latents after each step, decoded, in a fast preview, or three of
-their channels.
+"""Watching an image form: its latents after each step, decoded, in a quick preview, or in colours.
 
     trace = Trace(sd, every=5, folder="steps")                 # steps/step_0004_t0801.png ...
-    sd.txt2img(prompt, on_step=trace)                          # or denoise(x, sampler, predict, after=trace)
+    sd.txt2img(prompt, on_step=trace)                          # or denoise(..., after=trace)
     animate(trace.images, "process.webp")
     animate(trace.render(latent_rgb), "latents.webp")
 
@@ -13,7 +12,7 @@ or `latent_rgb`.
 from collections.abc import Callable, Collection, Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +24,11 @@ from ..files import atomic_write
 from ..sampling.samplers import Step
 from .images import to_pil
 
+if TYPE_CHECKING:
+    from ..pipeline import StableDiffusion
+
 View = Callable[[Tensor], list[Image.Image]]
-FORMATS = {
+FORMATS: dict[str, dict[str, Any]] = {
     ".webp": {"format": "WEBP", "quality": 90},
     ".png": {"format": "PNG"},
     ".gif": {"format": "GIF"},
@@ -46,23 +48,17 @@ class Trace:
 
     def __init__(
         self,
-        sd,
+        sd: "StableDiffusion",
         every: int | Collection[int] = 1,
         folder: str | Path | None = None,
         view: View | None = None,
     ):
-        if isinstance(every, str) or not (
-            every >= 1 if isinstance(every, Integral) else isinstance(every, Collection)
-        ):
-            raise ValueError(
-                f"every is {every!r}, expected a whole number, at least 1, or the indices of steps"
-            )
-        self.sd, self.every, self.folder, self.view = (
-            sd,
-            every,
-            folder,
-            sd.decode if view is None else view,
-        )
+        number = isinstance(every, Integral) and int(every) >= 1  # NumPy's, too
+        if not number and (isinstance(every, (str, Integral)) or not isinstance(every, Collection)):
+            expected = "a whole number, at least 1, or the indices of steps"
+            raise ValueError(f"every is {every!r}, expected {expected}")
+        self.sd, self.every, self.folder = sd, every, folder
+        self.view: View = sd.decode if view is None else view
         self.steps: list[Step] = []
         self.latents: list[Tensor] = []
         self.images: list[Image.Image] = []
@@ -80,9 +76,10 @@ class Trace:
         return x
 
     def wants(self, step: Step) -> bool:
-        if not isinstance(self.every, Integral):
+        if isinstance(self.every, Collection):
             return step.index in self.every
-        return (step.index + 1) % self.every == 0 or step.next.sigma <= self.sd.schedule.clean.sigma
+        last = step.next.sigma <= self.sd.schedule.clean.sigma
+        return last or (step.index + 1) % self.every == 0
 
     def render(self, view: View) -> list[Image.Image]:
         """Another view of the latents that were kept."""
@@ -118,12 +115,12 @@ class Preview(NamedTuple):
         )
 
 
-def fit_preview(sd, images=None) -> Preview:
-    """The linear map that is nearest to a checkpoint's decoder, by least squares over the positions
-    of a few latents.
+def fit_preview(sd: "StableDiffusion", images: Any = None) -> Preview:
+    """The linear map that is nearest to a checkpoint's decoder, by least squares.
 
-        min over weight, bias of sum |conv3x3(x, weight) + bias - rgb|^2,    x = z and (z + sqrt(3) noise) / 2,
-        z = encode(picture),    rgb = decode(x) averaged over factor x factor pixels
+        min over weight, bias of sum |conv3x3(x, weight) + bias - rgb|^2
+        x = z and (z + sqrt(3) noise) / 2,   z = encode(image)
+        rgb = decode(x) averaged over factor x factor pixels
 
     The noisy half makes it fair to the first steps as well. images: pictures as for
     `sd.encode_image`; None: eight of random rectangles, 16 latents wide, whose coding and decoding
@@ -207,7 +204,7 @@ def write_mp4(frames: Sequence[Image.Image], path: Path, fps: float) -> None:
         writer.close()
 
 
-def load_ffmpeg():
+def load_ffmpeg() -> Any:
     try:
         import imageio_ffmpeg
     except ModuleNotFoundError:

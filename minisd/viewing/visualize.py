@@ -12,7 +12,7 @@ for overlaid words.
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
@@ -64,11 +64,10 @@ def word_sheet(
     grid: tuple[int, int] | None = None,
     columns: int | None = None,
 ) -> Image.Image:
-    """The picture, and beside it one overlay for each word (None: every word of the row's prompt)
-    with the word below.
+    """The image, and beside it one overlay for each word, with the word below.
 
-    grid: only the maps of that resolution. Each map is shown between its own least and greatest
-    value.
+    words: None: every word of the row's prompt. grid: only the maps of that resolution. Each map
+    is shown between its own least and greatest value.
     """
     words = list(dict.fromkeys(maps.prompts[row].split())) if words is None else list(words)
     overlays = [overlay(image, maps.word(word, row, grid)) for word in words]
@@ -76,13 +75,15 @@ def word_sheet(
 
 
 def token_sheet(
-    image: Image.Image, maps: Maps, row: int = 0, grid=None, columns: int | None = None
+    image: Image.Image,
+    maps: Maps,
+    row: int = 0,
+    grid: tuple[int, int] | None = None,
+    columns: int | None = None,
 ) -> Image.Image:
-    """One overlay for each token, <bos> and <eos> among them, on one scale: 0 to the greatest value
-    of all."""
-    tokens = ["<bos>", *maps.tokenizer.tokenize(maps.prompts[row])][
-        : maps.tokenizer.max_length - 1
-    ] + ["<eos>"]
+    """One overlay for each token, <bos> and <eos> among them, on one scale: 0 to the greatest."""
+    own = maps.tokenizer.tokenize(maps.prompts[row])[: maps.tokenizer.max_length - 2]
+    tokens = ["<bos>", *own, "<eos>"]
     mean = maps.mean(grid)[row]
     top = mean[:, :, : len(tokens)].max().item()
     overlays = [overlay(image, mean[:, :, i], (0, top)) for i in range(len(tokens))]
@@ -90,10 +91,15 @@ def token_sheet(
 
 
 def components(
-    sd, recording: Recording, grid: tuple[int, int] | None = None, n: int = 3, until: float = 1.0
+    sd: "StableDiffusion",
+    recording: Recording,
+    grid: tuple[int, int] | None = None,
+    n: int = 3,
+    until: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Principal components of the recorded self-attention: (n, h, w), each scaled to 0..1, and
-    their singular values.
+    """Principal components of the recorded self-attention, and their singular values.
+
+    Returns (n, h, w), each scaled to 0..1, and (n,).
 
     A (N, N) = mean over steps, sites and heads of softmax(q k^T / sqrt(D)); the components are the
     first right singular vectors of A less the mean of each row. grid: the queries' grid, None the
@@ -104,11 +110,11 @@ def components(
     grids = {site: sd.unet.grid(site, recording.size) for site in sites}
     grid = max(grids.values(), default=None) if grid is None else grid
     sites = [site for site in sites if grids[site] == grid]
-    if not sites:
-        raise ValueError(
-            f"no self-attention of the grid {grid} was recorded, only of {sorted(set(grids.values()))}"
-        )
-    A, steps = 0, max(1, int(until * recording.steps))
+    if grid is None or not sites:
+        known = sorted(set(grids.values()))
+        raise ValueError(f"no self-attention of the grid {grid} was recorded, only of {known}")
+    steps = max(1, int(until * recording.steps))
+    A = torch.zeros((), dtype=torch.float32, device="cpu")
     for i in range(steps):
         for site in sites:
             q, k = (recording.maps[f"{site}.{part}"][i, 0].float() for part in "qk")
@@ -126,23 +132,19 @@ def overlay(
     limits: tuple[float, float] | None = None,
     strength: float = 0.65,
 ) -> Image.Image:
-    """The picture in grey under a map (h, w), from transparent black through red and yellow to
-    white.
+    """The image in grey under a map (h, w), from transparent black by red and yellow to white.
 
     limits: the values shown as least and greatest (None: the map's own).
     """
-    heat = heat.detach().float().cpu().numpy()
-    low, high = (heat.min(), heat.max()) if limits is None else limits
-    level = np.clip((heat - low) / max(high - low, 1e-12), 0, 1)
-    level = Image.fromarray((255 * level).round().astype(np.uint8)).resize(
-        image.size, Image.Resampling.BICUBIC
-    )
-    level = np.asarray(level, np.float64)[:, :, None] / 255
-    hot = np.clip(3 * level - np.arange(3), 0, 1)  # red rises first, then green, then blue
+    values = heat.detach().float().cpu().numpy()
+    low, high = (values.min(), values.max()) if limits is None else limits
+    shares = np.clip((values - low) / max(high - low, 1e-12), 0, 1)
+    grid = Image.fromarray((255 * shares).round().astype(np.uint8))
+    level = np.asarray(grid.resize(image.size, Image.Resampling.BICUBIC), np.float64)[..., None]
+    hot = np.clip(3 * level / 255 - np.arange(3), 0, 1)  # red rises first, then green, then blue
     grey = np.asarray(image.convert("L"), np.float64)[:, :, None] / 255
-    return Image.fromarray(
-        (255 * ((1 - strength) * grey + strength * hot)).round().astype(np.uint8)
-    )
+    mixed = (1 - strength) * grey + strength * hot
+    return Image.fromarray((255 * mixed).round().astype(np.uint8))
 
 
 def contact_sheet(
@@ -178,9 +180,9 @@ def contact_sheet(
     return page
 
 
-def wrap(text: str, font, width: int) -> list[str]:
+def wrap(text: str, font: Any, width: int) -> list[str]:
     """The text in lines that are not wider than `width` pixels, unless a single word is."""
-    lines = []
+    lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"

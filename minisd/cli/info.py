@@ -1,0 +1,105 @@
+"""The command `minisd info`: how an image was drawn, or what is in a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import shlex
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+
+from .options import AddCommand, Call, ModelRequest, add_model_options
+from .output import AGAIN
+
+# The text chunks of a PNG that are options of the command, under the option's name.
+OPTIONS = (
+    *("negative", "strength", "model", "variant", "revision", "tokenizer"),
+    *("seed", "size", "steps", "guidance", "sampler", "dtype", "device"),
+)
+
+
+def add_commands(command: AddCommand) -> None:
+    parser = command("info", info, "how an image was drawn, or what is in a model")
+    what = "a PNG that minisd drew, or a model (as for --model; nothing is downloaded)"
+    parser.add_argument("target", help=what)
+    add_model_options(parser, local=False)
+
+
+def info(args: Namespace, call: Call) -> None:
+    path = Path(args.target)
+    if path.suffix.lower() == ".png" or (path.is_file() and path.suffix != ".safetensors"):
+        print_image(args.target)
+    else:
+        print_model(ModelRequest.of(args, args.target, local_files_only=True))
+
+
+def print_image(path: str) -> None:
+    """The settings that a PNG carries, and the command that draws it again.
+
+    Whoever made the PNG wrote them: what would steer a terminal is escaped, and each argument is
+    quoted for a shell.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            chunks: dict[str, str] = dict(getattr(image, "text", {}))
+    except (UnidentifiedImageError, SyntaxError) as error:
+        raise ValueError(f"{path} is neither an image nor a .safetensors file") from error
+    if not chunks.get("version", "").startswith("minisd "):
+        why = "minisd did not draw it, or they were stripped"
+        raise ValueError(f"{path} carries no settings: {why}")
+    settings = [f"{key + ':':16} {value}" for key, value in chunks.items()]
+    told = "\n".join([*settings, "", shlex.join(["minisd", *command_of(chunks)])])
+    print(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda control: ascii(control[0])[1:-1], told))
+
+
+def command_of(chunks: Mapping[str, str]) -> list[str]:
+    """The command that draws an image again: the line that its PNG keeps, or one made of its
+    settings."""
+    if "arguments" in chunks:
+        return shlex.split(chunks["arguments"])
+    options = []
+    for key in OPTIONS:
+        if value := chunks.get(key):
+            options += [f"--{key}={value}"] if value.startswith("-") else [f"--{key}", value]
+    options += ["-o", AGAIN]
+    texts = [chunks[key] for key in ("image", "prompt") if key in chunks]
+    dashes = any(text.startswith("-") for text in texts)  # argparse would take them for options
+    arguments = [*options, "--", *texts] if dashes else [*texts, *options]
+    return [chunks.get("command", "txt2img"), *arguments]
+
+
+def print_model(request: ModelRequest) -> None:
+    """Configs, files and parameter counts of a model, from its headers; nothing is downloaded."""
+    from ..checkpoints.load import MODELS
+    from ..checkpoints.sources import CheckpointError
+    from ..checkpoints.tensor_file import read_header
+
+    checkpoint = request.locate()
+    total = 0
+    for part in MODELS:
+        header = read_header(checkpoint.files[part])
+        entries = [entry for name, entry in header.items() if checkpoint.rename(part, name)]
+        parameters = sum(math.prod(entry.shape) for entry in entries)
+        total += parameters
+        dtypes = ", ".join(sorted({entry.dtype for entry in entries}))
+        tensors = f"{len(entries)} tensors ({dtypes})"
+        print(f"{part}: {parameters:,} parameters in {tensors}, {checkpoint.files[part]}")
+        for key, value in dataclasses.asdict(checkpoint.configs[part]).items():
+            print(f"    {key}: {value}")
+    try:
+        tokenizer = checkpoint.tokenizer
+    except CheckpointError as error:  # a single file without a vocabulary, say
+        if request.tokenizer is not None:
+            raise
+        print(f"tokenizer: {error}")
+    else:
+        per_prompt = f"{tokenizer.max_length} ids per prompt"
+        print(f"tokenizer: {len(tokenizer.vocab):,} pieces, {per_prompt}")
+    schedule = checkpoint.schedule
+    first, last = schedule.alphas_cumprod[0], schedule.alphas_cumprod[-1]
+    print(f"schedule: {len(schedule)} timesteps, alphas_cumprod from {first:.6f} to {last:.6f}")
+    print(f"total: {total:,} parameters")

@@ -1,0 +1,204 @@
+"""What the commands that draw share of their work: the places of files, the model, the loop over
+the images, traces, and PNGs that tell how they were drawn."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .. import __version__
+from .options import DrawRequest
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ..drawing import OnStep, Options
+    from ..pipeline import StableDiffusion
+
+AGAIN = "again.png"  # where the command that a PNG keeps draws it
+# The options that change no image, and those of which each image has its own.
+PLACES = (("-o", "--output"), ("--sheet",), ("--save",))
+TRACES = (("--trace",), ("--trace-every",), ("--trace-format",))
+OWN = (("-n",), ("--seed",))
+
+
+# places
+
+
+def output_paths(output: str, n: int, option: str = "-o") -> list[Path]:
+    """Where n images go: NAME.png, or NAME-0.png ...; in a folder, the next free minisd-00000.png
+    ..."""
+    path = Path(output)
+    if output.endswith(("/", os.sep)) or path.is_dir() or not path.suffix:
+        used = [int(p.stem[7:]) for p in path.glob("minisd-*.png") if p.stem[7:].isdecimal()]
+        first = max(used, default=-1) + 1
+        paths = [path / f"minisd-{first + i:05}.png" for i in range(n)]
+    elif path.suffix.lower() != ".png":
+        raise ValueError(f"{option} {output}: expected a name that ends in .png, or a folder")
+    elif n == 1:
+        paths = [path]
+    else:
+        paths = [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(n)]
+    for path in paths:
+        check_place(option, path)
+    return paths
+
+
+def check_place(option: str, path: Path) -> None:
+    """OSError if nothing can be written there; before the drawing, which may take minutes."""
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise PermissionError(f"{option} {path}: {existing} is not a folder that can be written to")
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        pass  # and not, say, OSError: File name too long
+
+
+# drawing
+
+
+def load_model(request: DrawRequest) -> StableDiffusion:
+    from ..pipeline import load
+
+    model = request.model
+    sd = load(
+        model.source,
+        device=request.device,
+        dtype=request.dtype,  # type: ignore[arg-type]  # one of options.DTYPES
+        variant=model.variant,
+        revision=model.revision,
+        local_files_only=model.local_files_only,
+        tokenizer=model.tokenizer,
+    )
+    request.call.before_writing()
+    return sd
+
+
+def draw(
+    request: DrawRequest,
+    run: Callable[[StableDiffusion, Options], Sequence[Image.Image]],
+    told: Callable[[int], Mapping[str, object]],
+) -> None:
+    """Draw one image with each seed, run(sd, options) -> [image], and write each when it is done.
+
+    One by one, not as a batch: each can be drawn again alone, bit for bit, by the command that
+    `minisd info` prints. told: seed -> what its PNG tells beside what all of them tell.
+    """
+    paths = output_paths(request.output, len(request.seeds))
+    telling = [told(seed) for seed in request.seeds]
+    sd = load_model(request)
+    for seed, path, own in zip(request.seeds, paths, telling):
+        with tracing(request, sd, seed) as on_step:
+            [image] = run(sd, request.options_of(seed, on_step))
+            write_png(path, image, text_chunks(request, sd, seed, image, own))
+        print(path)
+
+
+@contextmanager
+def tracing(request: DrawRequest, sd: StableDiffusion, seed: int) -> Iterator[OnStep | None]:
+    """`with tracing(request, sd, seed) as on_step`: what a function that draws is to call after
+    each step, or None.
+
+    With --trace: its folder (with -n 2 its folders seed0, seed1) gets an image of each step as soon
+    as it is done, then images.webp and latents.webp. If the drawing fails or is interrupted,
+    nothing of that stays.
+    """
+    if (wanted := request.trace) is None:
+        yield None
+        return
+    from ..files import new_folder
+    from ..viewing.trace import Trace, animate, fit_preview, latent_rgb
+
+    folder = wanted.folder / f"seed{seed}" if len(request.seeds) > 1 else wanted.folder
+    images, latents = (folder / f"{name}.{wanted.format}" for name in ("images", "latents"))
+    view = fit_preview(sd).__call__ if wanted.preview else None  # None: decoded
+    trace = Trace(sd, wanted.every, folder, view)
+    with new_folder(folder):
+        written: list[Path] = []
+        try:
+            yield trace
+            if trace.images:  # img2img --strength 0 takes no step
+                for path, frames in ((images, trace.images), (latents, trace.render(latent_rgb))):
+                    written.append(path)
+                    animate(frames, path)
+        except BaseException:
+            for path in trace.files + written:
+                path.unlink(missing_ok=True)
+            raise
+
+
+# what a PNG tells
+
+
+def text_chunks(
+    request: DrawRequest,
+    sd: StableDiffusion,
+    seed: int,
+    image: Image.Image,
+    told: Mapping[str, object],
+) -> dict[str, object]:
+    """What a PNG tells about how it was drawn; `told`, of one command, may say another size."""
+    model, options = request.model, request.options
+    return {
+        "version": f"minisd {__version__}",
+        "command": request.call.command,
+        **told,
+        "negative": options["negative_prompt"] or None,
+        "model": model.source,
+        "variant": model.variant,
+        "revision": model.revision,
+        "tokenizer": model.tokenizer,
+        "seed": seed,
+        "size": told.get("size", f"{image.width}x{image.height}"),
+        "steps": options["steps"],
+        "guidance": options["guidance"],
+        "sampler": options["sampler"],
+        "dtype": str(sd.dtype).removeprefix("torch."),
+        "device": sd.device,
+    }
+
+
+def file_chunks(**paths: str) -> dict[str, str]:
+    """The files that a command read, by name and contents: {"image": ..., "image_sha256": ...}."""
+    from ..checkpoints.sources import sha256
+
+    return paths | {f"{name}_sha256": sha256(Path(path)) for name, path in paths.items()}
+
+
+def line_again(argv: Sequence[str], seed: int | None, place: str = "-o") -> str:
+    """The command line that draws an image again as again.png, for the PNGs of commands whose
+    options are not all text chunks.
+
+    Nothing else is written, and no other image but those of the same batch is drawn: of several
+    seeds only this one (None: the image is drawn from noise of its own). place: the option that
+    says where that image goes.
+    """
+    known = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    for names in (*PLACES, *TRACES, *OWN):
+        known.add_argument(*names)
+    known.add_argument("--trace-preview", action="store_true")
+    end = list(argv).index("--") if "--" in argv else len(argv)
+    _, kept = known.parse_known_args(argv[:end])
+    own = [] if seed is None else ["--seed", str(seed)]
+    return shlex.join([*kept, *own, place, AGAIN, *argv[end:]])
+
+
+def write_png(path: Path, image: Image.Image, chunks: Mapping[str, object]) -> None:
+    """Write an image with its text chunks: all of it or nothing, under its name only when it is
+    complete."""
+    from PIL.PngImagePlugin import PngInfo
+
+    from ..files import atomic_write
+
+    text = PngInfo()
+    for key, value in chunks.items():
+        if value is not None:
+            text.add_text(key, str(value))
+    with atomic_write(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=text)
