@@ -18,6 +18,8 @@ setup(
     description="Stable Diffusion v1.x written out so that every tensor can be followed",
     long_description=(root / "README.md").read_text(),
     long_description_content_type="text/markdown",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.11",
     # Explicit, because kernels/ has no __init__.py and would not be found.
     packages=[

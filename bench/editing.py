@@ -1,8 +1,7 @@
-"""Does prompt-to-prompt edit? Held-out pairs of captions on the bundled model, scored from the
-pixels.
+"""Does prompt-to-prompt edit? Held-out pairs of captions on the bundled model, scored by pixels.
 
-    python -m bench.editing [--n 100] [--json bench/results/cpu/editing.json] [--readme README.md]
-    python -m bench.editing real ...     inversion, blended diffusion and concept erasure, on pictures given
+    python -m bench.editing [--n 100] [--json bench/results/cpu/editing.json]
+    python -m bench.editing real ...     inversion, blended diffusion, concept erasure, on images
     python -m bench.editing speed ...    what edits cost
 
 Four kinds of edit of one of two objects: its colour or shape is swapped, a texture is added, the
@@ -10,12 +9,12 @@ colour's word is weighted below zero. Pairs of captions that training never saw;
 one batch: the source, the edit, and the seed-only baseline, which is the target caption (of the
 reweighted word: the caption without it) without an edit. Against the source:
 
-    right       the edited object, told from the other by its colour (where that changes: by its shape), has its new
-                value (of the reweighted word: any but the old one)
-    IoU         intersection over union of an object's mask and the edited picture's object that covers it best: of the
-                other object, which must stay as it is, and of the edited one (its place; a shape
-                swap changes it)
-    PSNR        of all pixels but the edited object's in either picture, and those within MARGIN of them
+    right   the edited object, told from the other by its colour (where that changes: by its shape),
+            has its new value (of the reweighted word: any but the old one)
+    IoU     intersection over union of an object's mask and the edited image's object that covers it
+            best: of the other object, which must stay as it is, and of the edited one (its place; a
+            shape swap changes it)
+    PSNR    of all pixels but the edited object's in either image, and those within MARGIN of them
 
 The model does not draw every caption as it says. So there are figures of all pairs, and of those
 whose source is drawn right in every attribute (bench.scorer): an edit keeps what the source shows,
@@ -26,7 +25,6 @@ import argparse
 import hashlib
 import importlib
 import itertools
-import json
 import random
 import sys
 from collections.abc import Callable
@@ -41,21 +39,19 @@ from bench import harness, metrics
 from bench.scorer import judge, read
 from minisd.checkpoints.sources import bundled
 from minisd.editing.local_blend import LocalBlend
+from minisd.editing.maps import Maps
 from minisd.editing.prompt_to_prompt import PromptToPrompt, stack
+from minisd.models.attention import AttentionEdit
 from minisd.training import scenes
 from minisd.viewing.visualize import contact_sheet
 
 STEPS, GUIDANCE = 12, 7.5
 METHODS = ("prompt-to-prompt", "seed-only baseline")
-BATCH = 8  # pairs at once, of 3 pictures each
+BATCH = 8  # pairs at once, of 3 images each
 MARGIN = 3  # pixels around an object that are not background
 SEED = 2001  # of the pairs that are measured; the settings in KINDS were chosen on others,
 TUNING, TRIED = 3001, 8  # the first TRIED of this seed
-PARTS = (
-    "real",
-    "speed",
-)  # bench/editing_real.py: real pictures; bench/editing_speed.py: seconds and bytes
-TABLE = "prompt-to-prompt table: bench/editing.py"
+PARTS = ("real", "speed")  # bench/editing_real.py: given images; editing_speed.py: time and memory
 
 
 @dataclass(frozen=True)
@@ -147,13 +143,10 @@ def candidates(kind: str, seed: int = SEED):
             if thing is None:
                 break
             target = replace(source, things=tuple(things))
-            distinct = all(
-                a.shape != b.shape and a.colour != b.colour
-                for a, b in (source.things, target.things)
-            )
-            if distinct and (
-                thing.colour is None or scenes.split(target) == "heldout"
-            ):  # None: not in the grammar
+            both = source.things, target.things
+            distinct = all(a.shape != b.shape and a.colour != b.colour for a, b in both)
+            unnamed = thing.colour is None  # which is not in the grammar
+            if distinct and (unnamed or scenes.split(target) == "heldout"):
                 seed += 1
                 yield Pair(kind, source, target, edited, seed)
                 break
@@ -161,9 +154,8 @@ def candidates(kind: str, seed: int = SEED):
 
 def measured(kind: str):
     """The candidates, less those with the captions that the settings were tried on."""
-    tried = {
-        (pair.source, pair.target) for pair in itertools.islice(candidates(kind, TUNING), TRIED)
-    }
+    some = itertools.islice(candidates(kind, TUNING), TRIED)
+    tried = {(pair.source, pair.target) for pair in some}
     return (pair for pair in candidates(kind) if (pair.source, pair.target) not in tried)
 
 
@@ -172,9 +164,7 @@ def prompt_to_prompt(sd, pair: Pair, steps: int) -> PromptToPrompt:
     old, new = pair.source.things[pair.edited], pair.target.things[pair.edited]
     options = KINDS[pair.kind].options(old, new)
     edited = pair.source if "reweight" in options else pair.target
-    each = {
-        name: [value, 0 if name.endswith("_steps") else None] for name, value in options.items()
-    }
+    each = {n: [value, 0 if n.endswith("_steps") else None] for n, value in options.items()}
     return PromptToPrompt(sd, str(pair.source), str(edited), str(pair.target), steps=steps, **each)
 
 
@@ -186,23 +176,27 @@ def blend_words(pair: Pair) -> list[tuple[str, ...]]:
 
 
 def draw(sd, pairs: list[Pair], steps: int = STEPS):
-    """The three pictures of each pair, pairs of one kind: [source, edit, baseline]."""
+    """The three images of each pair, pairs of one kind: [source, edit, baseline]."""
     p2p = stack(*(prompt_to_prompt(sd, pair, steps) for pair in pairs))
-    blend = LocalBlend(
-        p2p.maps, [words for pair in pairs for words in blend_words(pair)], threshold=THRESHOLD
-    )
+    maps = Maps(sd, p2p.prompts, steps, source_row=p2p.source_row)
+    words = [words for pair in pairs for words in blend_words(pair)]
+    blend = LocalBlend(maps, words, threshold=THRESHOLD)
     cond, uncond = sd.encode_prompt(p2p.prompts), sd.encode_prompt([""])
     x = sd.noise([pair.seed for pair in pairs]).repeat_interleave(3, dim=0)
+
+    def edits(step):
+        found = p2p(step)
+        for site, total in maps.open(step).items():
+            found[site] = found.get(site, AttentionEdit())._replace(save_mean=total)
+        return found
 
     def after(x, step):
         blended = x.clone()
         blended[1::3] = blend(x, step)[1::3]
         return blended
 
-    sampler = minisd.DDIM(sd.schedule, steps)
-    images = sd.decode(
-        minisd.denoise(x, sampler, minisd.cfg(sd.unet, uncond, cond, GUIDANCE, p2p), after)
-    )
+    predict = minisd.cfg(sd.network, uncond, cond, GUIDANCE, edits)
+    images = sd.decode(minisd.denoise(x, minisd.DDIM(sd.schedule, steps), predict, after))
     return [images[i : i + 3] for i in range(0, len(images), 3)]
 
 
@@ -219,7 +213,7 @@ def grown(mask: np.ndarray, by: int) -> np.ndarray:
 
 
 def alike(reading, thing, *attributes):
-    """The objects of a picture that have these attributes of a thing."""
+    """The objects of an image that have these attributes of a thing."""
     return [
         found
         for found in reading.objects
@@ -228,7 +222,7 @@ def alike(reading, thing, *attributes):
 
 
 def covered(found: list, reading) -> float | None:
-    """IoU of the first object found in the source and the object of an edited picture that covers
+    """IoU of the first object found in the source and the object of an edited image that covers
     it best."""
     return (
         round(max((iou(found[0].mask, o.mask) for o in reading.objects), default=0.0), 4)
@@ -238,7 +232,7 @@ def covered(found: list, reading) -> float | None:
 
 
 def measure(pair: Pair, source, image) -> dict[str, float]:
-    """The figures of an edited picture against its source; None: the source has no such object to
+    """The figures of an edited image against its source; None: the source has no such object to
     compare with."""
     kind, before, after = KINDS[pair.kind], read(source), read(image)
     old, rest = pair.source.things[pair.edited], pair.source.things[1 - pair.edited]
@@ -282,22 +276,17 @@ def score(pair: Pair, images) -> dict:
     }
 
 
-def run(sd, kind: str, n: int, steps: int, rows: list[dict], keep: Callable) -> None:
-    """Add rows, one for each pair, until n have a source that is right; keep(row) is called for
-    each new one."""
-    stream = measured(kind)
-    for _ in rows:
-        next(stream)
-    with tqdm(
-        total=n, initial=sum(row["source_right"] for row in rows), desc=kind, file=sys.stderr
-    ) as bar:
+def run(sd, kind: str, n: int, steps: int) -> list[dict]:
+    """The scores of pair after pair, until n have a source that is right."""
+    stream, rows = measured(kind), []
+    with tqdm(total=n, desc=kind, file=sys.stderr) as bar:
         while bar.n < n:
             pairs = [next(stream) for _ in range(BATCH)]
             for pair, images in zip(pairs, draw(sd, pairs, steps)):
                 if bar.n < n:
                     rows.append(score(pair, images))
-                    keep(rows[-1])
                     bar.update(rows[-1]["source_right"])
+    return rows
 
 
 def summary(pairs: list[dict], method: str) -> dict[str, float]:
@@ -309,27 +298,22 @@ def summary(pairs: list[dict], method: str) -> dict[str, float]:
 
 
 def table(record: dict) -> str:
-    """The results as a Markdown table: a row for each kind and method, in brackets the same over
-    all pairs."""
-    lines = [
-        "| edit | | attribute right | IoU of the other object | IoU of the edited object | PSNR elsewhere |",
-        "|---|---|---|---|---|---|",
-    ]
+    """A row for each kind and method, in brackets the same over all pairs."""
+    lines = []
     for kind, pairs in record["prompt_to_prompt"].items():
         chosen = [pair for pair in pairs if pair["source_right"]]
         for method in METHODS:
             s, whole = summary(chosen, method), summary(pairs, method)
-            lines.append(
-                f"| {kind} | {method} | {100 * s['right']:.0f} % of {len(chosen)} ({100 * whole['right']:.0f} % of "
-                f"{len(pairs)}) | {s['other_iou']:.2f} ({whole['other_iou']:.2f}) | "
-                f"{s['edited_iou']:.2f} ({whole['edited_iou']:.2f}) | {s['psnr']:.1f} dB ({whole['psnr']:.1f}) |"
-            )
-    return "\n".join(lines)
+            right, everywhere = (f"{100 * each['right']:.0f} % of" for each in (s, whole))
+            cells = [f"{right} {len(chosen)} ({everywhere} {len(pairs)})"]
+            cells += [f"{s[key]:.2f} ({whole[key]:.2f})" for key in ("other_iou", "edited_iou")]
+            lines.append((kind, method, *cells, f"{s['psnr']:.1f} dB ({whole['psnr']:.1f})"))
+    ious = "IoU of the other object", "IoU of the edited object"
+    return harness.markdown(("edit", "", "attribute right", *ious, "PSNR elsewhere"), lines)
 
 
-def picture(sd, rows: dict[str, list[dict]], steps: int, each: int = 2):
-    """A contact sheet: of each kind the first pairs whose source is right, as source, baseline and
-    edit."""
+def sheet(sd, rows: dict[str, list[dict]], steps: int, each: int = 2):
+    """Of each kind the first pairs whose source is right, as source, baseline and edit."""
     shown, captions = [], []
     for kind, scores in rows.items():
         pairs = [pair for pair, row in zip(measured(kind), scores) if row["source_right"]][:each]
@@ -349,65 +333,28 @@ def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] in PARTS:  # the other parts have their own files and options
         return importlib.import_module(f"bench.editing_{arguments[0]}").main(arguments[1:])
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.editing",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--model", default="shapes", help="a bundled model or a checkpoint folder (default: shapes)"
-    )
-    parser.add_argument(
-        "--n", type=int, default=100, help="pairs of each kind whose source is right (default: 100)"
-    )
-    parser.add_argument(
-        "--kinds", nargs="*", default=list(KINDS), choices=list(KINDS), help="default: all"
-    )
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"DDIM steps (default: {STEPS})")
-    parser.add_argument(
-        "--json", type=Path, help="write all figures here; FILE.part keeps a run that was stopped"
-    )
-    parser.add_argument(
-        "--readme", type=Path, help="put the table here, and docs/prompt_to_prompt.png beside it"
-    )
+    parser = argparse.ArgumentParser(prog="python -m bench.editing", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("--model", default="shapes", help="a bundled model or a checkpoint folder")
+    add("--n", type=int, default=100, help="pairs of each kind whose source is right (100)")
+    add("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS), help="default: all")
+    add("--steps", type=int, default=STEPS, help=f"DDIM steps (default: {STEPS})")
+    add("--json", type=Path, help="write all figures here")
+    add("--sheet", type=Path, help="write a contact sheet here (PNG)")
     args = parser.parse_args(arguments)
 
     sd = minisd.load(args.model, device="cpu")
-    settings = {
-        "sampler": "ddim", "steps": args.steps, "guidance": GUIDANCE, "threshold": THRESHOLD, "n": args.n,
-        "seed": SEED, "unet_sha256": fingerprint(args.model), "dtype": str(sd.dtype), "attention": sd.unet.attention,
-    }  # fmt: skip
-    rows = {kind: [] for kind in args.kinds}
-    part = args.json and args.json.with_suffix(".json.part")
-    if part and part.exists():  # its first line are the settings, the others rows
-        first, *lines = map(json.loads, part.read_text().splitlines())
-        if first != settings:
-            raise ValueError(
-                f"{part} is of another run, {first}; this one is {settings}: finish that one or delete it"
-            )
-        for row in lines:
-            rows[row["kind"]].append(row)
-    elif part:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(settings) + "\n")
-
-    def keep(row):
-        if part:
-            with part.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-
-    for kind in args.kinds:
-        run(sd, kind, args.n, args.steps, rows[kind], keep)
+    rows = {kind: run(sd, kind, args.n, args.steps) for kind in args.kinds}
+    settings = {"sampler": "ddim", "steps": args.steps, "guidance": GUIDANCE, "n": args.n}
+    settings |= {"threshold": THRESHOLD, "seed": SEED, "unet_sha256": fingerprint(args.model)}
+    settings |= {"dtype": str(sd.dtype), "attention": sd.unet.attention}
     record = {**harness.provenance("cpu"), **settings, "prompt_to_prompt": rows}
     print(table(record))
-    if args.readme:
-        args.readme.write_text(harness.put(args.readme.read_text(), TABLE, table(record)))
-        sheet = args.readme.parent / "docs" / "prompt_to_prompt.png"
-        sheet.parent.mkdir(exist_ok=True)
-        picture(sd, rows, args.steps).save(sheet)
     if args.json:
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
-        part.unlink()
+        harness.write(args.json, record)
+    if args.sheet:
+        sheet(sd, rows, args.steps).save(args.sheet)
 
 
 if __name__ == "__main__":

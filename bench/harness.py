@@ -23,44 +23,42 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-CODE = (
-    ".",
-    ":!bench/results",
-    ":!*.md",
-    ":!docs",
-)  # pathspecs: what one benchmark writes is no change for the next
+# pathspecs: what one benchmark writes is no change for the next
+CODE = (".", ":!bench/results", ":!*.md", ":!docs")
 RSS_RESET = Path("/proc/self/clear_refs")  # Linux: writing 5 resets the peak of the resident memory
 
 
 def use_checkout() -> None:
-    """Make minisd_kernels and the rest importable from this checkout, here and in child processes,
-    unless installed.
+    """Make this checkout importable here and in child processes, unless minisd is installed.
 
     Called when the package `bench` is imported, before any module of it imports minisd.
     """
     if importlib.util.find_spec("minisd_kernels") is not None:
         return
-    links = Path(tempfile.mkdtemp(prefix="minisd-path-"))
+    links = linked(ROOT)
     atexit.register(shutil.rmtree, links, ignore_errors=True)
-    folders = {
-        "minisd": "minisd",
-        "minisd_kernels": "kernels",
-        "minisd_weights": "weights",
-        "bench": "bench",
-    }
-    for name, folder in folders.items():
-        (links / name).symlink_to(ROOT / folder)
     sys.path.insert(0, str(links))
     os.environ["PYTHONPATH"] = os.pathsep.join(
         [str(links), *filter(None, [os.environ.get("PYTHONPATH")])]
     )
     importlib.invalidate_caches()
+
+
+def linked(tree: Path) -> Path:
+    """A new folder to put on the path: in it the packages of a checkout under their names."""
+    links = Path(tempfile.mkdtemp(prefix="minisd-path-"))
+    for name in ("minisd", "bench"):
+        (links / name).symlink_to(tree.resolve() / name)
+    for name in ("kernels", "weights"):
+        (links / f"minisd_{name}").symlink_to(tree.resolve() / name)
+    return links
 
 
 def device_name(device: str) -> str:
@@ -78,24 +76,27 @@ def processor() -> str:
     )
 
 
+def git(*arguments: str) -> str | None:
+    """What git says of this checkout; None without git or outside of a repository."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:  # git is not installed
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def version(package: str) -> str | None:
+    """The installed version of a package, None without it."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def provenance(device: str) -> dict:
     """Device, versions, commit, command: what a figure is worth nothing without."""
-
-    def git(*args):
-        try:
-            done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True)
-        except FileNotFoundError:  # git is not installed
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    def version(package):
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
     commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", *CODE)
-    triton = importlib.util.find_spec("triton") and __import__("triton")
+    module = ".".join(Path(sys.argv[0]).with_suffix("").parts[-2:])
     return {
         "device": device_name(device),
         "processor": processor() if device_name(device) == "cpu" else device_name(device),
@@ -104,13 +105,11 @@ def provenance(device: str) -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "triton": triton.__version__ if triton else None,
+        "triton": version("triton"),
         "diffusers": version("diffusers"),
         "transformers": version("transformers"),
         "commit": "unknown" if commit is None else commit + (" with changes" if changes else ""),
-        "command": " ".join(
-            ["python -m", ".".join(Path(sys.argv[0]).with_suffix("").parts[-2:]), *sys.argv[1:]]
-        ),
+        "command": " ".join(["python -m", module, *sys.argv[1:]]),
     }
 
 
@@ -121,58 +120,56 @@ def interleave(
     seconds: float = 2e-3,
     graph: bool = False,
 ) -> dict[str, dict]:
-    """{name: {"ms", "low", "high"}}: median and quartiles of one call, the functions taken in
-    turns.
+    """{name: {"ms", "low", "high"}}: median and quartiles of one call, taken in turns.
 
     A sample repeats the call until it lasts about `seconds`, so that the clock's resolution does
     not matter. With `graph`, on CUDA the repeated calls are captured once and replayed, so that
     Python's time for a call is not in it, nor in how often it is repeated.
     """
     cuda = torch.device(device).type == "cuda"
-
-    def captured(function, repeats):
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(repeats):
-                function()
-        return graph.replay
-
-    def sample(function, repeats):
-        if not cuda:
-            start = time.perf_counter()
-            for _ in range(repeats):
-                function()
-            return (time.perf_counter() - start) * 1e3 / repeats
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        for _ in range(repeats):
-            function()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / repeats
-
-    repeats, times, replays = {}, {name: [] for name in functions}, {}
+    repeats, samplers, times = {}, {}, {name: [] for name in functions}
     for name, function in functions.items():
         for _ in range(3):  # warm-up: compiles, allocates, raises the clock
-            once = sample(function, 1)
+            once = sample(function, 1, cuda)
         if graph and cuda:
             replay = captured(function, 1)
-            once = min(sample(replay, 1) for _ in range(3))
+            once = min(sample(replay, 1, cuda) for _ in range(3))
         repeats[name] = max(1, min(1000, round(seconds * 1e3 / max(once, 1e-4))))
-        if graph and cuda:
-            replays[name] = captured(function, repeats[name])
-            sample(replays[name], 1)
+        if graph and cuda:  # one replay holds all repeats
+            replay = captured(function, repeats[name])
+            sample(replay, 1, cuda)
+            samplers[name] = partial(lambda f, n: sample(f, 1, cuda) / n, replay, repeats[name])
+        else:
+            samplers[name] = partial(sample, function, repeats[name], cuda)
     for _ in range(rounds):
-        for name, function in functions.items():
-            if name in replays:
-                times[name].append(sample(replays[name], 1) / repeats[name])
-            else:
-                times[name].append(sample(function, repeats[name]))
-    out = {}
-    for name, ms in times.items():
-        low, median, high = statistics.quantiles(ms, n=4) if len(ms) > 1 else ms * 3
-        out[name] = {"ms": median, "low": low, "high": high}
-    return out
+        for name in functions:
+            times[name].append(samplers[name]())
+    return {name: quartiles(ms) for name, ms in times.items()}
+
+
+def sample(function: Callable, repeats: int, cuda: bool) -> float:
+    """Milliseconds of one call, the mean of `repeats`; on CUDA by the device's own clock."""
+    if not cuda:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            function()
+        return (time.perf_counter() - start) * 1e3 / repeats
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(repeats):
+        function()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / repeats
+
+
+def captured(function: Callable, repeats: int) -> Callable:
+    """The replay of a CUDA graph of `repeats` calls."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            function()
+    return graph.replay
 
 
 def compiled(function: Callable) -> Callable:
@@ -238,16 +235,41 @@ def resident(key: str) -> int:
 
 
 def contest(builders: dict[str, tuple], device: str, rounds: int) -> dict[str, dict]:
-    """{name: {"ms", "low", "high", "bytes", "above"}}: contenders in processes of their own, called
-    in turns.
+    """{name: {"ms", "low", "high", "samples", "bytes", "above"}} of contenders that take turns.
 
-    builders: process -> (function, *arguments); the function, of a module, is called in the new
-    process and returns the contenders there, {name: what is timed}. One call of each warms up.
+    builders: process -> (function, *arguments); the function, of a module, is called in a process
+    of its own and returns the contenders there, {name: what is timed}. One call of each warms up.
     bytes: at the peak of the calls, weights included, resident memory of the process on a CPU and
     allocated memory on CUDA; above: of it, what was not there before the call. On CUDA the first
     call counts, too: the replay of a graph allocates nothing, its capture does. (So does what a
     compiler's tuning takes.) A process that fails or dies is left out with a line that says so.
     """
+    workers = start(builders, device)
+    samples = {name: [] for *_, names in workers for name in names}
+    for _ in range(rounds):
+        for worker in list(workers):
+            _, here, names = worker
+            try:
+                for name in names:
+                    here.send(name)
+                    samples[name].append(here.recv())
+            except (EOFError, ConnectionError):
+                print(f"  the process of {', '.join(names)} died", flush=True)
+                workers.remove(worker)
+    for process, here, _ in workers:
+        here.send(None)
+        process.join()
+    out = {}
+    for name, of_name in samples.items():
+        if len(of_name) == rounds:
+            ms, peaks, above = zip(*of_name)
+            out[name] = {**quartiles(list(ms)), "bytes": max(peaks), "above": max(above)}
+            out[name]["samples"] = [round(t, 3) for t in ms]
+    return out
+
+
+def start(builders: dict[str, tuple], device: str) -> list[tuple]:
+    """(process, connection, names of its contenders) of each builder that succeeds."""
     context, starting, workers = multiprocessing.get_context("spawn"), [], []
     for process_name, builder in builders.items():
         here, there = context.Pipe()
@@ -255,11 +277,7 @@ def contest(builders: dict[str, tuple], device: str, rounds: int) -> dict[str, d
         process.start()
         there.close()
         starting.append((process_name, process, here))
-    for (
-        process_name,
-        process,
-        here,
-    ) in starting:  # they import together and build one after the other, undisturbed
+    for process_name, process, here in starting:  # they import together, but build one by one
         try:
             here.send("build")
             names = here.recv()
@@ -271,26 +289,7 @@ def contest(builders: dict[str, tuple], device: str, rounds: int) -> dict[str, d
         else:
             print(f"  ready: {', '.join(names)}", flush=True)
             workers.append((process, here, names))
-    samples = {name: [] for *_, names in workers for name in names}
-    for _ in range(rounds):
-        for process, here, names in list(workers):
-            try:
-                for name in names:
-                    here.send(name)
-                    samples[name].append(here.recv())
-            except (EOFError, ConnectionError):
-                print(f"  the process of {', '.join(names)} died", flush=True)
-                workers.remove((process, here, names))
-    for process, here, _ in workers:
-        here.send(None)
-        process.join()
-    out = {}
-    for name, of_name in samples.items():
-        if len(of_name) < rounds:
-            continue
-        ms, peaks, above = zip(*of_name)
-        out[name] = {**quartiles(list(ms)), "bytes": max(peaks), "above": max(above)}
-    return out
+    return workers
 
 
 def _work(connection, device, function, *arguments):
@@ -315,124 +314,42 @@ def _work(connection, device, function, *arguments):
         connection.send((ms, max(peak, first[name][0]), max(peak - before, first[name][1])))
 
 
-def random_model(kind, config, device: str, dtype: torch.dtype):
-    """A model with random weights, ready for inference."""
-    with torch.device("meta"):
-        model = kind(config)
-    model.load_state_dict(random_weights(model.state_dict(), device, dtype), assign=True)
-    return model.eval().requires_grad_(False)
-
-
-def full_size(device: str, dtype: torch.dtype, small: bool = False):
-    """A StableDiffusion of SD v1.4's size with random weights; `small`: a quarter of its width, for
-    a trial run."""
-    from minisd import (
-        AutoencoderKL,
-        CLIPTextConfig,
-        CLIPTextModel,
-        NoiseSchedule,
-        StableDiffusion,
-        UNet,
-        UNetConfig,
-        VAEConfig,
-    )
-    from minisd.checkpoints.load import SD_V1_SCHEDULE, locate
-
-    configs = (CLIPTextConfig(), UNetConfig(), VAEConfig())
-    if small:
-        configs = (
-            CLIPTextConfig(
-                hidden_size=192, intermediate_size=768, num_hidden_layers=2, num_attention_heads=3
-            ),
-            UNetConfig(
-                sample_size=32, block_out_channels=(64, 128, 256, 256), cross_attention_dim=192
-            ),
-            VAEConfig(block_out_channels=(32, 64, 64, 64), sample_size=256),
-        )
-    kinds = (CLIPTextModel, UNet, AutoencoderKL)
-    models = [random_model(kind, config, device, dtype) for kind, config in zip(kinds, configs)]
-    return StableDiffusion(
-        locate("shapes").tokenizer, *models, NoiseSchedule.from_dict(SD_V1_SCHEDULE)
-    )
-
-
-def as_loaded(sd, compile=False, graph=False):
-    """The model as `minisd.load` would have it computed."""
-    from minisd.engine.graphs import Replay
-    from minisd.pipeline import make_quick
-
-    for model in (sd.text_encoder, sd.vae):
-        make_quick(model)
-    make_quick(sd.unet, compile).attention = "sdpa" if sd.device.type == "cpu" else "triton"
-    sd.unet.replay = Replay() if graph else None
-    return sd
-
-
-def one_step(predict, step, x):
-    """A function that takes one step as `denoise` does."""
-    from minisd.sampling.samplers import take
-
-    @torch.no_grad()
-    def run():
-        return take(step, predict, x)[0]
-
-    return run
-
-
-def random_weights(
-    like: dict[str, torch.Tensor], device: str, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """Weights of variance 1 / inputs, cut from one pool of random numbers; norms are 1, biases
-    0."""
-    pool = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    out = {}
-    for name, tensor in like.items():
-        weight = torch.empty(tensor.shape, device=device, dtype=dtype)
-        if tensor.ndim == 1:
-            weight.fill_(name.endswith("weight"))
-        else:
-            flat, scale = weight.view(-1), tensor[0].numel() ** -0.5
-            for start in range(0, flat.numel(), pool.numel()):
-                part = flat[start : start + pool.numel()]
-                torch.mul(pool[: part.numel()], scale, out=part)
-        out[name] = weight
-    return out
-
-
 def matrix_peak(dtype: torch.dtype, device: str) -> float:
     """FLOP/s of a large matrix product: what fractions of the peak are fractions of."""
     n = 8192 if torch.device(device).type == "cuda" else 512
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return (
-        2
-        * n**3
-        / (interleave({"product": lambda: a @ b}, device, rounds=10)["product"]["ms"] * 1e-3)
-    )
+    ms = interleave({"product": lambda: a @ b}, device, rounds=10)["product"]["ms"]
+    return 2 * n**3 / (ms * 1e-3)
 
 
-def options(doc: str, prog: str, arguments: list[str] | None = None, **more) -> argparse.Namespace:
-    """The command line that the benchmarks of the engine share; more: name -> type of further
-    options, or the default of one that is on (--name) or off (--no-name)."""
+def parser(doc: str, prog: str, **more: type | bool) -> argparse.ArgumentParser:
+    """The options that the benchmarks of the engine share.
+
+    more: name -> type of further options, or the default of one that is on (--name) or off
+    (--no-name).
+    """
     parser = argparse.ArgumentParser(prog=f"python -m {prog}", description=doc.split("\n\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--rounds",
-        type=int,
-        help="how often each contender is timed (default: 3 on a CPU, else 10)",
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="a trial run of a small model: nothing is written"
-    )
+    how_often = "how often each contender is timed (default: 3 on a CPU, else 10)"
+    parser.add_argument("--rounds", type=int, help=how_often)
+    trial = "a trial run of a small model: nothing is written"
+    parser.add_argument("--quick", action="store_true", help=trial)
     for name, kind in more.items():
-        how = (
-            dict(action=argparse.BooleanOptionalAction, default=kind)
-            if isinstance(kind, bool)
-            else dict(type=kind)
-        )
-        parser.add_argument(f"--{name}", **how)
+        switch = dict(action=argparse.BooleanOptionalAction, default=kind)
+        parser.add_argument(f"--{name}", **(switch if isinstance(kind, bool) else {"type": kind}))
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser, arguments: list[str] | None = None):
+    """The arguments, with the number of rounds that suits the device."""
     args = parser.parse_args(arguments)
     args.rounds = args.rounds or (1 if args.quick else 3 if args.device == "cpu" else 10)
     return args
+
+
+def options(doc: str, prog: str, arguments: list[str] | None = None, **more) -> argparse.Namespace:
+    """`parser` and `parsed` in one."""
+    return parsed(parser(doc, prog, **more), arguments)
 
 
 def gigabytes(count: int | None) -> str:
@@ -454,27 +371,55 @@ def slow(bars: list[tuple[str, float, str, float]]) -> list[str]:
     ]
 
 
+def machine(record: dict) -> str:
+    """The processor, the version of torch and the commit of a result file."""
+    threads = f", {record['threads']} threads" if record["device"] == "cpu" else ""
+    return (
+        f"{record['processor']}{threads}, torch {record['torch']}, commit {record['commit'][:12]}"
+    )
+
+
 def origin(record: dict) -> str:
     """The line above a table: where its figures come from."""
-    threads = f", {record['threads']} threads" if record["device"] == "cpu" else ""
-    versions = f"torch {record['torch']}, commit {record['commit'][:12]}"
-    return f"{record['processor']}{threads}, {versions}; `{record['command']}`"
+    return f"{machine(record)}; `{record['command']}`"
+
+
+def markdown(heads: Sequence, rows: Iterable[Sequence]) -> str:
+    """A Markdown table; an empty cell is one blank wide."""
+    lines = ["|" + "".join(f" {cell} |" for cell in cells) for cells in (heads, *rows)]
+    lines.insert(1, "|" + "---|" * len(heads))
+    return "\n".join(lines).replace("|  ", "| ")
+
+
+def spread(t: dict) -> list[str]:
+    """Two cells, median and quartiles, of {"ms", "low", "high"}."""
+    ms, low, high = (four_digits(t[key]) for key in ("ms", "low", "high"))
+    return [ms, f"{low} - {high}"]
 
 
 def save(name: str, rows: list[dict], device: str) -> Path:
     """Write bench/results/<device>/<name>.json and return its path."""
-    path = ROOT / "bench/results" / device_name(device).lower().replace(" ", "-") / f"{name}.json"
+    folder = ROOT / "bench/results" / device_name(device).lower().replace(" ", "-")
+    return write(folder / f"{name}.json", {**provenance(device), "rows": rows})
+
+
+def write(path: Path, record: dict) -> Path:
+    """Write a result file, its folder too where it is missing, and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**provenance(device), "rows": rows}, indent=1) + "\n")
+    path.write_text(json.dumps(record, indent=1) + "\n")
     return path
 
 
+def finish(name: str, rows: list[dict], args, table: Callable, misses: Callable = lambda rows: []):
+    """What each benchmark of the engine ends with: its table, its file, what misses its target."""
+    print(table({**provenance(args.device), "rows": rows}), flush=True)
+    if not args.quick:
+        print(f"wrote {save(name, rows, args.device)}", *misses(rows), sep="\n", flush=True)
+
+
 def put(text: str, name: str, table: str) -> str:
-    """`text` with what stands between the lines `<!-- name -->` and `<!-- end ... -->` replaced by
-    the table."""
+    """`text` with what stands between `<!-- name -->` and `<!-- end ... -->` replaced."""
     block = re.compile(rf"(?<=<!-- {re.escape(name)} -->\n)(?:(?!<!--).)*(?=<!-- end)", re.DOTALL)
-    if len(block.findall(text)) != 1:
-        raise ValueError(
-            f"expected one block from <!-- {name} --> to <!-- end -->, found {len(block.findall(text))}"
-        )
+    if (found := len(block.findall(text))) != 1:
+        raise ValueError(f"expected one block from <!-- {name} --> to <!-- end -->, found {found}")
     return block.sub(lambda _: f"{table}\n", text)

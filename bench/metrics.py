@@ -1,15 +1,15 @@
-"""The figures that the editing literature reports, of a source picture and its edit: PIE-Bench's,
+"""The figures that the editing literature reports, of a source image and its edit: PIE-Bench's,
 from their formulas.
 
     MSE         mean((a - b)^2), values in 0..1
-    PSNR        -10 log10(MSE) in dB; equal pictures count as 100 dB
-    SSIM        mean over pixels and channels of  (2 ma mb + C1)(2 vab + C2) / ((ma^2 + mb^2 + C1)(va + vb + C2)),
-                means m and (co)variances v under an 11 x 11 Gaussian of sd 1.5, where it fits into
-                the picture
-    structure   mean((S(a) - S(b))^2), S the matrix of cosine similarities of all pairs of a picture's cells
+    PSNR        -10 log10(MSE) in dB; equal images count as 100 dB
+    SSIM        mean over pixels and channels of
+                (2 ma mb + C1)(2 vab + C2) / ((ma^2 + mb^2 + C1)(va + vb + C2)), means m and
+                (co)variances v under an 11 x 11 Gaussian of sd 1.5, where it fits into the image
+    structure   mean((S(a) - S(b))^2), S the cosine similarities of all pairs of an image's cells
 
 Sources: Ju et al. 2023 (PnP inversion, arXiv 2310.01506) for the protocol: of the background, both
-pictures are multiplied by 1 - mask and compared over the WHOLE picture; Wang et al. 2004 (SSIM);
+images are multiplied by 1 - mask and compared over the WHOLE image; Wang et al. 2004 (SSIM);
 Tumanyan et al. 2022 (arXiv 2201.00424) for the distance of self-similarities. Theirs compares keys
 of DINO; the feature here is the project's own, a histogram of edge directions, so `structure`
 orders methods on one set and is not to be compared with published ones.
@@ -39,7 +39,7 @@ def values(image) -> np.ndarray:
 
 
 def mse(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean squared difference of two pictures (H, W, 3) in 0..1."""
+    """Mean squared difference of two images (H, W, 3) in 0..1."""
     return float(np.mean((a - b) ** 2))
 
 
@@ -48,7 +48,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """Structural similarity of two pictures (H, W, 3) in 0..1, 1 where they are equal."""
+    """Structural similarity of two images (H, W, 3) in 0..1, 1 where they are equal."""
     if min(a.shape[:2]) < WINDOW:
         raise ValueError(f"SSIM needs {WINDOW} x {WINDOW} pixels, got {a.shape[1]} x {a.shape[0]}")
     down, across = _gaussian(a.shape[0]), _gaussian(a.shape[1])
@@ -73,9 +73,9 @@ def _gaussian(n: int) -> np.ndarray:
 
 
 def cells(image: np.ndarray) -> np.ndarray:
-    """A picture (H, W, 3) -> one descriptor for each of 16 x 16 cells, (256, BINS + 1).
+    """An image (H, W, 3) -> one descriptor for each of 16 x 16 cells, (256, BINS + 1).
 
-    Per cell, the sum of the gradient's length over its pixels (of the picture at 64 x 64, in grey)
+    Per cell, the sum of the gradient's length over its pixels (of the image at 64 x 64, in grey)
     by direction, 0 to 180 degrees in BINS, and a constant FLAT * CELL^2, so that cells without
     edges are alike and unlike those with.
     """
@@ -92,7 +92,7 @@ def cells(image: np.ndarray) -> np.ndarray:
 
 
 def structure(a: np.ndarray, b: np.ndarray) -> float:
-    """Distance of the layouts of two pictures (H, W, 3) in 0..1; 0 where they are equal."""
+    """Distance of the layouts of two images (H, W, 3) in 0..1; 0 where they are equal."""
 
     def similarity(image):
         x = cells(image)
@@ -103,16 +103,16 @@ def structure(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def field(source, edited, mask=None) -> dict[str, float | None]:
-    """PSNR, MSE and SSIM of the background, and the structure distance, of two 8-bit pictures of
+    """PSNR, MSE and SSIM of the background, and the structure distance, of two 8-bit images of
     one size.
 
-    mask: (H, W) bool, True where the edit belongs; None compares whole pictures. If it is True
+    mask: (H, W) bool, True where the edit belongs; None compares whole images. If it is True
     everywhere there is no background, and its figures are None.
     """
     a, b = values(source), values(edited)
     mask = np.zeros(a.shape[:2], bool) if mask is None else np.asarray(mask)
     if a.shape != b.shape or mask.shape != a.shape[:2] or mask.dtype != bool:
-        got = f"pictures {a.shape} and {b.shape} with a mask {mask.shape} {mask.dtype}"
+        got = f"images {a.shape} and {b.shape} with a mask {mask.shape} {mask.dtype}"
         raise ValueError(f"{got}, expected one size, bool")
     figures = {"psnr": None, "mse": None, "ssim": None, "structure": structure(a, b)}
     if not mask.all():

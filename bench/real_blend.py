@@ -1,16 +1,16 @@
 """Blended diffusion and concept erasure on rendered scenes: parts of `python -m bench.editing
 real`.
 
-blend   In a rendered scene one thing is to become another: the mask is its box with a margin, the prompt the caption of
-        what is wanted. Outside the mask no pixel may change; inside, the thing said has to be
-        there. Beside it the same captions drawn by txt2img from the same noise: what the model can
-        do without a mask.
+blend   In a rendered scene one thing is to become another: the mask is its box with a margin, the
+        prompt the caption of what is wanted. Outside the mask no pixel may change; inside, the
+        thing said has to be there. Beside it the same captions drawn by txt2img from the same
+        noise: what the model can do without a mask.
 
-erase   A rendered scene is redrawn after its own caption, which names a texture, at ERASE_STRENGTH: by guidance alone,
-        and with two concepts, the textured thing at the weight w and the same thing without texture
-        at -w. As a control, on the first CONTROL scenes, the same with the texture that is not
-        there.
-        present      pictures in which any object has the texture
+erase   A rendered scene is redrawn by its own caption, which names a texture, at ERASE_STRENGTH: by
+        guidance alone, and with two concepts, the textured thing at the weight w and the same thing
+        without texture at -w. As a control, on the first CONTROL scenes, the same with the texture
+        that is not there.
+        present      images in which any object has the texture
         the rest     which attributes of the caption are right, with the thing said to be plain
 
 Captions are those that training never saw (scenes.split "heldout"). Settings were chosen on other
@@ -27,19 +27,18 @@ from PIL import Image
 from tqdm import tqdm
 
 import minisd
+from bench import harness
 from bench.metrics import field
 from bench.scorer import Reading, judge, read
 from minisd.training import scenes
 from minisd.viewing.visualize import contact_sheet
 
 STEPS, GUIDANCE, STRENGTH = 16, 7.5, 0.95
-MARGIN = 4.0  # of the mask around the thing's box, in 1/64 of the picture
+MARGIN = 4.0  # of the mask around the thing's box, in 1/64 of the image
 ERASE_STRENGTH, WEIGHT = 0.8, 7.5
 CONTROL = 20  # scenes of the control
-SEED, TUNING = (
-    {"blend": 3001, "erase": 3002},
-    100_000,
-)  # of the scenes; TUNING is added for those the settings are from
+# of the scenes; TUNING is added for those that the settings are from
+SEED, TUNING = {"blend": 3001, "erase": 3002}, 100_000
 BATCH = 10
 METHODS = {
     "guidance": "guidance alone",
@@ -59,7 +58,7 @@ class Redraw:
     edited: int
 
     @property
-    def picture(self) -> Image.Image:
+    def image(self) -> Image.Image:
         return scenes.render(self.scene)
 
     @property
@@ -124,7 +123,7 @@ def blend(sd, n: int) -> tuple[dict, Image.Image]:
         shown += zip(cases, *measured[1:])
     images, captions = [], []
     for case, blend_image, plain in shown[:8]:
-        images += [case.picture, Image.fromarray(case.mask).convert("RGB"), blend_image, plain]
+        images += [case.image, Image.fromarray(case.mask).convert("RGB"), blend_image, plain]
         captions += [
             str(case.scene.said),
             "mask",
@@ -142,41 +141,38 @@ def blend(sd, n: int) -> tuple[dict, Image.Image]:
 
 
 def blended(sd, cases: list[Redraw], seed: int):
-    """(figures of each case, pictures of blend, pictures of txt2img)."""
+    """(figures of each case, images of blend, images of txt2img)."""
     prompts = [str(case.wanted) for case in cases]
     options = {"steps": STEPS, "guidance": GUIDANCE, "seed": seed, "progress": False}
-    pictures, masks = [case.picture for case in cases], [case.mask for case in cases]
-    images = minisd.blend(sd, pictures, masks, prompts, STRENGTH, **options)
+    given, masks = [case.image for case in cases], [case.mask for case in cases]
+    images = minisd.blend(sd, given, masks, prompts, STRENGTH, **options)
     plain = sd.txt2img(prompts, **options)
     rows = []
-    for case, picture, mask, image, drawn in zip(cases, pictures, masks, images, plain):
-        changed = (np.asarray(image) != np.asarray(picture)).any(axis=-1)
+    for case, source, mask, image, drawn in zip(cases, given, masks, images, plain):
+        changed = (np.asarray(image) != np.asarray(source)).any(axis=-1)
         thing = case.wanted.things[case.edited]
-        rows.append({
-            "scene": str(case.scene.said), "prompt": str(case.wanted), "edited": case.edited,
-            "changed outside": int(changed[~mask].sum()), "changed inside": int(changed[mask].sum()),
-            "blend": thing_right(image, thing), "txt2img": thing_right(drawn, thing),
-            "whole": {name: judge(read(i), case.wanted)["all"] for name, i in (("blend", image), ("txt2img", drawn))},
-            "field": {name: value and round(value, 6) for name, value in field(picture, image, mask).items()},
-        })  # fmt: skip
+        both = {"blend": image, "txt2img": drawn}
+        figures = field(source, image, mask).items()
+        row = {"scene": str(case.scene.said), "prompt": str(case.wanted), "edited": case.edited}
+        row["changed outside"] = int(changed[~mask].sum())
+        row["changed inside"] = int(changed[mask].sum())
+        row |= {name: thing_right(each, thing) for name, each in both.items()}
+        row["whole"] = {name: judge(read(each), case.wanted)["all"] for name, each in both.items()}
+        row["field"] = {name: value and round(value, 6) for name, value in figures}
+        rows.append(row)
     return rows, images, plain
 
 
 def blend_table(record: dict) -> str:
     """The part `blend` as Markdown."""
-    if "blend" not in record:
-        return "Not measured yet."
-    rows = record["blend"]["scenes"]
-    lines = [
-        "| | pixels changed outside the mask | colour | shape | size | texture | all four | whole caption |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    rows, lines = record["blend"]["scenes"], []
     for method in ("blend", "txt2img"):
-        outside = str(sum(row["changed outside"] for row in rows)) if method == "blend" else "-"
+        outside = sum(row["changed outside"] for row in rows) if method == "blend" else "-"
         cells = [share([row[method][name] for row in rows]) for name in (*NAMES, "all")]
         cells.append(share([row["whole"][method] for row in rows]))
-        lines.append(f"| {method} | {outside} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append((method, outside, *cells))
+    heads = ("", "pixels changed outside the mask", *NAMES, "all four", "whole caption")
+    return harness.markdown(heads, lines)
 
 
 def share(values: list[bool | None]) -> str:
@@ -185,7 +181,6 @@ def share(values: list[bool | None]) -> str:
 
 
 # ---- erasure
-# -------------------------------------------------------------------------------------------------------
 
 
 def textured(n: int, seed: int) -> list[scenes.Scene]:
@@ -217,15 +212,15 @@ def guided(
     plan = minisd.DPMpp2M(sd.schedule, STEPS, skip=STEPS - int(STEPS * ERASE_STRENGTH))
     z0 = sd.encode_image([scenes.render(scene) for scene in drawn])
     uncond, cond = sd.encode_prompt([""]), sd.encode_prompt([str(scene.said) for scene in drawn])
-    predict = minisd.cfg(sd.unet, uncond, cond, GUIDANCE)
+    predict = minisd.cfg(sd.network, uncond, cond, GUIDANCE)
     if concepts:
         both = torch.stack([sd.encode_prompt(texts) for texts in concepts])  # (2, B, L, D)
-        predict = minisd.erase(sd.unet, uncond, cond, both, GUIDANCE, [WEIGHT, -WEIGHT])
+        predict = minisd.erase(sd.network, uncond, cond, both, GUIDANCE, [WEIGHT, -WEIGHT])
     return sd.decode(minisd.denoise(plan.start(z0, sd.noise(seed, len(drawn))), plan, predict))
 
 
 def erased(sd, batch: list[scenes.Scene], seed: int, control: bool = True):
-    """(figures of each scene, {method: pictures})."""
+    """(figures of each scene, {method: images})."""
     said = [scene.said for scene in batch]
     things = [next(t for t in each.things if t.texture != "plain") for each in said]
     bare, other = (
@@ -240,11 +235,12 @@ def erased(sd, batch: list[scenes.Scene], seed: int, control: bool = True):
     rows = []
     for i, (each, thing) in enumerate(zip(said, things)):
         rest = replace(each, things=tuple(replace(t, texture="plain") for t in each.things))
-        readings = {name: read(pictures[i]) for name, pictures in images.items()}
-        rows.append({"prompt": str(each), "concept": str(thing)} | {
-            name: {"present": any(o.texture == thing.texture for o in reading.objects)} | right(reading, rest)
-            for name, reading in readings.items()
-        })  # fmt: skip
+        row = {"prompt": str(each), "concept": str(thing)}
+        for name, drawn in images.items():
+            reading = read(drawn[i])
+            present = any(o.texture == thing.texture for o in reading.objects)
+            row[name] = {"present": present} | right(reading, rest)
+        rows.append(row)
     return rows, images
 
 
@@ -281,18 +277,12 @@ def erase(sd, n: int) -> tuple[dict, Image.Image]:
 
 def erase_table(record: dict) -> str:
     """The part `erase` as Markdown."""
-    if "erase" not in record:
-        return "Not measured yet."
-    lines = [
-        f"| | present | lower by | {' | '.join(REST)} |",
-        "|---|---|---" + "|---" * len(REST) + "|",
-    ]
+    lines = []
     for method, name in METHODS.items():
         rows = [row for row in record["erase"]["scenes"] if method in row]
-        before, present = (
-            sum(row[which]["present"] for row in rows) for which in ("guidance", method)
-        )
+        both = ([row[which]["present"] for row in rows] for which in ("guidance", method))
+        before, present = map(sum, both)
         lower = "-" if method == "guidance" else f"{100 * (1 - present / before):.0f} %"
         cells = [share([row[method][attribute] for row in rows]) for attribute in REST]
-        lines.append(f"| {name} | {present} of {len(rows)} | {lower} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append((name, f"{present} of {len(rows)}", lower, *cells))
+    return harness.markdown(("", "present", "lower by", *REST), lines)

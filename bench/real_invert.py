@@ -1,18 +1,19 @@
-"""Does inversion lead back to a real picture, and can that be edited? A part of `python -m
+"""Does inversion lead back to a real image, and can that be edited? A part of `python -m
 bench.editing real`.
 
-The pictures are rendered scenes that training never saw, so what they show is known to the pixel. A
-picture is inverted after a prompt that says what it shows: a caption that training never saw and,
+The images are rendered scenes that training never saw, so what they show is known to the pixel. An
+image is inverted by a prompt that says what it shows: a caption that training never saw and,
 where that leaves a size or the background open, those of the scene. In each, one thing is to get
 another colour; the prompt says so, and the truth of the edit is known as well.
 
-way back    each method's reconstruction against the picture: PSNR, and how far it is below the PSNR of the VAE alone,
-            which encodes and decodes the picture and is the ceiling. `open` is DDIM after the
-            caption as it stands: where it leaves something open the model decides it on the way
-            back, now and then otherwise
-edits       prompt-to-prompt on the inverted picture, with the same schedule for every method. Colour: the thing has
-            the colour said, in the picture read by bench.scorer. Background (outside of the thing's
-            box and a margin): PSNR, MSE, SSIM; structure distance (bench.metrics)
+way back    each method's reconstruction against the image: PSNR, and how far it is below the PSNR
+            of the VAE alone, which encodes and decodes the image and is the ceiling. `open` is DDIM
+            by the caption as it stands: where it leaves something open the model decides it on the
+            way back, now and then otherwise
+edits       prompt-to-prompt on the inverted image, with the same schedule for every method.
+            Colour: the thing has the colour said, in the image read by bench.scorer. Background
+            (outside of the thing's box and a margin): PSNR, MSE, SSIM; structure distance
+            (bench.metrics)
 """
 
 import random
@@ -21,19 +22,17 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
-import torch
 
 import minisd
+from bench import harness
 from bench.metrics import field, psnr, values
 from bench.scorer import judge, read
 from minisd.editing.prompt_to_prompt import PromptToPrompt, stack
 from minisd.training import scenes
 from minisd.viewing.visualize import contact_sheet
 
-SEED, TUNING = (
-    3003,
-    100_000,
-)  # of the scenes; TUNING is added for those that the settings were chosen on
+# of the scenes; TUNING is added for those that the settings were chosen on
+SEED, TUNING = 3003, 100_000
 STEPS, GUIDED_STEPS, GUIDANCE = 50, 20, 7.5  # of DDIM without guidance, and with it
 # The guidance of the edits that lead away from the source's prompt, not from "": eps moves by scale
 # (target - source), and at 7.5 the colour goes past the one that is said: blue for purple, green
@@ -42,7 +41,7 @@ LOW = 1.5
 REFINE = 1
 NULL_TEXT, EDICT = 20, 10  # how many of the scenes the two expensive methods are measured on
 BATCH = 10
-MARGIN = 4.0  # around the box of the edited thing, in 1/64 of the picture: what is not background
+MARGIN = 4.0  # around the box of the edited thing, in 1/64 of the image: what is not background
 EDIT = {"default": 0.8}, 0.2, 0.4  # cross_steps, those of the new colour's word, self_steps
 ROWS = 4  # of the contact sheet
 EDITS = {  # name -> what the table calls it and its guidance
@@ -143,43 +142,43 @@ def batches(items: list):
 
 
 def edited(sd, batch: list[Case], inversion, guidance: float) -> list:
-    """Prompt-to-prompt on inverted pictures, rows [source 1, target 1, source 2, ...] -> pictures
-    of the targets."""
+    """Prompt-to-prompt on inverted images, rows [source 1, target 1, source 2, ...] -> targets."""
     cross, own, self_steps = EDIT
     p2p = stack(
         *(
             PromptToPrompt(
-                sd, *case.prompts, steps=inversion.steps, self_steps=self_steps,
+                sd,
+                *case.prompts,
+                steps=inversion.steps,
+                self_steps=self_steps,
                 cross_steps=cross | {case.wanted.things[case.edited].colour: own},
             )
             for case in batch
         )
-    )  # fmt: skip
-    uncond = inversion.unconditional(sd)
-    if inversion.uncond is not None:
-        twice = [
-            u.repeat_interleave(2, dim=0)
-            for u in (uncond if isinstance(uncond, list) else [uncond])
-        ]
-        uncond = twice if isinstance(uncond, list) else twice[0]
-    predict = minisd.cfg(sd.unet, uncond, sd.encode_prompt(p2p.prompts), guidance, p2p)
-    x, after = inversion.latents.repeat_interleave(2, dim=0), inversion.after(slice(0, None, 2))
-    return sd.decode(
-        minisd.denoise(x, minisd.DDIM(sd.schedule, inversion.steps), predict, after)[1::2]
     )
+    uncond = inversion.unconditional(sd)
+    if isinstance(uncond, list):
+        uncond = [rows.repeat_interleave(2, dim=0) for rows in uncond]
+    elif uncond is None:
+        uncond = sd.encode_prompt([""])
+    else:
+        uncond = uncond.repeat_interleave(2, dim=0)
+    predict = minisd.cfg(sd.network, uncond, sd.encode_prompt(p2p.prompts), guidance, p2p)
+    x, after = inversion.latents.repeat_interleave(2, dim=0), inversion.after(slice(0, None, 2))
+    plan = minisd.DDIM(sd.schedule, inversion.steps)
+    return sd.decode(minisd.denoise(x, plan, predict, after)[1::2])
 
 
-def way_back(sd, batch: list[Case], pictures, null_text: bool, with_edict: bool):
-    """({way: latents after the way back}, {edit: inversion to edit with})."""
+def way_back(sd, batch: list[Case], given, null_text: bool, with_edict: bool):
+    """({way: images after the way back}, {edit: inversion to edit with})."""
     quiet, captions = {"progress": False}, [case.prompts[0] for case in batch]
-    plain = minisd.invert(sd, pictures, captions, STEPS, **quiet)
-    refined = minisd.invert(sd, pictures, captions, STEPS, refine=REFINE, **quiet)
-    unsaid = minisd.invert(sd, pictures, [case.caption for case in batch], STEPS, **quiet)
-    back = {"vae": plain.z} | {
-        name: minisd.redraw(sd, inversion, **quiet)
-        for name, inversion in (("ddim", plain), ("open", unsaid), ("refined", refined))
-    }
-    path = minisd.invert(sd, pictures, captions, GUIDED_STEPS, trajectory=True, **quiet)
+    plain = minisd.invert(sd, given, captions, steps=STEPS, **quiet)
+    refined = minisd.invert(sd, given, captions, steps=STEPS, refine=REFINE, **quiet)
+    unsaid = minisd.invert(sd, given, [case.caption for case in batch], steps=STEPS, **quiet)
+    ways = {"ddim": plain, "open": unsaid, "refined": refined}
+    back = {"vae": sd.decode(plain.z)}
+    back |= {name: minisd.redraw(sd, inversion, **quiet) for name, inversion in ways.items()}
+    path = minisd.invert(sd, given, captions, steps=GUIDED_STEPS, trajectory=True, **quiet)
     negative = minisd.negative_prompt_inversion(sd, path)
     guided = {"ddim": path, "negative-prompt": negative, "negative-prompt low": negative}
     guided["direct"] = minisd.direct_inversion(path)
@@ -189,11 +188,9 @@ def way_back(sd, batch: list[Case], pictures, null_text: bool, with_edict: bool)
         for name in ("ddim", "null-text", "negative-prompt"):
             back[f"{name} guided"] = minisd.redraw(sd, guided[name], guidance=GUIDANCE, **quiet)
     if with_edict:
-        rows = [
-            minisd.edict(sd, picture, caption, caption, steps=GUIDED_STEPS, **quiet)
-            for picture, caption in zip(pictures, captions)
-        ]
-        back["edict"] = torch.cat(rows)
+        rows = zip(given, captions)
+        options = {"steps": GUIDED_STEPS, **quiet}
+        back["edict"] = [minisd.edict(sd, one, text, text, **options)[0] for one, text in rows]
     return back, guided
 
 
@@ -202,83 +199,67 @@ def invert(sd, n: int) -> tuple[dict, object]:
     size, ways, edits, done = sd.unet.config.sample_size * sd.vae.factor, {}, {}, 0
     page = None
     for batch in batches(cases(n)):
-        pictures = [scenes.render(case.scene, size) for case in batch]
-        latents, guided = way_back(sd, batch, pictures, done < NULL_TEXT, done < EDICT)
-        back = {name: sd.decode(z) for name, z in latents.items()}
+        given = [scenes.render(case.scene, size) for case in batch]
+        back, guided = way_back(sd, batch, given, done < NULL_TEXT, done < EDICT)
         for name, images in back.items():
-            ways.setdefault(name, []).extend(
-                round(psnr(values(p), values(i)), 3) for p, i in zip(pictures, images)
-            )
-        drawn = {
-            name: edited(sd, batch, inversion, EDITS[name][1]) for name, inversion in guided.items()
-        }
+            figures = (psnr(values(a), values(b)) for a, b in zip(given, images))
+            ways.setdefault(name, []).extend(round(figure, 3) for figure in figures)
+        drawn = {name: edited(sd, batch, path, EDITS[name][1]) for name, path in guided.items()}
         for name, images in drawn.items():
-            for case, picture, image in zip(batch, pictures, images):
-                figures = field(picture, image, case.mask(size))
-                right = {"colour": judge(read(image), case.wanted)["colour"]}
-                edits.setdefault(name, []).append(
-                    right | {k: round(v, 6) for k, v in figures.items()}
-                )
+            edits.setdefault(name, []).extend(map(figures_of, batch, given, images))
         if page is None:
-            page = sheet(batch, pictures, back, drawn)
+            page = sheet(batch, given, back, drawn)
         done += len(batch)
         print(f"invert: {done} of {n} scenes", file=sys.stderr, flush=True)
-    about = {
-        "n": n,
-        "seed": SEED,
-        "steps": STEPS,
-        "guided_steps": GUIDED_STEPS,
-        "guidance": GUIDANCE,
-        "low": LOW,
-    }
-    about["refine"] = REFINE
-    return about | {"way_back": ways, "edits": edits}, page
+    about = {"n": n, "seed": SEED, "steps": STEPS, "guided_steps": GUIDED_STEPS, "refine": REFINE}
+    about |= {"guidance": GUIDANCE, "low": LOW, "way_back": ways, "edits": edits}
+    return about, page
 
 
-def sheet(batch, pictures, back, drawn):
-    """A row for each of the first scenes: the picture, what comes back of it, and its edits."""
+def figures_of(case: Case, given, image) -> dict:
+    """The figures of one edited image."""
+    figures = field(given, image, case.mask(given.width))
+    right = {"colour": judge(read(image), case.wanted)["colour"]}
+    return right | {name: round(value, 6) for name, value in figures.items()}
+
+
+def sheet(batch, given, back, drawn):
+    """A row for each of the first scenes: the image, what comes back of it, and its edits."""
     images, captions = [], []
     for i, case in list(enumerate(batch))[:ROWS]:
-        images += [
-            pictures[i],
-            *(back[name][i] for name in SHOWN),
-            *(drawn[name][i] for name in DRAWN),
-        ]
-        captions += [
-            case.prompts[0],
-            *SHOWN.values(),
-            *(f"{EDITS[name][0]}, {EDITS[name][1]:g}: edit" for name in DRAWN),
-        ]
-        captions[-len(DRAWN)] = f"{EDITS['ddim'][0]}: {case.prompts[1]}"
+        shown = (*(back[name][i] for name in SHOWN), *(drawn[name][i] for name in DRAWN))
+        images += [given[i], *shown]
+        edits = [f"{EDITS[name][0]}, {EDITS[name][1]:g}: edit" for name in DRAWN]
+        edits[0] = f"{EDITS['ddim'][0]}: {case.prompts[1]}"
+        captions += [case.prompts[0], *SHOWN.values(), *edits]
     return contact_sheet(images, captions, columns=1 + len(SHOWN) + len(DRAWN))
 
 
 def table(record: dict) -> str:
     """The ways back and the edits, two Markdown tables."""
-    if "invert" not in record:
-        return "Not measured yet."
     part = record["invert"]
-    ways, edits = part["way_back"], part["edits"]
-    lines = [
-        "| way back | steps | guidance | pictures | PSNR | below the VAE alone | median |",
-        "|---" * 7 + "|",
-    ]
+    return f"{ways_table(part)}\n\n{edits_table(part['edits'])}"
+
+
+def ways_table(part: dict) -> str:
+    lines, ways = [], part["way_back"]
     for name, (text, steps, guidance) in WAYS.items():
         psnrs = ways[name]
         below = np.subtract(ways["vae"][: len(psnrs)], psnrs)
-        steps, guidance = part.get(steps, steps), part.get(guidance, guidance)
-        far = [f"{function(below):.2f} dB" for function in (np.mean, np.median)]
-        cells = [text, steps, guidance, len(psnrs), f"{np.mean(psnrs):.1f} dB", *far]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    lines += [
-        "",
-        "| edit after | guidance | colour right | background PSNR | MSE | SSIM | structure |",
-    ]
-    lines.append("|---" * 7 + "|")
+        said = text, part.get(steps, steps), part.get(guidance, guidance), len(psnrs)
+        far = (f"{function(below):.2f} dB" for function in (np.mean, np.median))
+        lines.append((*said, f"{np.mean(psnrs):.1f} dB", *far))
+    heads = ("way back", "steps", "guidance", "images", "PSNR", "below the VAE alone", "median")
+    return harness.markdown(heads, lines)
+
+
+def edits_table(edits: dict) -> str:
+    lines = []
     for name, (text, guidance) in EDITS.items():
-        mean = {key: np.mean([row[key] for row in edits[name]]) for key in edits[name][0]}
-        lines.append(
-            f"| {text} | {guidance:g} | {100 * mean['colour']:.0f} % of {len(edits[name])} | {mean['psnr']:.1f} dB | "
-            f"{1e4 * mean['mse']:.1f}e-4 | {mean['ssim']:.3f} | {1e3 * mean['structure']:.2f}e-3 |"
-        )
-    return "\n".join(lines)
+        rows = edits[name]
+        mean = {key: np.mean([row[key] for row in rows]) for key in rows[0]}
+        right = f"{100 * mean['colour']:.0f} % of {len(rows)}"
+        far = f"{mean['psnr']:.1f} dB", f"{1e4 * mean['mse']:.1f}e-4", f"{mean['ssim']:.3f}"
+        lines.append((text, f"{guidance:g}", right, *far, f"{1e3 * mean['structure']:.2f}e-3"))
+    figures = "colour right", "background PSNR", "MSE", "SSIM", "structure"
+    return harness.markdown(("edit by", "guidance", *figures), lines)

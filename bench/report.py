@@ -1,12 +1,12 @@
-"""Writes every measured table of the READMEs from the JSON files in bench/results.
+"""Writes every table of the READMEs and of docs/ that is measured or counted.
 
     python -m bench.report [--check]
 
 A table stands between the lines `<!-- NAME -->` and `<!-- end -->`. TABLES says for each which JSON
-files it comes from and which function makes Markdown of one of them; devices that have measured it
-follow one another. Of a device that has no X.json, X-quick.json is shown. Where no JSON is there,
-the block's own text stays. --check writes nothing, and exits with 1 if a table is not what its JSON
-says.
+files of bench/results it comes from and which function makes Markdown of them; devices that have
+measured it follow one another. Of a device that has no X.json, X-quick.json is shown. Where no JSON
+is there, the block's own text stays. --check writes nothing, and exits with 1 if a table is
+not what its JSON says.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench import (
+    api,
     attention,
     editing,
     editing_speed,
@@ -27,56 +28,73 @@ from bench import (
     scaling,
     shapes,
     startup,
+    summary,
     txt2img,
     unet,
 )
 
 
 class Table(NamedTuple):
-    file: str  # the README that holds it
-    name: str  # of its block
-    results: str  # bench/results/<device>/<results>.json, or <results>-quick.json
-    table: Callable[[dict], str]  # one such file's contents -> Markdown
+    """file: the page that holds it. name: of its block. results: the files it needs,
+    bench/results/<device>/<name>.json or <name>-quick.json. table: their contents -> Markdown."""
+
+    file: str
+    name: str
+    results: tuple[str, ...]
+    table: Callable[..., str]
 
 
+README, REPORT, KERNELS = "README.md", "docs/benchmarks.md", "kernels/README.md"
+SPEED = ("unet", "txt2img", "editing_speed", "startup")
 TABLES = [
-    Table("kernels/README.md", "bench.attention", "attention", attention.table),
-    Table("kernels/README.md", "bench.fused", "fused", fused.table),
-    Table("README.md", "bench.unet", "unet", unet.table),
-    Table("README.md", "bench.editing speed", "editing_speed", editing_speed.table),
-    Table("README.md", "bench.txt2img", "txt2img", txt2img.table),
-    Table("README.md", "bench.startup", "startup", startup.table),
-    Table("README.md", "bench.scaling", "scaling", scaling.table),
-    Table("README.md", "prompt-to-prompt table: bench/editing.py", "editing", editing.table),
-    Table("README.md", "bench.editing real: invert", "editing_real", real_invert.table),
-    Table("README.md", "bench.editing real: blend", "editing_real", real_blend.blend_table),
-    Table("README.md", "bench.editing real: erase", "editing_real", real_blend.erase_table),
-    Table(
-        "weights/README.md", "bench.shapes", "shapes", lambda record: shapes.table(record["scores"])
-    ),
+    Table(README, "fidelity", ("equality",), summary.fidelity),
+    Table(README, "speed", SPEED, summary.speed),
+    Table(REPORT, "equality", ("equality",), summary.equality),
+    Table(REPORT, "bench.editing", ("editing",), editing.table),
+    Table(REPORT, "bench.editing real: invert", ("editing_real",), real_invert.table),
+    Table(REPORT, "bench.editing real: blend", ("editing_real",), real_blend.blend_table),
+    Table(REPORT, "bench.editing real: erase", ("editing_real",), real_blend.erase_table),
+    Table(REPORT, "bench.unet", ("unet",), unet.table),
+    Table(REPORT, "bench.editing speed", ("editing_speed",), editing_speed.table),
+    Table(REPORT, "bench.startup", ("startup",), startup.table),
+    Table(REPORT, "bench.txt2img", ("txt2img",), txt2img.table),
+    Table(REPORT, "bench.scaling", ("scaling",), scaling.table),
+    Table(KERNELS, "bench.attention", ("attention",), attention.table),
+    Table(KERNELS, "bench.fused", ("fused",), fused.table),
+    Table("weights/README.md", "bench.shapes", ("shapes",), shapes.report),
+    Table("docs/api.md", "bench.api", (), api.table),
 ]
 
 
+def made(table: Table, results: Path) -> list[str]:
+    """The table's Markdown, once for each device that has measured it."""
+    if not table.results:
+        return [table.table()]
+    found = []
+    for folder in sorted(results.glob("*/")):
+        either = [
+            (folder / f"{name}.json", folder / f"{name}-quick.json") for name in table.results
+        ]
+        paths = [next(filter(Path.exists, both), None) for both in either]
+        if None not in paths:
+            records = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+            found.append(table.table(*records))
+    return found
+
+
 def rewritten(text: str, file: str, results: Path = harness.ROOT / "bench/results") -> str:
-    """The text of a README with its tables made anew from the JSON files; ValueError: a table has
-    no block there."""
+    """The text of a page with its tables made anew; ValueError: a table has no block there."""
     for table in TABLES:
-        both = [results.glob(f"*/{table.results}{suffix}.json") for suffix in ("-quick", "")]
-        by_device = {path.parent: path for paths in both for path in paths}  # the full run counts
-        paths = [by_device[folder] for folder in sorted(by_device)] if table.file == file else []
-        if paths:
-            made = (table.table(json.loads(path.read_text(encoding="utf-8"))) for path in paths)
-            text = harness.put(text, table.name, "\n\n".join(made))
+        if table.file == file and (tables := made(table, results)):
+            text = harness.put(text, table.name, "\n\n".join(tables))
     return text
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.report", description=__doc__.split("\n\n")[0]
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing, exit with 1 if a table is out of date"
-    )
+    about = __doc__.split("\n\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=about)
+    check = "write nothing, exit with 1 if a table is out of date"
+    parser.add_argument("--check", action="store_true", help=check)
     args = parser.parse_args(argv)
     stale = []
     for file in sorted({table.file for table in TABLES}):

@@ -1,17 +1,19 @@
-"""What is in a picture of the `shapes` world, read from its pixels alone, and whether a caption is
+"""What is in an image of the `shapes` world, read from its pixels alone, and whether a caption is
 right about it.
 
 The scorer knows the colour tables and the caption parser of `minisd.training.scenes`, nothing of
-how pictures are drawn:
+how images are drawn:
 
-    background   median colour of the picture's edge
+    background   median colour of the image's edge
     objects      pixels far from that colour (after a 3x3 median), joined into connected components
     colour       vote of the hues inside the object
-    shape        ideal mask with the largest intersection over union, both stretched to the object's bounding box
+    shape        ideal mask with the largest intersection over union, both stretched to the
+                 object's bounding box
     size         larger side of the bounding box
-    texture      does the brightness inside the object oscillate along one axis (striped), both (dotted) or none (plain)
+    texture      does the brightness inside the object oscillate along one axis (striped), both
+                 (dotted) or none (plain)
 
-Thresholds are distances in RGB (0..1) and in 1/64 of the picture's side, so that the size in pixels
+Thresholds are distances in RGB (0..1) and in 1/64 of the image's side, so that the size in pixels
 does not matter.
 """
 
@@ -32,22 +34,19 @@ from minisd.training.scenes import (
 
 ATTRIBUTES = ("count", "colour", "shape", "size", "texture", "place", "background", "all")
 
-FAR = 0.18  # from the background's colour: not background (noise of 0.05 a channel stays below 0.1 after the median)
-EDGE = (
-    0.25  # of an object's own contrast: where its outline is drawn; dark parts on black have 0.45
-)
+# From the background's colour: not background. Noise of 0.05 a channel is below 0.1 by the median.
+FAR = 0.18
+# Of an object's own contrast: where its outline is drawn; dark parts on black have 0.45.
+EDGE = 0.25
 MIN_AREA = 40.0  # of an object, in (1/64)^2; the smallest drawn is a triangle of 128
 THIN = 16.0  # area left after erosion, below which an object is read up to its outline
 SMALL, BIG = (11.0, 22.0), (22.0, 33.0)  # sides that read as each size; drawn are 16-18 and 26-28
 ARM = 0.38  # half width of a cross's arm, relative to half its side
 MATCH = 0.65  # intersection over union with the best shape, below which there is no shape
 VOTE = 0.6  # share of the hue votes, below which there is no colour
-PERIOD, SWING = (
-    6.25,
-    0.055,
-)  # of the pattern, in 1/64; its least amplitude, relative to the bright part
+PERIOD, SWING = 6.25, 0.055  # of a texture, in 1/64; its least amplitude over the bright part
 BACKGROUND_NEAR = 0.2  # to a named background; the nearest two, white and pink, are 0.34 apart
-CENTER = 7.0  # largest offset from the picture's middle, along both axes, that reads as its center
+CENTER = 7.0  # largest offset from the image's middle, along both axes, that reads as its center
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +66,7 @@ class Found:
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """All objects of a picture, largest first, and the name of its background (None: no named
+    """All objects of an image, largest first, and the name of its background (None: no named
     colour is near)."""
 
     objects: list[Found]
@@ -75,7 +74,6 @@ class Reading:
 
 
 # ---- reading
-# -------------------------------------------------------------------------------------------------------
 
 
 def read(image) -> Reading:
@@ -113,7 +111,7 @@ def components(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def fill_holes(mask: np.ndarray) -> np.ndarray:
-    """The mask and all that cannot reach the picture's edge without crossing it."""
+    """The mask and all that cannot reach the image's edge without crossing it."""
     outside = np.pad(~mask, 1, constant_values=True)
     seed = np.zeros_like(outside)
     seed[0, 0] = True
@@ -240,7 +238,8 @@ def _texture(pixels, core):
     """plain, striped or dotted: does the brightness in an object's core rise and fall along no
     axis, one, or both?
 
-    Least squares of   brightness = c0 + c1 cos(k y) + c2 sin(k y) + c3 cos(k x) + c4 sin(k x),   k = 2 pi / PERIOD.
+    Least squares of   brightness = c0 + c1 cos(k y) + c2 sin(k y) + c3 cos(k x) + c4 sin(k x)
+    with k = 2 pi / PERIOD.
     """
     ys, xs = np.nonzero(core)
     brightness = np.linalg.norm(pixels[core], axis=-1)
@@ -256,11 +255,10 @@ def _texture(pixels, core):
 
 
 # ---- scoring
-# -------------------------------------------------------------------------------------------------------
 
 
 def score(image, caption: str | Description) -> dict[str, bool | None]:
-    """Which attributes of the caption the picture has: `judge(read(image), parse(caption))`."""
+    """Which attributes of the caption the image has: `judge(read(image), parse(caption))`."""
     return judge(read(image), parse(caption) if isinstance(caption, str) else caption)
 
 
@@ -269,9 +267,10 @@ def judge(reading: Reading, said: Description) -> dict[str, bool | None]:
     conjunction of those it says.
 
     count       as many objects as things said
-    colour, shape, size, texture   right for EVERY thing that says it (no texture word says plain); wrong for a thing
-                that has no object
-    place       the position in the picture, or the relation of the two objects (dominant axis between box centres)
+    colour, shape, size, texture   right for EVERY thing that says it (no texture word says plain);
+                wrong for a thing that has no object
+    place       the position in the image, or the relation of the two objects (dominant axis between
+                the centres of their boxes)
 
     Which object stands for which thing: the assignment with the most right colours, shapes, sizes
     and textures in sum, and among equals one with the place right. So where attributes disagree

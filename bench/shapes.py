@@ -2,7 +2,7 @@
 
     python -m bench.shapes [--model shapes|FOLDER] [--n 200] [--json OUT] [--sheet OUT.png]
 
-Draws n captions of each split that training never saw, and scores the pictures with bench.scorer:
+Draws n captions of each split that training never saw, and scores the images with bench.scorer:
 `heldout` are captions of known colour-shape pairs, `composition` name a pair that training never
 showed. Also n rendered scenes through the VAE and back: their PSNR, and their scores, the ceiling
 that VAE and scorer leave to the diffusion model.
@@ -10,8 +10,6 @@ that VAE and scorer leave to the diffusion model.
 
 import argparse
 import hashlib
-import json
-import platform
 import random
 import sys
 import time
@@ -19,11 +17,12 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
 import minisd
+from bench import harness
+from bench.metrics import psnr, values
 from bench.scorer import ATTRIBUTES, score
 from minisd.checkpoints.load import bundled
 from minisd.training import scenes
@@ -31,11 +30,8 @@ from minisd.viewing.visualize import contact_sheet
 
 BATCH = 25
 ROWS = (*ATTRIBUTES, "all, one object", "all, two objects")
-SEED = {
-    "heldout": 1001,
-    "composition": 1002,
-    "reconstruction": 1003,
-}  # of the captions, and of the scenes
+# of the captions, and of the scenes
+SEED = {"heldout": 1001, "composition": 1002, "reconstruction": 1003}
 
 
 def captions(split: str, n: int) -> list[str]:
@@ -60,64 +56,46 @@ def tally(texts: list[str], verdicts: list[dict]) -> dict[str, dict]:
     }
 
 
-def psnr(a, b) -> float:
-    """-10 log10(mean squared difference) in dB of two 8-bit pictures, the peak taken as 1."""
-    difference = (np.asarray(a, np.float64) - np.asarray(b, np.float64)) / 255
-    return float(-10 * np.log10(np.maximum(np.mean(difference**2), 1e-10)))
-
-
 def table(tallies: dict[str, dict]) -> str:
     """The tallies side by side as a Markdown table: share right, and of how many."""
-    lines = ["| | " + " | ".join(tallies) + " |", "|---|" + "---|" * len(tallies)]
+    lines = []
     for name in ROWS:
-        cells = (t[name] for t in tallies.values())
-        lines.append(
-            f"| {name} | "
-            + " | ".join(
-                f"{100 * cell['right']:.1f} % of {cell['said']}" if cell["said"] else "-"
-                for cell in cells
-            )
-            + " |"
-        )
-    return "\n".join(lines)
+        cells = (tally[name] for tally in tallies.values())
+        shares = (f"{100 * c['right']:.1f} % of {c['said']}" if c["said"] else "-" for c in cells)
+        lines.append((name, *shares))
+    return harness.markdown(("", *tallies), lines)
+
+
+def report(record: dict) -> str:
+    """The table of a result file."""
+    return table(record["scores"])
 
 
 def sheet(images: list[Image.Image], texts: list[str], verdicts: list[dict]) -> Image.Image:
-    """A contact sheet: each picture with its caption and, in brackets, what is wrong."""
-    wrong = [
-        ", ".join(name for name in ATTRIBUTES[:-1] if verdict[name] is False)
-        for verdict in verdicts
-    ]
-    return contact_sheet(
-        images, [f"{text} [{faults}]" if faults else text for text, faults in zip(texts, wrong)], 8
-    )
+    """A contact sheet: each image with its caption and, in brackets, what is wrong."""
+    captions = []
+    for text, verdict in zip(texts, verdicts):
+        wrong = ", ".join(name for name in ATTRIBUTES[:-1] if verdict[name] is False)
+        captions.append(f"{text} [{wrong}]" if wrong else text)
+    return contact_sheet(images, captions, 8)
 
 
-def generate(sd, texts: list[str], steps: int, guidance: float) -> list[Image.Image]:
-    """One picture for each caption, picture i with seed i, by DPM-Solver++ 2M with Karras
-    sigmas."""
+def generate(sd, texts: list[str], **options) -> list[Image.Image]:
+    """One image for each caption, image i with seed i."""
     images = []
     for i in tqdm(range(0, len(texts), BATCH), desc="drawing", file=sys.stderr):
-        images += sd.txt2img(
-            texts[i : i + BATCH],
-            seed=i,
-            steps=steps,
-            guidance=guidance,
-            sampler="dpm++",
-            progress=False,
-        )
+        images += sd.txt2img(texts[i : i + BATCH], seed=i, progress=False, **options)
     return images
 
 
 def reconstruct(sd, n: int):
-    """n rendered scenes, their pictures, and the pictures after the VAE's encoder and decoder."""
+    """The captions of n scenes, their images, and these after the VAE's encoder and decoder."""
     rng, size = random.Random(SEED["reconstruction"]), sd.unet.config.sample_size * sd.vae.factor
     drawn = [scenes.sample(rng, "heldout") for _ in range(n)]
-    pictures = [scenes.render(scene, size) for scene in drawn]
-    decoded = []
+    images, decoded = [scenes.render(scene, size) for scene in drawn], []
     for i in range(0, n, BATCH):
-        decoded += sd.decode(sd.encode_image(pictures[i : i + BATCH]))
-    return [scenes.caption(scene) for scene in drawn], pictures, decoded
+        decoded += sd.decode(sd.encode_image(images[i : i + BATCH]))
+    return [scenes.caption(scene) for scene in drawn], images, decoded
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -129,68 +107,46 @@ def hashes(folder: Path) -> dict[str, str]:
     }
 
 
+def measure(sd, n: int, options: dict, page: Path | None) -> dict:
+    """{"scores": split -> tally, "psnr": of the VAE}; page: where a contact sheet goes."""
+    tallies = {}
+    for split in ("heldout", "composition"):
+        texts = captions(split, n)
+        images = generate(sd, texts, **options)
+        verdicts = [score(image, text) for image, text in zip(images, texts)]
+        tallies[split] = tally(texts, verdicts)
+        if page and split == "heldout":
+            sheet(images[:64], texts[:64], verdicts[:64]).save(page)
+    texts, images, decoded = reconstruct(sd, n)
+    verdicts = [score(image, text) for image, text in zip(decoded, texts)]
+    tallies["reconstruction"] = tally(texts, verdicts)
+    fidelity = [psnr(values(a), values(b)) for a, b in zip(images, decoded)]
+    return {"psnr": float(np.mean(fidelity)), "scores": tallies}
+
+
 def main(arguments=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.shapes",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--model", default="shapes", help="a bundled model or a checkpoint folder (default: shapes)"
-    )
-    parser.add_argument("--n", type=int, default=200, help="captions of each split (default: 200)")
-    parser.add_argument("--steps", type=int, default=25, help="DPM-Solver++ steps (default: 25)")
-    parser.add_argument("--guidance", type=float, default=7.5, help="guidance scale (default: 7.5)")
-    parser.add_argument("--json", type=Path, help="write all figures here")
-    parser.add_argument(
-        "--sheet", type=Path, help="write a contact sheet of the held-out captions here (PNG)"
-    )
+    parser = argparse.ArgumentParser(prog="python -m bench.shapes", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("--model", default="shapes", help="a bundled model or a checkpoint folder")
+    add("--n", type=int, default=200, help="captions of each split (default: 200)")
+    add("--steps", type=int, default=25, help="DPM-Solver++ steps (default: 25)")
+    add("--guidance", type=float, default=7.5, help="guidance scale (default: 7.5)")
+    add("--json", type=Path, help="write all figures here")
+    add("--sheet", type=Path, help="write a contact sheet of the held-out captions here (PNG)")
     args = parser.parse_args(arguments)
 
     started, folder = time.time(), bundled().get(args.model, Path(args.model))
     sd = minisd.load(args.model)
-    tallies = {}
-    for split in ("heldout", "composition"):
-        texts = captions(split, args.n)
-        images = generate(sd, texts, args.steps, args.guidance)
-        verdicts = [score(image, text) for image, text in zip(images, texts)]
-        tallies[split] = tally(texts, verdicts)
-        if args.sheet and split == "heldout":
-            sheet(images[:64], texts[:64], verdicts[:64]).save(args.sheet)
-    texts, pictures, decoded = reconstruct(sd, args.n)
-    tallies["reconstruction"] = tally(
-        texts, [score(image, text) for image, text in zip(decoded, texts)]
-    )
-    fidelity = float(np.mean([psnr(a, b) for a, b in zip(pictures, decoded)]))
-
-    print(table(tallies))
-    print(f"\nVAE reconstruction: {fidelity:.2f} dB, mean of {args.n} pictures")
+    options = {"steps": args.steps, "guidance": args.guidance, "sampler": "dpm++"}
+    found = measure(sd, args.n, options, args.sheet)
+    print(table(found["scores"]))
+    print(f"\nVAE reconstruction: {found['psnr']:.2f} dB, mean of {args.n} images")
     if args.json:
-        versions = {
-            "python": platform.python_version(),
-            "minisd": minisd.__version__,
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        }
-        record = {
-            "command": " ".join(
-                ["python -m bench.shapes", *(sys.argv[1:] if arguments is None else arguments)]
-            ),
-            "versions": versions,
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-            "device": str(sd.device),
-            "dtype": str(sd.dtype),
-            "seconds": round(time.time() - started, 1),
-            "seeds": {"captions": SEED, "pictures": "0 to n - 1"},
-            "n": args.n,
-            "steps": args.steps,
-            "guidance": args.guidance,
-            "sampler": "dpm++",
-            "psnr": fidelity,
-            "scores": tallies,
-            "sha256": hashes(folder),
-        }
-        args.json.write_text(json.dumps(record, indent=2) + "\n")
+        about = harness.provenance(str(sd.device)) | {"dtype": str(sd.dtype)}
+        about |= {"seconds": round(time.time() - started, 1), "n": args.n}
+        about |= {"seeds": {"captions": SEED, "images": "0 to n - 1"}}
+        harness.write(args.json, about | options | found | {"sha256": hashes(folder)})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How long until minisd draws: imports, the command's help, loading from disk, the first picture.
+"""How long until minisd draws: imports, the command's help, loading from disk, the first image.
 
     python -m bench.startup [--device cuda] [--rounds 3] [--quick]
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from bench import harness
+from bench import harness, models
 
 TIMED = """
 import sys, time
@@ -40,7 +40,7 @@ def write_folder(folder: Path, device: str, small: bool) -> None:
 
     from minisd.checkpoints.load import MODELS, SD_V1_SCHEDULE, bundled, weights_file
 
-    sd = harness.full_size("cpu", torch.float32 if device == "cpu" else torch.float16, small)
+    sd = models.full_size("cpu", torch.float32 if device == "cpu" else torch.float16, small)
     for part in MODELS:
         model = getattr(sd, part)
         (folder / part).mkdir()
@@ -61,64 +61,59 @@ def seconds(code: str) -> float:
     return float(done.stdout.split()[-1])
 
 
+def cases(folder: str, device: str) -> dict[str, tuple]:
+    """What is timed: (code, imports that are not counted, what it is measured against)."""
+    ready = f"import torch, minisd.pipeline; torch.zeros(1, device={device!r})"  # CUDA: a context
+    load = f"import minisd; minisd.load({folder!r}, device={device!r})"
+    names = "import minisd; [getattr(minisd, name) for name in minisd.__all__]"
+    help = "from minisd.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass"
+    draw = f"minisd.load('shapes', device={device!r}).txt2img('a red circle', progress=False)"
+    return {
+        "import torch": ("import torch", "", None),
+        "import minisd": ("import minisd", "", "import torch"),
+        "import minisd, every public name": (names, "", "import torch"),
+        "minisd --help": (help, "", None),
+        "read the files": (READ.format(folder=folder), "", None),
+        "minisd.load of them": (load, ready, "read the files"),
+        "shapes: load and the first image, imports included": (f"import minisd; {draw}", "", None),
+    }
+
+
+def measure(folder: str, device: str, rounds: int) -> list[dict]:
+    """The rows of the table."""
+    named = cases(folder, device)
+    ms = {what: [] for what in named}
+    for i in range(rounds + 1):
+        for what, (code, before, _) in named.items():
+            spent = seconds(f"{before}\nstart = time.perf_counter()\n{code}")
+            if i:  # the first fills the caches
+                ms[what].append(spent * 1e3)
+    times = {what: harness.quartiles(each) for what, each in ms.items()}
+    return [
+        {"what": what, "base": base, "base_ms": base and times[base]["ms"], "times": times[what]}
+        for what, (_, _, base) in named.items()
+    ]
+
+
 def table(record: dict) -> str:
     """The Markdown table of a result file."""
-    lines = [
-        harness.origin(record),
-        "",
-        "| what | seconds | quartiles | against |",
-        "|---|---|---|---|",
-    ]
+    lines = []
     for row in record["rows"]:
-        against = (
-            f"{row['times']['ms'] / row['base_ms']:.2f} x {row['base']}" if row["base"] else ""
-        )
-        t = {key: value / 1e3 for key, value in row["times"].items()}
-        lines.append(
-            f"| {row['what']} | {t['ms']:.2f} | {t['low']:.2f} - {t['high']:.2f} | {against} |"
-        )
-    return "\n".join(lines)
+        seconds, low, high = (f"{row['times'][key] / 1e3:.2f}" for key in ("ms", "low", "high"))
+        base = row["base"]
+        against = f"{row['times']['ms'] / row['base_ms']:.2f} x {base}" if base else ""
+        lines.append((row["what"], seconds, f"{low} - {high}", against))
+    heads = ("what", "seconds", "quartiles", "against")
+    return f"{harness.origin(record)}\n\n{harness.markdown(heads, lines)}"
 
 
 def main() -> int:
     args = harness.options(__doc__, "bench.startup")
-    rounds, device = args.rounds, torch.device(args.device).type
+    device = torch.device(args.device).type
     with tempfile.TemporaryDirectory() as folder:
         write_folder(Path(folder), device, args.quick)
-        load = "import minisd; minisd.load({!r}, device={!r})"
-        ready = f"import torch, minisd.pipeline; torch.zeros(1, device={device!r})"  # on CUDA: makes the context
-        cases = {  # what: (code, imports that are not counted, what it is measured against)
-            "import torch": ("import torch", "", None),
-            "import minisd": ("import minisd", "", "import torch"),
-            "import minisd, every public name": (
-                "import minisd; [getattr(minisd, name) for name in minisd.__all__]", "", "import torch"),
-            "minisd --help": (
-                "from minisd.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass", "", None),
-            "read the files": (READ.format(folder=folder), "", None),
-            "minisd.load of them": (load.format(folder, device), ready, "read the files"),
-            "shapes: load and the first picture, imports included": (
-                f"import minisd; minisd.load('shapes', device={device!r}).txt2img('a red circle', progress=False)",
-                "", None),
-        }  # fmt: skip
-        times = {what: [] for what in cases}
-        for i in range(rounds + 1):
-            for what, (code, before, _) in cases.items():
-                code = f"{before}\nstart = time.perf_counter()\n{code}"
-                if (spent := seconds(code)) and i:  # the first fills the caches
-                    times[what].append(spent * 1e3)
-    quartiles = {what: harness.quartiles(ms) for what, ms in times.items()}
-    rows = [
-        {
-            "what": what,
-            "base": base,
-            "base_ms": quartiles[base]["ms"] if base else None,
-            "times": quartiles[what],
-        }
-        for what, (_, _, base) in cases.items()
-    ]
-    print(table({**harness.provenance(args.device), "rows": rows}))
-    if not args.quick:
-        print(f"wrote {harness.save('startup', rows, args.device)}")
+        rows = measure(folder, device, args.rounds)
+    harness.finish("startup", rows, args, table)
     return 0
 
 

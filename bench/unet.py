@@ -7,7 +7,7 @@ the update of DDIM. Contenders have processes of their own, take turns, and comp
 weights. Batches 1, 2 and 8, what is compiled at batch 1 only (that takes minutes each;
 --no-compiled: not at all). CPU: float32 and bfloat16, in groups that fit into memory together;
 CUDA: float16, also as a CUDA graph. Writes bench/results/<device>/unet.json, and prints what misses
-its target.
+its target. `python -m bench.against PATH` compares with another checkout.
 """
 
 import sys
@@ -15,31 +15,26 @@ from functools import partial
 
 import torch
 
-from bench import harness
-
-SMALL = dict(block_out_channels=(64, 128, 256, 256), sample_size=32, cross_attention_dim=192)
-FULL = dict(sample_size=64, cross_attention_dim=768)
+from bench import harness, models
 
 
 def inputs(device: str, dtype: torch.dtype, batch: int, small: bool):
     """x (batch, 4, h, w), uncond (1, 77, D), cond (batch, 77, D)."""
-    generator, numbers = torch.Generator().manual_seed(0), SMALL if small else FULL
-    shapes = ((batch, 4, numbers["sample_size"], numbers["sample_size"]),) + tuple(
-        (rows, 77, numbers["cross_attention_dim"]) for rows in (1, batch)
-    )
+    numbers = models.SMALL if small else models.FULL
+    side, width = numbers["sample_size"], numbers["cross_attention_dim"]
+    generator = torch.Generator().manual_seed(0)
+    shapes = (batch, 4, side, side), (1, 77, width), (batch, 77, width)
     return (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
 
 
 def ours(name: str, device: str, dtype: torch.dtype, batch: int, small: bool, **options):
     """minisd's step as `minisd.load` would have it computed; options: compile, graph."""
-    from minisd import DDIM, NoiseSchedule, StableDiffusion, UNet, UNetConfig, cfg
-    from minisd.checkpoints.load import SD_V1_SCHEDULE
+    from minisd import DDIM, cfg
 
-    unet = harness.random_model(UNet, UNetConfig(**(SMALL if small else FULL)), device, dtype)
-    schedule, nothing = NoiseSchedule.from_dict(SD_V1_SCHEDULE), torch.nn.Linear(1, 1)
-    harness.as_loaded(StableDiffusion(None, nothing, unet, nothing, schedule), **options)
+    sd = models.unet_alone(device, dtype, small, **options)
     x, uncond, cond = inputs(device, dtype, batch, small)
-    return {name: harness.one_step(cfg(unet, uncond, cond, 7.5), next(iter(DDIM(schedule, 50))), x)}
+    step = next(iter(DDIM(sd.schedule, 50)))
+    return {name: models.one_step(cfg(sd.network, uncond, cond, 7.5), step, x)}
 
 
 def theirs(
@@ -52,14 +47,7 @@ def theirs(
     compile=False,
 ):
     """diffusers' step, as its pipeline writes it."""
-    from diffusers import DDIMScheduler, UNet2DConditionModel
-
-    from minisd.checkpoints.load import SD_V1_SCHEDULE
-
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(attention_head_dim=8, **(SMALL if small else FULL))
-    unet.load_state_dict(harness.random_weights(unet.state_dict(), device, dtype), assign=True)
-    unet.eval().requires_grad_(False)
+    unet = models.diffusers_unet(device, dtype, small)
     if channels_last:
         unet.to(memory_format=torch.channels_last)
     if compile:
@@ -67,128 +55,92 @@ def theirs(
         cpu = torch.device(device).type == "cpu"  # there tuning takes longer than all else here
         mode = "default" if cpu else "max-autotune"
         unet = torch.compile(unet, mode=mode, fullgraph=True)
-    scheduler = DDIMScheduler(clip_sample=False, **SD_V1_SCHEDULE)
-    scheduler.set_timesteps(50)
-    t = scheduler.timesteps[0]
-    x, uncond, cond = inputs(device, dtype, batch, small)
-    context = torch.cat([uncond.expand_as(cond), cond])
-
-    @torch.no_grad()
-    def step():
-        eps_u, eps_c = unet(torch.cat([x, x]), t, encoder_hidden_states=context, return_dict=False)[
-            0
-        ].chunk(2)
-        return scheduler.step(eps_u + 7.5 * (eps_c - eps_u), t, x).prev_sample
-
-    return {name: step}
+    return {name: models.diffusers_step(unet, *inputs(device, dtype, batch, small))}
 
 
 def groups(device: str, compiled: bool) -> list[dict[str, tuple]]:
-    """Contenders that are in memory together: name -> (function(name, device, dtype, batch, small),
-    dtype)."""
+    """Contenders that are in memory together: name -> (function, dtype)."""
     channels_last = partial(theirs, channels_last=True)
     compiled_theirs = partial(channels_last, compile=True)
-    if device == "cpu":
-        fp32, bf16 = torch.float32, torch.bfloat16
-        rival = {"diffusers fp32": (theirs, fp32)}
-        together = [
-            {"minisd fp32": (ours, fp32), **rival},
-            {
-                "minisd bf16": (ours, bf16),
-                "diffusers bf16 channels_last": (channels_last, bf16),
-                **rival,
-            },
-            {"minisd fp32": (ours, fp32), "diffusers fp32 channels_last": (channels_last, fp32)},
-        ]
-        also = [
-            {"minisd fp32": (ours, fp32), "diffusers fp32 compiled": (compiled_theirs, fp32)},
-            {"minisd bf16": (ours, bf16), "diffusers bf16 compiled": (compiled_theirs, bf16)},
-        ]
-        return together + also if compiled else together
-    half = torch.float16
-    eager = {
-        "minisd": (ours, half), "minisd graph": (partial(ours, graph=True), half), "diffusers": (theirs, half),
-        "diffusers channels_last": (channels_last, half),
-    }  # fmt: skip
-    also = {
-        "minisd compiled, graph": (partial(ours, compile=True, graph=True), half),
-        "diffusers compiled": (compiled_theirs, half),
-    }
-    return [eager | also if compiled else eager]
+    if device != "cpu":
+        half = torch.float16
+        together = {
+            "minisd": (ours, half),
+            "minisd graph": (partial(ours, graph=True), half),
+            "diffusers": (theirs, half),
+            "diffusers channels_last": (channels_last, half),
+        }
+        also = {
+            "minisd compiled": (partial(ours, compile=True), half),
+            "diffusers compiled": (compiled_theirs, half),
+        }
+        return [together | also if compiled else together]
+    fp32, bf16 = torch.float32, torch.bfloat16
+    mine, my_half = {"minisd fp32": (ours, fp32)}, {"minisd bf16": (ours, bf16)}
+    plain, last = {"diffusers fp32": (theirs, fp32)}, "channels_last"
+    together = [
+        mine | plain,
+        my_half | {f"diffusers bf16 {last}": (channels_last, bf16)} | plain,
+        mine | {f"diffusers fp32 {last}": (channels_last, fp32)},
+    ]
+    also = [
+        mine | {"diffusers fp32 compiled": (compiled_theirs, fp32)},
+        my_half | {"diffusers bf16 compiled": (compiled_theirs, bf16)},
+    ]
+    return together + also if compiled else together
 
 
 def table(record: dict) -> str:
-    """The Markdown table of a result file."""
-    lines = [harness.origin(record), ""]
+    """The Markdown tables of a result file, one for each group."""
+    parts = [harness.origin(record)]
     for row in record["rows"]:
         times = row["times"]
         rivals = [name for name in times if not name.startswith("minisd")]
-        heads = [
-            f"batch {row['batch']}",
-            "ms a step",
-            "quartiles",
-            "peak memory",
-            *(f"x {name}" for name in rivals),
-        ]
-        lines += [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+        heads = [f"batch {row['batch']}", "ms a step", "quartiles", "peak memory"]
+        lines = []
         for name, t in times.items():
-            ms, low, high = (harness.four_digits(t[key]) for key in ("ms", "low", "high"))
             ratios = [f"{times[rival]['ms'] / t['ms']:.2f}" for rival in rivals]
-            lines.append(
-                f"| {' | '.join([name, ms, f'{low} - {high}', harness.gigabytes(t['bytes']), *ratios])} |"
-            )
-        lines.append("")
-    return "\n".join(lines[:-1])
+            lines.append([name, *harness.spread(t), harness.gigabytes(t["bytes"]), *ratios])
+        parts.append(harness.markdown([*heads, *(f"x {name}" for name in rivals)], lines))
+    return "\n\n".join(parts)
+
+
+MUST = {  # (ours, theirs): how many times as fast, at least
+    ("minisd fp32", "diffusers fp32"): 1.03,
+    ("minisd fp32", "diffusers fp32 channels_last"): 1.03,
+    ("minisd bf16", "diffusers fp32"): 1.7,
+    ("minisd bf16", "diffusers bf16 channels_last"): 1.1,
+}
 
 
 def misses(rows: list[dict]) -> list[str]:
-    """What misses its target at batch 1 on a CPU (on CUDA whole pictures have targets:
-    bench.txt2img)."""
-    must = {  # (ours, theirs): how many times as fast, at least
-        ("minisd fp32", "diffusers fp32"): 1.03,
-        ("minisd fp32", "diffusers fp32 channels_last"): 1.03,
-        ("minisd bf16", "diffusers fp32"): 1.7,
-        ("minisd bf16", "diffusers bf16 channels_last"): 1.1,
-    }
+    """What misses its target at batch 1 on a CPU (on CUDA images have targets: bench.txt2img)."""
     bars = []
     for times in (row["times"] for row in rows if row["batch"] == 1):
-        for (ours, theirs), bar in must.items():
+        for (ours, theirs), bar in MUST.items():
             if ours in times and theirs in times:
-                bars += [
-                    (f"{theirs} / {ours}", times[theirs]["ms"] / times[ours]["ms"], ">=", bar),
-                    (
-                        f"memory of {ours} / {theirs}",
-                        times[ours]["bytes"] / times[theirs]["bytes"],
-                        "<=",
-                        1.0,
-                    ),
-                ]
+                mine, other = times[ours], times[theirs]
+                memory = mine["bytes"] / other["bytes"]
+                bars.append((f"{theirs} / {ours}", other["ms"] / mine["ms"], ">=", bar))
+                bars.append((f"memory of {ours} / {theirs}", memory, "<=", 1.0))
     return harness.slow(bars)
 
 
 def main() -> int:
     args = harness.options(__doc__, "bench.unet", batch=int, compiled=True)
-    device = torch.device(args.device).type
-    rows = []
+    device, rows = torch.device(args.device).type, []
     for batch in [args.batch] if args.batch else [1] if args.quick else [1, 2, 8]:
         together = groups(device, args.compiled and batch == 1 and not args.quick)
         if args.quick:  # small ones fit into memory all at once
-            together = [
-                {name: contender for group in together for name, contender in group.items()}
-            ]
+            together = [{name: each for group in together for name, each in group.items()}]
         for group in together:
             builders = {
                 name: (function, name, args.device, dtype, batch, args.quick)
                 for name, (function, dtype) in group.items()
             }
-            rows.append(
-                {"batch": batch, "times": harness.contest(builders, args.device, args.rounds)}
-            )
-            print(table({**harness.provenance(args.device), "rows": rows[-1:]}), flush=True)
-            if not args.quick:
-                path = harness.save("unet", rows, args.device)
-    if not args.quick:
-        print("\n".join([f"wrote {path}", *misses(rows)]))
+            times = harness.contest(builders, args.device, args.rounds)
+            rows.append({"batch": batch, "times": times})
+            harness.finish("unet", rows, args, table, misses)
     return 0
 
 

@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 
-from bench import editing_speed, gpu, harness, report, scaling, txt2img, unet
+from bench import against, editing_speed, gpu, harness, report, scaling, txt2img, unet
 
 TIMES = {"ms": 2000.0, "low": 1900.0, "high": 2100.0, "bytes": 3_400_000_000, "above": 500_000_000}
 RECORD = {
@@ -53,7 +53,7 @@ def test_an_edited_step_is_the_eager_step():
     assert ours["replay"]().shape == (1, 4, 32, 32)
 
 
-def test_a_picture_is_diffusers_picture():
+def test_an_image_is_diffusers_image():
     arguments = ("cpu", torch.float32, "ddim", 1, True)
     [ours] = txt2img.ours("a", *arguments).values()
     [theirs] = txt2img.theirs("b", *arguments).values()
@@ -75,6 +75,7 @@ def test_contenders_take_turns_in_their_own_processes(capsys):
         and "other left out: ImportError: no module of that name" in capsys.readouterr().out
     )
     assert all(t["low"] <= t["ms"] <= t["high"] and t["bytes"] > 50e6 for t in out.values())
+    assert all(len(t["samples"]) == 2 for t in out.values())
     assert all(10e6 < t["above"] < 100e6 for t in out.values())
 
 
@@ -240,7 +241,7 @@ def test_what_misses_its_target_is_named():
         {"minisd fp32": 100, "diffusers fp32": 103},
         {"minisd bf16": 10, "diffusers bf16 channels_last": 10.9, "diffusers fp32": 17},
         {"minisd fp32": (100, 1001), "diffusers fp32 channels_last": 102},
-        {"minisd graph": 100, "diffusers": 50},  # on CUDA pictures have targets
+        {"minisd graph": 100, "diffusers": 50},  # on CUDA images have targets
     ]
     rows = [{"batch": 1, "times": times_of(**ms)} for ms in batch_1]
     rows.append(
@@ -254,9 +255,47 @@ def test_what_misses_its_target_is_named():
 
 
 def test_every_engine_benchmark_has_its_table():
-    assert {"unet", "txt2img", "editing_speed", "startup", "scaling"} <= {
-        table.results for table in report.TABLES
-    }
+    alone = {table.results for table in report.TABLES}
+    names = "unet", "txt2img", "editing_speed", "startup", "scaling"
+    assert {(name,) for name in names} <= alone
+
+
+def fake_tree(folder, ms, minisd="minisd"):
+    """A checkout whose guided step sleeps; minisd: where its package of that name lies."""
+    for name in ("minisd", "bench", "kernels", "weights", minisd):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name / "__init__.py").write_text("")
+    (folder / "bench" / "unet.py").write_text(
+        "import time, minisd\n"
+        f"def ours(name, *given): return {{name: lambda: time.sleep({ms / 1e3})}}\n"
+    )
+    return folder
+
+
+def test_a_tree_is_timed_against_another(tmp_path, monkeypatch, capsys):
+    """Each in a process of its own, with its own code; a tree that finds another's is refused."""
+    other = fake_tree(tmp_path / "other", ms=40)
+    monkeypatch.setattr(harness, "ROOT", fake_tree(tmp_path / "this", ms=20))
+    arguments = ["--quick", "--device", "cpu", "--dtype", "fp32", "--rounds", "3"]
+    assert against.main([str(other), *arguments]) == 0
+    printed = capsys.readouterr().out
+    ratio = float(printed.split("this / other: time ")[1].split()[0])
+    assert 0.4 < ratio < 0.7 and "fp32\nthis   2" in printed and "\nother  4" in printed
+    (other / "bench" / "unet.py").write_text("raise ImportError('broken')")
+    assert against.main([str(other), *arguments]) == 1
+    assert "other left out: ImportError: broken" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        against.main([str(tmp_path), *arguments])
+    assert "is no checkout of minisd" in capsys.readouterr().err
+
+
+def test_the_ratio_is_of_each_round():
+    """A slow minute that hits both cancels out."""
+    this = {**TIMES, "samples": [10, 100, 10], "bytes": 103}
+    other = {**TIMES, "samples": [10, 98, 11], "bytes": 100}
+    assert against.compare({"this": this, "other": other})[-1] == (
+        "this / other: time 1.000 (0.955 - 1.010), memory 1.030"
+    )
 
 
 @pytest.mark.parametrize("name", ["unet", "txt2img", "editing_speed", "scaling", "startup"])
@@ -363,7 +402,8 @@ def test_gpu_tests_that_cannot_be_imported_are_skipped(tmp_path):
     (tmp_path / "test_other.py").write_text("import diffusers")
     code = (
         "from math import inf; from pathlib import Path; from bench import gpu;"
-        f"print(*gpu.collect(Path({str(tmp_path)!r}), inf), *gpu.collect(gpu.harness.ROOT / 'tests', inf), sep='\\n')"
+        f"print(*gpu.collect(Path({str(tmp_path)!r}), inf), sep='\\n');"
+        "print(*gpu.collect(gpu.harness.ROOT / 'tests', inf), sep='\\n')"
     )
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
@@ -395,7 +435,8 @@ def test_gpu_tests_that_cannot_be_imported_are_skipped(tmp_path):
 
 def test_the_gpu_tests_run_in_shares(tmp_path, capsys):
     (tmp_path / "test_a.py").write_text(
-        f"import pytest\n@{gpu.MARK}\n@pytest.mark.parametrize('n', range(3))\ndef test_it(n): assert n < 2"
+        f"import pytest\n@{gpu.MARK}\n@pytest.mark.parametrize('n', range(3))\n"
+        "def test_it(n): assert n < 2"
     )
     tests = [f"{tmp_path / 'test_a.py'}::test_it[{n}]" for n in range(3)]
     assert gpu.run_tests(tests[:2], time.monotonic() + 600) == {gpu.PASSED}

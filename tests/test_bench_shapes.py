@@ -5,8 +5,6 @@ import json
 import random
 from types import SimpleNamespace
 
-import numpy as np
-import pytest
 from PIL import Image
 
 from bench import shapes
@@ -45,12 +43,6 @@ def test_tally_counts_only_what_is_said():
     } and "| background | - |" in shapes.table({"x": nothing})
 
 
-def test_psnr():
-    a = np.zeros((8, 8, 3), np.uint8)
-    assert shapes.psnr(a, a + 51) == pytest.approx(-20 * np.log10(0.2))
-    assert shapes.psnr(a, a) == pytest.approx(100)
-
-
 def test_a_perfect_model_scores_full_marks(tmp_path, monkeypatch, capsys):
     """The whole report, with the renderer in the model's place."""
 
@@ -77,8 +69,13 @@ def test_a_perfect_model_scores_full_marks(tmp_path, monkeypatch, capsys):
     out, page = tmp_path / "out.json", tmp_path / "sheet.png"
     shapes.main(["--model", str(model), "--n", "30", "--json", str(out), "--sheet", str(page)])
     record = json.loads(out.read_text())
-    assert record["psnr"] == 100 and list(record["sha256"]) == ["config.json"] and record["n"] == 30
+    assert (
+        record["psnr"] == 100
+        and record["steps"] == 25
+        and list(record["sha256"]) == ["config.json"]
+        and record["n"] == 30
+    )
     for split in ("heldout", "composition", "reconstruction"):
         assert record["scores"][split]["all"] == {"said": 30, "right": 1.0}
     assert "| all | 100.0 % of 30 | 100.0 % of 30 | 100.0 % of 30 |" in capsys.readouterr().out
-    assert Image.open(page).size[0] > 8 * 128  # eight pictures side by side, twice as large
+    assert Image.open(page).size[0] > 8 * 128  # eight images side by side, twice as large

@@ -1,5 +1,5 @@
-"""Every code block of README.md and of docs/ runs against the bundled model, in the order of its
-page, and each command makes the pictures and prints the text that the page shows."""
+"""Every code block of README.md, CONTRIBUTING.md and docs/ runs against the bundled model, in the
+order of its page, and each command makes the images and prints the text that the page shows."""
 
 import contextlib
 import io
@@ -14,16 +14,17 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 
+from bench import api, harness
 from minisd.cli import main as cli
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-RUNS = (
-    "python",
-    "console",
-)  # the languages of blocks that run; "text" is what the commands above it print
-PICTURES = ROOT / "docs/commands"
-GIVEN = ("picture.png", "mask.png")  # what a reader has
+README = ROOT / "README.md"
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [README, ROOT / "CONTRIBUTING.md", *DOCS]
+# The languages of blocks that run; "text" is what the commands above it print.
+RUNS = ("python", "console")
+IMAGES = ROOT / "docs/commands"
+GIVEN = ("image.png", "mask.png")  # what a reader has
 DRAWING = ("txt2img", "img2img", "edit", "heatmap", "invert", "blend", "erase")
 
 
@@ -34,27 +35,27 @@ def blocks(page):
         yield match[1], text.count("\n", 0, match.start(2)), match[2]
 
 
+RUNNING = [page for page in PAGES if {kind for kind, _, _ in blocks(page)} & set(RUNS)]
+
+
 def test_each_block_says_what_it_is():
-    assert len(PAGES) >= 5
-    for page in PAGES:
+    assert len(RUNNING) >= 10 and README in RUNNING
+    for page in [*PAGES, ROOT / "CHANGELOG.md"]:
         kinds = [kind for kind, _, _ in blocks(page)]
-        assert set(kinds) <= {*RUNS, "text"} and page.read_text().count("```") == 2 * len(kinds), (
-            page
-        )
-        assert set(kinds) & set(RUNS), page
+        assert set(kinds) <= {*RUNS, "text"}, page
+        assert page.read_text().count("```") == 2 * len(kinds), page
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", RUNNING, ids=lambda page: page.name)
 def test_the_code_of_the_page_runs(page, hub, repo, tmp_path, monkeypatch):
     hub.repos["CompVis/stable-diffusion-v1-4"] = repo  # for `minisd fetch`
     folder = tmp_path / "reader"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(
-        torch.cuda, "is_available", lambda: False
-    )  # the pages show what a CPU draws, in float32
+    # The pages show what a CPU draws, in float32.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in GIVEN:
-        shutil.copy(PICTURES / name, folder)
+        shutil.copy(IMAGES / name, folder)
     names = {"__name__": "page"}
     gradients = torch.is_grad_enabled()
     try:
@@ -74,7 +75,7 @@ def test_the_code_of_the_page_runs(page, hub, repo, tmp_path, monkeypatch):
         torch.set_grad_enabled(gradients)
     for name, path in shown(page).items():
         if path.parent == ROOT / "docs" and not (folder / name).exists():
-            continue  # a measurement's picture, not the page's
+            continue  # a measurement's image, not the page's
         made, kept = frames(folder / name), frames(path)
         # Another processor rounds otherwise; another seed, prompt or option changes whole objects.
         assert made.shape == kept.shape, f"{page.name} shows another {name}"
@@ -106,90 +107,105 @@ def says(shown, printed):
 
 
 def shown(page):
-    """The pictures that a page shows, name -> file; those of docs/commands under the name that a
+    """The images that a page shows, name -> file; those of docs/commands under the name that a
     command gave them."""
     links = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
-    paths = {page.parent / link for link in links} - {PICTURES / name for name in GIVEN}
+    paths = {page.parent / link for link in links} - {IMAGES / name for name in GIVEN}
     return {
-        str(path.relative_to(PICTURES if PICTURES in path.parents else ROOT / "docs")): path
+        str(path.relative_to(IMAGES if IMAGES in path.parents else ROOT / "docs")): path
         for path in paths
     }
 
 
 def frames(path):
-    """The values of a picture, or of all pictures of an animation."""
+    """The values of an image, or of all images of an animation."""
     with Image.open(path) as image:
         return np.stack(
             [np.asarray(frame.convert("RGB"), int) for frame in ImageSequence.Iterator(image)]
         )
 
 
-def test_each_command_of_the_readme_has_its_output():
-    """A picture for those that draw, a text for the others."""
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
+def commands_of(page):
+    """(command, its name, its options, the block that follows it, the text as far as the next)."""
+    text, found = page.read_text(encoding="utf-8"), [*blocks(page), ("", 0, "")]
+    for (kind, line, code), (following, _, _) in zip(found, found[1:]):
+        for command in code.splitlines() if kind == "console" else ():
+            after = text.split("\n", line)[-1].split("\n```console")[0]
+            _, name, *options = shlex.split(command, comments=True)
+            yield command, name, dict(zip(options, options[1:])), following, after
+
+
+def test_each_command_has_its_output():
+    """An image below those that draw, on the README all of them; a text below the others."""
     commands = re.findall(r"^    (\w+) +\w", cli.build_parser().format_help(), re.M)
     assert set(DRAWING) < set(commands) and len(commands) == 12
-    found = []
-    all_blocks = [*blocks(readme), ("", 0, "")]
-    for (kind, line, code), (following, _, _) in zip(all_blocks, all_blocks[1:]):
-        for command in code.splitlines() if kind == "console" else ():
-            _, name, *options = shlex.split(command, comments=True)
-            found.append(name)
-            if name not in DRAWING:
+    found = {page: set() for page in PAGES}
+    for page in PAGES:
+        for command, name, options, following, after in commands_of(page):
+            found[page].add(name)
+            traced = f"{options['--trace']}/images.webp" if "--trace" in options else None
+            target = options.get("-o") or options.get("--sheet") or traced
+            if name in DRAWING and following != "text":
+                assert re.search(rf"\]\((docs/)?commands/{target}\)", after), command
+            else:
                 assert following == "text", command
-                continue
-            options = dict(zip(options, options[1:]))
-            target = (
-                options.get("-o") or options.get("--sheet") or f"{options['--trace']}/images.webp"
-            )
-            after = text.split("\n", line)[-1].split("\n```console")[
-                0
-            ]  # as far as the next commands
-            assert f"](docs/commands/{target})" in after, f"no picture below: {command}"
-    assert set(found) == set(commands)
-    kept = {path.relative_to(PICTURES).as_posix() for path in PICTURES.rglob("*") if path.is_file()}
-    assert kept == {
-        *GIVEN,
-        *(name for name, path in shown(readme).items() if path.is_relative_to(PICTURES)),
-    }
-    assert sum((PICTURES / name).stat().st_size for name in kept) < 300_000
+    assert set(DRAWING) <= found[README] and set().union(*found.values()) == set(commands)
 
 
-def test_readme_and_knobs_name_every_option():
-    text = "".join(
-        (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/knobs.md")
-    )
-    [commands] = [
-        action.choices for action in cli.build_parser()._actions if isinstance(action.choices, dict)
-    ]
+def test_every_image_of_a_command_is_shown():
+    kept = {path.relative_to(IMAGES).as_posix() for path in IMAGES.rglob("*") if path.is_file()}
+    paths = {name: path for page in PAGES for name, path in shown(page).items()}
+    assert kept == {*GIVEN, *(n for n, path in paths.items() if path.is_relative_to(IMAGES))}
+    assert sum((IMAGES / name).stat().st_size for name in kept) < 300_000
+
+
+def test_the_pages_name_every_option():
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    actions = cli.build_parser()._actions
+    [commands] = [action.choices for action in actions if isinstance(action.choices, dict)]
     for name, parser in commands.items():
-        options = {
-            option for action in parser._actions for option in action.option_strings[-1:]
-        } - {"--help"}
+        options = {option for action in parser._actions for option in action.option_strings[-1:]}
+        options -= {"--help"}
         missing = [option for option in options if not re.search(rf"`[^`]*{option}(?![\w-])", text)]
-        assert len(options) >= 1 and not missing, f"{name}: neither page names {missing}"
+        assert len(options) >= 1 and not missing, f"{name}: no page names {missing}"
 
 
-def test_a_changed_picture_or_text_is_noticed():
-    red = frames(PICTURES / "circle.png")
-    assert (np.abs(red - frames(PICTURES / "redrawn.png")) > 16).mean() > 0.02
+def test_a_changed_image_or_text_is_noticed():
+    red = frames(IMAGES / "circle.png")
+    assert (np.abs(red - frames(IMAGES / "redrawn.png")) > 16).mean() > 0.02
     assert says("a ... c\nd\n", "a\tb  c\nd\n")
     assert not says("a ... c\n", "a b c\nd\n") and not says("a ... c\n", "a b\nc\n")
 
 
+def test_the_readme_is_short():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 200
+
+
+def anchors(page):
+    """The anchors of the headings of a page, as GitHub makes them."""
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.+)$", prose, re.M)
+    return {
+        re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings
+    }
+
+
 def test_links_lead_somewhere():
-    for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-            assert target.startswith("https://") or (page.parent / target).exists(), (
-                f"{page.name}: {target}"
-            )
+    for page in [*PAGES, ROOT / "CHANGELOG.md"]:
+        links = re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8"))
+        for target, anchor in links:
+            if target.startswith("https://"):
+                continue
+            path = page.parent / target if target else page
+            assert path.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in anchors(path), f"{page.name}: {target}#{anchor}"
 
 
-def test_the_api_page_names_every_public_name():
+def test_the_api_page_is_what_the_code_says():
+    """Every public name with its signature: the page's list is made again and compared."""
     import minisd
 
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", page))))
-    missing = set(minisd.__all__) - {"__version__"} - named
-    assert not missing, f"docs/api.md does not name {sorted(missing)}"
+    listed = re.findall(r"^- `(\w+)\(", page, re.M)
+    assert sorted(listed) == sorted(set(minisd.__all__) - {"__version__"})
+    assert harness.put(page, "bench.api", api.table()) == page, "run `python -m bench.report`"

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,112 +16,94 @@ import minisd
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*ROOT.glob("minisd/**/*.py"), *ROOT.glob("kernels/*.py")])
 
-# DESIGN 3: who may import whom. A module that is not listed is a leaf that stands on nothing of
-# minisd's.
-CONFIGS = {"config", "expect"}
-MODELS = CONFIGS | {"attention", "bands", "blocks", "unet", "vae", "clip"}
-SOURCES_AND_FILES = {"sources", "tensor_file"}
-CHECKPOINT = MODELS | SOURCES_AND_FILES | {"names", "tokenizer", "schedule", "checkpoint"}
-SAMPLING = {"schedule", "samplers", "guidance"}
-PIPELINE = CHECKPOINT | SAMPLING | {"images", "onednn", "cuda_graph", "pipeline"}
+# DESIGN 3: who may import whom, by folder or file of minisd. Not listed: stands on nothing.
+FILES = {"expect", "files"}
+PIPELINE = FILES | {"models", "sampling", "engine", "checkpoints", "viewing", "drawing", "pipeline"}
 ALLOWED = {
-    "attention": {"minisd_kernels"},
-    "blocks": {"bands"},
-    "unet": CONFIGS | {"attention", "blocks"},
-    "vae": CONFIGS | {"attention", "blocks"},
-    "clip": CONFIGS,
-    "samplers": {"expect", "schedule"},
-    "guidance": {"expect", "schedule", "samplers"},  # and no model: the UNet comes as a callable
-    "tensor_file": {"sources"},
-    "checkpoint": CHECKPOINT,
+    "models": {"expect", "engine"},  # of engine only bands, see below
+    "engine": {"models"},
+    "sampling": {"expect"},  # and no model: the network comes as a callable
+    "drawing": {"expect", "sampling"},
+    "checkpoints": FILES | {"models", "sampling"},
+    "viewing": FILES | {"models", "sampling", "drawing", "editing"},  # the maps of editing
     "pipeline": PIPELINE,
-    "trace": PIPELINE,
-    "visualize": PIPELINE | {"editing"},  # the maps that editing collects
-    "training": PIPELINE | {"scenes", "export"},
-    "editing": PIPELINE | {"editing"},
-    "export": CHECKPOINT | {"images"},
-    "check": PIPELINE,
-    # "": minisd itself, for __version__
-    "cli": PIPELINE
-    | {"visualize", "editing", "trace", "cli_blend", "cli_edit", "cli_invert", "cli_models", ""},
-    "cli_blend": PIPELINE | {"editing", "cli"},
-    "cli_edit": PIPELINE
-    | {"visualize", "editing", "cli", "cli_invert"},  # the same layer, in a file of its own
-    "cli_invert": PIPELINE | {"editing", "cli"},
-    "cli_models": PIPELINE | {"export", "check", "cli"},
+    "editing": PIPELINE,
+    "training": PIPELINE,
+    "cli": PIPELINE | {"editing", ""},  # "": minisd itself, for __version__
     "__main__": {"cli"},
-    "__init__": set(),
+}
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in ROOT.glob("minisd/**/*.py")
 }
 
 
 def imports(path):
-    """Every module that a file imports, anywhere in it, by absolute name."""
-    package = (
-        "minisd_kernels"
-        if path.parent.name == "kernels"
-        else ".".join(path.relative_to(ROOT).parent.parts)
-    )
+    """Every module that a file imports, anywhere in it but for type checkers, by absolute name."""
+    package = "minisd_kernels"
+    if path.parent.name != "kernels":
+        package = ".".join(path.relative_to(ROOT).parent.parts)
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = (
-                package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            )
+
+    class Reader(ast.NodeVisitor):
+        def visit_If(self, node):
+            if "TYPE_CHECKING" not in ast.unparse(node.test):
+                self.generic_visit(node)
+
+        def visit_Import(self, node):
+            found.update(alias.name for alias in node.names)
+
+        def visit_ImportFrom(self, node):
+            base = package.split(".")
+            base = base[: len(base) - node.level + 1] if node.level else []
             module = ".".join([*base, node.module] if node.module else base)
-            found |= (
-                {f"{module}.{alias.name}" for alias in node.names}
-                if module == "minisd"
-                else {module}
-            )
+            for alias in node.names:
+                name = f"{module}.{alias.name}"
+                found.add(name if name in MODULES else module)
+
+    Reader().visit(ast.parse(path.read_text(encoding="utf-8")))
     return found
 
 
-def layer(name):
-    """minisd.models.unet.UNet -> unet; minisd.editing.inversion -> editing; minisd.__version__ ->
-    ""; others: the top name."""
-    top, _, rest = name.partition(".")
-    if top != "minisd":
-        return top
-    part = rest.split(".")[0]
-    return (
-        part
-        if (ROOT / "minisd" / f"{part}.py").exists() or (ROOT / "minisd" / part).is_dir()
-        else ""
-    )
+def part(name):
+    """minisd.models.unet -> models; minisd -> ""; others: the top name."""
+    top, *rest = name.split(".")
+    return top if top != "minisd" else rest[0] if rest else ""
 
 
 def test_the_import_reader_reads():
     assert "minisd_kernels" in imports(ROOT / "minisd/models/attention.py")
-    assert {"minisd.models.attention", "minisd.models.blocks"} <= imports(
-        ROOT / "minisd/models/unet.py"
-    )
-    assert "minisd.pipeline" in imports(ROOT / "minisd/cli/main.py")  # inside a function
-    assert "torch" in imports(ROOT / "minisd/models/unet.py")
+    found = imports(ROOT / "minisd/models/unet.py")
+    assert {"minisd.models.attention", "minisd.models.blocks", "torch"} <= found
+    assert "minisd.pipeline" not in imports(ROOT / "minisd/drawing.py")  # for type checkers only
+    assert "minisd.cli.main" in imports(ROOT / "minisd/__main__.py")
+    assert {part(name) for name in MODULES} >= ALLOWED.keys() | FILES
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_run_one_way(path):
-    names = {layer(name) for name in imports(path)}
-    local = {
-        name
-        for name in names
-        if name == "" or name.startswith("minisd") or (ROOT / f"minisd/{name}.py").exists()
-    }
-    local |= names & {"editing"}
+    found = imports(path)
+    names = {part(name) for name in found}
+    ours = {name for name in names if name in ("", "minisd_kernels") or f"minisd.{name}" in MODULES}
     if path.parent.name == "kernels":
-        assert local <= {"minisd_kernels"}
+        assert ours <= {"minisd_kernels"}
     else:
-        own = path.parent.name if path.parent.name == "editing" else path.stem
-        assert local <= ALLOWED.get(own, set())
+        name = part(next(name for name, file in MODULES.items() if file == path))
+        kernels = {"minisd_kernels"} if path.stem == "attention" else set()
+        assert ours <= ALLOWED.get(name, set()) | {name} | kernels
+        if name == "models":
+            assert {each for each in found if part(each) == "engine"} <= {"minisd.engine.bands"}
+        assert "triton" not in names
     assert not names & {"diffusers", "transformers", "tests", "bench"}
-    assert "triton" not in names or path.parent.name == "kernels"
-    assert (
-        "minisd_kernels" not in names
-        or path.parent.name == "kernels"
-        or path.name == "attention.py"
-    )
+
+
+def test_imports_have_no_circle():
+    graph = {name: imports(path) & MODULES.keys() - {name} for name, path in MODULES.items()}
+    list(TopologicalSorter(graph).static_order())  # CycleError names the circle
+    assert "minisd.models.unet" in graph["minisd.pipeline"] | graph["minisd.checkpoints.load"]
+
+
+MAIN = "from minisd.cli.main import main"
 
 
 def loaded_by(code):
@@ -136,8 +119,8 @@ def loaded_by(code):
     "code",
     [
         "import minisd; minisd.__version__; dir(minisd)",
-        "from minisd.cli.main import main\ntry: main(['txt2img', '--help'])\nexcept SystemExit: pass",
-        "from minisd.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass",
+        f"{MAIN}\ntry: main(['txt2img', '--help'])\nexcept SystemExit: pass",
+        f"{MAIN}\ntry: main(['--help'])\nexcept SystemExit: pass",
     ],
 )
 def test_importing_minisd_and_asking_for_help_load_no_library(code):
@@ -164,7 +147,7 @@ def test_public_names_resolve_and_unknown_ones_are_errors():
     assert all(getattr(minisd, name) is not None for name in minisd.__all__)
     assert dir(minisd) == sorted(minisd.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Unet'; public names: .*UNet"):
-        minisd.Unet
+        minisd.Unet  # noqa: B018
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +156,7 @@ def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     for name in ("minisd", "kernels", "weights"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     build = "from setuptools import build_meta; print('wheel:' + build_meta.build_wheel('.'))"
     out = subprocess.run([sys.executable, "-c", build], cwd=folder, capture_output=True, text=True)
@@ -239,6 +222,19 @@ def test_the_wheel_names_the_command_and_its_requirements(wheel):
     assert set(required) == {
         "torch", "triton", "safetensors", "huggingface_hub", "tokenizers", "numpy", "pillow", "tqdm"
     }  # fmt: skip
+
+
+def test_the_wheel_says_and_holds_the_licence(wheel):
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "Apache License" in text and "Version 2.0, January 2004" in text
+    [info] = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
+    assert "License-Expression: Apache-2.0\n" in wheel.read(f"{info}/METADATA").decode()
+    assert wheel.read(f"{info}/licenses/LICENSE").decode() == text
+
+
+def test_the_changelog_begins_with_this_version():
+    [first, *_] = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M)
+    assert first == minisd.__version__
 
 
 def test_ci_runs_the_test_line_of_the_readme():

@@ -32,9 +32,9 @@ def test_the_scenes_are_fixed_and_were_not_in_training():
 
 def test_the_mask_covers_the_thing_and_no_other():
     for case in redraws(20, SEED["blend"]):
-        drawn = (
-            np.asarray(case.picture) != np.array(scenes.BACKGROUNDS[case.scene.background])
-        ).any(axis=-1)
+        drawn = (np.asarray(case.image) != np.array(scenes.BACKGROUNDS[case.scene.background])).any(
+            axis=-1
+        )
         at = np.arange(64) + 0.5
         boxes = [
             (np.abs(at - box.y) < box.side / 2 + 1)[:, None]
@@ -79,8 +79,8 @@ def sd():
 
 def test_three_of_the_blended_scenes(sd, measured):
     cases, rows = redraws(3, SEED["blend"]), measured["blend"]["scenes"][:3]
-    pictures, masks, prompts = (
-        [getattr(c, name) for c in cases] for name in ("picture", "mask", "wanted")
+    given, masks, prompts = (
+        [getattr(c, name) for c in cases] for name in ("image", "mask", "wanted")
     )
     options = {
         "strength": real_blend.STRENGTH,
@@ -88,13 +88,13 @@ def test_three_of_the_blended_scenes(sd, measured):
         "seed": SEED["blend"],
         "progress": False,
     }
-    images = minisd.blend(sd, pictures, masks, [str(said) for said in prompts], **options)
+    images = minisd.blend(sd, given, masks, [str(said) for said in prompts], **options)
     right = [
         real_blend.thing_right(image, case.wanted.things[case.edited])
         for image, case in zip(images, cases)
     ]
     for case, image, row in zip(cases, images, rows):
-        changed = (np.asarray(image) != np.asarray(case.picture)).any(axis=-1)
+        changed = (np.asarray(image) != np.asarray(case.image)).any(axis=-1)
         assert (
             row["prompt"] == str(case.wanted)
             and not changed[~case.mask].any()

@@ -45,7 +45,7 @@ def test_the_mask_holds_all_that_the_edit_should_change():
 
 def test_a_small_run(sd, monkeypatch):
     """Every figure is there and of as many scenes as said; the direct source row is the VAE's
-    picture."""
+    image."""
     for name, value in {
         "STEPS": 2,
         "GUIDED_STEPS": 2,
@@ -59,8 +59,9 @@ def test_a_small_run(sd, monkeypatch):
     record = {"invert": json.loads(json.dumps(record))}
     ways, edits = record["invert"]["way_back"], record["invert"]["edits"]
     assert {name: len(rows) for name, rows in edits.items()} == {
-        "ddim": 2, "negative-prompt": 2, "negative-prompt low": 2, "direct": 2, "null-text": 1, "null-text low": 1
-    }  # fmt: skip
+        **dict.fromkeys(("ddim", "negative-prompt", "negative-prompt low", "direct"), 2),
+        **dict.fromkeys(("null-text", "null-text low"), 1),
+    }
     assert (
         ways.keys() == real_invert.WAYS.keys()
         and len(ways["vae"]) == 2
@@ -80,34 +81,30 @@ def test_a_small_run(sd, monkeypatch):
 def test_the_first_scenes_come_back_as_recorded(sd):
     part = json.loads(RESULTS.read_text())["invert"]
     some = real_invert.cases(2)
-    pictures = [scenes.render(case.scene, 64) for case in some]
+    given = [scenes.render(case.scene, 64) for case in some]
     prompts = [case.prompts[0] for case in some]
     for name, refine in (("ddim", 0), ("refined", part["refine"])):
         inversion = minisd.invert(
-            sd, pictures, prompts, steps=part["steps"], refine=refine, progress=False
+            sd, given, prompts, steps=part["steps"], refine=refine, progress=False
         )
         images = minisd.redraw(sd, inversion, progress=False)
-        measured = [
-            psnr(values(picture), values(image)) for picture, image in zip(pictures, images)
-        ]
+        measured = [psnr(values(source), values(image)) for source, image in zip(given, images)]
         assert measured == pytest.approx(part["way_back"][name][:2], abs=0.1)
 
 
-def test_the_example_of_the_readme(tmp_path, monkeypatch):
+def test_the_example_of_the_page(tmp_path, monkeypatch):
     """Its lines run, at three steps; with direct inversion the source comes back as the VAE's
-    picture of it."""
-    readme = (harness.ROOT / "README.md").read_text(encoding="utf-8")
-    [block] = [
-        code for code in re.findall(r"```python\n(.+?)```", readme, re.S) if "invert(" in code
-    ]
+    image of it."""
+    page = (harness.ROOT / "docs/inversion.md").read_text(encoding="utf-8")
+    [block] = [code for code in re.findall(r"```python\n(.+?)```", page, re.S) if "invert(" in code]
     monkeypatch.chdir(tmp_path)
-    scenes.render(real_invert.cases(1)[0].scene).save("picture.png")
+    scenes.render(real_invert.cases(1)[0].scene).save("image.png")
     names = {}
     exec(block.replace("steps=25", "steps=3"), names)
     sd, inversion = names["sd"], names["inversion"]
     assert (np.asarray(names["same"]) == np.asarray(sd.decode(inversion.z)[0])).all()
     assert {path.name for path in tmp_path.iterdir()} == {
-        "picture.png",
+        "image.png",
         "back.png",
         "photo.safetensors",
         "edited.png",

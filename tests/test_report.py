@@ -1,11 +1,11 @@
-"""The tables of the READMEs are what the JSON files in bench/results say."""
+"""The tables of the READMEs and of docs/ are what the JSON files in bench/results say."""
 
 import json
 import re
 
 import pytest
 
-from bench import fused, harness, report
+from bench import fused, harness, report, summary
 
 FILES = sorted({table.file for table in report.TABLES})
 
@@ -29,7 +29,7 @@ def test_a_figure_that_was_changed_is_noticed(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(
         report,
         "TABLES",
-        [report.Table("README.md", "a", "times", lambda record: f"{record['ms']} ms")],
+        [report.Table("README.md", "a", ("times",), lambda record: f"{record['ms']} ms")],
     )
     monkeypatch.setattr(report.rewritten, "__defaults__", (tmp_path,))
     for device, ms in (("cpu", 7), ("nvidia-h200", 5)):
@@ -67,6 +67,58 @@ def test_the_table_of_the_fused_ops():
         in made.splitlines()
     )
     assert "layer_norm" not in made and f"triton {record['triton']}" in made
+
+
+def test_a_table_of_several_files_needs_all_of_them(tmp_path):
+    def put(device, name, value):
+        (tmp_path / device).mkdir(exist_ok=True)
+        (tmp_path / device / f"{name}.json").write_text(json.dumps(value))
+
+    table = report.Table("README.md", "both", ("a", "b"), lambda a, b: f"{a} {b}")
+    put("cpu", "a", 1)
+    put("h200", "a", 3)
+    assert report.made(table, tmp_path) == []
+    put("cpu", "b", 2)
+    assert report.made(table, tmp_path) == ["1 2"]
+    put("h200", "b-quick", 4)
+    assert report.made(table, tmp_path) == ["1 2", "3 4"]
+    put("h200", "b", 5)  # the full run counts
+    assert report.made(table, tmp_path) == ["1 2", "3 5"]
+
+
+def test_the_summary_of_speed():
+    """The first group at batch 1 that has both; a rival that was not measured has no row."""
+
+    def t(ms, size):
+        return {"ms": ms, "bytes": size, "above": size // 2}
+
+    def group(batch, **ms):
+        times = {f"{name} fp32": t(value, 2_000_000_000) for name, value in ms.items()}
+        return {"batch": batch, "times": times}
+
+    about = {"device": "cpu", "processor": "P", "threads": 2, "torch": "2", "commit": "c" * 40}
+    groups = (
+        group(1, minisd=1),
+        group(2, minisd=1, diffusers=9),
+        group(1, minisd=2000, diffusers=3000),
+    )
+    unet, no_images = about | {"rows": list(groups)}, {"rows": []}
+    edits = {"rows": [{"size": 512, "times": group(1, lockstep=1000, eager=4000)["times"]}]}
+    first = {"rows": [{"what": "shapes: all", "times": t(2340, 0)}]}
+    made = summary.speed(unet, no_images, edits, first)
+    assert made.startswith("P, 2 threads, torch 2, commit cccccccccccc;")
+    assert [line for line in made.splitlines() if line.startswith("| one")] == [
+        "| one guided step, fp32 | 2 s, 2.00 GB | 3 s, 2.00 GB | 1.50 |",
+        "| one guided step of prompt-to-prompt, two prompts, fp32 | 1 s, 1.00 GB | 4 s, 1.00 GB "
+        "| 4.00 |",
+    ]
+    assert made.endswith("drawing the first image take 2.3 s.")
+
+
+def test_markdown():
+    rows = [("a", 1, ""), ("", "", 2)]
+    expected = "| x | | y |\n|---|---|---|\n| a | 1 | |\n| | | 2 |"
+    assert harness.markdown(("x", "", "y"), rows) == expected
 
 
 def test_a_table_without_a_place_is_an_error():
