@@ -72,17 +72,8 @@ class Hub:
                 self.note(name)
                 hub.revisions.append(revision)
                 folder = hub.repos.get(repo)
-                token = self.headers.get("Authorization")
-                if token not in (None, "Bearer right"):
-                    return self.refuse(401, None, "Invalid credentials in Authorization header")
-                if folder is None or (repo in hub.private and token is None):
-                    return self.refuse(401, "RepoNotFound", "Repository not found")
-                if repo in hub.gated and token is None:
-                    return self.refuse(401, "GatedRepo", f"Access to model {repo} is restricted")
-                if revision not in ("main", COMMIT):
-                    return self.refuse(404, "RevisionNotFound", "Invalid rev id")
-                if not (folder / name).is_file():
-                    return self.refuse(404, "EntryNotFound", "Entry not found")
+                if refusal := self.refusal(repo, folder, revision, name):
+                    return self.refuse(*refusal)
                 if not is_large(name):
                     return self.send(folder / name, hub.fault(name))
                 status = (
@@ -102,6 +93,21 @@ class Hub:
                 self.send_header("X-Linked-Size", str(len(data)))
                 self.send_header("Content-Length", "0")
                 self.end_headers()
+
+            def refusal(self, repo, folder, revision, name):
+                """(status, error code, message) of what may not be had, or None."""
+                token = self.headers.get("Authorization")
+                if token not in (None, "Bearer right"):
+                    return 401, None, "Invalid credentials in Authorization header"
+                if folder is None or (repo in hub.private and token is None):
+                    return 401, "RepoNotFound", "Repository not found"
+                if repo in hub.gated and token is None:
+                    return 401, "GatedRepo", f"Access to model {repo} is restricted"
+                if revision not in ("main", COMMIT):
+                    return 404, "RevisionNotFound", "Invalid rev id"
+                if not (folder / name).is_file():
+                    return 404, "EntryNotFound", "Entry not found"
+                return None
 
             def note(self, name):
                 hub.log.append(

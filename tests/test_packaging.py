@@ -220,8 +220,15 @@ def test_the_wheel_names_the_command_and_its_requirements(wheel):
     metadata = wheel.read(f"{info}/METADATA").decode()
     required = re.findall(r"^Requires-Dist: ([\w-]+)(?!.*extra ==)", metadata, re.M)
     assert set(required) == {
-        "torch", "triton", "safetensors", "huggingface_hub", "tokenizers", "numpy", "pillow", "tqdm"
-    }  # fmt: skip
+        "torch",
+        "triton",
+        "safetensors",
+        "huggingface_hub",
+        "tokenizers",
+        "numpy",
+        "pillow",
+        "tqdm",
+    }
 
 
 def test_the_wheel_says_and_holds_the_licence(wheel):
