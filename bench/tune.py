@@ -103,8 +103,9 @@ def quickest(op: str, D: int, device: str, rounds: int) -> dict:
         for name in everywhere
     }
     name = min(ratios, key=lambda name: ratios[name][0])
+    of_rule, with_spread = ratios[name]
     print(
-        f"{op}, D {D}: {name}, {ratios[name][0]:.3f} of the rule's time, {ratios[name][1]:.3f} with the spread"
+        f"{op}, D {D}: {name}, {of_rule:.3f} of the rule's time, {with_spread:.3f} with the spread"
     )
     return tiles[name] if ratios[name][1] < 1 else {}
 

@@ -47,108 +47,8 @@ class Hub:
             if how == method and (host == "cdn" or not is_large(name))
         ]
 
-    def _handler(hub, host):  # noqa: N805  the handler's own self is the request
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *_):
-                pass
-
-            def do_HEAD(self):
-                self.answer()
-
-            def do_GET(self):
-                self.answer()
-
-            def answer(self):
-                if host == "cdn":
-                    path, name = hub.blobs[self.path.removeprefix("/")]
-                    self.note(name)
-                    return self.send(path, hub.fault(name))
-                if "/resolve/" not in self.path:  # what the library asks on its own account
-                    return self.refuse(404, None, "Not found")
-                repo, _, rest = self.path.removeprefix("/").partition("/resolve/")
-                revision, _, name = rest.partition("/")
-                self.note(name)
-                hub.revisions.append(revision)
-                folder = hub.repos.get(repo)
-                token = self.headers.get("Authorization")
-                if token not in (None, "Bearer right"):
-                    return self.refuse(401, None, "Invalid credentials in Authorization header")
-                if folder is None or (repo in hub.private and token is None):
-                    return self.refuse(401, "RepoNotFound", "Repository not found")
-                if repo in hub.gated and token is None:
-                    return self.refuse(401, "GatedRepo", f"Access to model {repo} is restricted")
-                if revision not in ("main", COMMIT):
-                    return self.refuse(404, "RevisionNotFound", "Invalid rev id")
-                if not (folder / name).is_file():
-                    return self.refuse(404, "EntryNotFound", "Entry not found")
-                if not is_large(name):
-                    return self.send(folder / name, hub.fault(name))
-                status = (
-                    hub.fault(name)
-                    if isinstance(next(iter(hub.faults.get(name, [])), None), int)
-                    else None
-                )
-                if status is not None:
-                    return self.refuse(status, None, "fault")
-                data = (folder / name).read_bytes()
-                digest = hashlib.sha256(data).hexdigest()
-                hub.blobs[digest] = (folder / name, name)
-                self.send_response(302)
-                self.send_header("Location", f"{hub.cdn}/{digest}")
-                self.send_header("X-Repo-Commit", COMMIT)
-                self.send_header("X-Linked-Etag", f'"{digest}"')
-                self.send_header("X-Linked-Size", str(len(data)))
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-
-            def note(self, name):
-                hub.log.append(
-                    (
-                        self.command,
-                        host,
-                        name,
-                        self.headers.get("Range"),
-                        self.headers.get("Authorization"),
-                    )
-                )
-
-            def refuse(self, status, code, message):
-                self.send_response(status)
-                if code is not None:
-                    self.send_header("X-Error-Code", code)
-                self.send_header("X-Error-Message", message)
-                self.send_header("X-Repo-Commit", COMMIT)
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-
-            def send(self, path, fault):
-                if isinstance(fault, int):
-                    return self.refuse(fault, None, "fault")
-                data = path.read_bytes()
-                first = int(
-                    (re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")) or [0, 0])[1]
-                )
-                if fault == "damaged":
-                    data = data[:-1] + bytes([data[-1] ^ 1])
-                if fault == "short":
-                    data = data[: len(data) // 2]
-                self.send_response(206 if first else 200)
-                if first:
-                    self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
-                blob = b"blob %d\0" % len(data) + data
-                self.send_header("ETag", f'"{hashlib.sha1(blob).hexdigest()}"')
-                self.send_header("X-Repo-Commit", COMMIT)
-                self.send_header("Content-Length", str(len(data) - first))
-                self.end_headers()
-                if self.command == "GET":
-                    self.wfile.write(
-                        data[first : len(data) // 2] if fault == "cut" else data[first:]
-                    )
-                    self.close_connection = fault == "cut"
-
-        return Handler
+    def _handler(self, host):
+        return type("HostHandler", (Handler,), {"hub": self, "host": host})
 
     def fault(self, name):
         faults = self.faults.get(name)
@@ -157,3 +57,108 @@ class Hub:
 
 def is_large(name):
     return name.endswith(".safetensors")
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers for one host of a Hub; `hub` and `host` are set by it."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.answer()
+
+    def do_GET(self):
+        self.answer()
+
+    def answer(self):
+        if self.host == "cdn":
+            path, name = self.hub.blobs[self.path.removeprefix("/")]
+            self.note(name)
+            return self.send(path, self.hub.fault(name))
+        if "/resolve/" not in self.path:  # what the library asks on its own account
+            return self.refuse(404, None, "Not found")
+        repo, _, rest = self.path.removeprefix("/").partition("/resolve/")
+        revision, _, name = rest.partition("/")
+        self.note(name)
+        self.hub.revisions.append(revision)
+        folder = self.hub.repos.get(repo)
+        if refusal := self.refusal(repo, folder, revision, name):
+            return self.refuse(*refusal)
+        if not is_large(name):
+            return self.send(folder / name, self.hub.fault(name))
+        status = (
+            self.hub.fault(name)
+            if isinstance(next(iter(self.hub.faults.get(name, [])), None), int)
+            else None
+        )
+        if status is not None:
+            return self.refuse(status, None, "fault")
+        data = (folder / name).read_bytes()
+        digest = hashlib.sha256(data).hexdigest()
+        self.hub.blobs[digest] = (folder / name, name)
+        self.send_response(302)
+        self.send_header("Location", f"{self.hub.cdn}/{digest}")
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("X-Linked-Etag", f'"{digest}"')
+        self.send_header("X-Linked-Size", str(len(data)))
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def refusal(self, repo, folder, revision, name):
+        """(status, error code, message) of what may not be had, or None."""
+        token = self.headers.get("Authorization")
+        if token not in (None, "Bearer right"):
+            return 401, None, "Invalid credentials in Authorization header"
+        if folder is None or (repo in self.hub.private and token is None):
+            return 401, "RepoNotFound", "Repository not found"
+        if repo in self.hub.gated and token is None:
+            return 401, "GatedRepo", f"Access to model {repo} is restricted"
+        if revision not in ("main", COMMIT):
+            return 404, "RevisionNotFound", "Invalid rev id"
+        if not (folder / name).is_file():
+            return 404, "EntryNotFound", "Entry not found"
+        return None
+
+    def note(self, name):
+        self.hub.log.append(
+            (
+                self.command,
+                self.host,
+                name,
+                self.headers.get("Range"),
+                self.headers.get("Authorization"),
+            )
+        )
+
+    def refuse(self, status, code, message):
+        self.send_response(status)
+        if code is not None:
+            self.send_header("X-Error-Code", code)
+        self.send_header("X-Error-Message", message)
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def send(self, path, fault):
+        if isinstance(fault, int):
+            return self.refuse(fault, None, "fault")
+        data = path.read_bytes()
+        first = int((re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")) or [0, 0])[1])
+        if fault == "damaged":
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        if fault == "short":
+            data = data[: len(data) // 2]
+        self.send_response(206 if first else 200)
+        if first:
+            self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
+        blob = b"blob %d\0" % len(data) + data
+        self.send_header("ETag", f'"{hashlib.sha1(blob).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Content-Length", str(len(data) - first))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data[first : len(data) // 2] if fault == "cut" else data[first:])
+            self.close_connection = fault == "cut"

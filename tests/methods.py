@@ -44,19 +44,34 @@ def methods(sd):
         "blend": (lambda: minisd.blend(sd, image, mask, PROMPTS[0], **options), 0),
         "prompt-to-prompt": (lambda: minisd.edit_prompt(sd, *PROMPTS, **edits, **options), 1),
         "record": (lambda: minisd.record(sd, PROMPTS[0], **options)[0], 1),
-        "eta": (loop(minisd.DDIM(sd.schedule, 4, eta=0.7), minisd.cfg(sd.unet, uncond, cond, 3.0)), 1),
-        "inverse": (loop(minisd.DDIM(sd.schedule, 4, inverse=True), minisd.conditional(sd.unet, cond)), 0),
+        "eta": (
+            loop(minisd.DDIM(sd.schedule, 4, eta=0.7), minisd.cfg(sd.unet, uncond, cond, 3.0)),
+            1,
+        ),
+        "inverse": (
+            loop(minisd.DDIM(sd.schedule, 4, inverse=True), minisd.conditional(sd.unet, cond)),
+            0,
+        ),
         "erase": (loop(ddim, minisd.erase(sd.unet, uncond, cond, cond[:1])), 1),
-        "erase, less": (loop(ddim, minisd.erase(sd.unet, uncond, cond, cond[:1], erase_scale=1.0)), 1),
+        "erase, less": (
+            loop(ddim, minisd.erase(sd.unet, uncond, cond, cond[:1], erase_scale=1.0)),
+            1,
+        ),
         "uncond for each step": (loop(ddim, minisd.cfg(sd.unet, each, cond, 3.0)), 1),
         "replay": (lambda: minisd.replay(sd, recording, PROMPTS[1], progress=False), 1),
         "sega": (loop(ddim, minisd.sega(sd.unet, uncond, cond, cond[:1], warmup=1)), 1),
         "invert, redraw": (there_and_back, 2),
-        "fixed-point inversion": (lambda: there_and_back(refine=1), 1),  # its second guess starts elsewhere
+        "fixed-point inversion": (
+            lambda: there_and_back(refine=1),
+            1,
+        ),  # its second guess starts elsewhere
         "edict": (lambda: minisd.edict(sd, image, *PROMPTS, steps=4, progress=False), 1),
         "null-text": (null_text, 1),
-        "sega, elsewhere": (loop(ddim, minisd.sega(sd.unet, uncond, cond, cond[:1], threshold=0.5, warmup=1)), 1),
-    }  # fmt: skip
+        "sega, elsewhere": (
+            loop(ddim, minisd.sega(sd.unet, uncond, cond, cond[:1], threshold=0.5, warmup=1)),
+            1,
+        ),
+    }
 
 
 def picture(size: int):

@@ -61,8 +61,10 @@ def test_vocabularies_that_are_wrong(monkeypatch):
     monkeypatch.setattr(type(tokenizer), "decode", lambda self, ids: "something else")
     assert [verdict for verdict, _ in check.check_vocabulary(tokenizer)] == [None, False, False]
     monkeypatch.undo()
-    files = (json.dumps(tokenizer.vocab, indent=2, sort_keys=True, ensure_ascii=False) + "\n",
-             "\n".join(["#version: 0.2", *map(" ".join, tokenizer.merges)]) + "\n")  # fmt: skip
+    files = (
+        json.dumps(tokenizer.vocab, indent=2, sort_keys=True, ensure_ascii=False) + "\n",
+        "\n".join(["#version: 0.2", *map(" ".join, tokenizer.merges)]) + "\n",
+    )
     for name, text in zip(("CLIP_VOCABULARY", "CLIP_MERGES"), files, strict=True):
         monkeypatch.setattr(check, name, hashlib.sha256(text.encode()).hexdigest())
     # Were it CLIP's, the astronaut would have to have CLIP's ids.

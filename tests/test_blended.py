@@ -63,18 +63,37 @@ def test_equals_the_oracle(pair, sampler, strength, monkeypatch, record_property
     image, mask = picture(), np.random.default_rng(3).random((24, 40)) < 0.5
     final = spy(sd, monkeypatch)
     minisd.blend(
-        sd, image, mask, "a dog", strength, negative_prompt="bad", steps=8, guidance=5, sampler=sampler, seed=2,
+        sd,
+        image,
+        mask,
+        "a dog",
+        strength,
+        negative_prompt="bad",
+        steps=8,
+        guidance=5,
+        sampler=sampler,
+        seed=2,
         progress=False,
-    )  # fmt: skip
+    )
 
     cond, uncond = pipe.encode_prompt(["a dog"], "cpu", 1, True, negative_prompt=["bad"])
     x0 = pipe.image_processor.preprocess(image)
     small = Image.fromarray((255 * mask).astype(np.uint8)).resize((10, 6), Image.Resampling.NEAREST)
     start, behind = noises(Drawing(seed=2, height=24, width=40), sd, 1)
     expected = oracle_real.blend(
-        pipe.unet, pipe.vae, oracle_real.SCHEDULERS[sampler](tiny.SCHEDULER), x0,
-        torch.from_numpy(np.asarray(small) > 0), uncond, cond, start, behind, 8, strength, 5,
-    )  # fmt: skip
+        pipe.unet,
+        pipe.vae,
+        oracle_real.SCHEDULERS[sampler](tiny.SCHEDULER),
+        x0,
+        torch.from_numpy(np.asarray(small) > 0),
+        uncond,
+        cond,
+        start,
+        behind,
+        8,
+        strength,
+        5,
+    )
     difference = ((final[0] - expected).abs().max() / expected.abs().max()).item()
     record_property("blended diffusion, final latents", difference)
     assert difference <= 1e-4
@@ -244,11 +263,20 @@ def test_every_kind_of_mask_is_the_same_mask(tmp_path):
     turned.getexif()[0x0112] = 6  # shown turned back
     turned.info["exif"] = turned.getexif().tobytes()
     kinds = [
-        grey, *(grey.convert(mode) for mode in ("1", "RGB", "P", "RGBA", "LA", "CMYK")), Image.fromarray(soft), soft,
-        Image.fromarray(np.where(white, 65535, 0).astype(np.uint16)), white, white.astype(np.float32),
-        np.where(white, 0.5, 0.49), torch.from_numpy(white)[None, None], torch.from_numpy(white).float(),
-        tmp_path / "mask.png", str(tmp_path / "palette.gif"), turned,
-    ]  # fmt: skip
+        grey,
+        *(grey.convert(mode) for mode in ("1", "RGB", "P", "RGBA", "LA", "CMYK")),
+        Image.fromarray(soft),
+        soft,
+        Image.fromarray(np.where(white, 65535, 0).astype(np.uint16)),
+        white,
+        white.astype(np.float32),
+        np.where(white, 0.5, 0.49),
+        torch.from_numpy(white)[None, None],
+        torch.from_numpy(white).float(),
+        tmp_path / "mask.png",
+        str(tmp_path / "palette.gif"),
+        turned,
+    ]
     for mask in kinds:
         assert (read_mask(mask) == white).all(), mask
 
@@ -271,22 +299,34 @@ def test_a_mask_of_another_size_is_resized(sd):
 CLEAR = Image.new("RGBA", (40, 24), (255, 255, 255, 200))
 
 
-@pytest.mark.parametrize("mask, message", [
-    (Image.new("L", (40, 24)), "the mask has no white, so nothing would be redrawn"),
-    (np.zeros((24, 40)), "the mask has no white"),
-    (CLEAR, "the mask is transparent in places"),
-    (Image.new("F", (40, 24)), "mode F has no known white"),
-    (box(24, 40, 2, 2, 9, 9), "the mask has 24 x 40 pixels, the picture 40 x 24, expected the same proportions"),
-    (box(right=10), "nothing is left of it on the 10 x 6 grid of the latents; expected areas of 4 x 4 of its pixels"),
-    (box().astype(np.uint8), "uint8 from 0 to 1, expected bool, uint8 from 0 to 255, or floats from 0 to 1"),
-    (255.0 * box(), "float64 from 0.0 to 255.0, expected bool"),
-    (np.full((24, 40), np.nan), "float64 from nan to nan"),
-    (box().astype(int), "int64 from 0 to 1"),
-    (np.ones((24, 40, 3), bool), r"shape \(24, 40, 3\), expected \(height, width\)"),
-    (np.ones((0, 40), bool), r"shape \(0, 40\)"),
-    (None, r"shape \(\), expected"),
-    (__file__, "test_blended.py cannot be read as a picture"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "mask, message",
+    [
+        (Image.new("L", (40, 24)), "the mask has no white, so nothing would be redrawn"),
+        (np.zeros((24, 40)), "the mask has no white"),
+        (CLEAR, "the mask is transparent in places"),
+        (Image.new("F", (40, 24)), "mode F has no known white"),
+        (
+            box(24, 40, 2, 2, 9, 9),
+            "the mask has 24 x 40 pixels, the picture 40 x 24, expected the same proportions",
+        ),
+        (
+            box(right=10),
+            "nothing is left of it on the 10 x 6 grid of the latents; expected areas of 4 x 4 of",
+        ),
+        (
+            box().astype(np.uint8),
+            "uint8 from 0 to 1, expected bool, uint8 from 0 to 255, or floats from 0 to 1",
+        ),
+        (255.0 * box(), "float64 from 0.0 to 255.0, expected bool"),
+        (np.full((24, 40), np.nan), "float64 from nan to nan"),
+        (box().astype(int), "int64 from 0 to 1"),
+        (np.ones((24, 40, 3), bool), r"shape \(24, 40, 3\), expected \(height, width\)"),
+        (np.ones((0, 40), bool), r"shape \(0, 40\)"),
+        (None, r"shape \(\), expected"),
+        (__file__, "test_blended.py cannot be read as a picture"),
+    ],
+)
 def test_masks_that_are_refused(sd, mask, message):
     with pytest.raises(ValueError, match=message):
         minisd.blend(sd, picture(), mask, "a", **QUIET)
@@ -300,18 +340,30 @@ def test_files_of_masks_that_are_refused(sd, tmp_path):
         minisd.blend(sd, picture(), "none.png", "a", **QUIET)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (dict(strength=1.5), "strength is 1.5, expected a number from 0 to 1"),
-    (dict(feather=-1), "feather is -1, expected a whole number, at least 0"),
-    (dict(feather=1.5), "feather is 1.5"),
-    (dict(seed=[1, 2]), "2 seeds for 1 images"),
-    (dict(mask=[box(), box()], prompt=["a", "b", "c"]), "1 images, 2 masks and 3 prompts, expected one for all"),
-    (dict(image=Image.new("RGB", (9000, 9000)), mask=box(90, 90)), "9000 x 9000 pixels, expected at most 4,194,304"),
-    (dict(image=[picture(), picture(80, 48)]), r"sizes \[\(40, 24\), \(80, 48\)\], expected one size"),
-    (dict(guidance=float("nan")), "guidance is nan, expected a finite number"),
-    (dict(sampler="euler"), "sampler is 'euler'"),
-    (dict(prompt=[]), "0 prompts"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(strength=1.5), "strength is 1.5, expected a number from 0 to 1"),
+        (dict(feather=-1), "feather is -1, expected a whole number, at least 0"),
+        (dict(feather=1.5), "feather is 1.5"),
+        (dict(seed=[1, 2]), "2 seeds for 1 images"),
+        (
+            dict(mask=[box(), box()], prompt=["a", "b", "c"]),
+            "1 images, 2 masks and 3 prompts, expected one for all",
+        ),
+        (
+            dict(image=Image.new("RGB", (9000, 9000)), mask=box(90, 90)),
+            "9000 x 9000 pixels, expected at most 4,194,304",
+        ),
+        (
+            dict(image=[picture(), picture(80, 48)]),
+            r"sizes \[\(40, 24\), \(80, 48\)\], expected one size",
+        ),
+        (dict(guidance=float("nan")), "guidance is nan, expected a finite number"),
+        (dict(sampler="euler"), "sampler is 'euler'"),
+        (dict(prompt=[]), "0 prompts"),
+    ],
+)
 def test_arguments_that_are_refused(sd, arguments, message):
     with pytest.raises(ValueError, match=message):
         minisd.blend(sd, **{"image": picture(), "mask": box(), "prompt": "a"} | QUIET | arguments)

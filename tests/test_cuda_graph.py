@@ -62,9 +62,14 @@ def test_what_needs_a_graph_of_its_own():
         return x + y + n
 
     expected = [
-        ("a", x, y, 0), ("b", x, y, 0), ("a", x[:1], y, 0), ("a", x.double(), y, 0), ("a", x, y, 1), ("a", x, x, 0),
+        ("a", x, y, 0),
+        ("b", x, y, 0),
+        ("a", x[:1], y, 0),
+        ("a", x.double(), y, 0),
+        ("a", x, y, 1),
+        ("a", x, x, 0),
         ("a", x.T.contiguous().T, y, 0),
-    ]  # fmt: skip
+    ]
     for key, *inputs in expected:
         assert torch.equal(replay(key, add, *inputs), add(*inputs))
     assert replay.captures == len(expected)

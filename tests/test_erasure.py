@@ -63,10 +63,22 @@ def test_equals_the_oracle(pair, sampler, strength, guide, monkeypatch, record_p
     options = (0.7, 6, 0.3, 0.6)
     names = ("threshold", "warmup", "momentum", "beta")
     ours = final(
-        sd, monkeypatch, None if strength is None else picture(), "a cat", CONCEPTS, strength, WEIGHTS, seed=3,
-        negative_prompt="bad", steps=10, guidance=4.0, sampler=sampler, height=24, width=40,
+        sd,
+        monkeypatch,
+        None if strength is None else picture(),
+        "a cat",
+        CONCEPTS,
+        strength,
+        WEIGHTS,
+        seed=3,
+        negative_prompt="bad",
+        steps=10,
+        guidance=4.0,
+        sampler=sampler,
+        height=24,
+        width=40,
         guide=erase if guide == "erase" else partial(sega, **dict(zip(names, options))),
-    )  # fmt: skip
+    )
     cond, uncond = pipe.encode_prompt(["a cat"], "cpu", 1, True, negative_prompt=["bad"])
     concepts = [pipe.encode_prompt([text], "cpu", 1, False)[0] for text in CONCEPTS]
     z0 = (
@@ -75,9 +87,19 @@ def test_equals_the_oracle(pair, sampler, strength, guide, monkeypatch, record_p
         else oracle_real.encode(pipe.vae, pipe.image_processor.preprocess(picture()))
     )
     run = partial(
-        oracle_real.erase, pipe.unet, oracle_real.SCHEDULERS[sampler](tiny.SCHEDULER), z0, sd.noise(3, 1, 24, 40),
-        uncond, cond, concepts, WEIGHTS, 10, 1.0 if strength is None else strength, 4.0,
-    )  # fmt: skip
+        oracle_real.erase,
+        pipe.unet,
+        oracle_real.SCHEDULERS[sampler](tiny.SCHEDULER),
+        z0,
+        sd.noise(3, 1, 24, 40),
+        uncond,
+        cond,
+        concepts,
+        WEIGHTS,
+        10,
+        1.0 if strength is None else strength,
+        4.0,
+    )
     expected = run(None if guide == "erase" else options)
     difference = ((ours - expected).abs().max() / expected.abs().max()).item()
     record_property(f"{guide}, final latents", difference)
@@ -227,23 +249,35 @@ def test_weights_lead_away_or_towards(sd, rows):
 # refusals
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (dict(concepts=[]), r"got the concepts \[\], expected at least one text"),
-    (dict(concepts=["a", " "]), r"got the concepts \['a', ' '\], expected at least one text, each"),
-    (dict(guide=partial(sega, warmup=4)), "warmup is 4, expected less than the 4 steps"),
-    (dict(image=None, strength=0.5), "strength is 0.5, but there is no image"),
-    (dict(strength=1.5), "strength is 1.5, expected a number from 0 to 1"),
-    (dict(erase_scale=[1.0, 2.0]), r"erase_scale is \[1.0, 2.0\], expected one weight or one per concept \(1\)"),
-    (dict(erase_scale=float("nan")), "erase_scale is nan"),
-    (dict(guidance=float("inf")), "guidance is inf, expected a finite number"),
-    (dict(guide=partial(sega, threshold=90)), "threshold is 90, expected a number from 0 to 1"),
-    (dict(image=[picture()] * 2, prompt=["a"] * 3), "2 images and 3 prompts, expected one for all or one for each"),
-    (dict(prompt=[]), "0 prompts"),
-    (dict(seed=[1, 2]), "2 seeds for 1 images"),
-    (dict(image=[picture()] * 3, prompt=["a"] * 3, seed=[1, 2]), "2 seeds for 3 images"),
-    (dict(image=None, seed=[1, 2]), "2 seeds for 1 images"),
-    (dict(sampler="euler"), "sampler is 'euler'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(concepts=[]), r"got the concepts \[\], expected at least one text"),
+        (
+            dict(concepts=["a", " "]),
+            r"got the concepts \['a', ' '\], expected at least one text, each",
+        ),
+        (dict(guide=partial(sega, warmup=4)), "warmup is 4, expected less than the 4 steps"),
+        (dict(image=None, strength=0.5), "strength is 0.5, but there is no image"),
+        (dict(strength=1.5), "strength is 1.5, expected a number from 0 to 1"),
+        (
+            dict(erase_scale=[1.0, 2.0]),
+            r"erase_scale is \[1.0, 2.0\], expected one weight or one per concept \(1\)",
+        ),
+        (dict(erase_scale=float("nan")), "erase_scale is nan"),
+        (dict(guidance=float("inf")), "guidance is inf, expected a finite number"),
+        (dict(guide=partial(sega, threshold=90)), "threshold is 90, expected a number from 0 to 1"),
+        (
+            dict(image=[picture()] * 2, prompt=["a"] * 3),
+            "2 images and 3 prompts, expected one for all or one for each",
+        ),
+        (dict(prompt=[]), "0 prompts"),
+        (dict(seed=[1, 2]), "2 seeds for 1 images"),
+        (dict(image=[picture()] * 3, prompt=["a"] * 3, seed=[1, 2]), "2 seeds for 3 images"),
+        (dict(image=None, seed=[1, 2]), "2 seeds for 1 images"),
+        (dict(sampler="euler"), "sampler is 'euler'"),
+    ],
+)
 def test_arguments_that_are_refused(sd, arguments, message):
     with pytest.raises(ValueError, match=message):
         minisd.erase_concepts(

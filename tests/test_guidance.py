@@ -266,7 +266,10 @@ def test_with_the_unet():
 
 
 def test_guidance_loads_no_model():
-    code = "import sys, minisd.sampling.guidance; print(*(m for m in sys.modules if m.startswith('minisd')))"
+    code = (
+        "import sys, minisd.sampling.guidance;"
+        "print(*(m for m in sys.modules if m.startswith('minisd')))"
+    )
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()

@@ -73,10 +73,14 @@ LIES = {
     "nothing": (b"", "it is 0 bytes long, expected at least 8"),
     "half a length": (b"\1\2\3", "it is 3 bytes long, expected at least 8"),
     "a length beyond the file": (
-        raw({}, length=2**63), "its header would be 9223372036854775808 bytes long, the file is 10"
+        raw({}, length=2**63),
+        "its header would be 9223372036854775808 bytes long, the file is 10",
     ),
     "one byte too long": (raw({}, length=3), "its header would be 3 bytes long, the file is 10"),
-    "a length that is negative": (struct.pack("<q", -1) + b"{}", "its header would be 18446744073709551615 bytes long"),
+    "a length that is negative": (
+        struct.pack("<q", -1) + b"{}",
+        "its header would be 18446744073709551615 bytes long",
+    ),
     "no JSON": (raw(b"{"), "Expecting property name"),
     "UTF-16": (raw("{}".encode("utf-16")), "can't decode byte"),
     "a list": (raw([]), "its header is a list, expected a JSON object"),
@@ -85,31 +89,65 @@ LIES = {
     "an entry that is none": (raw({"a": None}), "cannot be read as safetensors"),
     "an entry without dtype": (raw({"a": {"shape": [2]}}), "'dtype'"),
     "one offset": (raw({"a": entry() | {"data_offsets": [0]}}, bytes(8)), "not enough values"),
-    "three offsets": (raw({"a": entry() | {"data_offsets": [0, 4, 8]}}, bytes(8)), "too many values"),
-    "offsets that are no numbers": (raw({"a": entry() | {"data_offsets": ["0", "8"]}}, bytes(8)), "cannot be read as"),
-    "fractions": (raw({"a": entry() | {"data_offsets": [0.0, 8.0]}}, bytes(8)), "has offsets 0.0 and 8.0"),
-    "true": (raw({"a": entry() | {"data_offsets": [False, 8]}}, bytes(8)), "has offsets False and 8"),
+    "three offsets": (
+        raw({"a": entry() | {"data_offsets": [0, 4, 8]}}, bytes(8)),
+        "too many values",
+    ),
+    "offsets that are no numbers": (
+        raw({"a": entry() | {"data_offsets": ["0", "8"]}}, bytes(8)),
+        "cannot be read as",
+    ),
+    "fractions": (
+        raw({"a": entry() | {"data_offsets": [0.0, 8.0]}}, bytes(8)),
+        "has offsets 0.0 and 8.0",
+    ),
+    "true": (
+        raw({"a": entry() | {"data_offsets": [False, 8]}}, bytes(8)),
+        "has offsets False and 8",
+    ),
     "backwards": (raw({"a": entry(8, 0)}, bytes(8)), "a has -8 bytes, expected 8 for F32 [2]"),
     "before the data": (raw({"a": entry(-8, 0)}, bytes(8)), "expected to begin at"),
-    "beyond the end": (raw({"a": entry(0, 2**62, (2**60,))}, bytes(8)), "expected at most 8 whole numbers below 2**40"),
+    "beyond the end": (
+        raw({"a": entry(0, 2**62, (2**60,))}, bytes(8)),
+        "expected at most 8 whole numbers below 2**40",
+    ),
     "cut off": (raw({"a": entry()}, bytes(7)), "inside or before a: the file is cut off"),
     "more data": (raw({"a": entry()}, bytes(9)), "its tensors end at byte"),
     "overlap": (raw({"a": entry(), "b": entry(4, 12)}, bytes(12)), "b is at bytes"),
     "the same bytes": (raw({"a": entry(), "b": entry()}, bytes(8)), "expected to begin at"),
     "a hole": (raw({"a": entry(), "b": entry(12, 20)}, bytes(20)), "expected to begin at"),
-    "another dtype": (raw({"a": entry(dtype="F16")}, bytes(8)), "a has 8 bytes, expected 4 for F16 [2]"),
-    "a dtype that is a list": (raw({"a": entry(dtype=["F32"])}, bytes(8)), "expected printable names"),
-    "a shape of another size": (raw({"a": entry(shape=(3,))}, bytes(8)), "a has 8 bytes, expected 12"),
+    "another dtype": (
+        raw({"a": entry(dtype="F16")}, bytes(8)),
+        "a has 8 bytes, expected 4 for F16 [2]",
+    ),
+    "a dtype that is a list": (
+        raw({"a": entry(dtype=["F32"])}, bytes(8)),
+        "expected printable names",
+    ),
+    "a shape of another size": (
+        raw({"a": entry(shape=(3,))}, bytes(8)),
+        "a has 8 bytes, expected 12",
+    ),
     "a negative shape": (raw({"a": entry(shape=(-1, -2))}, bytes(8)), "a has shape [-1, -2]"),
-    "a shape of 100000 axes": (raw({"a": entry(shape=[2**39] * 10**5)}, bytes(8)), "expected at most 8 whole numbers"),
+    "a shape of 100000 axes": (
+        raw({"a": entry(shape=[2**39] * 10**5)}, bytes(8)),
+        "expected at most 8 whole numbers",
+    ),
     "a shape of true": (raw({"a": entry(shape=[True, 2])}, bytes(8)), "a has shape [True, 2]"),
     "a name twice": (raw(twice("a"), bytes(8)), "'a' is in the header twice"),
-    "a key of an entry twice": (raw(b'{"a": {"dtype": "F32", "dtype": "F16"}}'), "'dtype' is in the header twice"),
-    "a name that steers terminals": (raw({"\x1b[2J": entry()}, bytes(8)), "'\\x1b[2J' of dtype 'F32', expected print"),
-    "a name with a surrogate": (
-        raw(b'{"\\ud800": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', bytes(8)), "'\\ud800'"
+    "a key of an entry twice": (
+        raw(b'{"a": {"dtype": "F32", "dtype": "F16"}}'),
+        "'dtype' is in the header twice",
     ),
-}  # fmt: skip
+    "a name that steers terminals": (
+        raw({"\x1b[2J": entry()}, bytes(8)),
+        "'\\x1b[2J' of dtype 'F32', expected print",
+    ),
+    "a name with a surrogate": (
+        raw(b'{"\\ud800": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', bytes(8)),
+        "'\\ud800'",
+    ),
+}
 
 
 @pytest.mark.parametrize("lie", LIES)
@@ -207,9 +245,17 @@ def test_names_that_are_no_model(source):
 
 
 ABSURD = [
-    ("unet", {"layers_per_block": 10**9}, "layers_per_block: got 1000000000, expected 16 numbers at most, 1 to 16"),
+    (
+        "unet",
+        {"layers_per_block": 10**9},
+        "layers_per_block: got 1000000000, expected 16 numbers at most, 1 to 16",
+    ),
     ("unet", {"layers_per_block": 0}, "layers_per_block: got 0"),
-    ("unet", {"block_out_channels": [10**18, 10**18]}, "block_out_channels: got (1000000000000000000,"),
+    (
+        "unet",
+        {"block_out_channels": [10**18, 10**18]},
+        "block_out_channels: got (1000000000000000000,",
+    ),
     ("unet", {"block_out_channels": [8] * 100_000}, "down_block_types: expected 100000"),
     ("unet", {"block_out_channels": [-80, 160]}, "block_out_channels: got (-80, 160)"),
     ("unet", {"block_out_channels": []}, "block_out_channels: got (), expected tuple"),
@@ -219,26 +265,53 @@ ABSURD = [
     ("unet", {"norm_eps": float("nan")}, "norm_eps: got nan"),
     ("unet", {"norm_eps": float("inf")}, "norm_eps: got inf"),
     ("unet", {"freq_shift": 10**9}, "freq_shift: got 1000000000"),
-    ("unet", {"cross_attention_dim": "128; rm"}, "cross_attention_dim: got '128; rm', expected int"),
+    (
+        "unet",
+        {"cross_attention_dim": "128; rm"},
+        "cross_attention_dim: got '128; rm', expected int",
+    ),
     ("vae", {"scaling_factor": 0.0}, "scaling_factor: got 0.0"),
     ("vae", {"scaling_factor": float("nan")}, "scaling_factor: got nan"),
     ("vae", {"scaling_factor": -1e400}, "scaling_factor: got -inf"),
-    ("vae", {"block_out_channels": [32] * 100_000}, "down_block_types: got ('DownEncoderBlock2D', "),
-    ("vae", {"block_out_channels": [32] * 17, "down_block_types": ["DownEncoderBlock2D"] * 17,
-             "up_block_types": ["UpDecoderBlock2D"] * 17}, "block_out_channels: got (32, 32"),
+    (
+        "vae",
+        {"block_out_channels": [32] * 100_000},
+        "down_block_types: got ('DownEncoderBlock2D', ",
+    ),
+    (
+        "vae",
+        {
+            "block_out_channels": [32] * 17,
+            "down_block_types": ["DownEncoderBlock2D"] * 17,
+            "up_block_types": ["UpDecoderBlock2D"] * 17,
+        },
+        "block_out_channels: got (32, 32",
+    ),
     ("vae", {"latent_channels": 10**6}, "tensors do not fit the models"),
     ("text_encoder", {"num_hidden_layers": 10**9}, "num_hidden_layers: got 1000000000"),
     ("text_encoder", {"vocab_size": 10**12}, "vocab_size: got 1000000000000"),
     ("text_encoder", {"hidden_size": 0}, "hidden_size: got 0"),
-    ("scheduler", {"num_train_timesteps": 10**12}, "steps is 1000000000000, expected a whole number, 1 to 100000"),
+    (
+        "scheduler",
+        {"num_train_timesteps": 10**12},
+        "steps is 1000000000000, expected a whole number, 1 to 100000",
+    ),
     ("scheduler", {"steps_offset": 10**30}, "steps_offset is 1000000000"),
-    ("scheduler", {"beta_end": float("nan")}, "betas are [0.00085, nan], expected numbers between 0 and 1"),
+    (
+        "scheduler",
+        {"beta_end": float("nan")},
+        "betas are [0.00085, nan], expected numbers between 0 and 1",
+    ),
     ("scheduler", {"beta_start": "0.1"}, "betas are ['0.1', 0.012]"),
     ("scheduler", {"trained_betas": 5}, "betas are 5, expected"),
     ("scheduler", {"trained_betas": [0.5] * 150_000}, "betas are [0.5, 0.5"),
     ("scheduler", {"set_alpha_to_one": "no"}, "set_alpha_to_one is 'no', expected true or false"),
-    ("scheduler", {"prediction_type": "v_prediction"}, "prediction_type is 'v_prediction', only 'epsilon'"),
-]  # fmt: skip
+    (
+        "scheduler",
+        {"prediction_type": "v_prediction"},
+        "prediction_type is 'v_prediction', only 'epsilon'",
+    ),
+]
 
 
 @pytest.mark.parametrize(
@@ -396,9 +469,15 @@ def test_nothing_is_written_beside_the_output(folder, tmp_path, monkeypatch, cap
     new = tree(tmp_path) - before
     assert all(name == "out" or name.startswith("out/here") for name in new)
     assert {Path(name).name for name in new if (tmp_path / name).is_file()} == {
-        "config.json", "diffusion_pytorch_model.safetensors", "model.safetensors", "model_index.json",
-        "scheduler_config.json", "vocab.json", "merges.txt", "tokenizer_config.json",
-    }  # fmt: skip
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+        "model.safetensors",
+        "model_index.json",
+        "scheduler_config.json",
+        "vocab.json",
+        "merges.txt",
+        "tokenizer_config.json",
+    }
     os.symlink(tmp_path / "elsewhere", tmp_path / "link")  # to a place that is not there
     before = tree(tmp_path)
     capsys.readouterr()

@@ -95,10 +95,15 @@ def test_exif_turns_it_upright(tmp_path, orientation):
     upright = np.zeros((8, 16, 3), np.uint8)
     upright[:4, :8] = 255  # the upper left quarter
     stored = {
-        1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud,
-        5: lambda a: a.swapaxes(0, 1), 6: np.rot90, 7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+        1: lambda a: a,
+        2: np.fliplr,
+        3: lambda a: np.rot90(a, 2),
+        4: np.flipud,
+        5: lambda a: a.swapaxes(0, 1),
+        6: np.rot90,
+        7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
         8: lambda a: np.rot90(a, -1),
-    }[orientation](upright)  # fmt: skip
+    }[orientation](upright)
     exif = Image.Exif()
     exif[274] = orientation
     Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "a.png", exif=exif)

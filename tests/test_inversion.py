@@ -256,9 +256,18 @@ def test_editing_an_inverted_picture_equals_the_oracle(pair, method):
     lengths = [[len(word) for word in prompt.split()] for prompt in (SOURCE, SWAP)]
     targets = [Target([0, 1, 2, 3, 4], {None: (0, 4)}, (0, 2))]
     theirs = oracle_invert.edit(
-        reference, tiny.SCHEDULER, path[0], uncond, cond, lengths, targets, steps, 7.5, 16,
+        reference,
+        tiny.SCHEDULER,
+        path[0],
+        uncond,
+        cond,
+        lengths,
+        targets,
+        steps,
+        7.5,
+        16,
         path if method == "direct" else None,
-    )  # fmt: skip
+    )
     assert far(latents[-1], theirs) <= 1e-4
     assert far(theirs[1:], theirs[:1]) > 0.01
     if method == "direct":
@@ -313,8 +322,7 @@ def test_what_does_not_fit_is_refused(pair, tmp_path):
             use(other, inversion)
 
 
-# ---- files
-# ---------------------------------------------------------------------------------------------------------
+# ---- files ----
 
 
 @pytest.fixture
@@ -410,8 +418,7 @@ def test_a_bad_file_is_refused(saved):
         Inversion.load(path.parent / "nothing.safetensors")
 
 
-# ---- EDICT
-# ---------------------------------------------------------------------------------------------------------
+# ---- EDICT ----
 
 
 @pytest.mark.parametrize("steps, strength", [(10, 0.8), (5, 1.0), (4, 0.2), (1, 1.0)])

@@ -13,9 +13,14 @@ from minisd import AutoencoderKL, CLIPTextConfig, CLIPTextModel, UNet, UNetConfi
 
 pytestmark = pytest.mark.skipif(not available(torch.float32), reason="no oneDNN for this processor")
 TINY = UNetConfig(
-    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=2, cross_attention_dim=24, norm_num_groups=4,
-)  # fmt: skip
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    block_out_channels=(16, 32),
+    layers_per_block=1,
+    attention_head_dim=2,
+    cross_attention_dim=24,
+    norm_num_groups=4,
+)
 
 
 def unet():
@@ -32,9 +37,15 @@ def far(a, b):
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-@pytest.mark.parametrize("size, kernel, stride, padding", [
-    ((2, 5, 7, 5), 3, 1, 1), ((1, 16, 9, 6), 3, 2, 1), ((3, 4, 6, 7), 3, 2, 0), ((1, 33, 1, 3), 1, 1, 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "size, kernel, stride, padding",
+    [
+        ((2, 5, 7, 5), 3, 1, 1),
+        ((1, 16, 9, 6), 3, 2, 1),
+        ((3, 4, 6, 7), 3, 2, 0),
+        ((1, 33, 1, 3), 1, 1, 0),
+    ],
+)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @torch.no_grad()

@@ -220,8 +220,15 @@ def test_the_wheel_names_the_command_and_its_requirements(wheel):
     metadata = wheel.read(f"{info}/METADATA").decode()
     required = re.findall(r"^Requires-Dist: ([\w-]+)(?!.*extra ==)", metadata, re.M)
     assert set(required) == {
-        "torch", "triton", "safetensors", "huggingface_hub", "tokenizers", "numpy", "pillow", "tqdm"
-    }  # fmt: skip
+        "torch",
+        "triton",
+        "safetensors",
+        "huggingface_hub",
+        "tokenizers",
+        "numpy",
+        "pillow",
+        "tqdm",
+    }
 
 
 def test_the_wheel_says_and_holds_the_licence(wheel):
@@ -241,8 +248,7 @@ def test_ci_runs_the_test_line_of_the_readme():
     [line] = re.findall(
         r"^ +(pip install .* && pytest)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M
     )
-    # In parentheses: with `set -e` alone a failure before && would go unnoticed.
-    assert f"({line})" in (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
+    assert f"({line})" in (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()  # set -e
 
 
 def test_nothing_needs_the_folder_beside_the_repository():

@@ -180,12 +180,25 @@ def test_rows_are_checked_where_the_edit_is_built(sd, monkeypatch):
 @pytest.mark.parametrize(
     "steps, value, expected",
     [
-        (1, 0.8, (0, 0)), (1, 1, (0, 1)), (1, (0, 1), (0, 1)), (1, (0.5, 1.0), (0, 1)),
-        (2, 0.4, (0, 0)), (2, 0.8, (0, 1)), (2, (0.5, 1), (1, 2)), (2, 0, (0, 0)),
-        (3, 0.4, (0, 1)), (3, 0.8, (0, 2)), (3, (0.34, 0.67), (1, 2)), (3, 1.0, (0, 3)),
-        (50, 0.8, (0, 40)), (50, 0.4, (0, 20)), (50, (0.1, 0.5), (5, 25)), (50, 1.0, (0, 50)), (50, 0.01, (0, 0)),
+        (1, 0.8, (0, 0)),
+        (1, 1, (0, 1)),
+        (1, (0, 1), (0, 1)),
+        (1, (0.5, 1.0), (0, 1)),
+        (2, 0.4, (0, 0)),
+        (2, 0.8, (0, 1)),
+        (2, (0.5, 1), (1, 2)),
+        (2, 0, (0, 0)),
+        (3, 0.4, (0, 1)),
+        (3, 0.8, (0, 2)),
+        (3, (0.34, 0.67), (1, 2)),
+        (3, 1.0, (0, 3)),
+        (50, 0.8, (0, 40)),
+        (50, 0.4, (0, 20)),
+        (50, (0.1, 0.5), (5, 25)),
+        (50, 1.0, (0, 50)),
+        (50, 0.01, (0, 0)),
     ],
-)  # fmt: skip
+)
 def test_interval(steps, value, expected):
     assert interval("x", value, steps) == expected
     table = cross_table(value, steps, 4, None)
@@ -196,10 +209,15 @@ def test_interval(steps, value, expected):
 @pytest.mark.parametrize(
     "steps, value, expected",
     [
-        (1, 0.8, (0, 1)), (2, 0.8, (0, 2)), (3, 0.8, (0, 3)), (50, 0.8, (0, 40)), (50, 1.0, (0, 50)),
-        (50, (0.5, 1.0), (25, 50)), (4, (0.2, 0.8), (1, 4)),
+        (1, 0.8, (0, 1)),
+        (2, 0.8, (0, 2)),
+        (3, 0.8, (0, 3)),
+        (50, 0.8, (0, 40)),
+        (50, 1.0, (0, 50)),
+        (50, (0.5, 1.0), (25, 50)),
+        (4, (0.2, 0.8), (1, 4)),
     ],
-)  # fmt: skip
+)
 def test_interval_of_the_published_code(steps, value, expected):
     """int(fraction * (steps + 1)), cut to the steps that there are."""
     table = cross_table(value, steps, 4, None, google=True)
@@ -421,7 +439,7 @@ def test_a_look_changes_no_computation(sd, impl):
         assert not hasattr(each, "maps") and getattr(each, "maps", None) is None
         dir(each), repr(each), inspect.getmembers(each)
         with pytest.raises(AttributeError, match=r"PromptToPrompt\(..., collect_maps=True\)"):
-            each.maps
+            _ = each.maps
         assert vars(each).keys() == before.keys()
         assert all(vars(each)[name] is value for name, value in before.items())
         assert saving(each(step)) == set()
@@ -576,8 +594,10 @@ def test_a_sampler_with_more_steps(sd):
 def test_steps_count_in_the_full_schedule(sd):
     """A run that skips the first steps (a real picture) takes the tables' later rows."""
     edits = PromptToPrompt(sd, SOURCE, SWAP, steps=5, cross_steps=(0.2, 0.6), self_steps=0.6)
-    rows = [(edits(s)[edits.cross_sites[0]].blend.sum(), edits(s)[edits.self_sites[0]].source_row.sum())
-            for s in DDIM(sd.schedule, 5, skip=2)]  # fmt: skip
+    rows = [
+        (edits(s)[edits.cross_sites[0]].blend.sum(), edits(s)[edits.self_sites[0]].source_row.sum())
+        for s in DDIM(sd.schedule, 5, skip=2)
+    ]
     assert rows == [(77, 0), (0, 1), (0, 1)]
 
 

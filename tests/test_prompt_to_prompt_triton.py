@@ -54,11 +54,23 @@ else:
             monkeypatch.setattr(
                 ops, name, lambda *args, op=op, **kwargs: calls.append(op) or op(*args, **kwargs)
             )
-        monkeypatch.setitem(against.CASES, "small", (
-            [against.LONG_SWAP],
-            dict(reweight={"my": 3, "old": -1.5}, cross_steps={"default": 0.7, "on": 0.34}, self_steps=(0.34, 1)),
-            [against.Target([0, 1, 2, 3, 4, 5], {None: (0, 2), 2: (0, 1)}, (1, 3), {3: 3, 4: -1.5})],
-        ))  # fmt: skip
+        monkeypatch.setitem(
+            against.CASES,
+            "small",
+            (
+                [against.LONG_SWAP],
+                dict(
+                    reweight={"my": 3, "old": -1.5},
+                    cross_steps={"default": 0.7, "on": 0.34},
+                    self_steps=(0.34, 1),
+                ),
+                [
+                    against.Target(
+                        [0, 1, 2, 3, 4, 5], {None: (0, 2), 2: (0, 1)}, (1, 3), {3: 3, 4: -1.5}
+                    )
+                ],
+            ),
+        )
         ours, theirs = against.both(pair, "small", "triton", height=8, width=12, steps=3)
         against.assert_same(ours, theirs)
         assert len(calls) >= 3 * len(pair[1].unet.sites()), (

@@ -264,7 +264,7 @@ def test_every_layout_there_and_back(build, tmp_path, monkeypatch, record_proper
         )
     far = difference(ours, theirs)
     record_property(
-        f"round trip, {build.__name__.split('_')[0]} size, latents: max |difference| / max |reference|",
+        f"round trip, {build.__name__.split('_')[0]} size, latents: max |difference| / max |ref|",
         far,
     )
     assert far <= 1e-4

@@ -293,7 +293,10 @@ def gaussian_error(sampler):
     The last step is left out: DPM-Solver++ jumps there to sigma = 0, by the same distance however
     many steps there are.
     """
-    spread = lambda level: math.sqrt(0.25 * level.alpha**2 + level.sigma**2)
+
+    def spread(level):
+        return math.sqrt(0.25 * level.alpha**2 + level.sigma**2)
+
     x, steps = X.double(), list(sampler)
     for step in steps[:-1]:
         x = step.update(x, step.now.sigma / spread(step.now) ** 2 * x)
@@ -395,7 +398,9 @@ def test_iterations_share_no_state(sampler):
 
 
 def test_eta_noise_is_the_samplers_own():
-    run = lambda **kw: trajectory(DDIM(SCHEDULE, 4, **kw), X)[-1]
+    def run(**kw):
+        return trajectory(DDIM(SCHEDULE, 4, **kw), X)[-1]
+
     assert torch.equal(run(eta=1.0, seed=1), run(eta=1.0, seed=1))
     assert not torch.equal(run(eta=1.0, seed=1), run(eta=1.0, seed=2))
     torch.manual_seed(0)

@@ -28,9 +28,17 @@ from minisd.sampling.schedule import NoiseSchedule
 SHAPES = sources.bundled()["shapes"]
 UNET, VAE, TEXT = (sources.weights_file(part, None) for part in ("unet", "vae", "text_encoder"))
 NEEDED = {
-    "scheduler/scheduler_config.json", "unet/config.json", "vae/config.json", "text_encoder/config.json",
-    "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/tokenizer_config.json", UNET, VAE, TEXT,
-}  # fmt: skip
+    "scheduler/scheduler_config.json",
+    "unet/config.json",
+    "vae/config.json",
+    "text_encoder/config.json",
+    "tokenizer/vocab.json",
+    "tokenizer/merges.txt",
+    "tokenizer/tokenizer_config.json",
+    UNET,
+    VAE,
+    TEXT,
+}
 
 
 def load(source="owner/shapes", **arguments):
@@ -122,10 +130,8 @@ def test_the_cache_serves_without_the_network(hub, tmp_path, monkeypatch):
     waits = []
     monkeypatch.setattr(time, "sleep", waits.append)
     told = refusal("owner/other")
-    assert (
-        "scheduler/scheduler_config.json is not in the local Hub cache, and the Hub was not reached: [Errno"
-        in told
-    )
+    missing = "scheduler/scheduler_config.json is not in the local Hub cache"
+    assert f"{missing}, and the Hub was not reached: [Errno" in told
     assert not waits  # where huggingface_hub would have waited 23 seconds in all
     (tmp_path / f"cache/models--owner--shapes/snapshots/{COMMIT}" / VAE).unlink()
     assert (
@@ -412,8 +418,11 @@ def test_models_lists_what_is_here_where_and_how_large(hub, repo, tmp_path, caps
     cache = tmp_path / "cache"
     v1_4 = f"CompVis/stable-diffusion-v1-4 --revision {COMMIT} --variant fp16"
     assert [line[:2] for line in lines] == [
-        ["shapes", "bundled"], [v1_4, "Hub cache"], ["owner/shapes", "Hub cache"], ["sd-v1-5", "not here"],
-    ]  # fmt: skip
+        ["shapes", "bundled"],
+        [v1_4, "Hub cache"],
+        ["owner/shapes", "Hub cache"],
+        ["sd-v1-5", "not here"],
+    ]
     assert lines[2][2:] == [
         f"{size / 1e6:.1f} MB",
         str(cache / "models--owner--shapes/snapshots" / COMMIT),
