@@ -301,6 +301,7 @@ def test_guidance_loads_no_model():
     assert set(loaded) == {
         "minisd",
         "minisd.expect",
+        "minisd.sampling",
         "minisd.sampling.guidance",
         "minisd.sampling.samplers",
         "minisd.sampling.schedule",

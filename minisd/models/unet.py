@@ -489,7 +489,7 @@ class UNet(nn.Module):
 
     def texts(self, x: Tensor, context: Tensor | Context) -> Context:
         """{cross site: (keys, values)}, prepared if they are not."""
-        context = self.prepare(context) if isinstance(context, Tensor) else context
+        context = context if isinstance(context, Mapping) else self.prepare(context)
         rows = next(iter(context.values()))[0].shape[0]
         if rows % len(x):
             got = f"{rows} rows for {len(x)} latents"
