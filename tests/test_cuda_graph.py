@@ -212,3 +212,22 @@ def test_new_values_in_place_are_seen(sd, graphed):
     finally:
         layer.weight.data.copy_(kept)
     assert not torch.equal(changed, as_tensor(sd.txt2img("a", steps=2, progress=False)))
+
+
+def test_hooks_and_modules_in_place_of_others_are_seen(sd, graphed):
+    """A graph calls no Python: with a hook there is none, and other modules cost a new one."""
+    run = lambda model: as_tensor(model.txt2img("a", steps=2, progress=False))
+    site, plain = sd.unet.get_submodule(sd.unet.sites("self")[0]), run(graphed)
+    layer, calls = site.to_q, []
+    hook = layer.register_forward_hook(lambda module, args, out: calls.append(module) or 9 * out)
+    hooked = run(graphed)
+    hook.remove()
+    assert len(calls) == 2 and not torch.equal(hooked, plain) and captures(graphed) == 1
+    assert torch.equal(run(graphed), plain) and captures(graphed) == 1
+    site.to_q = torch.nn.Sequential(layer, torch.nn.Hardtanh())  # the same parameters
+    try:
+        wrapped = run(graphed)
+        assert torch.equal(wrapped, run(sd)) and captures(graphed) == 2
+    finally:
+        site.to_q = layer
+    assert not torch.equal(wrapped, plain) and torch.equal(run(graphed), plain)

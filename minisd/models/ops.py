@@ -43,10 +43,15 @@ def onednn_computes(dtype: torch.dtype) -> bool:
 
 def is_plain(layer: nn.Module, kind: type) -> bool:
     """Whether the layer is exactly torch's own and nobody watches or changes its calls."""
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
-    hooked = hooked or layer._backward_pre_hooks or torch_module._has_any_global_hook()
-    patched = "forward" in layer.__dict__
-    return type(layer) is kind and not hooked and not patched and type(layer.weight) is nn.Parameter
+    if type(layer) is not kind or "forward" in layer.__dict__ or is_hooked(layer):
+        return False
+    return type(layer.weight) is nn.Parameter
+
+
+def is_hooked(layer: nn.Module) -> bool:
+    """Whether a call of the layer calls somebody else, too."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+    return bool(hooks or layer._backward_pre_hooks or torch_module._has_any_global_hook())
 
 
 def by_onednn(layer: nn.Module, kind: type, x: Tensor) -> bool:
