@@ -52,7 +52,7 @@ class LocalBlend:
         """(S, L): 1 in the columns of each row's words."""
         prompts = self.maps.prompts
         L, device = self.maps.tokenizer.max_length, self.maps.source_row.device
-        picked = torch.zeros(len(prompts), L, device=device)
+        picked = torch.zeros(len(prompts), L, dtype=torch.float32, device=device)
         if isinstance(words, list):
             if len(words) != len(prompts):
                 raise ValueError(

@@ -17,6 +17,7 @@ Source: Hertz et al. 2022, "Prompt-to-Prompt Image Editing with Cross Attention 
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 import torch
@@ -163,7 +164,7 @@ class PromptToPrompt:
 
     def repeated(self, n: int) -> "PromptToPrompt":
         """The same for n images of each prompt, rows [source] * n, [target 1] * n, ..."""
-        image = torch.arange(n, device=self.source_row.device)
+        image = torch.arange(n, dtype=torch.int64, device=self.source_row.device)
         several = copy.copy(self)
         several.prompts = [prompt for prompt in self.prompts for _ in range(n)]
         several.source_row = (self.source_row[:, None] * n + image).flatten()
@@ -200,7 +201,7 @@ def stack(*edits: PromptToPrompt) -> PromptToPrompt:
         raise ValueError(f"expected edits with {expected}")
     if any(e._maps is not None for e in edits):
         raise ValueError("got edits that collect maps, expected them without collect_maps")
-    first_rows = [0, *torch.tensor([len(e.prompts) for e in edits]).cumsum(0).tolist()]
+    first_rows = [0, *accumulate(len(e.prompts) for e in edits)]
     placed = list(zip(edits, first_rows))
     stacked = copy.copy(edits[0])
     stacked.prompts = [prompt for e in edits for prompt in e.prompts]

@@ -207,9 +207,8 @@ class CLIPTokenizer:
             raise TypeError(
                 f"expected a list of prompts, got the single string {text}; write [{text}]"
             )
-        return torch.tensor(list(map(self._padded, texts)), dtype=torch.long).reshape(
-            -1, self.max_length
-        )
+        rows = torch.tensor(list(map(self._padded, texts)), dtype=torch.int64, device="cpu")
+        return rows.reshape(-1, self.max_length)
 
     def _padded(self, text: str) -> list[int]:
         encoding = self._encode(text)

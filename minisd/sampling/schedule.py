@@ -173,12 +173,13 @@ def betas(config: dict) -> Tensor:
         raise ValueError(
             f"scheduler config: betas are {ends!r:.80}, expected numbers between 0 and 1"
         )
+    floats = {"dtype": torch.float32, "device": "cpu"}
     if config.get("trained_betas") is not None:
-        return torch.tensor(config["trained_betas"], dtype=torch.float32)
+        return torch.tensor(config["trained_betas"], **floats)
     if kind == "linear":
-        return torch.linspace(start, end, n, dtype=torch.float32)
+        return torch.linspace(start, end, n, **floats)
     if kind == "scaled_linear":
-        return torch.linspace(start**0.5, end**0.5, n, dtype=torch.float32) ** 2
+        return torch.linspace(start**0.5, end**0.5, n, **floats) ** 2
     raise ValueError(
         f"scheduler config: beta_schedule is {kind!r}, expected linear or scaled_linear"
     )
