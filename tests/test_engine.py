@@ -66,9 +66,7 @@ def test_a_run_embeds_its_times_and_its_text_once(folder):
     assert rows == [5, 5, 4, 6, 3] and again.isfinite().all()
 
 
-@pytest.mark.skipif(
-    not ops.onednn_computes(torch.float32), reason="no oneDNN for this processor"
-)
+@pytest.mark.skipif(not ops.onednn_computes(torch.float32), reason="no oneDNN for this processor")
 def test_loaded_models_are_computed_by_onednn(folder, monkeypatch):
     """Linear layers and 1x1 and 3x3 convolutions of few positions, chosen at the call."""
     sd, chosen, by_onednn = minisd.load(folder, device="cpu"), set(), ops.by_onednn

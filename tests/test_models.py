@@ -493,7 +493,9 @@ def test_attention_is_set_everywhere(pair, monkeypatch):
     ours.attention = "sdpa"
     with pytest.raises(ValueError, match="triton, sdpa, reference"):
         used(attention="flash")
-    with pytest.raises(ValueError, match="attention is 'flash', expected one of triton, sdpa, reference"):
+    with pytest.raises(
+        ValueError, match="attention is 'flash', expected one of triton, sdpa, reference"
+    ):
         ours.attention = "flash"
 
 

@@ -13,114 +13,103 @@ import pytest
 import minisd
 
 ROOT = Path(__file__).parent.parent
+PACKAGES = [path.parent.name for path in ROOT.glob("minisd/*/__init__.py")]
 SOURCES = sorted([*ROOT.glob("minisd/**/*.py"), *ROOT.glob("kernels/*.py")])
 
-# DESIGN 3: who may import whom. A module that is not listed is a leaf that stands on nothing of
-# minisd's.
-CONFIGS = {"config", "expect"}
-MODELS = CONFIGS | {"attention", "bands", "blocks", "unet", "vae", "clip"}
-SOURCES_AND_FILES = {"sources", "tensor_file"}
-CHECKPOINT = MODELS | SOURCES_AND_FILES | {"names", "tokenizer", "schedule", "checkpoint"}
-SAMPLING = {"schedule", "samplers", "guidance"}
-PIPELINE = CHECKPOINT | SAMPLING | {"images", "onednn", "cuda_graph", "pipeline"}
+# DESIGN 3: what each layer may import of minisd, imports for type checkers alone left out. A name is
+# a package's, or a module's where it stands lower or higher than its package.
+LEAVES = {"expect", "files"}
+SAMPLING = {"expect", "sampling", "sampling.schedule"}
+CHECKPOINTS = LEAVES | {"models", "sampling.schedule", "checkpoints"}
+DRAWING = SAMPLING | {"drawing"}
+PIPELINE = CHECKPOINTS | DRAWING | {"engine", "engine.bands", "viewing.images", "pipeline"}
+EDITING = PIPELINE | {"editing"}
 ALLOWED = {
-    "attention": {"minisd_kernels"},
-    "blocks": {"bands"},
-    "unet": CONFIGS | {"attention", "blocks"},
-    "vae": CONFIGS | {"attention", "blocks"},
-    "clip": CONFIGS,
-    "samplers": {"expect", "schedule"},
-    "guidance": {"expect", "schedule", "samplers"},  # and no model: the UNet comes as a callable
-    "tensor_file": {"sources"},
-    "checkpoint": CHECKPOINT,
+    "__init__": set(),  # names that resolve on first use
+    "expect": set(),
+    "files": set(),
+    "engine.bands": set(),
+    "models": {"expect", "models", "engine.bands", "minisd_kernels"},
+    "sampling": SAMPLING,  # and no model: guidance is given the network as a callable
+    "sampling.schedule": {"expect"},
+    "engine": {"models", "engine"},  # and no method: it takes a function of tensors
+    "checkpoints": CHECKPOINTS,
+    "checkpoints.check": CHECKPOINTS | SAMPLING,
+    "drawing": DRAWING,
+    "viewing.images": LEAVES,
     "pipeline": PIPELINE,
-    "trace": PIPELINE,
-    "visualize": PIPELINE | {"editing"},  # the maps that editing collects
-    "training": PIPELINE | {"scenes", "export"},
-    "editing": PIPELINE | {"editing"},
-    "export": CHECKPOINT | {"images"},
-    "check": PIPELINE,
-    # "": minisd itself, for __version__
-    "cli": PIPELINE
-    | {"visualize", "editing", "trace", "cli_blend", "cli_edit", "cli_invert", "cli_models", ""},
-    "cli_blend": PIPELINE | {"editing", "cli"},
-    "cli_edit": PIPELINE
-    | {"visualize", "editing", "cli", "cli_invert"},  # the same layer, in a file of its own
-    "cli_invert": PIPELINE | {"editing", "cli"},
-    "cli_models": PIPELINE | {"export", "check", "cli"},
+    "editing": EDITING,
+    "viewing": EDITING | {"viewing"},  # the maps that editing collects
+    "training": CHECKPOINTS | {"training"},
+    "cli": EDITING
+    | {"viewing", "checkpoints.check", "cli", ""},  # "": minisd itself, for __version__
     "__main__": {"cli"},
-    "__init__": set(),
 }
 
 
 def imports(path):
-    """Every module that a file imports, anywhere in it, by absolute name."""
-    package = (
-        "minisd_kernels"
-        if path.parent.name == "kernels"
-        else ".".join(path.relative_to(ROOT).parent.parts)
-    )
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    """Every module that a file imports, anywhere in it, by absolute name; for types alone: none."""
+    package = ["minisd_kernels"]
+    if path.parent.name != "kernels":
+        package = list(path.relative_to(ROOT).parent.parts)
+    found, nodes = set(), [ast.parse(path.read_text(encoding="utf-8"))]
+    for node in nodes:
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            continue
+        nodes += ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = (
-                package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            )
+            base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, node.module] if node.module else base)
-            found |= (
-                {f"{module}.{alias.name}" for alias in node.names}
-                if module == "minisd"
-                else {module}
-            )
+            names = {f"{module}.{alias.name}" for alias in node.names}
+            found |= names if is_package(module) else {module}
     return found
 
 
+def is_package(name):
+    parts = name.split(".")
+    return parts[0] == "minisd" and ROOT.joinpath(*parts).is_dir()
+
+
 def layer(name):
-    """minisd.models.unet.UNet -> unet; minisd.editing.inversion -> editing; minisd.__version__ ->
-    ""; others: the top name."""
-    top, _, rest = name.partition(".")
+    """minisd.models.unet -> models, minisd.sampling.schedule -> itself; minisd.__version__ -> "";
+    others: the top name."""
+    top, *rest = name.split(".")
     if top != "minisd":
         return top
-    part = rest.split(".")[0]
-    return (
-        part
-        if (ROOT / "minisd" / f"{part}.py").exists() or (ROOT / "minisd" / part).is_dir()
-        else ""
-    )
+    for parts in (rest[:2], rest[:1]):
+        if ".".join(parts) in ALLOWED:
+            return ".".join(parts)
+    return ""
 
 
 def test_the_import_reader_reads():
     assert "minisd_kernels" in imports(ROOT / "minisd/models/attention.py")
-    assert {"minisd.models.attention", "minisd.models.blocks"} <= imports(
+    assert {"minisd.models.attention", "minisd.models.blocks", "minisd.expect"} <= imports(
         ROOT / "minisd/models/unet.py"
     )
-    assert "minisd.pipeline" in imports(ROOT / "minisd/cli/main.py")  # inside a function
     assert "torch" in imports(ROOT / "minisd/models/unet.py")
+    assert "minisd.pipeline" not in imports(ROOT / "minisd/drawing.py")  # for types alone
+    assert "minisd.checkpoints.export" in imports(ROOT / "minisd/cli/models.py")  # in a function
+    assert layer("minisd.sampling.schedule") == "sampling.schedule"
+    assert layer("minisd.sampling.loop") == "sampling" and layer("torch.nn") == "torch"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_run_one_way(path):
     names = {layer(name) for name in imports(path)}
-    local = {
-        name
-        for name in names
-        if name == "" or name.startswith("minisd") or (ROOT / f"minisd/{name}.py").exists()
-    }
-    local |= names & {"editing"}
-    if path.parent.name == "kernels":
+    kernels = path.parent.name == "kernels"
+    local = {name for name in names if name in ALLOWED or name == "" or name.startswith("minisd")}
+    if kernels:
         assert local <= {"minisd_kernels"}
     else:
-        own = path.parent.name if path.parent.name == "editing" else path.stem
-        assert local <= ALLOWED.get(own, set())
+        own = layer(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        assert local <= ALLOWED[own if path.parent.name != "minisd" else path.stem]
     assert not names & {"diffusers", "transformers", "tests", "bench"}
-    assert "triton" not in names or path.parent.name == "kernels"
-    assert (
-        "minisd_kernels" not in names
-        or path.parent.name == "kernels"
-        or path.name == "attention.py"
-    )
+    assert "triton" not in names or kernels
+    only_here = kernels or path == ROOT / "minisd/models/attention.py"
+    assert "minisd_kernels" not in names or only_here
 
 
 def loaded_by(code):
@@ -173,8 +162,9 @@ def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     for name in ("minisd", "kernels", "weights"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md"):
-        shutil.copy(ROOT / name, folder)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, folder)
     build = "from setuptools import build_meta; print('wheel:' + build_meta.build_wheel('.'))"
     out = subprocess.run([sys.executable, "-c", build], cwd=folder, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
@@ -202,7 +192,7 @@ def test_the_wheel_holds_every_source_and_the_bundled_weights(wheel):
     assert {
         "minisd/py.typed",
         "minisd/cli/main.py",
-        "minisd/editing/__init__.py",
+        *(f"minisd/{package}/__init__.py" for package in PACKAGES),
         "minisd_kernels/ops.py",
     } <= packed.keys()
     assert "kernels/__init__.py" not in packed and not any(
@@ -235,6 +225,8 @@ def test_the_wheel_names_the_command_and_its_requirements(wheel):
     assert info == f"minisd-{minisd.__version__}.dist-info"
     assert "minisd = minisd.__main__:main" in wheel.read(f"{info}/entry_points.txt").decode()
     metadata = wheel.read(f"{info}/METADATA").decode()
+    if (ROOT / "LICENSE").exists():
+        assert any(name.startswith(info) and name.endswith("/LICENSE") for name in wheel.namelist())
     required = re.findall(r"^Requires-Dist: ([\w-]+)(?!.*extra ==)", metadata, re.M)
     assert set(required) == {
         "torch", "triton", "safetensors", "huggingface_hub", "tokenizers", "numpy", "pillow", "tqdm"
@@ -245,7 +237,7 @@ def test_ci_runs_the_test_line_of_the_readme():
     [line] = re.findall(
         r"^ +(pip install .* && pytest)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M
     )
-    assert line in (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
+    assert line in (ROOT / ".ci/run").read_text(encoding="utf-8")
 
 
 def test_nothing_needs_the_folder_beside_the_repository():

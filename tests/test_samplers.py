@@ -457,7 +457,9 @@ def test_denoise_calls_after_each_step_and_keeps_no_graph():
         return x + 1
 
     weight = torch.ones((), requires_grad=True)
-    x = denoise(X, DDIM(SCHEDULE, 3), lambda x, step, state: (weight * model(x, step.t), None), after)
+    x = denoise(
+        X, DDIM(SCHEDULE, 3), lambda x, step, state: (weight * model(x, step.t), None), after
+    )
     assert (
         [i for i, _ in seen] == [0, 1, 2]
         and torch.equal(x, seen[-1][1] + 1)

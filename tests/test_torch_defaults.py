@@ -33,7 +33,9 @@ def everything(folder):
     found = minisd.null_text(sd, inversion, inner_steps=1, progress=False)
     recording = minisd.record(sd, PROMPTS[0], **how)
     replayed = minisd.replay(sd, recording, PROMPTS[1], progress=False)
-    erased = minisd.erase_concepts(sd, drawn[0], "a", "b", 0.7, guide=minisd.sega, **(how | {"steps": 15}))
+    erased = minisd.erase_concepts(
+        sd, drawn[0], "a", "b", 0.7, guide=minisd.sega, **(how | {"steps": 15})
+    )
     mask = torch.zeros(32, 32, dtype=torch.bool, device="cpu")
     mask[:, :16] = True
     blended = minisd.blend(sd, drawn[0], mask, "a", **how)
