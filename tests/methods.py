@@ -46,10 +46,19 @@ def methods(sd):
         "blend": (lambda: minisd.blend(sd, image, mask, PROMPTS[0], **options), 0),
         "prompt-to-prompt": (lambda: minisd.edit_prompt(sd, *PROMPTS, **edits, **options), 1),
         "record": (lambda: minisd.record(sd, PROMPTS[0], **options).z, 1),
-        "eta": (loop(minisd.DDIM(sd.schedule, 4, eta=0.7), minisd.cfg(sd.network, uncond, cond, 3.0)), 0),
-        "inverse": (loop(minisd.DDIM(sd.schedule, 4, inverse=True), minisd.conditional(sd.network, cond)), 0),
+        "eta": (
+            loop(minisd.DDIM(sd.schedule, 4, eta=0.7), minisd.cfg(sd.network, uncond, cond, 3.0)),
+            0,
+        ),
+        "inverse": (
+            loop(minisd.DDIM(sd.schedule, 4, inverse=True), minisd.conditional(sd.network, cond)),
+            0,
+        ),
         "erase": (loop(ddim, minisd.erase(sd.network, uncond, cond, cond[:1])), 1),
-        "erase, less": (loop(ddim, minisd.erase(sd.network, uncond, cond, cond[:1], erase_scale=1.0)), 0),
+        "erase, less": (
+            loop(ddim, minisd.erase(sd.network, uncond, cond, cond[:1], erase_scale=1.0)),
+            0,
+        ),
         "uncond for each step": (loop(ddim, minisd.cfg(sd.network, each, cond, 3.0)), 1),
         "replay": (lambda: minisd.replay(sd, recording, PROMPTS[1], progress=False), 1),
         "sega": (loop(ddim, minisd.sega(sd.network, uncond, cond, cond[:1], warmup=1)), 0),
@@ -57,8 +66,11 @@ def methods(sd):
         "fixed-point inversion": (lambda: there_and_back(refine=1), 0),
         "edict": (lambda: minisd.edict(sd, image, *PROMPTS, **options), 0),
         "null-text": (null_text, 1),
-        "sega, elsewhere": (loop(ddim, minisd.sega(sd.network, uncond, cond, cond[:1], threshold=0.5, warmup=1)), 0),
-    }  # fmt: skip
+        "sega, elsewhere": (
+            loop(ddim, minisd.sega(sd.network, uncond, cond, cond[:1], threshold=0.5, warmup=1)),
+            0,
+        ),
+    }
 
 
 def image_of(size: int):

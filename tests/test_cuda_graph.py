@@ -124,15 +124,15 @@ def test_every_method_draws_the_same_through_the_buffers(sd, graphed):
     """To the bit; and one graph serves all steps of a run."""
     expected = {name: method() for name, (method, _) in methods(sd).items()}
     assert captures(graphed) == 0
-    for name, (method, graphs) in methods(graphed).items():
+    for name, (method, count) in methods(graphed).items():
         before = captures(graphed)
         ours = method()
         assert torch.equal(as_tensor(ours), as_tensor(expected[name])), name
-        assert captures(graphed) - before == graphs, name
+        assert captures(graphed) - before == count, name
 
 
 def test_a_graph_is_of_the_unet_alone(graphed, monkeypatch):
-    """Guidance and the sampler's update are outside: other scales, levels and samplers replay it."""
+    """Guidance and update are outside: other scales, levels and samplers replay it."""
     calls, replayed = [], Mocked.__call__
 
     def counted(self, key, function, *inputs):
@@ -174,7 +174,7 @@ def test_graph_needs_cuda():
 
 def test_compile_and_graph_are_one_or_the_other(sd):
     with pytest.raises(ValueError, match="got compile=True and graph=True, expected one of them"):
-        dataclasses.replace(sd, compile=True, graph=True).network
+        _ = dataclasses.replace(sd, compile=True, graph=True).network
 
 
 def test_a_model_that_is_not_on_a_card_any_more_is_refused(sd):

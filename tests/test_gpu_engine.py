@@ -66,7 +66,9 @@ def test_adapters_and_hooks_on_projections_have_effect(graph):
     for name in ("to_q", "to_k", "to_v"):
         site = sd.unet.get_submodule(sd.unet.sites("self")[0])
         layer, calls = getattr(site, name), []
-        hook = layer.register_forward_hook(lambda m, args, out: calls.append(m) or 2 * out)
+        hook = layer.register_forward_hook(
+            lambda m, a, out, calls=calls: calls.append(m) or 2 * out
+        )
         assert (latents() - plain).abs().max() > 1e-3 and len(calls) == 3
         hook.remove()
         torch.testing.assert_close(latents(), plain)

@@ -16,9 +16,14 @@ onednn = pytest.mark.skipif(
     not ops.onednn_computes(torch.float32), reason="no oneDNN for this processor"
 )
 TINY = UNetConfig(
-    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=2, cross_attention_dim=24, norm_num_groups=4,
-)  # fmt: skip
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    block_out_channels=(16, 32),
+    layers_per_block=1,
+    attention_head_dim=2,
+    cross_attention_dim=24,
+    norm_num_groups=4,
+)
 
 
 def unet():
@@ -54,11 +59,20 @@ def by_product(function, *arguments):
 
 
 @onednn
-@pytest.mark.parametrize("size, kernel, stride, padding, dilation, product", [
-    ((2, 5, 7, 5), 3, 1, 1, 1, True), ((1, 16, 9, 6), 3, 2, 1, 1, False), ((3, 4, 6, 7), 3, 2, 0, 1, False),
-    ((1, 33, 1, 3), 1, 1, 0, 1, True), ((2, 8, 40, 40), 3, 1, 1, 1, False), ((2, 8, 40, 40), 1, 1, 0, 1, True),
-    ((1, 4, 9, 9), 3, 1, 2, 2, False), ((1, 4, 1, 1), 3, 1, 1, 1, True), ((1, 4, 5, 5), 1, 2, 0, 1, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "size, kernel, stride, padding, dilation, product",
+    [
+        ((2, 5, 7, 5), 3, 1, 1, 1, True),
+        ((1, 16, 9, 6), 3, 2, 1, 1, False),
+        ((3, 4, 6, 7), 3, 2, 0, 1, False),
+        ((1, 33, 1, 3), 1, 1, 0, 1, True),
+        ((2, 8, 40, 40), 3, 1, 1, 1, False),
+        ((2, 8, 40, 40), 1, 1, 0, 1, True),
+        ((1, 4, 9, 9), 3, 1, 2, 2, False),
+        ((1, 4, 1, 1), 3, 1, 1, 1, True),
+        ((1, 4, 5, 5), 1, 2, 0, 1, False),
+    ],
+)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @torch.no_grad()
@@ -71,8 +85,14 @@ def test_a_convolution(size, kernel, stride, padding, dilation, product, bias, l
     before = weight.clone()
     for _ in range(2):
         x = torch.randn(size).to(memory_format=layout)
-        exact = F.conv2d(x.double(), weight.double(), *[layer.bias.double() if bias else None],
-                         stride, padding, dilation)  # fmt: skip
+        exact = F.conv2d(
+            x.double(),
+            weight.double(),
+            *[layer.bias.double() if bias else None],
+            stride,
+            padding,
+            dilation,
+        )
         out, chosen = by_product(ops.conv2d, layer, x)
         assert far(out.double(), exact) <= 2e-6 and chosen == product
         assert out.is_contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""Types are real: mypy --strict on a program that uses minisd, with what it takes each value for."""
+"""Types are real: mypy --strict on a program that uses minisd, and what it sees in it."""
 
 import os
 import re

@@ -15,13 +15,14 @@ differs) keeps its position even where the two prompts differ in length.
 
 import string
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..models.tokenizer import WORD_END, CLIPTokenizer
 
-FLOATS = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
+FLOATS: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 
 Words = list[tuple[int, ...]]  # the token ids of each word
 

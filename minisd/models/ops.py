@@ -6,9 +6,11 @@ torch.compile) it is called as any module is, layer(x). Where nothing is, on a C
 
 - torch gives a float32 linear layer to MKL, which leaves AVX-512 unused on AMD processors; `linear`
   gives it to oneDNN.
-- oneDNN brings the weights of a 3x3 convolution into an order of its own at every call, which on few
-  positions takes as long as the convolution itself. There `conv2d` is one product of the 3x3 windows
-  with the weights as they lie in channels_last memory: no copy of weights exists, none can be stale.
+- oneDNN brings the weights of a 3x3 convolution into an order of its own at every call, which on
+few
+  positions takes as long as the convolution itself. There `conv2d` is one product of the 3x3
+  windows with the weights as they lie in channels_last memory: no copy of weights exists, none can
+  be stale.
 - a 1x1 convolution is a linear layer over the channels.
 
 The results are the same up to the order of the sums. docs/benchmarks.md has what it gains.
@@ -46,9 +48,9 @@ def onednn_computes(dtype: torch.dtype) -> bool:
 
 def is_plain(layer: Layer, kind: type) -> bool:
     """Whether the layer is exactly torch's own and nobody watches or changes its calls."""
-    if type(layer) is not kind or "forward" in layer.__dict__ or is_hooked(layer):
-        return False
-    return type(layer.weight) is nn.Parameter
+    weight = layer.__dict__.get("_parameters", {}).get("weight")
+    own = type(layer) is kind and "forward" not in layer.__dict__ and not is_hooked(layer)
+    return own and type(weight) is nn.Parameter
 
 
 def is_hooked(layer: Layer) -> bool:
@@ -108,8 +110,8 @@ def windows_3x3(x: Tensor) -> Tensor:
     return windows.reshape(B, h, w, 9 * C)
 
 
-# Without gradients the next ones write over a tensor that is not needed again: on a CPU, memory that
-# is fresh from the system costs five times as much as the arithmetic.
+# Without gradients the next ones write over a tensor that is not needed again: on a CPU, memory
+# that is fresh from the system costs five times as much as the arithmetic.
 
 
 def group_norm_silu(norm: Layer, x: Tensor) -> Tensor:
@@ -118,7 +120,8 @@ def group_norm_silu(norm: Layer, x: Tensor) -> Tensor:
 
 
 def norm_silu_conv(norm: Layer, conv: Layer, x: Tensor, in_place: bool = False) -> Tensor:
-    """conv(silu(norm(x))), large images in bands (engine/bands.py); in_place: x is needed no more."""
+    """conv(silu(norm(x))), large images in bands (engine/bands.py); in_place: x is needed no
+    more."""
     if bands.is_large(x) and is_plain(norm, nn.GroupNorm) and is_plain(conv, nn.Conv2d):
         return bands.norm_silu_conv(norm, conv, x, in_place)
     return conv2d(conv, group_norm_silu(norm, x))
