@@ -241,8 +241,12 @@ def config(D: int, DV: int, itemsize: int) -> dict:
     return {"BLOCK_N": 32, "BLOCK_L": 64, "num_warps": 8, "num_stages": 1}
 
 
-def launch(grad_out, q, k, v, v_source, source_row, bias, scale, grad_q, grad_k, grad_v, grad_source) -> None:
-    """Fill the last four with the gradients; grad_source is None where v_source is."""
+def launch(grad_out, q, k, v, v_source, source_row, bias, scale, out) -> None:
+    """Fill out = (grad_q, grad_k, grad_v, grad_source) with the gradients; all checks are done in ops.py."""
+    grad_q, grad_k, grad_v, grad_source = out
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    if v_source is None:
+        grad_source = None
     (B, H, N, D), (L, DV) = q.shape, v.shape[2:]
     S = next((x.shape[0] for x in (source_row, bias, v_source) if x is not None), 0)
     terms = B + (0 if v_source is None else S)

@@ -293,8 +293,13 @@ def first_row(q, *edits) -> int:
 
 def launch(q, k, v, source_row, inject, token_map, blend, reweight, out) -> None:
     """The folded form; see cross_attention_kernel. All checks are done in ops.py."""
-    B, H, N, D = q.shape
     v, v_source, keep_own = fold.launch(v, source_row, inject, token_map, blend, reweight)
+    launch_folded(q, k, v, v_source, source_row, inject, keep_own, out)
+
+
+def launch_folded(q, k, v, v_source, source_row, inject, keep_own, out) -> None:
+    """The same with values that are folded already."""
+    B, H, N, D = q.shape
     u = unit(q, k, v, v_source, out)
     choice = config(D, q.element_size(), arch()) | tuned.tile("cross_attention", q)
     cross_attention_kernel[(triton.cdiv(N, choice["BLOCK_N"]), H, B)](
