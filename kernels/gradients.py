@@ -9,7 +9,6 @@ The formulas, written out: reference.cross_attention_gradients.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import ops, reference
 
@@ -47,8 +46,9 @@ class Terms(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_out):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("the Triton kernels have no second derivatives; use impl='sdpa'")
         if ctx.needs_input_grad[5]:
             raise RuntimeError("bias: the Triton kernels have no gradient of it; use impl='sdpa'")
         op = torch.ops.minisd_kernels.attention_backward.default

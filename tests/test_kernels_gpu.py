@@ -36,7 +36,7 @@ def test_attention(n, d, dtype):
     for rows in ([1, 0], [0, 0]):  # the second pair shares a map
         row = torch.tensor(rows, device="cuda")
         exact = reference.attention(q.double(), k.double(), v.double(), row)
-        check(ops.attention(q, k, v, row), reference.attention(q, k, v, row), exact, dtype, "out")
+        check(ops.attention(q, k, v, row), reference.attention(q, k, v, row), exact, dtype, "out", max(n, d))
 
 
 def test_a_replayed_cuda_graph_writes_to_the_same_buffers():
@@ -70,4 +70,4 @@ def test_fused_ops(C, side, dtype):
         ("geglu", (rows,)),
     ):
         exact = getattr(reference, name)(*(a.double() if isinstance(a, torch.Tensor) else a for a in args))
-        check(getattr(fused, name)(*args), getattr(reference, name)(*args), exact, dtype, name)
+        check(getattr(fused, name)(*args), getattr(reference, name)(*args), exact, dtype, name, x.numel() // 2)

@@ -1,10 +1,11 @@
 """The Triton kernels themselves, run by Triton's interpreter on CPU tensors, against float64.
 
 TRITON_INTERPRET must be set before Triton is imported and must not reach the other tests, so this file runs itself: in
-the ordinary test session `test_in_its_own_process` starts one pytest on this file and test_kernels_fused.py with the
-variable set, and shows its report if it fails; everything else in the file is only collected there. By hand:
+the ordinary test session `test_in_its_own_process` starts one pytest on this file, test_kernels_fused.py and
+test_kernels_gradients.py with the variable set, and shows its report if it fails; everything else in the file is only
+collected there. By hand:
 
-    TRITON_INTERPRET=1 python -m pytest tests/test_kernels_interpreter.py tests/test_kernels_fused.py
+    TRITON_INTERPRET=1 python -m pytest tests/test_kernels_interpreter.py tests/test_kernels_{fused,gradients}.py
 
 Not tested here: TF32, which the interpreter does not model (test_kernels_compiled.py). Its bfloat16 is mended first:
 its tl.dot multiplies the bit patterns, and its conversions cut off instead of rounding.
@@ -29,7 +30,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED:
 
     def test_in_its_own_process():
-        files = [__file__, str(Path(__file__).with_name("test_kernels_fused.py"))]
+        others = ("test_kernels_fused.py", "test_kernels_gradients.py")
+        files = [__file__, *(str(Path(__file__).with_name(name)) for name in others)]
         command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", *files]
         env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -100,10 +102,10 @@ if INTERPRETED:
     def test_every_number_of_queries(n, dtype):
         q, k, v = tensors(1, 1, n, 40, 40, dtype, seed=n)
         exact, eager = reference.attention(q.double(), k.double(), v.double()), reference.attention(q, k, v)
-        check(ops.attention(q, k, v), eager, exact, dtype, "attention")
+        check(ops.attention(q, k, v), eager, exact, dtype, "attention", 40)
         q, k, v = tensors(1, 1, n, 77, 8, dtype, seed=n)
         exact, eager = reference.attention(q.double(), k.double(), v.double()), reference.attention(q, k, v)
-        check(ops.cross_attention(q, k, v), eager, exact, dtype, "cross_attention")
+        check(ops.cross_attention(q, k, v), eager, exact, dtype, "cross_attention", 77)
 
     @pytest.fixture
     def bfloat16(monkeypatch):
@@ -169,6 +171,7 @@ if INTERPRETED:
             reference.attention(q.double(), k.double(), v.double()),
             dtype,
             "out",
+            max(keys, d),
         )
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -194,7 +197,7 @@ if INTERPRETED:
         row = torch.tensor([1, 0], dtype=torch.int32) if routed else None
         got = ops.attention(q, k, v, row)
         exact = reference.attention(q.double(), k.double(), v.double(), row)
-        check(got, reference.attention(q, k, v, row), exact, dtype, "out")
+        check(got, reference.attention(q, k, v, row), exact, dtype, "out", max(keys, d))
         assert torch.equal(got[:1], ops.attention(q[:1], k[:1], v[:1]))
 
     @pytest.mark.parametrize(
@@ -225,7 +228,7 @@ if INTERPRETED:
         q, k, v = extreme(150, dtype)
         for row in (None, torch.tensor([1, 0])):
             exact = reference.attention(q.double(), k.double(), v.double(), row)
-            check(ops.attention(q, k, v, row), reference.attention(q, k, v, row), exact, dtype, "attention")
+            check(ops.attention(q, k, v, row), reference.attention(q, k, v, row), exact, dtype, "attention", 150)
         q, k, v = extreme(77, dtype)
         everything, both = ("token_map", "blend", "reweight"), ("save", "save_mean")
         for form in (("none", ("reweight",), ()), ("source_row", everything, ()), ("source_row", everything, both)):
