@@ -30,7 +30,7 @@ class Terms(torch.autograd.Function):
             return formed_terms(q, k, v, v_source, source_row, bias, scale)
         op = torch.ops.minisd_kernels
         if k.shape[2] <= ops.MAX_KEYS:
-            edit = (v_source, source_row, None, bias, None)
+            edit = (v_source, source_row, None, bias)
             return ops.call(op.cross_attention_folded.default, q, k, v, *edit, True, scale)
         if v_source is None:
             return ops.call(op.attention.default, q, k, v, source_row, bias, None, None, scale)
@@ -69,7 +69,6 @@ def formed_terms(q, k, v, v_source, source_row, bias, scale) -> Tensor:
 def attention(q, k, v, *, source_row, bias, kv_row, own_value, scale) -> Tensor:
     """ops.attention, differentiable."""
     ops.check_attention(q, k, v, source_row, bias, kv_row, own_value, scale)
-    ops.refuse_cpu(q)
     if kv_row is None:
         out = Terms.apply(q, k, v, None, source_row, bias, scale, False)
     else:  # other numbers of keys in edited rows than in the rest
@@ -102,17 +101,16 @@ def fold_values(v, source, token_map, blend, reweight) -> ops.Folded:
 
 
 def cross_attention(
-    q, k, v, *, source_row, inject, token_map, blend, reweight, bias, own_value, save, save_mean, folded, scale
+    q, k, v, *, source_row, inject, token_map, blend, reweight, bias, save, save_mean, folded, scale
 ) -> Tensor:  # fmt: skip
     """ops.cross_attention, differentiable."""
     tables = (token_map, blend, reweight)
-    ops.check_cross_attention(q, k, v, source_row, inject, *tables, bias, own_value, save, save_mean, scale)
+    ops.check_cross_attention(q, k, v, source_row, inject, *tables, bias, save, save_mean, scale)
     if save is not None or save_mean is not None:
         raise RuntimeError(
             "save, save_mean: a buffer cannot carry the gradients that an input needs; "
             "ops.edited_map returns the map"
         )
-    ops.refuse_cpu(q)
     source = "source_row" if source_row is not None else "inject" if inject is not None else None
     if folded is None and any(x is not None for x in tables):
         folded = fold_values(v, source, *tables)
@@ -130,7 +128,7 @@ def cross_attention(
         elif first:
             plain = Terms.apply(q[:first], k[:first], v[:first], None, None, None, scale, False)
             out = torch.cat([plain, out])
-    return with_own_values(out, v, own_value)
+    return out
 
 
 def edited_map(q, k, rows, *, source_row, inject, token_map, blend, reweight, bias, scale) -> Tensor:

@@ -6,7 +6,7 @@ An op that writes to `save` arguments is apart from the pure one, and the functi
 whose mutated arguments are all None breaks inductor.
 
 What depends on shapes, strides, dtypes and devices alone, the checks and the choice of a launch,
-is done at the first call and kept by them (`launcher`). Gradients are a path of their own
+is done at the first call and kept by them (`run`). Gradients are a path of their own
 (gradients.py), taken where an input needs one.
 """
 
@@ -103,48 +103,45 @@ def cross_attention(
     means 1. Without a source P' = reweight * P_own. Unless a save asks for P', it is never
     formed: it is linear in both maps and so folds into V. That costs a launch beside the
     attention, unless `folded` brings what fold_values made of v, token_map, blend and reweight:
-    it serves all steps with the same prompt and gate. A row whose own_value is not 0 has the
-    identity for a map, out = V.
+    it serves all steps with the same prompt and gate.
 
     q: (batch, heads, queries, D); k, v: (batch, heads, keys, D); D a multiple of 8 up to 256;
     float16, bfloat16 or float32, any strides; cast under autocast. source_row: (S,) int32 or
     int64, values in [0, S), not checked here. inject: (S, heads, queries, keys). token_map: (S,
     keys, keys) float32, source tokens -> own tokens. blend, reweight: (S, keys) or, for single
-    heads, (S, heads, keys), float32. bias: (S, 1 or heads, 1 or queries, keys). own_value: (S,)
-    float32 or bool. save: (S, heads, queries, keys), overwritten with P'. save_mean: (S, queries,
+    heads, (S, heads, keys), float32. bias: (S, 1 or heads, 1 or queries, keys). save: (S, heads, queries, keys), overwritten with P'. save_mean: (S, queries,
     keys) float32, += mean of P' over heads. inject, bias and save may be float16, bfloat16 or
     float32. Returns (batch, heads, queries, D) as a view of (batch, queries, heads, D) memory.
 
     Differentiable in all but bias; a map that carries gradients is `edited_map`'s. ValueError:
     shapes, dtypes, devices, more than 128 keys (attention takes any number, `impl="sdpa"` of
     minisd edits and saves such maps), two sources, a token_map or blend without a source, save
-    memory that overlaps, kv_row (attention takes it). RuntimeError: forward-mode derivatives, save
+    memory that overlaps, kv_row or own_value (attention takes them). RuntimeError: forward-mode derivatives, save
     buffers where an input needs a gradient. Source: Hertz et al. 2022 (prompt-to-prompt).
     """
     q, k, v = as_autocast(q, k, v)
     tables = (token_map, blend, reweight)
     if folded is not None:
         check_folded(folded, v, source_row, inject, *tables, save, save_mean)
-    if kv_row is not None:
-        raise ValueError("kv_row: expected none in cross_attention, which has one row's keys; use attention()")
+    if kv_row is not None or own_value is not None:
+        name = "own_value" if kv_row is None else "kv_row"
+        raise ValueError(f"{name}: cross_attention does not take it; attention() does, impl='sdpa' takes it with all else")
     gradient = needs_gradient(q, k, v, source_row, inject, *tables, bias, save, save_mean, *(folded or ()))
     if gradient:
         from . import gradients
 
         edit = dict(source_row=source_row, inject=inject, bias=bias, save=save, save_mean=save_mean)
-        edit |= dict(token_map=token_map, blend=blend, reweight=reweight, own_value=own_value)
+        edit |= dict(token_map=token_map, blend=blend, reweight=reweight)
         return gradients.cross_attention(q, k, v, **edit, folded=folded, scale=scale)
     op = torch.ops.minisd_kernels
     if save is not None or save_mean is not None:
-        edit = (source_row, inject, *tables, bias, own_value, save, save_mean)
+        edit = (source_row, inject, *tables, bias, save, save_mean)
         return call(op.cross_attention_save.default, q, k, v, *edit, scale)
     if folded is not None:
         values = v if folded.v is None else folded.v
-        edit = (folded.v_source, source_row, inject, bias, own_value)
-        out = call(op.cross_attention_folded.default, q, k, values, *edit, folded.v is not None, scale)
-    else:
-        out = call(op.cross_attention.default, q, k, v, source_row, inject, *tables, bias, own_value, scale)
-    return out
+        edit = (folded.v_source, source_row, inject, bias)
+        return call(op.cross_attention_folded.default, q, k, values, *edit, folded.v is not None, scale)
+    return call(op.cross_attention.default, q, k, v, source_row, inject, *tables, bias, scale)
 
 
 def fold_values(
@@ -332,7 +329,7 @@ def check_folded(folded: Folded, v: Tensor, source_row, inject, *others: Tensor 
     """ValueError unless `folded` is of an edit with this source, and nothing else says what it says."""
     if any(x is not None for x in others):
         raise ValueError("folded: expected no token_map, blend, reweight, save or save_mean beside it")
-    if source_row is None and inject is None and folded.v_source is not None or folded[:] == (None, None):
+    if source_row is None and inject is None and folded.v_source is not None:
         raise ValueError("folded: expected what fold_values made for this source, got V_source without one")
     if folded.v is None and inject is None or inject is not None and folded.v_source is None:
         raise ValueError("folded: expected what fold_values made for this source, 'inject'")
@@ -372,10 +369,10 @@ EDIT = "Tensor? source_row, Tensor? inject, Tensor? token_map, Tensor? blend, Te
 SCHEMAS = {
     "attention": "(Tensor q, Tensor k, Tensor v, Tensor? source_row, Tensor? bias, Tensor? kv_row, "
     "Tensor? own_value, float? scale) -> Tensor",
-    "cross_attention": f"(Tensor q, Tensor k, Tensor v, {EDIT}, Tensor? own_value, float? scale) -> Tensor",
+    "cross_attention": f"(Tensor q, Tensor k, Tensor v, {EDIT}, float? scale) -> Tensor",
     "cross_attention_folded": "(Tensor q, Tensor k, Tensor v, Tensor? v_source, Tensor? source_row, "
-    "Tensor? inject, Tensor? bias, Tensor? own_value, bool keep_own, float? scale) -> Tensor",
-    "cross_attention_save": f"(Tensor q, Tensor k, Tensor v, {EDIT}, Tensor? own_value, Tensor(a!)? save, "
+    "Tensor? inject, Tensor? bias, bool keep_own, float? scale) -> Tensor",
+    "cross_attention_save": f"(Tensor q, Tensor k, Tensor v, {EDIT}, Tensor(a!)? save, "
     "Tensor(b!)? save_mean, float? scale) -> Tensor",
     "fold": "(Tensor v, Tensor? token_map, Tensor? blend, Tensor? reweight, bool has_source, "
     "bool stored) -> Tensor[]",
@@ -408,14 +405,14 @@ def check_attention(q, k, v, source_row, bias, kv_row, own_value, scale):
     check_kernel(q, k)
 
 
-def check_cross_attention(q, k, v, source_row, inject, token_map, blend, reweight, bias, own_value, *others):
+def check_cross_attention(q, k, v, source_row, inject, token_map, blend, reweight, bias, *others):
     *saves, _ = others
-    check(q, k, v, source_row, inject, token_map, blend, reweight, *saves, bias=bias, own_value=own_value)
+    check(q, k, v, source_row, inject, token_map, blend, reweight, *saves, bias=bias)
     check_kernel(q, k, MAX_KEYS)
 
 
-def check_cross_attention_folded(q, k, v, v_source, source_row, inject, bias, own_value, keep_own, scale):
-    check(q, k, v, source_row, inject, bias=bias, own_value=own_value)
+def check_cross_attention_folded(q, k, v, v_source, source_row, inject, bias, keep_own, scale):
+    check(q, k, v, source_row, inject, bias=bias)
     check_kernel(q, k, MAX_KEYS)
     if v_source is not None:
         rows = (source_row if inject is None else inject).shape[:1]
@@ -445,73 +442,53 @@ def check_attention_backward(grad_out, q, k, v, v_source, source_row, bias, scal
 # What computes each op: (inputs) -> a function of the inputs and the output that launches kernels.
 
 
-def launches_of(name: str) -> Callable:
-    """`launch(*tensors, *numbers, out)` of an op; the import of Triton is here."""
-    from . import attention as flash
-    from . import backward, fold
-    from . import cross_attention as cross
+def prepare(name: str, args: tuple, out) -> Callable:
+    """The function of (*args, out) that computes an op for inputs like these; the import of Triton is here."""
+    from . import attention, backward, cross_attention, fold
 
-    def not_yet(**fields):
-        for field, value in fields.items():
-            if value is not None:
-                raise ValueError(f"{field}: the Triton kernels do not take it yet; use impl='sdpa'")
+    if name == "cross_attention":
+        return prepare_edit(fold.prepare, cross_attention.prepare, args, out)
+    of = {
+        "attention": attention.prepare,
+        "cross_attention_folded": cross_attention.prepare,
+        "cross_attention_save": cross_attention.prepare_save,
+        "fold": fold.prepare,
+        "attention_backward": backward.prepare,
+    }
+    return of[name](*args, out)
 
-    def attention(q, k, v, source_row, bias, kv_row, own_value, scale, out):
-        not_yet(bias=bias, kv_row=kv_row, own_value=own_value, scale=scale)
-        flash.launch(q, k, v, source_row, out)
 
-    def cross_attention(q, k, v, source_row, inject, token_map, blend, reweight, bias, own_value, scale, out):
-        not_yet(bias=bias, own_value=own_value, scale=scale)
-        cross.launch(q, k, v, source_row, inject, token_map, blend, reweight, out)
+def prepare_edit(prepare_fold: Callable, prepare_attend: Callable, args: tuple, out: Tensor) -> Callable:
+    """cross_attention: fold the tables into the values, if there are any, and attend."""
+    q, k, v, source_row, inject, token_map, blend, reweight, bias, scale = args
+    has_source, stored = source_row is not None or inject is not None, inject is not None
+    folds = token_map is not None or blend is not None or reweight is not None
 
-    def cross_attention_folded(q, k, v, v_source, source_row, inject, bias, own_value, keep_own, scale, out):
-        not_yet(bias=bias, own_value=own_value, scale=scale)
-        cross.launch_folded(q, k, v, v_source, source_row, inject, keep_own, out)
+    def values(v, *tables):
+        """(Folded, its tensors): allocated, or what they are without a table."""
+        if not folds:
+            return Folded(v, None) if inject is None else Folded(None, v[v.shape[0] - inject.shape[0] :]), []
+        made = empty_folded(v, *tables, has_source, stored)
+        return unpack(made, stored and blend is None), made
 
-    def cross_attention_save(
-        q, k, v, source_row, inject, token_map, blend, reweight, bias, own_value, save, save_mean, scale, out
-    ):
-        not_yet(bias=bias, own_value=own_value, scale=scale)
-        cross.launch_save(q, k, v, source_row, inject, token_map, blend, reweight, save, save_mean, out)
+    first, made = values(v, token_map, blend, reweight)
+    fold = prepare_fold(v, token_map, blend, reweight, has_source, stored, made) if folds else None
+    keep_own = first.v is not None
+    used = (first.v if keep_own else v, first.v_source)
+    attend = prepare_attend(q, k, *used, source_row, inject, bias, keep_own, scale, out)
 
-    def fold_op(v, token_map, blend, reweight, has_source, stored, out):
-        table = next(x for x in (token_map, blend, reweight) if x is not None)
-        rows = (table if has_source and not stored else None, table if stored else None)
-        got = fold.launch(v, *rows, token_map, blend, reweight)
-        for mine, x in zip(out, ([got[0]] if got[2] else []) + ([] if got[1] is None else [got[1]]), strict=True):
-            mine.copy_(x)
+    def launch(q, k, v, source_row, inject, token_map, blend, reweight, bias, scale, out):
+        (own, v_source), made = values(v, token_map, blend, reweight)
+        if folds:
+            fold(v, token_map, blend, reweight, has_source, stored, made)
+        attend(q, k, v if own is None else own, v_source, source_row, inject, bias, keep_own, scale, out)
 
-    return {
-        "attention": attention,
-        "cross_attention": cross_attention,
-        "cross_attention_folded": cross_attention_folded,
-        "cross_attention_save": cross_attention_save,
-        "fold": fold_op,
-        "attention_backward": backward.launch,
-    }[name]
+    return launch
 
 
 KNOWN = {}  # signature of an op's inputs -> the function that launches its kernels
 MOST = 4096  # signatures that are kept
-
-
-def launcher(name: str, args: tuple) -> Callable:
-    """The function that computes an op, for inputs with these shapes, strides, dtypes and devices.
-
-    The inputs are checked, and the launch chosen, at the first call with them. Whether a pointer
-    is a multiple of 16 bytes is part of it, because Triton compiles that in.
-    """
-    key = name, *[
-        (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15) if isinstance(x, Tensor) else x for x in args
-    ]
-    launch = KNOWN.get(key)
-    if launch is None:
-        CHECKS[name](*args)
-        refuse_cpu(args[0])
-        if len(KNOWN) >= MOST:
-            KNOWN.clear()
-        launch = KNOWN[key] = launches_of(name)
-    return launch
+TENSORS = {name: schema.split("->")[0].count("Tensor") for name, schema in SCHEMAS.items()}  # they come first
 
 
 def refuse_cpu(q: Tensor) -> None:
@@ -523,9 +500,24 @@ def refuse_cpu(q: Tensor) -> None:
 
 
 def run(name: str, args: tuple):
-    """The op on its device: outputs allocated, kernels launched, versions of written tensors counted up."""
-    launch, out = launcher(name, args), EMPTY[name](*args)
+    """The op on its device: checked and prepared at the first call with inputs like these, then launched.
+
+    Whether a pointer is a multiple of 16 bytes is part of that, because Triton compiles it in.
+    """
+    tensors, numbers = args[: TENSORS[name]], args[TENSORS[name] :]
+    key = name, numbers, *[
+        x if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15) for x in tensors
+    ]
+    launch = KNOWN.get(key)
+    if launch is None:
+        CHECKS[name](*args)
+        refuse_cpu(args[0])
     with torch.cuda.device_of(args[0]):
+        out = EMPTY[name](*args)
+        if launch is None:
+            if len(KNOWN) >= MOST:
+                KNOWN.clear()
+            launch = KNOWN[key] = prepare(name, args, out)
         launch(*args, out)
     if name == "cross_attention_save":  # written by pointer, which autograd and caches by version cannot see
         torch.autograd.graph.increment_version([x for x in args[-3:-1] if x is not None])

@@ -95,6 +95,7 @@ if not INTERPRETED:
         gradcheck(q, k, v, edit, ("save",))
 
 else:
+    from test_kernels_fields import with_fields
     from test_kernels_interpreter import quick_interpreter  # noqa: F401, a fixture
 
     EDITS = [(source, mix) for source, mix, saves in FORMS if not saves]
@@ -102,6 +103,7 @@ else:
 
     @pytest.fixture(autouse=True)
     def poisoned(monkeypatch):
+        ops.KNOWN.clear()
         allocate = ops.empty_out
         monkeypatch.setattr(ops, "empty_out", lambda *args: allocate(*args).fill_(NAN))
 
@@ -140,6 +142,29 @@ else:
         q, k, v = tensors(4, 1, 20, 140, 40, dtype, 0)
         edit = {} if rows is None else {"source_row": torch.tensor(rows)}
         run(ops.attention, reference.attention, q, k, v, edit)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    @pytest.mark.parametrize(
+        "names", [("bias",), ("kv_row",), ("bias", "kv_row", "own_value", "source_row")], ids="+".join
+    )
+    def test_attention_with_other_fields(names, dtype):
+        """Hidden keys, a query that attends to nothing; rows whose keys and values serve several."""
+        q, k, v = tensors(3, 1, 12, 12, 24, dtype, 0)
+        edit, _ = with_fields(names, 1, 12, 12, dtype, seed=1)
+        run(ops.attention, reference.attention, q, k, v, edit, scale=0.3)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    def test_cross_attention_with_other_fields(dtype):
+        """A bias, tables for single heads, values folded beforehand."""
+        q, k, v = tensors(3, 2, 7, 20, 16, dtype, 0)
+        edit, _ = with_fields(("bias", "source_row", "token_map", "blend", "reweight"), 2, 7, 20, dtype, seed=2)
+        run(ops.cross_attention, reference.cross_attention, q, k, v, edit)
+
+        def folded(q, k, v, source_row, bias, **tables):
+            values = ops.fold_values(v, source="source_row", **tables)
+            return ops.cross_attention(q, k, v, source_row=source_row, bias=bias, folded=values)
+
+        run(folded, reference.cross_attention, q, k, v, edit)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
     @pytest.mark.parametrize("source, mix", EDITS, ids=str)

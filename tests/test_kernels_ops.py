@@ -58,10 +58,10 @@ def test_cpu_tensors_are_refused_outside_of_the_interpreter():
 OPS = torch.ops.minisd_kernels
 DIRECT = {
     "attention": lambda q, k, v: OPS.attention(q, k, v, *[None] * 5),
-    "cross_attention": lambda q, k, v: OPS.cross_attention(q, k, v, *[None] * 8),
-    "cross_attention_folded": lambda q, k, v: OPS.cross_attention_folded(q, k, v, *[None] * 5, True, None),
+    "cross_attention": lambda q, k, v: OPS.cross_attention(q, k, v, *[None] * 7),
+    "cross_attention_folded": lambda q, k, v: OPS.cross_attention_folded(q, k, v, *[None] * 4, True, None),
     "cross_attention_save": lambda q, k, v: OPS.cross_attention_save(
-        q, k, v, *[None] * 7, torch.empty(2, H, N, L, device=q.device), None, None
+        q, k, v, *[None] * 6, torch.empty(2, H, N, L, device=q.device), None, None
     ),
     "fold": lambda q, k, v: OPS.fold(v, None, None, torch.ones(2, L, device=q.device), False, False),
     "attention_backward": lambda q, k, v: OPS.attention_backward(q, q, k, v, None, None, None, None),
@@ -170,12 +170,64 @@ def test_fold_is_exact(fields, reweighted):
     torch.testing.assert_close(got, want, atol=1e-13, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "fields, match",
+    [
+        ({"bias": torch.zeros(2, H, N, L + 1)}, r"bias: expected shape \(2, 2, 5, 7\) or \(2, 2, 1, 7\) or .*8\)"),
+        ({"bias": torch.zeros(2, 1, 1, L).double()}, "bias: expected torch.float16 or .* got torch.float64"),
+        ({"kv_row": torch.zeros(2, dtype=torch.int64)}, r"kv_row: expected shape \(S, M\), M at least 1, got \(2,\)"),
+        ({"kv_row": torch.zeros(2, 1)}, "kv_row: expected torch.int32 or torch.int64, got torch.float32"),
+        ({"own_value": torch.ones(2)}, "own_value: expected as many keys as queries, 5, got 7"),
+        ({"own_value": torch.ones(2, dtype=torch.int64)}, "own_value: expected torch.float32 or torch.bool"),
+        ({"reweight": torch.ones(2, H + 1, L)}, r"reweight: expected shape \(2, 7\) or \(2, 2, 7\), got \(2, 3, 7\)"),
+        ({"bias": torch.zeros(1, 1, 1, L), "reweight": torch.ones(2, L)}, "expected one number of rows"),
+    ],
+)
+def test_bad_fields_are_refused(fields, match):
+    with pytest.raises(ValueError, match=match):
+        ops.check(*qkv(), **fields)
+
+
+def test_what_cross_attention_does_not_take():
+    for name, x in (("kv_row", torch.zeros(2, 1, dtype=torch.int64)), ("own_value", torch.ones(2))):
+        with pytest.raises(ValueError, match=f"{name}: cross_attention does not take it; attention.. does, impl='sdpa'"):
+            ops.cross_attention(*qkv(), **{name: x})
+
+
+def test_bad_folded_values_are_refused():
+    q, k, v = qkv()
+    row, tables = torch.zeros(2, dtype=torch.int64), {"blend": torch.ones(2, L)}
+    own, source = torch.zeros(B, H, L, D), torch.zeros(2, H, L, D)
+    for given, match in (
+        ({"folded": ops.Folded(own, source)}, "got V_source without one"),
+        ({"folded": ops.Folded(None, None)}, "this source, 'inject'"),
+        ({"folded": ops.Folded(None, source), "source_row": row}, "this source, 'inject'"),
+        ({"folded": ops.Folded(own, None), "inject": torch.zeros(2, H, N, L)}, "this source, 'inject'"),
+        ({"folded": ops.Folded(own[:, :, 1:], None)}, r"expected values of shape \(3, 2, 7, 16\)"),
+        ({"folded": ops.Folded(own, source), "source_row": row, **tables}, "expected no token_map, blend"),
+    ):
+        with pytest.raises(ValueError, match=f"folded: .*{match}"):
+            ops.cross_attention(q, k, v, **given)
+    wrong = {"folded": ops.Folded(own.to("meta"), source[:1].to("meta")), "source_row": row.to("meta")}
+    with pytest.raises(ValueError, match=r"v_source: expected \(2, 2, 7, 16\), torch.float32, got \(1, 2, 7, 16\)"):
+        ops.cross_attention(*(x.to("meta") for x in (q, k, v)), **wrong)
+    for given, match in (
+        ({}, "expected a token_map, blend or reweight, got none"),
+        ({"source": "row"} | tables, "source: expected 'source_row', 'inject' or None, got 'row'"),
+        (tables, "expected a source with a token_map or blend, got none"),
+        ({"source": "inject", "blend": torch.ones(2, L + 1)}, "blend: expected shape"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            ops.fold_values(v.to("meta"), **{n: x.to("meta") if n == "blend" else x for n, x in given.items()})
+
+
 def test_importing_the_ops_imports_neither_triton_nor_minisd():
     code = """
 import sys
 import torch
 before = set(sys.modules)
-import minisd_kernels.ops, minisd_kernels.fused, minisd_kernels.reference
+import minisd_kernels.ops, minisd_kernels.fused, minisd_kernels.reference, minisd_kernels.gradients
+import minisd_kernels.diffusers
 new = {name.split(".")[0] for name in set(sys.modules) - before}
 assert not new & {"triton", "minisd", "diffusers", "transformers"}, new
 """
