@@ -33,9 +33,9 @@ SMALL = (  # form, head dim, queries, keys, batch
     ("flash", 80, 1024, 1024, 2), ("flash routed", 80, 1024, 1024, 2),  # one picture: too few programs for large tiles
 )  # fmt: skip
 # CUDA C++ Programming Guide, table of compute capabilities
-SHARED_PER_BLOCK = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
-SHARED_PER_SM = {80: 164 * 1024, 89: 100 * 1024, 90: 228 * 1024}
-WARPS_PER_SM = {80: 64, 89: 48, 90: 64}
+SHARED_PER_BLOCK = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+SHARED_PER_SM = {80: 164 * 1024, 89: 100 * 1024, 90: 228 * 1024, 100: 228 * 1024, 120: 100 * 1024}
+WARPS_PER_SM = {80: 64, 89: 48, 90: 64, 100: 64, 120: 48}
 
 FORMS = {  # form: (op, edit fields)
     "fold": ("fold", ("source_row", "token_map", "blend", "reweight")),

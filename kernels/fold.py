@@ -9,10 +9,11 @@ the attention kernel it would cost more registers than there are.
 import triton
 import triton.language as tl
 
-from . import ops
-from .attention import dot, head, load, strides, unit, zeros
+from .tiles import dot, empty_heads, head, load, store, strides, unit, zeros
 
-STEP = 16  # columns of V to a program, and keys to a step
+# Columns of V to a program, and keys to a step; keys of the result to a program. Fewer than 64 of these, because on
+# sm_100 Triton turns float32 products of 64 rows or more, of numbers that were halves, into TF32, "ieee" or not.
+STEP, ROWS = 16, 32
 
 
 @triton.jit
@@ -21,9 +22,12 @@ def column(p, rows, limit):
 
 
 @triton.jit
-def store(p, tile, rows, cols, step, limit_row, limit_col):
-    mask = (rows[:, None] < limit_row) & (cols[None, :] < limit_col)
-    tl.store(p + rows[:, None] * step[0] + cols[None, :] * step[1], tile.to(p.dtype.element_ty), mask=mask)
+def weighted(p_v, keys, cols, step_v, reweight, L: tl.constexpr, D: tl.constexpr, HAS_REWEIGHT: tl.constexpr):
+    """reweight * V, float32."""
+    x = load(p_v, keys, cols, step_v, L, D, True, True).to(tl.float32)
+    if HAS_REWEIGHT:
+        x = column(reweight, keys, L) * x
+    return x
 
 
 @triton.heuristics(
@@ -35,48 +39,54 @@ def store(p, tile, rows, cols, step, limit_row, limit_col):
         "HAS_REWEIGHT": lambda args: args["reweight"] is not None,
     }
 )
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(
+    do_not_specialize=["heads", "first"], do_not_specialize_on_alignment=["token_map", "blend", "reweight"]
+)
 def fold_kernel(
     v, token_map, blend, reweight, own, source,
-    first, stride_v, stride_own, stride_source,  # strides in units of UNIT
-    L: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr, BLOCK_L: tl.constexpr, STEP: tl.constexpr,
+    heads, first, stride_v, stride_own, stride_source,  # strides in units of UNIT
+    L: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
     HAS_OWN: tl.constexpr, HAS_SOURCE: tl.constexpr,
     HAS_TOKEN_MAP: tl.constexpr, HAS_BLEND: tl.constexpr, HAS_REWEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """STEP columns of one head of row b: of `own`, a copy of V where a row is not edited, and of `source`."""
-    h, b = tl.program_id(1), tl.program_id(2)
-    cols = tl.program_id(0) * STEP + tl.arange(0, STEP)
+    """ROWS keys and STEP columns of one head of row b: of `own`, a copy of V where a row is not edited, and of `source`.
+    """
+    h, b = tl.program_id(0) % heads, tl.program_id(0) // heads
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(2) * STEP + tl.arange(0, STEP)
     p_v, step_v = head(v, stride_v, b, h, UNIT)
     if b < first:
         if HAS_OWN:
             p_own, step_own = head(own, stride_own, b, h, UNIT)
-            for start in range(0, L, STEP):
-                keys = start + tl.arange(0, STEP)
-                store(p_own, load(p_v, keys, cols, step_v, L, D, True, True), keys, cols, step_own, L, D)
+            store(p_own, load(p_v, rows, cols, step_v, L, D, True, True), rows, cols, step_own, L, D)
     else:
-        edited = b - first
-        rows = tl.arange(0, BLOCK_L)
-        total = zeros(BLOCK_L, STEP)
-        for start in range(0, L, STEP):
-            keys = start + tl.arange(0, STEP)
-            # (STEP, STEP)
-            x = load(p_v, keys, cols, step_v, L, D, True, True).to(tl.float32)
-            if HAS_REWEIGHT:
-                x = column(reweight + edited * L, keys, L) * x
-            if HAS_BLEND or not HAS_SOURCE:
-                p_own, step_own = head(own, stride_own, b, h, UNIT)
-                share = column(blend + edited * L, keys, L) if HAS_BLEND else 0.0
-                store(p_own, (1 - share) * x, keys, cols, step_own, L, D)
-                x = share * x
-            if HAS_SOURCE:
-                p_source, step_source = head(source, stride_source, edited, h, UNIT)
-                if HAS_TOKEN_MAP:
-                    p_map = token_map + edited.to(tl.int64) * (L * L)
-                    total = dot(load(p_map, rows, keys, (L, 1), L, L, True, True), x, total)
-                else:
-                    store(p_source, x, keys, cols, step_source, L, D)
-        if HAS_TOKEN_MAP:
+        edited = (b - first).to(tl.int64)
+        if HAS_REWEIGHT:
+            reweight += edited * L
+        if HAS_BLEND:
+            blend += edited * L
+        if HAS_BLEND or not HAS_SOURCE:
+            p_own, step_own = head(own, stride_own, b, h, UNIT)
+            x = weighted(p_v, rows, cols, step_v, reweight, L, D, HAS_REWEIGHT)
+            if HAS_BLEND:
+                x = (1 - column(blend, rows, L)) * x
+            store(p_own, x, rows, cols, step_own, L, D)
+        if HAS_SOURCE:
             p_source, step_source = head(source, stride_source, edited, h, UNIT)
+            if HAS_TOKEN_MAP:
+                total = zeros(ROWS, STEP)
+                for start in range(0, L, STEP):
+                    keys = start + tl.arange(0, STEP)
+                    # (STEP, STEP)
+                    values = weighted(p_v, keys, cols, step_v, reweight, L, D, HAS_REWEIGHT)
+                    if HAS_BLEND:
+                        values = column(blend, keys, L) * values
+                    p_map = token_map + edited * (L * L)
+                    total = dot(load(p_map, rows, keys, (L, 1), L, L, True, True), values, total)
+            else:
+                total = weighted(p_v, rows, cols, step_v, reweight, L, D, HAS_REWEIGHT)
+                if HAS_BLEND:
+                    total = column(blend, rows, L) * total
             store(p_source, total, rows, cols, step_source, L, D)
 
 
@@ -91,14 +101,14 @@ def launch(v, source_row, inject, token_map, blend, reweight) -> tuple:
     if token_map is None and blend is None and reweight is None:
         return (v, None, True) if inject is None else (v, v[first:], False)
     keep_own, beside = inject is None or blend is not None, inject is not None or blend is not None
-    own = ops.empty_out(v) if keep_own else None
+    own = empty_heads(v) if keep_own else None
     source = None
     if source_row is not None or inject is not None:
-        source = ops.empty_out(v[first:]) if beside else own[first:]
+        source = empty_heads(v[first:]) if beside else own[first:]
     u = unit(v, own, source)
-    fold_kernel[(triton.cdiv(D, STEP), H, B)](
+    fold_kernel[(H * B, triton.cdiv(L, ROWS), triton.cdiv(D, STEP))](
         v, *(None if x is None else x.contiguous() for x in (token_map, blend, reweight)), own, source,
-        first, *(strides(x, u) for x in (v, own, source)),
-        L=L, D=D, UNIT=u, BLOCK_L=max(STEP, triton.next_power_of_2(L)), STEP=STEP,
+        H, first, *(strides(x, u) for x in (v, own, source)),
+        L=L, D=D, UNIT=u, ROWS=ROWS, STEP=STEP,
     )  # fmt: skip
     return (own if keep_own else v), (source if beside else None), keep_own
