@@ -24,7 +24,7 @@ import triton.language as tl
 
 from .launch import Launch
 from .tiles import (
-    arch, bias_strides, dot, finite, head, load, load_bias, place, store, strides, unit, width, zeros,
+    arch, bias_strides, dot, finite, head, instructions, load, load_bias, place, store, strides, unit, width, zeros,
 )  # fmt: skip
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -232,12 +232,12 @@ def key_kernel(
 
 
 def config(wide: int, itemsize: int, arch: int) -> dict:
-    """Tile and warps of all three kernels, which do not spill (python -m bench.kernel_resources); wide: of a head."""
+    """Tile and warps of all three kernels; wide: the width of a head. By the compiler's word (a cubin's registers)."""
     if itemsize == 4:  # no tensor cores: operands of float32 products live in registers
         return {"BLOCK_N": 16, "BLOCK_L": 16, "num_warps": 4, "num_stages": 1}
-    if wide <= 64:
-        return {"BLOCK_N": 64, "BLOCK_L": 64, "num_warps": 4, "num_stages": 1}
-    return {"BLOCK_N": 32, "BLOCK_L": 32, "num_warps": 8, "num_stages": 1}
+    if wide <= 64 and instructions(arch) == "warpgroup":
+        return {"BLOCK_N": 64, "BLOCK_L": 64, "num_warps": 4, "num_stages": 1}  # a second stage spills
+    return {"BLOCK_N": 32, "BLOCK_L": 32, "num_warps": 4 if wide <= 128 else 8, "num_stages": 1}
 
 
 def prepare(grad_out, q, k, v, v_source, source_row, bias, scale, out) -> Callable:

@@ -6,15 +6,13 @@ something that is the same at every call with tensors of the same shapes, stride
 alignment. `Launch` does it once.
 """
 
-import triton
-
 
 class Launch:
     """A kernel with its grid and all arguments but the tensors: launch(*tensors).
 
     numbers: the arguments that follow the tensors; constants: the constexprs and launch options,
     by name. The first call goes through Triton, which compiles; the others launch what it found.
-    They are right only for tensors like the first ones (ops.launcher keeps a Launch by these).
+    They are right only for tensors like the first ones (ops.run keeps a Launch by these).
     """
 
     def __init__(self, kernel, grid: tuple, numbers: tuple, **constants):
@@ -27,7 +25,7 @@ class Launch:
             self.again(*tensors, *self.rest)
             return
         compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
-        if not triton.knobs.runtime.interpret:  # the interpreter compiles nothing
+        if compiled is not None:  # the interpreter compiles nothing
             names = self.kernel.arg_names
             values = dict(zip(names, (*tensors, *self.numbers))) | self.constants
             for name, rule in getattr(self.kernel, "values", {}).items():  # of @triton.heuristics

@@ -196,12 +196,6 @@ def bias_strides(bias, H: int, N: int) -> tuple[int, ...]:
     return strides(None if bias is None else bias.expand(bias.shape[0], H, N, bias.shape[3]), 1)
 
 
-def empty_heads(x):
-    """(B, H, N, D) as x, uninitialised, as a view of (B, N, H, D) memory."""
-    B, H, N, D = x.shape
-    return x.new_empty(B, N, H, D).transpose(1, 2)
-
-
 def arch() -> int:
     """Compute capability of the current device, 90 for 9.0; the interpreter has none and takes that of sm_90."""
     return 90 if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().arch
