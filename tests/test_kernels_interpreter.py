@@ -1,11 +1,11 @@
 """The Triton kernels themselves, run by Triton's interpreter on CPU tensors, against float64.
 
 TRITON_INTERPRET must be set before Triton is imported and must not reach the other tests, so this file runs itself: in
-the ordinary test session `test_in_its_own_process` starts one pytest on this file, test_kernels_fused.py and
-test_kernels_gradients.py with the variable set, and shows its report if it fails; everything else in the file is only
+the ordinary test session `test_in_its_own_process` starts one pytest on this file and test_kernels_{fused,fields,
+gradients,diffusers}.py with the variable set, and shows its report if it fails; everything else in the file is only
 collected there. By hand:
 
-    TRITON_INTERPRET=1 python -m pytest tests/test_kernels_interpreter.py tests/test_kernels_{fused,gradients}.py
+    TRITON_INTERPRET=1 python -m pytest tests/test_kernels_{interpreter,fused,fields,gradients,diffusers}.py
 
 Not tested here: TF32, which the interpreter does not model (test_kernels_compiled.py). Its bfloat16 is mended first:
 its tl.dot multiplies the bit patterns, and its conversions cut off instead of rounding.
@@ -30,8 +30,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED:
 
     def test_in_its_own_process():
-        others = ("test_kernels_fused.py", "test_kernels_gradients.py")
-        files = [__file__, *(str(Path(__file__).with_name(name)) for name in others)]
+        names = ("fused", "fields", "gradients", "diffusers")
+        files = [__file__, *(str(Path(__file__).with_name(f"test_kernels_{name}.py")) for name in names)]
         command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", *files]
         env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -380,21 +380,3 @@ if INTERPRETED:
         assert [text[:5] for text in bench.misses(rows)].count("WRONG") == 1
         provenance = dict.fromkeys(("device", "torch", "triton", "commit", "command"), "x")
         assert len(bench.table(provenance | {"rows": rows}).splitlines()) == 4 + 10
-
-    @torch.no_grad()
-    def test_the_recipe_for_diffusers():
-        """The code in kernels/README.md, word for word, on a tiny UNet: equal to diffusers' own attention."""
-        diffusers = pytest.importorskip("diffusers")
-        torch.manual_seed(0)
-        unet = diffusers.UNet2DConditionModel(
-            sample_size=8, block_out_channels=(32, 64), layers_per_block=1, attention_head_dim=2,
-            cross_attention_dim=24, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            norm_num_groups=8,
-        )  # fmt: skip
-        x, context = torch.randn(2, 4, 12, 12), torch.randn(2, 77, 24)  # 144 positions: both ops run
-        want = unet(x, 10, context).sample
-        readme = (Path(__file__).parents[1] / "kernels/README.md").read_text()
-        exec(readme.split("```python\n")[1].split("```")[0], {"unet": unet})
-        assert type(unet.mid_block.attentions[0].transformer_blocks[0].attn1.processor).__name__ == "KernelAttention"
-        torch.testing.assert_close(unet(x, 10, context).sample, want, atol=1e-4, rtol=0)
