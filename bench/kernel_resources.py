@@ -33,9 +33,9 @@ SMALL = (  # form, head dim, queries, keys, batch
     ("flash", 80, 1024, 1024, 2), ("flash routed", 80, 1024, 1024, 2),  # one picture: too few programs for large tiles
 )  # fmt: skip
 # CUDA C++ Programming Guide, table of compute capabilities
-SHARED_PER_BLOCK = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
-SHARED_PER_SM = {80: 164 * 1024, 89: 100 * 1024, 90: 228 * 1024}
-WARPS_PER_SM = {80: 64, 89: 48, 90: 64}
+SHARED_PER_BLOCK = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+SHARED_PER_SM = {80: 164 * 1024, 89: 100 * 1024, 90: 228 * 1024, 100: 228 * 1024, 120: 100 * 1024}
+WARPS_PER_SM = {80: 64, 89: 48, 90: 64, 100: 64, 120: 48}
 
 FORMS = {  # form: (op, edit fields)
     "fold": ("fold", ("source_row", "token_map", "blend", "reweight")),
@@ -181,28 +181,31 @@ def launch_fused(case: Case) -> None:
 
 
 def launch_attention(case: Case) -> None:
-    from minisd_kernels import attention, cross_attention, ops
+    from minisd_kernels import ops
 
     op, names = FORMS[case.form]
     N, L, D, dtype = case.queries, case.keys, case.head_dim, getattr(torch, case.dtype)
     q, k, v = (empty(case.batch, n, H, D, dtype=dtype).transpose(1, 2) for n in (N, L, L))
-    out = ops.empty_out(q)
     edit = {
         "source_row": empty(S, dtype=torch.int64),
         "inject": empty(S, H, N, L, dtype=dtype),
         "token_map": empty(S, L, L, dtype=torch.float32),
         "blend": empty(S, L, dtype=torch.float32),
         "reweight": empty(S, L, dtype=torch.float32),
+        "bias": empty(S, 1, N, L, dtype=dtype),
         "save": empty(S, H, N, L, dtype=dtype),
         "save_mean": empty(S, N, L, dtype=torch.float32),
     }
     edit = {name: x if name in names else None for name, x in edit.items()}
+    save = {name: edit.pop(name) for name in ("save", "save_mean")}
     if op == "attention":
-        attention.launch(q, k, v, edit["source_row"], out)
+        name, args = "attention", (q, k, v, edit["source_row"], edit["bias"], None, None, None)
     elif op in ("cross", "fold"):
-        cross_attention.launch(q, k, v, *list(edit.values())[:5], out)
+        name, args = "cross_attention", (q, k, v, *edit.values(), None)
     else:
-        cross_attention.launch_save(q, k, v, *edit.values(), out)
+        name, args = "cross_attention_save", (q, k, v, *edit.values(), *save.values(), None)
+    out = ops.EMPTY[name](*args)
+    ops.prepare(name, args, out)(*args, out)
 
 
 def instructions(cubin: bytes) -> bytes:

@@ -6,24 +6,31 @@ ops.fold is the same in PyTorch, in about ten launches, which would take longer 
 the attention kernel it would cost more registers than there are.
 """
 
+from collections.abc import Callable
+
 import triton
 import triton.language as tl
 
-from . import ops
-from .attention import dot, head, load, strides, unit, zeros
+from .launch import Launch
+from .tiles import dot, head, load, store, strides, table_strides, unit, zeros
 
-STEP = 16  # columns of V to a program, and keys to a step
-
-
-@triton.jit
-def column(p, rows, limit):
-    return tl.load(p + rows, mask=rows < limit, other=0.0)[:, None]
+# Columns of V to a program, and keys to a step; keys of the result to a program. Fewer than 64 of these, because on
+# sm_100 Triton turns float32 products of 64 rows or more, of numbers that were halves, into TF32, "ieee" or not.
+STEP, ROWS = 16, 32
 
 
 @triton.jit
-def store(p, tile, rows, cols, step, limit_row, limit_col):
-    mask = (rows[:, None] < limit_row) & (cols[None, :] < limit_col)
-    tl.store(p + rows[:, None] * step[0] + cols[None, :] * step[1], tile.to(p.dtype.element_ty), mask=mask)
+def column(p, stride, rows, limit):
+    return tl.load(p + rows * stride, mask=rows < limit, other=0.0)[:, None]
+
+
+@triton.jit
+def weighted(p_v, keys, cols, step_v, reweight, stride, L: tl.constexpr, D: tl.constexpr, HAS_REWEIGHT: tl.constexpr):
+    """reweight * V, float32."""
+    x = load(p_v, keys, cols, step_v, L, D, True, True).to(tl.float32)
+    if HAS_REWEIGHT:
+        x = column(reweight, stride, keys, L) * x
+    return x
 
 
 @triton.heuristics(
@@ -35,70 +42,84 @@ def store(p, tile, rows, cols, step, limit_row, limit_col):
         "HAS_REWEIGHT": lambda args: args["reweight"] is not None,
     }
 )
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(
+    do_not_specialize=["heads", "first"], do_not_specialize_on_alignment=["token_map", "blend", "reweight"]
+)
 def fold_kernel(
     v, token_map, blend, reweight, own, source,
-    first, stride_v, stride_own, stride_source,  # strides in units of UNIT
-    L: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr, BLOCK_L: tl.constexpr, STEP: tl.constexpr,
+    heads, first, stride_v, stride_own, stride_source,  # in units of UNIT
+    stride_map, stride_blend, stride_reweight,  # in elements
+    L: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
     HAS_OWN: tl.constexpr, HAS_SOURCE: tl.constexpr,
     HAS_TOKEN_MAP: tl.constexpr, HAS_BLEND: tl.constexpr, HAS_REWEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """STEP columns of one head of row b: of `own`, a copy of V where a row is not edited, and of `source`."""
-    h, b = tl.program_id(1), tl.program_id(2)
-    cols = tl.program_id(0) * STEP + tl.arange(0, STEP)
+    """ROWS keys and STEP columns of one head of row b: of `own`, a copy of V where a row is not edited, and of `source`.
+    """
+    h, b = tl.program_id(0) % heads, tl.program_id(0) // heads
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(2) * STEP + tl.arange(0, STEP)
     p_v, step_v = head(v, stride_v, b, h, UNIT)
     if b < first:
         if HAS_OWN:
             p_own, step_own = head(own, stride_own, b, h, UNIT)
-            for start in range(0, L, STEP):
-                keys = start + tl.arange(0, STEP)
-                store(p_own, load(p_v, keys, cols, step_v, L, D, True, True), keys, cols, step_own, L, D)
+            store(p_own, load(p_v, rows, cols, step_v, L, D, True, True), rows, cols, step_own, L, D)
     else:
-        edited = b - first
-        rows = tl.arange(0, BLOCK_L)
-        total = zeros(BLOCK_L, STEP)
-        for start in range(0, L, STEP):
-            keys = start + tl.arange(0, STEP)
-            # (STEP, STEP)
-            x = load(p_v, keys, cols, step_v, L, D, True, True).to(tl.float32)
-            if HAS_REWEIGHT:
-                x = column(reweight + edited * L, keys, L) * x
-            if HAS_BLEND or not HAS_SOURCE:
-                p_own, step_own = head(own, stride_own, b, h, UNIT)
-                share = column(blend + edited * L, keys, L) if HAS_BLEND else 0.0
-                store(p_own, (1 - share) * x, keys, cols, step_own, L, D)
-                x = share * x
-            if HAS_SOURCE:
-                p_source, step_source = head(source, stride_source, edited, h, UNIT)
-                if HAS_TOKEN_MAP:
-                    p_map = token_map + edited.to(tl.int64) * (L * L)
-                    total = dot(load(p_map, rows, keys, (L, 1), L, L, True, True), x, total)
-                else:
-                    store(p_source, x, keys, cols, step_source, L, D)
-        if HAS_TOKEN_MAP:
+        edited = (b - first).to(tl.int64)
+        if HAS_REWEIGHT:
+            reweight += edited * stride_reweight[0] + h * stride_reweight[1]
+        if HAS_BLEND:
+            blend += edited * stride_blend[0] + h * stride_blend[1]
+        if HAS_BLEND or not HAS_SOURCE:
+            p_own, step_own = head(own, stride_own, b, h, UNIT)
+            x = weighted(p_v, rows, cols, step_v, reweight, stride_reweight[2], L, D, HAS_REWEIGHT)
+            if HAS_BLEND:
+                x = (1 - column(blend, stride_blend[2], rows, L)) * x
+            store(p_own, x, rows, cols, step_own, L, D)
+        if HAS_SOURCE:
             p_source, step_source = head(source, stride_source, edited, h, UNIT)
+            if HAS_TOKEN_MAP:
+                total = zeros(ROWS, STEP)
+                for start in range(0, L, STEP):
+                    keys = start + tl.arange(0, STEP)
+                    # (STEP, STEP)
+                    values = weighted(p_v, keys, cols, step_v, reweight, stride_reweight[2], L, D, HAS_REWEIGHT)
+                    if HAS_BLEND:
+                        values = column(blend, stride_blend[2], keys, L) * values
+                    p_map = token_map + edited * stride_map[0]
+                    total = dot(load(p_map, rows, keys, stride_map[1:], L, L, True, True), values, total)
+            else:
+                total = weighted(p_v, rows, cols, step_v, reweight, stride_reweight[2], L, D, HAS_REWEIGHT)
+                if HAS_BLEND:
+                    total = column(blend, stride_blend[2], rows, L) * total
             store(p_source, total, rows, cols, step_source, L, D)
 
 
-def launch(v, source_row, inject, token_map, blend, reweight) -> tuple:
-    """(v, v_source, keep_own) as cross_attention_kernel takes them.
+# The launch: plain Python from here on.
 
-    The edited rows of v are V_own, or V_source if that is the only term and its map is computed as V_own's would be.
-    v_source: V_source of the edited rows beside V_own, or of a stored map. keep_own: whether v is used in edited rows.
+
+def prepare(v, token_map, blend, reweight, has_source, stored, out) -> Callable:
+    """The launch that folds tables like these into values like v; all checks are done in ops.py.
+
+    It takes the same arguments. out: the tensors of ops.Folded that are not None.
     """
-    B, H, L, D = v.shape
-    first = B - next((x.shape[0] for x in (source_row, inject, reweight) if x is not None), 0)
-    if token_map is None and blend is None and reweight is None:
-        return (v, None, True) if inject is None else (v, v[first:], False)
-    keep_own, beside = inject is None or blend is not None, inject is not None or blend is not None
-    own = ops.empty_out(v) if keep_own else None
-    source = None
-    if source_row is not None or inject is not None:
-        source = ops.empty_out(v[first:]) if beside else own[first:]
-    u = unit(v, own, source)
-    fold_kernel[(triton.cdiv(D, STEP), H, B)](
-        v, *(None if x is None else x.contiguous() for x in (token_map, blend, reweight)), own, source,
-        first, *(strides(x, u) for x in (v, own, source)),
-        L=L, D=D, UNIT=u, BLOCK_L=max(STEP, triton.next_power_of_2(L)), STEP=STEP,
+    (B, H, L, D), S = v.shape, next(x.shape[0] for x in (token_map, blend, reweight) if x is not None)
+
+    def parts(out):
+        """(V_own in all rows, V_source); where V_source is a row's only term and its map recomputed, it is in V_own."""
+        own = None if stored and blend is None else out[0]
+        only = blend is None and not stored
+        return own, None if not has_source else own[B - S :] if only else out[-1]
+
+    tensors = v, *parts(out)
+    u = unit(*tensors)
+    map_steps = (0, 0, 0) if token_map is None else token_map.stride()
+    steps = *(strides(x, u) for x in tensors), map_steps, table_strides(blend), table_strides(reweight)
+    fold = Launch(
+        fold_kernel, (H * B, triton.cdiv(L, ROWS), triton.cdiv(D, STEP)), (H, B - S, *steps),
+        L=L, D=D, UNIT=u, ROWS=ROWS, STEP=STEP,
     )  # fmt: skip
-    return (own if keep_own else v), (source if beside else None), keep_own
+
+    def launch(v, token_map, blend, reweight, has_source, stored, out):
+        fold(v, token_map, blend, reweight, *parts(out))
+
+    return launch

@@ -10,28 +10,30 @@ PROMPTS = ["a red circle", "a red square"]
 
 
 def methods(sd):
-    """name -> (drawing or editing, the CUDA graphs it captures; 0: it finds one of those
-    before)."""
+    """name -> (drawing or editing, the CUDA graphs of the UNet that it captures).
+
+    0: it finds one of those before, among the KEPT that were used last.
+    """
     options = dict(steps=4, progress=False)
     size = sd.unet.config.sample_size * sd.vae.factor
-    image = picture(size)
+    image = image_of(size)
     cond, uncond, x = sd.encode_prompt(PROMPTS), sd.encode_prompt([""]), sd.noise(3, batch=2)
 
     def loop(sampler, predict):
         return lambda: minisd.denoise(x, sampler, predict)
 
     def there_and_back(refine=0):
-        inversion = minisd.invert(sd, image, PROMPTS[0], 4, refine=refine, progress=False)
-        return minisd.redraw(sd, inversion, PROMPTS[1], 3, progress=False)
+        inversion = minisd.invert(sd, image, PROMPTS[0], refine=refine, **options)
+        return minisd.redraw(sd, inversion, PROMPTS[1], guidance=3, progress=False)
 
     def null_text():
-        inversion = minisd.invert(sd, image, PROMPTS[0], 4, trajectory=True, progress=False)
+        inversion = minisd.invert(sd, image, PROMPTS[0], trajectory=True, **options)
         found = minisd.null_text(sd, inversion, 3.0, inner_steps=2, progress=False)
         return minisd.redraw(sd, found, PROMPTS[1], progress=False)
 
     words = PROMPTS[0].split()[-1], PROMPTS[1].split()[-1]
     edits = dict(reweight={words[1]: 2.0}, local_blend=words)
-    _, recording = minisd.record(sd, PROMPTS[0], **options)
+    recording = minisd.record(sd, PROMPTS[0], **options)
     mask = torch.zeros(size, size).index_fill(1, torch.arange(size // 2), 1.0)
     each = [uncond * (1 + 0.1 * i) for i in range(4)]
     ddim = minisd.DDIM(sd.schedule, 4)
@@ -43,45 +45,41 @@ def methods(sd):
         "on_step": (lambda: sd.txt2img(PROMPTS[0], on_step=lambda x, step: 0.9 * x, **options), 0),
         "blend": (lambda: minisd.blend(sd, image, mask, PROMPTS[0], **options), 0),
         "prompt-to-prompt": (lambda: minisd.edit_prompt(sd, *PROMPTS, **edits, **options), 1),
-        "record": (lambda: minisd.record(sd, PROMPTS[0], **options)[0], 1),
+        "record": (lambda: minisd.record(sd, PROMPTS[0], **options).z, 1),
         "eta": (
-            loop(minisd.DDIM(sd.schedule, 4, eta=0.7), minisd.cfg(sd.unet, uncond, cond, 3.0)),
-            1,
-        ),
-        "inverse": (
-            loop(minisd.DDIM(sd.schedule, 4, inverse=True), minisd.conditional(sd.unet, cond)),
+            loop(minisd.DDIM(sd.schedule, 4, eta=0.7), minisd.cfg(sd.network, uncond, cond, 3.0)),
             0,
         ),
-        "erase": (loop(ddim, minisd.erase(sd.unet, uncond, cond, cond[:1])), 1),
-        "erase, less": (
-            loop(ddim, minisd.erase(sd.unet, uncond, cond, cond[:1], erase_scale=1.0)),
-            1,
+        "inverse": (
+            loop(minisd.DDIM(sd.schedule, 4, inverse=True), minisd.conditional(sd.network, cond)),
+            0,
         ),
-        "uncond for each step": (loop(ddim, minisd.cfg(sd.unet, each, cond, 3.0)), 1),
+        "erase": (loop(ddim, minisd.erase(sd.network, uncond, cond, cond[:1])), 1),
+        "erase, less": (
+            loop(ddim, minisd.erase(sd.network, uncond, cond, cond[:1], erase_scale=1.0)),
+            0,
+        ),
+        "uncond for each step": (loop(ddim, minisd.cfg(sd.network, each, cond, 3.0)), 1),
         "replay": (lambda: minisd.replay(sd, recording, PROMPTS[1], progress=False), 1),
-        "sega": (loop(ddim, minisd.sega(sd.unet, uncond, cond, cond[:1], warmup=1)), 1),
+        "sega": (loop(ddim, minisd.sega(sd.network, uncond, cond, cond[:1], warmup=1)), 0),
         "invert, redraw": (there_and_back, 2),
-        "fixed-point inversion": (
-            lambda: there_and_back(refine=1),
-            1,
-        ),  # its second guess starts elsewhere
-        "edict": (lambda: minisd.edict(sd, image, *PROMPTS, steps=4, progress=False), 1),
+        "fixed-point inversion": (lambda: there_and_back(refine=1), 0),
+        "edict": (lambda: minisd.edict(sd, image, *PROMPTS, **options), 0),
         "null-text": (null_text, 1),
         "sega, elsewhere": (
-            loop(ddim, minisd.sega(sd.unet, uncond, cond, cond[:1], threshold=0.5, warmup=1)),
-            1,
+            loop(ddim, minisd.sega(sd.network, uncond, cond, cond[:1], threshold=0.5, warmup=1)),
+            0,
         ),
     }
 
 
-def picture(size: int):
-    """A picture that any model can be given, in which no two places are alike."""
+def image_of(size: int):
+    """An image that any model can be given, in which no two places are alike."""
     return to_pil(torch.linspace(-1, 1, 3 * size * size).view(1, 3, size, size))[0]
 
 
 def as_tensor(result):
-    """Latents as they are, pictures as a tensor (B, 3, H, W)."""
+    """Latents as they are, images as a tensor (B, 3, H, W)."""
     if isinstance(result, torch.Tensor):
         return result
-    pictures = result if isinstance(result, list) else [result]
-    return to_tensor(pictures, pictures[0].height, pictures[0].width)
+    return to_tensor(result, result[0].height, result[0].width)

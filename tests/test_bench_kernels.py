@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from minisd_kernels import attention, cross_attention, reference, tuned
+from minisd_kernels import attention, cross_attention, ops, reference, tuned
 
 from bench import attention as bench
 from bench import fused, harness, tune
@@ -211,24 +211,28 @@ def test_every_launch_asks_for_its_tile(monkeypatch):
 
     for module, name in (
         (attention, "attention_kernel"), (cross_attention, "cross_attention_kernel"),
-        (cross_attention, "cross_attention_save_kernel"),
+        (cross_attention, "cross_attention_save_kernel"), (cross_attention, "mean_kernel"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, Kernel())
         monkeypatch.setattr(module, "arch", lambda: 90)
 
     def launch_all():
         q, k, v = (torch.empty(2, 2, n, 40, dtype=torch.float16, device="meta") for n in (64, 77, 77))
-        attention.launch(q, k, v, None, q)
-        cross_attention.launch(q, k, v, *[None] * 5, q)
-        cross_attention.launch_save(q, k, v, *[None] * 5, torch.empty(1, 2, 64, 77, device="meta"), None, q)
-        cross_attention.launch_save(q, k, v, *[None] * 6, torch.empty(1, 64, 77, device="meta"), q)
-        return launched[-4:]
+        save, mean = torch.empty(1, 2, 64, 77, device="meta"), torch.empty(1, 64, 77, device="meta")
+        for name, args in (
+            ("attention", [None] * 5), ("cross_attention", [None] * 7),
+            ("cross_attention_save", [*[None] * 6, save, None, None]),
+            ("cross_attention_save", [*[None] * 7, mean, None]),
+        ):  # fmt: skip
+            ops.prepare(name, (q, k, v, *args), q)(q, k, v, *args, q)
+        return launched[-5:-1]  # the last is the mean's
 
     by_rule = launch_all()
     tile = {"BLOCK_N": 32, "num_warps": 2, "num_stages": 5}
     monkeypatch.setattr(tuned, "tile", lambda op, q: asked.append(op) or tile)
-    assert launch_all() == [(2, choice | tile) for _, choice in by_rule]
-    assert [grid for grid, _ in by_rule] == [1] * 4 and asked == list(tune.TILES) == list(tune.FORMS)
+    assert launch_all() == [(2 * 2 * 2, choice | tile) for _, choice in by_rule]
+    assert [grid for grid, _ in by_rule] == [1 * 2 * 2] * 4
+    assert list(dict.fromkeys(asked)) == list(tune.TILES) == list(tune.FORMS)
 
 
 def test_only_what_beats_the_rule_by_more_than_the_spread_is_kept(tmp_path, monkeypatch, capsys):
@@ -286,4 +290,6 @@ def test_tiles_are_tried_where_the_models_launch_them():
     assert tune.cases("attention", 160) == [
         (B, N, N, form) for B in (2, 8) for N in (256, 576, 144) for form in ("plain", "self-injection")
     ]
-    assert tune.cases("cross_attention_save", 160) == [(B, N, 77, "save") for B in (2, 8) for N in (256, 64)]
+    assert tune.cases("cross_attention_save", 160) == [
+        (B, N, 77, form) for B in (2, 8) for N in (256, 64) for form in ("save", "save_mean", "refine, save_mean")
+    ]

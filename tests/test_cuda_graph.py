@@ -1,6 +1,8 @@
 """The static buffers of CUDA graphs, without a GPU: what is replayed reads nothing but its own
 buffers."""
 
+import dataclasses
+
 import p2p_model
 import pytest
 import torch
@@ -8,11 +10,12 @@ from methods import PROMPTS, as_tensor, methods
 from torch.utils._pytree import tree_leaves
 
 import minisd
-from minisd.engine import graphs as cuda_graph
+from minisd.engine import graphs
+from minisd.engine.graphs import GraphedUNet
 from minisd.models.attention import AttentionEdit
 
 
-class Mocked(cuda_graph.Replay):
+class Mocked(graphs.Replay):
     """Replay with the capture taken out: it calls the function again on the buffers that it was
     captured with, and writes into the same outputs. Like a graph it sees nothing of the later calls
     but what is copied into the buffers.
@@ -75,10 +78,10 @@ def test_what_needs_a_graph_of_its_own():
     assert replay.captures == len(expected)
     for key, *inputs in expected:
         assert torch.equal(replay(key, add, *inputs), add(*inputs))
-    assert replay.captures == len(expected) < cuda_graph.KEPT
-    for n in range(cuda_graph.KEPT):  # the old ones are dropped
+    assert replay.captures == len(expected) < graphs.KEPT
+    for n in range(graphs.KEPT):  # the old ones are dropped
         replay("c", add, x, y, n)
-    assert len(replay.graphs) == cuda_graph.KEPT
+    assert len(replay.graphs) == graphs.KEPT
 
 
 def test_save_buffers_are_written_to_themselves_and_once_per_call():
@@ -103,54 +106,63 @@ def sd(tmp_path_factory):
     return p2p_model.load(tmp_path_factory.mktemp("graph"))[1]
 
 
-def test_every_method_draws_the_same_through_the_buffers(sd):
-    """To 8 bits for pictures, 1e-5 for latents; and one graph, of the whole step, serves all steps
-    of a run."""
+@pytest.fixture
+def graphed(sd):
+    """The same model by graphs, as `load(graph=True)` makes it on a card, whose captures are
+    mocked."""
+    other = dataclasses.replace(sd, graph=True)
+    assert isinstance(other.network, GraphedUNet)
+    other.network.replay = Mocked()
+    return other
+
+
+def captures(sd):
+    return sd.network.replay.captures
+
+
+def test_every_method_draws_the_same_through_the_buffers(sd, graphed):
+    """To the bit; and one graph serves all steps of a run."""
     expected = {name: method() for name, (method, _) in methods(sd).items()}
-    sd.unet.replay = Mocked()
-    try:
-        for name, (method, graphs) in methods(sd).items():
-            before = sd.unet.replay.captures
-            ours = method()
-            bar = 1e-5 * ours.abs().max() if isinstance(ours, torch.Tensor) else 1 / 250
-            assert (as_tensor(ours) - as_tensor(expected[name])).abs().max() <= bar, name
-            assert sd.unet.replay.captures - before == graphs, name
-            (_, what), *_ = next(reversed(sd.unet.replay.graphs))
-            assert what != "unet", name  # it alone: without the guidance and the sampler's update
-    finally:
-        del sd.unet.replay
+    assert captures(graphed) == 0
+    for name, (method, count) in methods(graphed).items():
+        before = captures(graphed)
+        ours = method()
+        assert torch.equal(as_tensor(ours), as_tensor(expected[name])), name
+        assert captures(graphed) - before == count, name
 
 
-def test_inference_mode_inside_and_outside(sd):
+def test_a_graph_is_of_the_unet_alone(graphed, monkeypatch):
+    """Guidance and update are outside: other scales, levels and samplers replay it."""
+    calls, replayed = [], Mocked.__call__
+
+    def counted(self, key, function, *inputs):
+        calls.append(function)
+        return replayed(self, key, function, *inputs)
+
+    monkeypatch.setattr(Mocked, "__call__", counted)
+    for how in ({}, {"guidance": 3.0}, {"sampler": "ddim"}, {"seed": 5, "steps": 2}):
+        graphed.txt2img(PROMPTS, progress=False, **{"steps": 4} | how)
+    assert calls == [graphed.unet] * (4 + 4 + 4 + 2) and captures(graphed) == 1
+
+
+def test_inference_mode_inside_and_outside(sd, graphed):
     """Its tensors do not count their changes, and may not be changed outside of it."""
-    expected, sd.unet.replay = as_tensor(sd.txt2img(PROMPTS, steps=4, progress=False)), Mocked()
-    try:
-        with torch.inference_mode():
-            inside = [as_tensor(sd.txt2img(PROMPTS, steps=4, progress=False)) for _ in range(2)]
-        outside = as_tensor(sd.txt2img(PROMPTS, steps=4, progress=False))
-        assert (
-            all(torch.equal(each, expected) for each in (*inside, outside))
-            and sd.unet.replay.captures == 1
-        )
-    finally:
-        del sd.unet.replay
+    expected = as_tensor(sd.txt2img(PROMPTS, steps=4, progress=False))
+    with torch.inference_mode():
+        inside = [as_tensor(graphed.txt2img(PROMPTS, steps=4, progress=False)) for _ in range(2)]
+    outside = as_tensor(graphed.txt2img(PROMPTS, steps=4, progress=False))
+    assert all(torch.equal(each, expected) for each in (*inside, outside))
+    assert captures(graphed) == 1
 
 
-def test_gradients_go_around_the_graph(sd):
-    sd.unet.replay = Mocked()
-    try:
-        uncond = sd.encode_prompt([""]).requires_grad_()
-        predict = minisd.cfg(sd.unet, uncond, sd.encode_prompt(PROMPTS[:1]), 3.0)
-        x, step = sd.noise(0), next(iter(minisd.DDIM(sd.schedule, 4)))
-        for function in (
-            lambda: predict(x, step),
-            lambda: minisd.sampling.samplers.take(step, predict, x)[0],
-        ):
-            uncond.grad = None
-            function().sum().backward()
-            assert uncond.grad.abs().max() > 0 and sd.unet.replay.captures == 0
-    finally:
-        del sd.unet.replay
+def test_gradients_go_around_the_graph(graphed):
+    uncond = graphed.encode_prompt([""]).requires_grad_()
+    predict = minisd.cfg(graphed.network, uncond, graphed.encode_prompt(PROMPTS[:1]), 3.0)
+    x, step = graphed.noise(0), next(iter(minisd.DDIM(graphed.schedule, 4)))
+    for function in (lambda eps: eps, lambda eps: step(x, eps)[0]):
+        uncond.grad = None
+        function(predict(x, step)[0]).sum().backward()
+        assert uncond.grad.abs().max() > 0 and captures(graphed) == 0
 
 
 def test_graph_needs_cuda():
@@ -160,27 +172,67 @@ def test_graph_needs_cuda():
         minisd.load("shapes", device="cpu", graph=True)
 
 
-def test_a_model_that_is_not_on_a_card_any_more_is_refused():
+def test_compile_and_graph_are_one_or_the_other(sd):
+    with pytest.raises(ValueError, match="got compile=True and graph=True, expected one of them"):
+        _ = dataclasses.replace(sd, compile=True, graph=True).network
+
+
+def test_a_model_that_is_not_on_a_card_any_more_is_refused(sd):
     with pytest.raises(ValueError, match="CUDA graphs need a model on a CUDA device, got cpu"):
-        cuda_graph.Replay()("a", torch.neg, torch.ones(2))
+        graphs.Replay()("a", torch.neg, torch.ones(2))
+    with pytest.raises(ValueError, match="CUDA graphs need a model on a CUDA device, got cpu"):
+        dataclasses.replace(sd, graph=True).txt2img("a", steps=1, progress=False)
 
 
-def test_a_graph_is_of_one_choice_of_attention_and_one_place_of_the_weights(sd):
+def test_a_graph_is_of_one_choice_of_attention_and_one_place_of_the_weights(graphed):
     """What was captured before either changed is not replayed after it."""
-    sd.unet.replay, before = Mocked(), sd.unet.attention
-    weight = sd.unet.time_embedding.linear_1.weight
+    before, weight = graphed.unet.attention, graphed.unet.time_embedding.linear_1.weight
 
-    def captures():
-        sd.txt2img(PROMPTS, steps=2, progress=False)
-        return sd.unet.replay.captures
+    def captured():
+        graphed.txt2img(PROMPTS, steps=2, progress=False)
+        return captures(graphed)
 
     try:
-        assert [captures(), captures()] == [1, 1]
-        sd.unet.attention = "reference"
-        assert [captures(), captures()] == [2, 2]
-        sd.unet.attention = before
+        assert [captured(), captured()] == [1, 1]
+        graphed.unet.attention = "reference"
+        assert [captured(), captured()] == [2, 2]
+        graphed.unet.attention = before
         weight.data = weight.data.clone()
-        assert [captures(), captures()] == [3, 3]
+        assert [captured(), captured()] == [3, 3]
     finally:
-        sd.unet.attention = before
-        del sd.unet.replay
+        graphed.unet.attention = before
+
+
+def test_new_values_in_place_are_seen(sd, graphed):
+    """The weights are read where they lie, and keys and values are of each run's weights."""
+    layer = sd.unet.get_submodule(sd.unet.sites("cross")[0]).to_k
+    graphed.txt2img("a", steps=2, progress=False)
+    kept = layer.weight.clone()
+    try:
+        with torch.no_grad():
+            layer.weight.mul_(-3)
+        changed = as_tensor(graphed.txt2img("a", steps=2, progress=False))
+        assert torch.equal(changed, as_tensor(sd.txt2img("a", steps=2, progress=False)))
+        assert captures(graphed) == 1
+    finally:
+        layer.weight.data.copy_(kept)
+    assert not torch.equal(changed, as_tensor(sd.txt2img("a", steps=2, progress=False)))
+
+
+def test_hooks_and_modules_in_place_of_others_are_seen(sd, graphed):
+    """A graph calls no Python: with a hook there is none, and other modules cost a new one."""
+    run = lambda model: as_tensor(model.txt2img("a", steps=2, progress=False))
+    site, plain = sd.unet.get_submodule(sd.unet.sites("self")[0]), run(graphed)
+    layer, calls = site.to_q, []
+    hook = layer.register_forward_hook(lambda module, args, out: calls.append(module) or 9 * out)
+    hooked = run(graphed)
+    hook.remove()
+    assert len(calls) == 2 and not torch.equal(hooked, plain) and captures(graphed) == 1
+    assert torch.equal(run(graphed), plain) and captures(graphed) == 1
+    site.to_q = torch.nn.Sequential(layer, torch.nn.Hardtanh())  # the same parameters
+    try:
+        wrapped = run(graphed)
+        assert torch.equal(wrapped, run(sd)) and captures(graphed) == 2
+    finally:
+        site.to_q = layer
+    assert not torch.equal(wrapped, plain) and torch.equal(run(graphed), plain)

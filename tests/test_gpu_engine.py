@@ -20,12 +20,10 @@ def exact(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-@pytest.mark.parametrize("compile", [False, True])
-def test_a_captured_run_equals_the_plain_one(compile):
-    """The same latents, plain and edited, compiled or not. Not to the bit: a graph's coefficients
-    are tensors, and CUDA divides by a number in another way than by a tensor."""
-    plain = load("shapes", device="cuda", dtype="float32", compile=compile)
-    graphed = load("shapes", device="cuda", dtype="float32", compile=compile, graph=True)
+def test_a_captured_run_equals_the_plain_one():
+    """The same latents, drawn and edited."""
+    plain = load("shapes", device="cuda", dtype="float32")
+    graphed = load("shapes", device="cuda", dtype="float32", graph=True)
     latents = []
     for sd in (plain, graphed):
         options = {
@@ -40,7 +38,7 @@ def test_a_captured_run_equals_the_plain_one(compile):
     assert half == 18
     for ours, theirs in zip(latents[half:], latents[:half]):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
-    assert len(graphed.unet.replay.graphs) == 2
+    assert len(graphed.network.replay.graphs) == 2
 
 
 def test_every_method_draws_the_same_by_graphs():
@@ -50,23 +48,31 @@ def test_every_method_draws_the_same_by_graphs():
     graphed = load("shapes", device="cuda", dtype="float32", graph=True)
     for (name, (theirs, _)), (ours, _) in zip(methods(plain).items(), methods(graphed).values()):
         assert (as_tensor(ours()) - as_tensor(theirs())).abs().mean() <= 2 / 255, name
-        assert graphed.unet.replay.graphs and not getattr(plain.unet, "replay", None)
+        assert graphed.network.replay.graphs and plain.network is plain.unet
 
 
-def test_projections_in_one_product():
-    """`load` lays the weights of q, k and v together on CUDA; the latents are those of three
-    products."""
-    fused, apart = (load("shapes", device="cuda", dtype="float32") for _ in range(2))
-    apart.unet.to("cpu")
-    apart.unet.to("cuda")
-    latents = []
-    for sd, together in ((fused, True), (apart, False)):
-        sites = [site for name, site in sd.unet.named_modules() if name.endswith("attn1")]
-        assert sites and all((site.qkv_weight() is not None) == together for site in sites)
-        sd.txt2img(
-            "a red circle",
-            steps=6,
-            progress=False,
-            on_step=lambda x, step: latents.append(x.clone()),
+@torch.no_grad()
+@pytest.mark.parametrize("graph", [False, True])
+def test_adapters_and_hooks_on_projections_have_effect(graph):
+    """On CUDA, too, q, k and v are computed by the modules that are there, whenever they came."""
+    sd = load("shapes", device="cuda", dtype="float32", graph=graph)
+
+    def latents():
+        last = []
+        sd.txt2img("a red circle", steps=3, progress=False, on_step=lambda x, step: last.append(x))
+        return last[-1]
+
+    plain = latents()
+    for name in ("to_q", "to_k", "to_v"):
+        site = sd.unet.get_submodule(sd.unet.sites("self")[0])
+        layer, calls = getattr(site, name), []
+        hook = layer.register_forward_hook(
+            lambda m, a, out, calls=calls: calls.append(m) or 2 * out
         )
-    torch.testing.assert_close(latents[5], latents[-1], rtol=1e-3, atol=1e-3)
+        assert (latents() - plain).abs().max() > 1e-3 and len(calls) == 3
+        hook.remove()
+        torch.testing.assert_close(latents(), plain)
+        setattr(site, name, torch.nn.Sequential(layer, torch.nn.Hardtanh(-0.1, 0.1)))
+        assert (latents() - plain).abs().max() > 1e-3
+        setattr(site, name, layer)
+        torch.testing.assert_close(latents(), plain)

@@ -1,6 +1,7 @@
 """Guidance against its formulas, with a stand-in UNet that sees every argument, and once with
 minisd's own UNet."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -9,7 +10,8 @@ import torch
 
 from minisd.models.unet import UNet, UNetConfig
 from minisd.sampling.guidance import cfg, conditional, erase, sega
-from minisd.sampling.samplers import DDIM, denoise
+from minisd.sampling.loop import denoise
+from minisd.sampling.samplers import DDIM
 from minisd.sampling.schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule.from_dict(
@@ -70,7 +72,7 @@ def rowwise(x, step, rows):
 def test_conditional(step):
     unet = Recorder()
     torch.testing.assert_close(
-        conditional(unet, COND)(X, step), rowwise(X, step, COND), rtol=0, atol=0
+        conditional(unet, COND)(X, step)[0], rowwise(X, step, COND), rtol=0, atol=0
     )
     ((x, t, context, edits),) = unet.calls
     assert x is X and torch.equal(context, COND) and edits == {}
@@ -84,7 +86,7 @@ def test_cfg(scale, uncond, cond):
     unet, step = Recorder(), STEPS[1]
     u, c = rowwise(X, step, uncond), rowwise(X, step, cond)
     torch.testing.assert_close(
-        cfg(unet, uncond, cond, scale)(X, step), u + scale * (c - u), rtol=0, atol=1e-14
+        cfg(unet, uncond, cond, scale)(X, step)[0], u + scale * (c - u), rtol=0, atol=1e-14
     )
     ((_, _, context, _),) = unet.calls
     assert torch.equal(context[:2], uncond.expand(2, -1, -1)) and torch.equal(
@@ -94,8 +96,8 @@ def test_cfg(scale, uncond, cond):
 
 def test_cfg_of_scale_1_runs_no_unconditional_half():
     unet = Recorder()
-    got = cfg(unet, UNCOND, COND, scale=1)(X, STEPS[0])
-    assert torch.equal(got, conditional(Recorder(), COND)(X, STEPS[0]))
+    got, _ = cfg(unet, UNCOND, COND, scale=1)(X, STEPS[0])
+    assert torch.equal(got, conditional(Recorder(), COND)(X, STEPS[0])[0])
     assert [len(context) for _, _, context, _ in unet.calls] == [2]
 
 
@@ -108,7 +110,7 @@ def test_erase(n, several):
     expected = u + 3.0 * (c - u)
     for w, concept in zip(weights, CONCEPTS):
         expected = expected - w * (rowwise(X, step, concept[None]) - u)
-    torch.testing.assert_close(predict(X, step), expected, rtol=0, atol=1e-13)
+    torch.testing.assert_close(predict(X, step)[0], expected, rtol=0, atol=1e-13)
     ((_, _, context, _),) = unet.calls  # one call, the conditional rows last
     rows = [UNCOND[0], UNCOND[0], *(row for row in CONCEPTS[:n] for _ in range(2)), *COND]
     assert torch.equal(context, torch.stack(rows))
@@ -116,19 +118,19 @@ def test_erase(n, several):
 
 def test_erase_with_concepts_of_their_own_for_each_latent():
     both = torch.stack([CONCEPTS[:2], CONCEPTS[1:]], dim=1)  # (n, B, L, D)
-    got = erase(Recorder(), UNCOND, COND, both, 3.0, [4.0, -1.0])(X, STEPS[2])
+    got, _ = erase(Recorder(), UNCOND, COND, both, 3.0, [4.0, -1.0])(X, STEPS[2])
     for i in range(2):
         alone = erase(Recorder(), UNCOND, COND[i : i + 1], CONCEPTS[i : i + 2], 3.0, [4.0, -1.0])
         torch.testing.assert_close(
-            got[i : i + 1], alone(X[i : i + 1], STEPS[2]), rtol=0, atol=1e-13
+            got[i : i + 1], alone(X[i : i + 1], STEPS[2])[0], rtol=0, atol=1e-13
         )
 
 
 def test_defaults_are_the_published_scales():
     step = STEPS[0]
     u, c, e = (rowwise(X, step, rows) for rows in (UNCOND, COND, CONCEPTS[:1]))
-    torch.testing.assert_close(cfg(Recorder(), UNCOND, COND)(X, step), u + 7.5 * (c - u))
-    got = erase(Recorder(), UNCOND, COND, CONCEPTS[:1])(X, step)
+    torch.testing.assert_close(cfg(Recorder(), UNCOND, COND)(X, step)[0], u + 7.5 * (c - u))
+    got, _ = erase(Recorder(), UNCOND, COND, CONCEPTS[:1])(X, step)
     torch.testing.assert_close(got, u + 7.5 * (c - u) - 10.0 * (e - u))
 
 
@@ -138,11 +140,11 @@ def test_uncond_of_every_step(make):
     unconds = [randn(1 + i % 2, 7, 6, seed=10 + i) for i in range(4)]
     for unet in (Recorder(), Preparing()):
         with torch.no_grad():
-            predict = make(unet, unconds, COND)
+            predict, state = make(unet, unconds, COND), None
             for step in list(DDIM(SCHEDULE, 4, skip=1)):
-                assert torch.equal(
-                    predict(X, step), make(Recorder(), unconds[step.index], COND)(X, step)
-                )
+                got, state = predict(X, step, state)
+                expected, _ = make(Recorder(), unconds[step.index], COND)(X, step)
+                assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("make", [conditional, lambda *a, **k: cfg(a[0], UNCOND, *a[1:], **k)])
@@ -154,14 +156,40 @@ def test_edits_are_a_function_of_the_step(make):
     assert [edits for _, _, _, edits in unet.calls] == [{"site": i} for i in range(4)]
 
 
-def test_keys_and_values_are_prepared_once_per_prompt():
+def test_keys_and_values_are_prepared_once_a_run():
+    """In the state that is handed on: a run after it prepares anew, for the weights of then."""
     unet = Preparing()
     predict = cfg(unet, UNCOND, COND[:1])
     x = denoise(X, DDIM(SCHEDULE, 4), predict)
     assert unet.prepared == 1
     assert torch.equal(x, denoise(X, DDIM(SCHEDULE, 4), cfg(Recorder(), UNCOND, COND[:1])))
-    denoise(X[:1], DDIM(SCHEDULE, 4), predict)  # another batch has other rows
+    denoise(X, DDIM(SCHEDULE, 4), predict)
     assert unet.prepared == 2
+    with torch.no_grad():
+        _, state = predict(X, STEPS[0])
+        got, _ = predict(X[:1], STEPS[1], state)  # another batch has other rows
+    assert unet.prepared == 4
+    assert torch.equal(got, cfg(Recorder(), UNCOND, COND[:1])(X[:1], STEPS[1])[0])
+
+
+def test_a_guidance_keeps_nothing_of_a_run():
+    """Two runs by one object, step by step in turn, and one that was broken off before them."""
+    predict = sega(Preparing(), UNCOND, COND, CONCEPTS, warmup=1)
+    before = dict(vars(predict))
+    with torch.no_grad():
+        alone, state = [], None
+        for step in STEPS:
+            eps, state = predict(X, step, state)
+            alone.append(eps)
+        predict(2 * X, STEPS[0])  # broken off
+        first = second = None
+        for step, expected in zip(STEPS, alone):
+            a, first = predict(X, step, first)
+            b, second = predict(X, step, second)
+            assert torch.equal(a, expected) and torch.equal(b, expected)
+    assert vars(predict) == before
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        predict.edits = None
 
 
 def test_gradients_reach_the_embedding_after_a_run_without_them():
@@ -170,9 +198,9 @@ def test_gradients_reach_the_embedding_after_a_run_without_them():
     uncond = UNCOND.clone().requires_grad_()
     predict = cfg(Preparing(), uncond, COND)
     with torch.no_grad():
-        predict(X, STEPS[0])
+        _, state = predict(X, STEPS[0])
     for _ in range(2):
-        (grad,) = torch.autograd.grad(predict(X, STEPS[0]).sum(), uncond)
+        (grad,) = torch.autograd.grad(predict(X, STEPS[0], state)[0].sum(), uncond)
         assert grad.abs().max() > 0
 
 
@@ -257,10 +285,10 @@ def test_with_the_unet():
     x, t = randn(2, 4, 8, 8), torch.tensor(step.t)
     with torch.no_grad():
         u, c, e = (unet(x, t, rows.expand(2, -1, -1)) for rows in (UNCOND, COND, CONCEPTS[:1]))
-        got = erase(unet, UNCOND, COND, CONCEPTS[:1])(x, step)
+        got, _ = erase(unet, UNCOND, COND, CONCEPTS[:1])(x, step)
         torch.testing.assert_close(got, u + 7.5 * (c - u) - 10.0 * (e - u), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(
-        cfg(unet, UNCOND, COND)(x, step), u + 7.5 * (c - u), rtol=1e-9, atol=1e-9
+        cfg(unet, UNCOND, COND)(x, step)[0], u + 7.5 * (c - u), rtol=1e-9, atol=1e-9
     )
     assert (c - u).abs().max() > 1e-3
 
@@ -276,6 +304,7 @@ def test_guidance_loads_no_model():
     assert set(loaded) == {
         "minisd",
         "minisd.expect",
+        "minisd.sampling",
         "minisd.sampling.guidance",
         "minisd.sampling.samplers",
         "minisd.sampling.schedule",

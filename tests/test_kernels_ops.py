@@ -41,8 +41,9 @@ def test_bad_tensors_are_refused(op, change, match):
 
 
 def test_limits():
-    with pytest.raises(ValueError, match="at most 128 keys, got 129"):
-        ops.cross_attention(*qkv(L=129))
+    for saves in ({}, {"save": torch.empty(2, H, N, 129)}, {"save_mean": torch.empty(2, N, 129)}):
+        with pytest.raises(ValueError, match="at most 128 keys, got 129; .* impl='sdpa' edits and saves"):
+            ops.cross_attention(*(x.to("meta") for x in qkv(L=129)), **{n: x.to("meta") for n, x in saves.items()})
     with pytest.raises(ValueError, match="multiple of 8 up to 256, got 264"):
         ops.attention(*qkv(D=264))
 
@@ -54,31 +55,86 @@ def test_cpu_tensors_are_refused_outside_of_the_interpreter():
             op(*qkv())
 
 
-@pytest.mark.parametrize("which", range(3))
+OPS = torch.ops.minisd_kernels
+DIRECT = {
+    "attention": lambda q, k, v: OPS.attention(q, k, v, *[None] * 5),
+    "cross_attention": lambda q, k, v: OPS.cross_attention(q, k, v, *[None] * 7),
+    "cross_attention_folded": lambda q, k, v: OPS.cross_attention_folded(q, k, v, *[None] * 4, True, None),
+    "cross_attention_save": lambda q, k, v: OPS.cross_attention_save(
+        q, k, v, *[None] * 6, torch.empty(2, H, N, L, device=q.device), None, None
+    ),
+    "fold": lambda q, k, v: OPS.fold(v, None, None, torch.ones(2, L, device=q.device), False, False),
+    "attention_backward": lambda q, k, v: OPS.attention_backward(q, q, k, v, None, None, None, None),
+}
+
+
+@pytest.mark.parametrize("name", ops.SCHEMAS)
+def test_gradients_through_the_registered_ops_are_refused(name):
+    q, k, v = (x.to("meta") for x in qkv())
+    DIRECT[name](q, k, v)
+    with pytest.raises(RuntimeError, match=f"minisd_kernels.{name} has no backward; minisd_kernels.ops has"):
+        DIRECT[name](q, k, v.requires_grad_())
+
+
+@pytest.mark.parametrize("name", ops.SCHEMAS)
+def test_the_registered_ops_check_their_inputs(name):
+    """Called directly, in a compiled graph, anywhere."""
+    if name != "attention_backward":
+        with pytest.raises(ValueError, match="no empty dimension"):
+            DIRECT[name](*(x.to("meta") for x in qkv(L=0)))
+
+
+def test_gradients_into_a_buffer_are_refused():
+    """They would be dropped in silence; edited_map returns the map."""
+    q, k, v = qkv()
+    for name, size in (("save", (2, H, N, L)), ("save_mean", (2, N, L))):
+        with pytest.raises(RuntimeError, match="a buffer cannot carry the gradients .* ops.edited_map"):
+            ops.cross_attention(q.requires_grad_(), k, v, **{name: torch.zeros(size)})
+
+
 @pytest.mark.parametrize("op", [ops.attention, ops.cross_attention])
-def test_gradients_are_refused(op, which):
-    tensors = qkv()
-    tensors[which].requires_grad_()
-    with pytest.raises(RuntimeError, match="no backward; use impl='sdpa'"):
-        op(*tensors)
+def test_forward_mode_derivatives_are_refused(op):
+    """They would be zero in silence: the registered ops know nothing of tangents."""
+    q, k, v = (x.to("meta") for x in qkv())
+    match = "no forward-mode derivatives; use impl='sdpa'"
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(v, torch.ones_like(v))
+        op(q, k, v)
+        with torch.no_grad():
+            with pytest.raises(RuntimeError, match=match):
+                op(q, k, dual)
+        with pytest.raises(RuntimeError, match=match):
+            DIRECT[op.__name__](q, k, dual)
+    with pytest.raises(RuntimeError, match=match):
+        torch.func.jvp(lambda q: op(q, k, v), (q,), (q,))
 
 
-@pytest.mark.parametrize("name", ["inject", "token_map", "blend", "reweight", "save", "save_mean"])
-def test_gradients_to_an_edit_are_refused(name):
-    """They would be dropped in silence."""
-    sizes = {"inject": (2, H, N, L), "save": (2, H, N, L), "save_mean": (2, N, L), "token_map": (2, L, L)}
-    edit = {name: torch.zeros(sizes.get(name, (2, L)), requires_grad=True)}
-    if name in ("token_map", "blend"):
-        edit["source_row"] = torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(RuntimeError, match="no backward; use impl='sdpa'"):
-        ops.cross_attention(*qkv(), **edit)
+@pytest.mark.parametrize("op", [ops.attention, ops.cross_attention])
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 3, (torch.bfloat16, torch.float32, torch.float32)], ids=str)
+def test_autocast_casts_as_sdpa_does(op, dtypes, monkeypatch):
+    """One dtype under autocast, float32 products included; mixed dtypes without it are an error."""
+    got = []
+    monkeypatch.setattr(ops, "call", lambda _, *args: got.append([x.dtype for x in args[:3]]))
+    q, k, v = (x.to(dtype) for x, dtype in zip(qkv(), dtypes))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        want = torch.nn.functional.scaled_dot_product_attention(q, k, v).dtype
+        op(q, k, v)
+    assert got == [[want] * 3] and want == torch.bfloat16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert op(*qkv(dtype=torch.float64)) is None and got[-1] == [torch.float64] * 3  # refused by the op itself
 
 
-def test_a_gradient_through_the_registered_op_is_refused():
-    q, k, v = (x.to("meta").requires_grad_() for x in qkv())
-    out = torch.ops.minisd_kernels.attention(q, k, v, None)
-    with pytest.raises(RuntimeError, match="no backward; use impl='sdpa'"):
-        out.sum().backward()
+def test_a_buffer_with_overlapping_memory_is_refused():
+    edit = {"source_row": torch.zeros(2, dtype=torch.int64)}
+    for name, wrong, right in (
+        ("save", torch.empty(1, H, N, L).expand(2, -1, -1, -1), torch.empty(L, N, 2 * H, 2).permute(3, 2, 1, 0)[:, ::2]),
+        ("save", torch.empty(100).as_strided((2, H, N, L), (48, 24, 3, 1)), torch.empty(2, H, N, 2 * L)[..., ::2]),
+        ("save_mean", torch.empty(2, 1, L).expand(-1, N, -1), torch.empty(L, N, 2).permute(2, 1, 0)),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: expected memory of its own for every element"):
+            ops.cross_attention(*qkv(), **edit, **{name: wrong})
+        ops.check(*qkv(), **edit, **{name: right})
+    ops.check(*qkv(), save=torch.empty(H * N * L).as_strided((1, H, N, L), (0, N * L, L, 1)))  # one row: no stride
 
 
 def test_fake_kernels_promise_the_layout_that_is_returned():
@@ -114,12 +170,64 @@ def test_fold_is_exact(fields, reweighted):
     torch.testing.assert_close(got, want, atol=1e-13, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "fields, match",
+    [
+        ({"bias": torch.zeros(2, H, N, L + 1)}, r"bias: expected shape \(2, 2, 5, 7\) or \(2, 2, 1, 7\) or .*8\)"),
+        ({"bias": torch.zeros(2, 1, 1, L).double()}, "bias: expected torch.float16 or .* got torch.float64"),
+        ({"kv_row": torch.zeros(2, dtype=torch.int64)}, r"kv_row: expected shape \(S, M\), M at least 1, got \(2,\)"),
+        ({"kv_row": torch.zeros(2, 1)}, "kv_row: expected torch.int32 or torch.int64, got torch.float32"),
+        ({"own_value": torch.ones(2)}, "own_value: expected as many keys as queries, 5, got 7"),
+        ({"own_value": torch.ones(2, dtype=torch.int64)}, "own_value: expected torch.float32 or torch.bool"),
+        ({"reweight": torch.ones(2, H + 1, L)}, r"reweight: expected shape \(2, 7\) or \(2, 2, 7\), got \(2, 3, 7\)"),
+        ({"bias": torch.zeros(1, 1, 1, L), "reweight": torch.ones(2, L)}, "expected one number of rows"),
+    ],
+)
+def test_bad_fields_are_refused(fields, match):
+    with pytest.raises(ValueError, match=match):
+        ops.check(*qkv(), **fields)
+
+
+def test_what_cross_attention_does_not_take():
+    for name, x in (("kv_row", torch.zeros(2, 1, dtype=torch.int64)), ("own_value", torch.ones(2))):
+        with pytest.raises(ValueError, match=f"{name}: cross_attention does not take it; attention.. does, impl='sdpa'"):
+            ops.cross_attention(*qkv(), **{name: x})
+
+
+def test_bad_folded_values_are_refused():
+    q, k, v = qkv()
+    row, tables = torch.zeros(2, dtype=torch.int64), {"blend": torch.ones(2, L)}
+    own, source = torch.zeros(B, H, L, D), torch.zeros(2, H, L, D)
+    for given, match in (
+        ({"folded": ops.Folded(own, source)}, "got V_source without one"),
+        ({"folded": ops.Folded(None, None)}, "this source, 'inject'"),
+        ({"folded": ops.Folded(None, source), "source_row": row}, "this source, 'inject'"),
+        ({"folded": ops.Folded(own, None), "inject": torch.zeros(2, H, N, L)}, "this source, 'inject'"),
+        ({"folded": ops.Folded(own[:, :, 1:], None)}, r"expected values of shape \(3, 2, 7, 16\)"),
+        ({"folded": ops.Folded(own, source), "source_row": row, **tables}, "expected no token_map, blend"),
+    ):
+        with pytest.raises(ValueError, match=f"folded: .*{match}"):
+            ops.cross_attention(q, k, v, **given)
+    wrong = {"folded": ops.Folded(own.to("meta"), source[:1].to("meta")), "source_row": row.to("meta")}
+    with pytest.raises(ValueError, match=r"v_source: expected \(2, 2, 7, 16\), torch.float32, got \(1, 2, 7, 16\)"):
+        ops.cross_attention(*(x.to("meta") for x in (q, k, v)), **wrong)
+    for given, match in (
+        ({}, "expected a token_map, blend or reweight, got none"),
+        ({"source": "row"} | tables, "source: expected 'source_row', 'inject' or None, got 'row'"),
+        (tables, "expected a source with a token_map or blend, got none"),
+        ({"source": "inject", "blend": torch.ones(2, L + 1)}, "blend: expected shape"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            ops.fold_values(v.to("meta"), **{n: x.to("meta") if n == "blend" else x for n, x in given.items()})
+
+
 def test_importing_the_ops_imports_neither_triton_nor_minisd():
     code = """
 import sys
 import torch
 before = set(sys.modules)
-import minisd_kernels.ops, minisd_kernels.fused, minisd_kernels.reference
+import minisd_kernels.ops, minisd_kernels.fused, minisd_kernels.reference, minisd_kernels.gradients
+import minisd_kernels.diffusers
 new = {name.split(".")[0] for name in set(sys.modules) - before}
 assert not new & {"triton", "minisd", "diffusers", "transformers"}, new
 """

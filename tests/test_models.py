@@ -25,7 +25,9 @@ from oracle import (
     vae_pair,
 )
 
+import minisd.models.attention
 import minisd.models.clip
+import minisd.models.ops
 import minisd.models.unet
 import minisd.models.vae
 from minisd import AttentionEdit, CLIPTextConfig, UNet, UNetConfig, VAEConfig
@@ -227,9 +229,9 @@ def functional(**changed):
     return SimpleNamespace(**(vars(F) | changed))
 
 
-def swapped_norms(self, x, context, edits, forward=minisd.models.unet.TransformerBlock.forward):
+def swapped_norms(self, x, c, forward=minisd.models.unet.TransformerBlock.forward):
     self.norm1, self.norm2 = self.norm2, self.norm1
-    out = forward(self, x, context, edits)
+    out = forward(self, x, c)
     self.norm1, self.norm2 = self.norm2, self.norm1
     return out
 
@@ -248,7 +250,7 @@ MISTAKES = {  # name: comparison, what is broken, how
     "swapped norms": ("unet", minisd.models.unet.TransformerBlock, "forward", swapped_norms),
     "tanh GELU": (
         "unet",
-        minisd.models.unet,
+        minisd.models.ops,
         "F",
         functional(gelu=lambda x: F.gelu(x, approximate="tanh")),
     ),
@@ -460,18 +462,40 @@ def test_sites(pair):
         name for name in seen if seen[name] <= 15
     ]
     assert ours.sites(max_tokens=15, size=(9, 6)) != ours.sites(max_tokens=15)
-    assert all(modules[name].name == name for name in ours.sites())
+    # by which names a block looks its edits and its time up
+    blocks = {name: modules[name.rsplit(".", 1)[0]].name for name in ours.sites()}
+    assert all(name.startswith(f"{block}.attn") for name, block in blocks.items())
+    resnets = {name: m for name, m in modules.items() if hasattr(m, "time_emb_proj")}
+    assert resnets and all(module.name == name for name, module in resnets.items())
 
 
-def test_attention_is_set_everywhere(pair):
+def test_attention_is_set_everywhere(pair, monkeypatch):
+    """At all sites, for the model or for one call."""
     _, ours = pair
-    assert ours.attention == "sdpa"
+    seen, attention = [], minisd.models.attention.attention
+    monkeypatch.setattr(
+        minisd.models.attention,
+        "attention",
+        lambda q, k, v, edit, impl: seen.append(impl) or attention(q, k, v, edit, impl),
+    )
+
+    def used(**how):
+        seen.clear()
+        with torch.no_grad():
+            ours(torch.randn(1, 4, 8, 8), torch.tensor(1), torch.randn(1, 5, 24), **how)
+        return seen
+
+    sites = len(ours.sites())
+    assert ours.attention == "sdpa" and used() == ["sdpa"] * sites
     ours.attention = "reference"
-    assert {module.impl for name, module in ours.named_modules() if name in ours.sites()} == {
-        "reference"
-    }
+    assert used() == ["reference"] * sites and used(attention="sdpa") == ["sdpa"] * sites
+    assert ours.attention == "reference"
     ours.attention = "sdpa"
-    with pytest.raises(ValueError, match="triton, sdpa, reference, got 'flash'"):
+    with pytest.raises(ValueError, match="triton, sdpa, reference"):
+        used(attention="flash")
+    with pytest.raises(
+        ValueError, match="attention is 'flash', expected one of triton, sdpa, reference"
+    ):
         ours.attention = "flash"
 
 

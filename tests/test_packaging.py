@@ -248,7 +248,7 @@ def test_ci_runs_the_test_line_of_the_readme():
     [line] = re.findall(
         r"^ +(pip install .* && pytest)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M
     )
-    assert f"({line})" in (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()  # set -e
+    assert f"({line})" in (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
 
 
 def test_nothing_needs_the_folder_beside_the_repository():

@@ -13,7 +13,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 
 import minisd
-from minisd import pipeline
+from minisd import drawing
 from minisd.viewing.images import to_pil, to_rgb
 
 SCHEDULERS = {
@@ -82,7 +82,7 @@ def test_txt2img_equals_diffusers(pair, sampler, guidance, record_property):
     last = {}
     images = sd.txt2img(
         prompts,
-        negatives,
+        negative_prompt=negatives,
         steps=8,
         guidance=guidance,
         sampler=sampler,
@@ -129,7 +129,7 @@ def test_img2img_equals_diffusers(pair, sampler, guidance, monkeypatch, record_p
         image,
         "a red circle",
         0.6,
-        "bad",
+        negative_prompt="bad",
         steps=10,
         guidance=guidance,
         sampler=sampler,
@@ -195,7 +195,7 @@ def test_picture_i_is_drawn_with_seed_plus_i(sd):
     assert torch.equal(sd.noise(5, batch=3), sd.noise([5, 6, 7])) and torch.equal(
         sd.noise([5], batch=1), sd.noise(5)
     )
-    with pytest.raises(ValueError, match="got 2 seeds for 3 pictures, expected one for each"):
+    with pytest.raises(ValueError, match="got 2 seeds for 3 images, expected one for each"):
         sd.noise([1, 2], batch=3)
     for batch in (0, 1.0, "3"):
         with pytest.raises(ValueError, match="batch is .*, expected a whole number, at least 1"):
@@ -207,11 +207,18 @@ def test_picture_i_is_drawn_with_seed_plus_i(sd):
 
     drawn = {}
     sd.txt2img(
-        ["a", "b"], ["c", "d"], steps=3, seed=5, num_images=2, progress=False, on_step=final(drawn)
+        ["a", "b"],
+        negative_prompt=["c", "d"],
+        steps=3,
+        seed=5,
+        num_images=2,
+        progress=False,
+        on_step=final(drawn),
     )
     alone = {}
     for i, (prompt, negative) in enumerate([("a", "c"), ("a", "c"), ("b", "d"), ("b", "d")]):
-        sd.txt2img(prompt, negative, steps=3, seed=5 + i, progress=False, on_step=final(alone))
+        how = {"steps": 3, "seed": 5 + i, "progress": False, "on_step": final(alone)}
+        sd.txt2img(prompt, negative_prompt=negative, **how)
         assert (drawn["x"][i] - alone["x"][0]).abs().max() <= 1e-4 * alone["x"].abs().max()
 
 
@@ -239,8 +246,8 @@ def test_guidance_1_computes_no_unconditional_half(sd):
     rows = []
     hook = sd.unet.conv_out.register_forward_hook(lambda module, args, out: rows.append(len(out)))
     try:
-        sd.txt2img("a", "b", steps=3, guidance=1, progress=False)
-        sd.txt2img("a", "b", steps=3, guidance=1.5, progress=False)
+        sd.txt2img("a", negative_prompt="b", steps=3, guidance=1, progress=False)
+        sd.txt2img("a", negative_prompt="b", steps=3, guidance=1.5, progress=False)
     finally:
         hook.remove()
     assert rows == [1, 1, 1, 2, 2, 2]
@@ -369,11 +376,11 @@ def test_the_models_are_for_inference(sd):
             "2 prompts and 3 negative prompts",
         ),
         (dict(sampler="euler"), "'euler', expected one of 'dpm..', 'dpm.. linspace', 'ddim'"),
-        (dict(steps=0), "steps is 0, expected a whole number from 1 to 1000"),
-        (dict(steps=1001), "steps is 1001"),
+        (dict(steps=0), "steps is 0, expected a whole number, at least 1"),
+        (dict(steps=1001), "steps is 1001, expected a whole number from 1 to 1000"),
         (dict(height=30), "32 x 30 pixels, expected positive multiples of 4"),
         (dict(width=0), "0 x 32 pixels"),
-        (dict(guidance=float("nan")), "guidance scale is nan"),
+        (dict(guidance=float("nan")), "guidance is nan"),
         (dict(num_images=0), "num_images is 0"),
         (dict(seed=2**64), "from -2..63 to 2..64 - 1"),
         (dict(seed=None), "got seeds None, expected a whole number or a list"),
@@ -390,7 +397,7 @@ def test_the_models_are_for_inference(sd):
             "2048 x 2052 pixels, expected at most",
         ),
         (dict(num_images=2.0), "num_images is 2.0"),
-        (dict(guidance="7"), "guidance scale is '7', expected a finite number"),
+        (dict(guidance="7"), "guidance is '7', expected a finite number"),
         (dict(sampler=["ddim"]), r"sampler is \['ddim'\], expected one of"),
         (dict(latents=torch.zeros(1, 4, 8, 8, dtype=torch.int64)), "latents are torch.int64"),
         (dict(latents=np.zeros((1, 4, 8, 8))), "latents are ndarray, expected a tensor of floats"),
@@ -399,7 +406,7 @@ def test_the_models_are_for_inference(sd):
             r"on_step returned \(1, 2, 8, 8\), expected None or .* \(1, 4, 8, 8\)",
         ),
         (dict(on_step=lambda x, step: 3), "on_step returned int"),
-        (dict(seed=[1, 2]), "2 seeds for 1 pictures, expected one for each"),
+        (dict(seed=[1, 2]), "2 seeds for 1 images, expected one for each"),
         (dict(latents=torch.zeros(2, 4, 8, 8)), r"shape \(2, 4, 8, 8\), expected \(1, 4, 8, 8\)"),
         (dict(latents=torch.zeros(1, 4, 8, 8), height=16), r"expected \(1, 4, 4, 8\)"),
     ],
@@ -415,15 +422,15 @@ def test_txt2img_refuses(sd, arguments, message):
         (picture(), dict(strength=1.5), "strength is 1.5, expected a number from 0 to 1"),
         (picture(), dict(strength=-0.1), "strength is -0.1"),
         (picture(), dict(strength="0.5"), "strength is '0.5'"),
-        (picture(), dict(steps="4"), "steps is '4', expected a whole number from 1 to 1000"),
-        ([], {}, "empty list, expected at least one picture"),
+        (picture(), dict(steps="4"), "steps is '4', expected a whole number, at least 1"),
+        ([], {}, "empty list, expected at least one image"),
         (torch.zeros(0, 3, 8, 8), {}, r"expected floats \(B, 3, H, W\)"),
         (
             [picture()] * 3,
             {},
-            "1 prompts and 3 pictures, expected one for all or one for each of the prompts",
+            "1 prompts and 3 images, expected one for all or one for each of the prompts",
         ),
-        (picture(3, 40), {}, "the picture is 3 x 40 pixels, expected at least 4 x 4"),
+        (picture(3, 40), {}, "the image is 3 x 40 pixels, expected at least 4 x 4"),
         (picture(), dict(width=41), "41 x 24 pixels"),
         (
             Image.new("RGB", (4000, 3000)),
@@ -457,22 +464,22 @@ def test_a_large_picture_is_scaled_by_a_size(sd):
 def test_memory_that_is_not_there(sd, monkeypatch):
     """Torch's own error, of more bytes than there are addresses, where each model runs."""
 
-    def greedy(*arguments):
+    def greedy(*arguments, **options):
         return torch.empty(2**60)
 
-    def fails(*arguments):
+    def fails(*arguments, **options):
         raise RuntimeError("another fault")
 
     z, size = (
         sd.noise(0, height=24, width=40),
-        "not enough memory for pictures of 40 x 24: try a smaller size",
+        "not enough memory for images of 40 x 24: try a smaller size",
     )
-    inversion = minisd.invert(sd, picture(), "a", 2, trajectory=True, progress=False)
+    inversion = minisd.invert(sd, picture(), "a", steps=2, trajectory=True, progress=False)
     for part, name, run, message in (
         (
             sd.unet,
             "forward",
-            lambda: minisd.invert(sd, picture(), "a", 2, progress=False),
+            lambda: minisd.invert(sd, picture(), "a", steps=2, progress=False),
             "memory for latents of",
         ),
         (
@@ -540,4 +547,4 @@ def test_a_model_without_a_size_of_its_own_wants_to_be_told(sd, monkeypatch):
 
 
 def test_samplers_are_called_by_name():
-    assert set(pipeline.SAMPLERS) == set(SCHEDULERS)
+    assert set(drawing.SAMPLERS) == set(SCHEDULERS)

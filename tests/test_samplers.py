@@ -2,6 +2,7 @@
 a known solution."""
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler, DPMSolverMultistepScheduler
 from test_schedule import SD14
 
-from minisd.sampling.samplers import DDIM, DPMpp2M, denoise
+from minisd.sampling.loop import denoise
+from minisd.sampling.samplers import DDIM, DPMpp2M
 from minisd.sampling.schedule import Level, NoiseSchedule
 
 COUNTS = [1, 2, 3, 4, 5, 7, 10, 20, 25, 30, 50, 100, 500, 999]
@@ -32,21 +34,28 @@ def model(x, t):
 
 
 def trajectory(sampler, x):
-    latents = []
+    latents, x0 = [], None
     for step in sampler:
-        x = step.update(x, model(x, step.t))
+        x, x0 = step(x, model(x, step.t), x0)
         latents.append(x)
     return latents
 
 
-def reference(scheduler, steps, x, **kwargs):
-    """The latents and timesteps of a diffusers scheduler, run as its pipelines do; steps: a slice
-    of the schedule."""
+def drawn(sampler, x):
+    """The noise of each step, as diffusers' DDIMScheduler takes it, drawn by the step itself."""
+    return [{"variance_noise": step.noise(x)} for step in sampler]
+
+
+def reference(scheduler, steps, x, each=(), **kwargs):
+    """The latents and timesteps of a diffusers scheduler, run as its pipelines do.
+
+    steps: a slice of the schedule; each: further arguments of each step.
+    """
     timesteps, latents = scheduler.timesteps[steps], []
     if isinstance(scheduler, DPMSolverMultistepScheduler):
         scheduler.set_begin_index(steps.start)
-    for t in timesteps:
-        x = scheduler.step(model(x, int(t)), t, x, **kwargs).prev_sample
+    for t, own in zip(timesteps, each or [{}] * len(timesteps), strict=True):
+        x = scheduler.step(model(x, int(t)), t, x, **own, **kwargs).prev_sample
         latents.append(x)
     return timesteps.tolist(), latents
 
@@ -85,8 +94,8 @@ def test_ddim_equals_diffusers(n, eta, record_property):
         scheduler = DDIMScheduler.from_config(SD14)
         scheduler.set_timesteps(n)
         sampler = DDIM(SCHEDULE, n, skip, eta=eta, seed=5)
-        noise = torch.Generator().manual_seed(5)
-        timesteps, theirs = reference(scheduler, slice(skip, n), X, eta=eta, generator=noise)
+        each = drawn(sampler, X) if eta else ()
+        timesteps, theirs = reference(scheduler, slice(skip, n), X, each, eta=eta)
         assert [step.t for step in sampler] == timesteps
         record_property(f"DDIM, eta {eta:g}", assert_equal(trajectory(sampler, X), theirs))
 
@@ -199,8 +208,9 @@ def test_other_schedules_equal_diffusers(change):
         ),
     ]:
         scheduler.set_timesteps(12)
-        noise = {"eta": 1.0, "generator": torch.Generator().manual_seed(5)}
-        noise = noise if isinstance(scheduler, DDIMScheduler) else {}
+        noise = {}
+        if isinstance(scheduler, DDIMScheduler):
+            noise = {"eta": 1.0, "each": drawn(ours, X)}
         assert_equal(trajectory(ours, X), reference(scheduler, slice(0, 12), X, **noise)[1])
 
 
@@ -218,7 +228,6 @@ def alphas_cumprod():
 def test_ddim_formula_in_float64():
     """Song et al. 2020, eq. 12 with the sigma of eq. 16, whose alpha is our alphas_cumprod."""
     n, eta, a = 10, 0.5, alphas_cumprod()
-    noise = torch.Generator().manual_seed(7)
     x, expected = X.double(), []
     for i in reversed(range(n)):
         t = 100 * i + 1
@@ -229,7 +238,9 @@ def test_ddim_formula_in_float64():
             math.sqrt(a_next) * (x - math.sqrt(1 - a_t) * e) / math.sqrt(a_t)
             + math.sqrt(1 - a_next - s * s) * e
         )
-        x = x + s * torch.randn(X.shape, generator=noise).double()
+        # seed and index mixed as NumPy's SeedSequence does, so that no two steps are alike
+        (mixed,) = np.random.SeedSequence([7, n - 1 - i]).generate_state(1, np.uint64)
+        x = x + s * randn(*X.shape, seed=int(mixed)).double()
         expected.append(x)
     sampler = DDIM(SCHEDULE, n, eta=eta, seed=7)
     assert_equal(trajectory(sampler, X.double()), expected, 1e-12)
@@ -293,13 +304,10 @@ def gaussian_error(sampler):
     The last step is left out: DPM-Solver++ jumps there to sigma = 0, by the same distance however
     many steps there are.
     """
-
-    def spread(level):
-        return math.sqrt(0.25 * level.alpha**2 + level.sigma**2)
-
-    x, steps = X.double(), list(sampler)
+    spread = lambda level: math.sqrt(0.25 * level.alpha**2 + level.sigma**2)
+    x, x0, steps = X.double(), None, list(sampler)
     for step in steps[:-1]:
-        x = step.update(x, step.now.sigma / spread(step.now) ** 2 * x)
+        x, x0 = step(x, step.now.sigma / spread(step.now) ** 2 * x, x0)
     exact = X.double() * spread(steps[-1].now) / spread(steps[0].now)
     return ((x - exact).abs().max() / exact.abs().max()).item()
 
@@ -325,15 +333,15 @@ def test_a_perfect_prediction_recovers_the_image(make, n, skip):
     x0, noise = randn(1, 4, 3, 3, seed=2).double(), randn(1, 4, 3, 3, seed=3).double()
     sampler = make(n, skip)
     end = list(sampler)[-1].next
-    x = denoise(sampler.start(x0, noise), sampler, lambda x, step: noise)
+    x = denoise(sampler.start(x0, noise), sampler, lambda x, step, state: (noise, None))
     torch.testing.assert_close(x, end.alpha * x0 + end.sigma * noise, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("n", [1, 2, 20, 999])
 def test_inverse_then_ddim_returns_the_start(n):
     x, eps = X.double(), randn(*X.shape, seed=4).double()
-    noised = denoise(x, DDIM(SCHEDULE, n, inverse=True), lambda x, step: eps)
-    back = denoise(noised, DDIM(SCHEDULE, n), lambda x, step: eps)
+    noised = denoise(x, DDIM(SCHEDULE, n, inverse=True), lambda x, step, state: (eps, None))
+    back = denoise(noised, DDIM(SCHEDULE, n), lambda x, step, state: (eps, None))
     torch.testing.assert_close(back, x, rtol=0, atol=1e-10)
     assert (noised - x).abs().max() > 1e-3
 
@@ -389,28 +397,40 @@ def test_iterations_share_no_state(sampler):
     latents."""
     alone = trajectory(sampler, X)
     assert all(map(torch.equal, alone, trajectory(sampler, X)))
-    a = b = X
+    a, b = (X, None), (X, None)  # (x, x0)
     for step_a, step_b, expected in zip(sampler, sampler, alone):
-        a, b = step_a.update(a, model(a, step_a.t)), step_b.update(b, model(b, step_b.t))
-        assert torch.equal(a, expected) and torch.equal(b, expected)
+        a, b = (step(x, model(x, step.t), x0) for step, (x, x0) in ((step_a, a), (step_b, b)))
+        assert torch.equal(a[0], expected) and torch.equal(b[0], expected)
     with pytest.raises(dataclasses.FrozenInstanceError):
         sampler.steps = 7
 
 
 def test_eta_noise_is_the_samplers_own():
-    def run(**kw):
-        return trajectory(DDIM(SCHEDULE, 4, **kw), X)[-1]
-
+    run = lambda **kw: trajectory(DDIM(SCHEDULE, 4, **kw), X)[-1]
     assert torch.equal(run(eta=1.0, seed=1), run(eta=1.0, seed=1))
     assert not torch.equal(run(eta=1.0, seed=1), run(eta=1.0, seed=2))
     torch.manual_seed(0)
     before = torch.get_rng_state()
     run(eta=1.0)
     assert torch.equal(torch.get_rng_state(), before), "the global generator must not be used"
-    default = torch.randn(X.shape, generator=torch.Generator().manual_seed(DDIM(SCHEDULE, 4).seed))
-    assert not torch.equal(default, randn(*X.shape, seed=0)), (
-        "must not repeat the latents of seed 0"
-    )
+    steps = list(DDIM(SCHEDULE, 4, eta=1.0))
+    for step in steps:
+        assert not torch.equal(step.noise(X), X), "must not repeat the latents of seed 0"
+
+
+def test_eta_noise_is_a_function_of_seed_and_index():
+    """However often a step is called, whatever ran before it, and in which dtype."""
+    steps = list(DDIM(SCHEDULE, 4, eta=1.0))
+    noise = [step.noise(X) for step in steps]
+    for a, b in itertools.combinations(noise, 2):
+        assert not torch.equal(a, b)
+    for step, first in zip(reversed(steps), reversed(noise)):
+        assert torch.equal(step.noise(X), first) and torch.equal(step.noise(X.half()), first)
+    skipped = DDIM(SCHEDULE, 4, skip=2, eta=1.0)
+    assert all(map(torch.equal, noise[2:], (step.noise(X) for step in skipped)))
+    other = [step.noise(X) for step in DDIM(SCHEDULE, 4, eta=1.0, seed=1)]
+    assert not any(map(torch.equal, noise, other))
+    assert [step.noise(X) for step in DDIM(SCHEDULE, 2)] == [None, None]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -420,10 +440,12 @@ def test_eta_noise_is_the_samplers_own():
 def test_dtype_is_kept_and_arithmetic_is_wide(sampler, dtype):
     """One step from rounded input is the fp32 step rounded once."""
     x, eps = X.to(dtype), model(X, 1).to(dtype)
-    for low, wide in zip(sampler, sampler):
-        got = low.update(x, eps)
-        expected = wide.update(*(v if dtype is torch.float64 else v.float() for v in (x, eps)))
+    wide, before = [v if dtype is torch.float64 else v.float() for v in (x, eps)], None
+    for step in sampler:
+        got, x0 = step(x, eps, before)
+        expected, before = step(*wide, before)
         assert got.dtype == dtype and torch.equal(got, expected.to(dtype))
+        assert x0.dtype == wide[0].dtype and torch.equal(x0, before)
     assert DPMpp2M(SCHEDULE, 5).start(x, eps).dtype == dtype
 
 
@@ -435,7 +457,9 @@ def test_denoise_calls_after_each_step_and_keeps_no_graph():
         return x + 1
 
     weight = torch.ones((), requires_grad=True)
-    x = denoise(X, DDIM(SCHEDULE, 3), lambda x, step: weight * model(x, step.t), after)
+    x = denoise(
+        X, DDIM(SCHEDULE, 3), lambda x, step, state: (weight * model(x, step.t), None), after
+    )
     assert (
         [i for i, _ in seen] == [0, 1, 2]
         and torch.equal(x, seen[-1][1] + 1)
@@ -443,7 +467,7 @@ def test_denoise_calls_after_each_step_and_keeps_no_graph():
     )
     expected = X
     for (_, latent), step in zip(seen, DDIM(SCHEDULE, 3)):
-        expected = step.update(expected, model(expected, step.t))
+        expected, _ = step(expected, model(expected, step.t))
         assert torch.equal(latent, expected)
         expected = expected + 1
 
@@ -452,7 +476,7 @@ def test_gradients_flow_through_a_step():
     x = X.clone().requires_grad_()
     for sampler in (DDIM(SCHEDULE, 3), DPMpp2M(SCHEDULE, 3)):
         step = next(iter(sampler))
-        (grad,) = torch.autograd.grad(step.update(x, torch.zeros_like(x)).sum(), x)
+        (grad,) = torch.autograd.grad(step(x, torch.zeros_like(x))[0].sum(), x)
         assert grad.abs().min() > 0
 
 
@@ -490,7 +514,7 @@ def test_bad_seed(seed):
 def test_inverse_has_no_noise_and_no_start():
     with pytest.raises(ValueError, match="eta is 0.5 with inverse=True, expected 0"):
         DDIM(SCHEDULE, 5, eta=0.5, inverse=True)
-    with pytest.raises(ValueError, match="starts from the clean latent itself"):
+    with pytest.raises(ValueError, match="starts from the clean latent: give that"):
         DDIM(SCHEDULE, 5, inverse=True).start(X, X)
 
 
@@ -498,3 +522,42 @@ def test_numpy_integers_are_steps():
     assert [s[:4] for s in DDIM(SCHEDULE, np.int64(7), np.int32(2))] == [
         s[:4] for s in DDIM(SCHEDULE, 7, 2)
     ]
+
+
+# ---- the loop
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.8])
+def test_a_step_is_data_that_may_be_called_again_and_elsewhere(eta):
+    """Fixed-point inversion calls a step at other latents; nothing in it changes."""
+    for sampler in (DDIM(SCHEDULE, 3, eta=eta), DPMpp2M(SCHEDULE, 3)):
+        for step in sampler:
+            before, eps = tuple(step), model(X, step.t)
+            first = step(X, eps, X)
+            step(randn(2, 4, 3, 5, seed=9), eps)
+            again = step(X, eps, X)
+            assert all(map(torch.equal, first, again)) and tuple(step) == before
+            with pytest.raises(AttributeError):
+                step.index = 7
+
+
+def test_the_loop_hands_on_the_state_of_one_run():
+    """None first, then what the step before returned; the next run begins with None again."""
+    seen = []
+
+    def predict(x, step, state):
+        seen.append(state)
+        return model(x, step.t), (0 if state is None else state) + 1
+
+    for _ in range(2):
+        denoise(X, DPMpp2M(SCHEDULE, 3), predict)
+    assert seen == [None, 1, 2] * 2
+
+
+def test_the_loop_hands_on_x0():
+    """It is the loop that gives DPM-Solver++ its second order: the trajectory is the one above."""
+    for sampler in (DPMpp2M(SCHEDULE, 5), DDIM(SCHEDULE, 5, eta=0.5)):
+        seen = []
+        after = lambda x, step: seen.append(x) or x  # noqa: B023
+        denoise(X, sampler, lambda x, step, state: (model(x, step.t), None), after)
+        assert all(map(torch.equal, seen, trajectory(sampler, X)))

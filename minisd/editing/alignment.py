@@ -15,11 +15,14 @@ differs) keeps its position even where the two prompts differ in length.
 
 import string
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..models.tokenizer import WORD_END, CLIPTokenizer
+
+FLOATS: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 
 Words = list[tuple[int, ...]]  # the token ids of each word
 
@@ -119,7 +122,7 @@ def replace_map(
         got = f"got {len(source)} and {len(target)}"
         hint = 'edit="refine" aligns prompts of different length'
         raise ValueError(f"replace: expected prompts with the same number of words, {got}; {hint}")
-    M = torch.zeros(length, length)
+    M = torch.zeros(length, length, **FLOATS)
     M[0, 0] = 1
     i = j = 1
     last = max((k for k in range(len(source)) if source[k] != target[k]), default=-1)
@@ -127,19 +130,20 @@ def replace_map(
         if google and k > last:
             break
         block = (
-            torch.eye(len(s))
+            torch.eye(len(s), **FLOATS)
             if len(s) == len(t)
-            else torch.full((len(s), len(t)), 1 / max(len(t), 1))
+            else torch.full((len(s), len(t)), 1 / max(len(t), 1), **FLOATS)
         )
         M[i : i + len(s), j : j + len(t)] = block
         i, j = i + len(s), j + len(t)
     if google:
-        rest = torch.arange(j, j + length - max(i, j))
+        rest = torch.arange(j, j + length - max(i, j), dtype=torch.int64, device="cpu")
         M[rest, rest] = 1
     else:
-        rest = torch.arange(length - j)  # <eos> and the padding
+        # <eos> and the padding
+        rest = torch.arange(length - j, dtype=torch.int64, device="cpu")
         M[(i + rest).clamp(max=length - 1), j + rest] = 1
-    return M, torch.ones(length)
+    return M, torch.ones(length, **FLOATS)
 
 
 def refine_map(
@@ -155,7 +159,7 @@ def refine_map(
         j if google else min(j - len(target) + len(source), length - 1)
         for j in range(len(target), length)
     ]
-    M, mask = torch.zeros(length, length), torch.zeros(length)
+    M, mask = torch.zeros(length, length, **FLOATS), torch.zeros(length, **FLOATS)
     for j, i in enumerate(m):
         if i is not None:
             M[i, j] = mask[j] = 1

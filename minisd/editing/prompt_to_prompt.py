@@ -18,6 +18,7 @@ Source: Hertz et al. 2022, "Prompt-to-Prompt Image Editing with Cross Attention 
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 import torch
@@ -168,7 +169,7 @@ class PromptToPrompt:
 
     def repeated(self, n: int) -> "PromptToPrompt":
         """The same for n images of each prompt, rows [source] * n, [target 1] * n, ..."""
-        image = torch.arange(n, device=self.source_row.device)
+        image = torch.arange(n, dtype=torch.int64, device=self.source_row.device)
         several = copy.copy(self)
         several.prompts = [prompt for prompt in self.prompts for _ in range(n)]
         several.source_row = (self.source_row[:, None] * n + image).flatten()
@@ -208,7 +209,7 @@ def stack(*edits: PromptToPrompt) -> PromptToPrompt:
     if len(kinds) != 1:
         expected = "the same steps and sites, and either all with reweight and maps or none"
         raise ValueError(f"expected edits with {expected}")
-    first_rows = [0, *torch.tensor([len(e.prompts) for e in edits]).cumsum(0).tolist()]
+    first_rows = [0, *accumulate(len(e.prompts) for e in edits)]
     placed = list(zip(edits, first_rows))
     stacked = copy.copy(edits[0])
     stacked.prompts = [prompt for e in edits for prompt in e.prompts]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path, tree_map, tree_unflatten
 
+from ..models import ops
 from ..models.unet import UNet
 
 KEPT = 8  # graphs; each holds its buffers, so the ones not used for longest are dropped
@@ -23,8 +24,9 @@ WARM_UP = 3  # calls before the capture: they compile kernels, fill caches, choo
 class GraphedUNet:
     """The UNet by CUDA graphs: called as the UNet is, with the same results.
 
-    Under gradients it is the UNet itself. A graph is of one choice of attention and of the place of
-    the weights: new values in place are seen, new tensors cost a new graph.
+    Under gradients it is the UNet itself, and where a module has hooks, because a graph calls no
+    Python. A graph is of one choice of attention, of the modules, and of the place of the weights:
+    new values in place are seen, new tensors and modules cost a new graph.
     """
 
     def __init__(self, unet: UNet):
@@ -35,9 +37,11 @@ class GraphedUNet:
     def __call__(
         self, x: Tensor, t: Tensor, context: Any, edits: Mapping[str, Any] | None = None
     ) -> Tensor:
-        if torch.is_grad_enabled():
+        modules = tuple(self.unet.modules())
+        if torch.is_grad_enabled() or any(map(ops.is_hooked, modules)):
             return self.unet(x, t, context, edits)
-        key = (self.unet.attention, *(p.data_ptr() for p in self.unet.parameters()))
+        places = tuple(p.data_ptr() for p in self.unet.parameters())
+        key = (self.unet.attention, modules, places)
         return self.replay(key, self.unet, x, t, context, edits)
 
 

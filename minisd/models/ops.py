@@ -46,15 +46,20 @@ def onednn_computes(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-def is_plain(layer: Any, kind: type) -> bool:
+def is_plain(layer: Layer, kind: type) -> bool:
     """Whether the layer is exactly torch's own and nobody watches or changes its calls."""
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
-    hooked = hooked or layer._backward_pre_hooks or torch_module._has_any_global_hook()
-    patched = "forward" in layer.__dict__ or type(layer) is not kind
-    return not hooked and not patched and type(layer.weight) is nn.Parameter
+    weight = layer.__dict__.get("_parameters", {}).get("weight")
+    own = type(layer) is kind and "forward" not in layer.__dict__ and not is_hooked(layer)
+    return own and type(weight) is nn.Parameter
 
 
-def by_onednn(layer: Any, kind: type, x: Tensor) -> bool:
+def is_hooked(layer: Layer) -> bool:
+    """Whether a call of the layer calls somebody else, too."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+    return bool(hooks or layer._backward_pre_hooks or torch_module._has_any_global_hook())
+
+
+def by_onednn(layer: Layer, kind: type, x: Tensor) -> bool:
     """Whether oneDNN may be called with this layer's parameters in place of layer(x)."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or not is_plain(layer, kind):
         return False

@@ -424,7 +424,7 @@ class UNet(nn.Module):
         t: integers (n,) -> (n, T), the channels of all resnets side by side; `forward` takes rows
         of it in place of t. It is of the weights of now.
         """
-        config, dtype = self.config, self.time_embedding.linear_1.weight.dtype
+        config, dtype = self.config, self.conv_in.weight.dtype
         channels, freq_shift = config.block_out_channels[0], config.freq_shift
         sinusoids = timestep_embedding(t, channels, config.flip_sin_to_cos, freq_shift)
         emb = self.time_embedding(sinusoids.to(dtype))  # (n, 4 * block_out_channels[0])
@@ -498,7 +498,7 @@ class UNet(nn.Module):
 
     def texts(self, x: Tensor, context: Tensor | Context) -> Context:
         """{cross site: (keys, values)}, prepared if they are not."""
-        context = self.prepare(context) if isinstance(context, Tensor) else context
+        context = context if isinstance(context, Mapping) else self.prepare(context)
         rows = next(iter(context.values()))[0].shape[0]
         if rows % len(x):
             got = f"{rows} rows for {len(x)} latents"

@@ -246,9 +246,9 @@ class DPMpp2M(Sampler):
         return list(zip(timesteps, levels, levels[1:]))
 
     def coefficients(self, now: Level, next: Level, before: Level | None) -> Coefficients:
-        c = 0.0
-        if before is not None and next.sigma:
-            c = math.log(now.ratio / next.ratio) / (2 * math.log(before.ratio / now.ratio))
+        c, h_previous = 0.0, 0.0 if before is None else math.log(before.ratio / now.ratio)
+        if h_previous and next.sigma:  # 0 too where two timesteps are one (1000 steps, linspace)
+            c = math.log(now.ratio / next.ratio) / (2 * h_previous)
         x_x, x_D = next.sigma / now.sigma, next.alpha * (1 - next.ratio / now.ratio)
         return Coefficients.of_eps(now, c=c, x_x=x_x, x_D=x_D, x_eps=0.0)
 

@@ -128,7 +128,8 @@ def fit_preview(sd: "StableDiffusion", images: Any = None) -> Preview:
     linear: test_trace.py has the correlations for the bundled model.
     """
     z = sd.encode_image(rectangles(8, 16 * sd.vae.factor) if images is None else images)
-    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
+    where: Any = {"dtype": torch.float32, "device": "cpu"}
+    noise = torch.randn(z.shape, generator=torch.Generator("cpu").manual_seed(0), **where).to(z)
     x = torch.cat([z, (z + 3**0.5 * noise) / 2])
     rgb = F.avg_pool2d(sd.decode(x, as_tensor=True).float(), sd.vae.factor)  # (B, 3, h, w)
     x, rgb = x.double().cpu(), rgb.double().cpu()
@@ -141,9 +142,9 @@ def fit_preview(sd: "StableDiffusion", images: Any = None) -> Preview:
 def rectangles(n: int, side: int) -> Tensor:
     """(n, 3, side, side): on black, white or a pure colour, sixteen random rectangles of the
     others; -1 or 1."""
-    generator = torch.Generator().manual_seed(0)
-    colours = 2.0 * torch.randint(2, (n, 17, 3, 1, 1), generator=generator) - 1
-    corners = torch.randint(side + 1, (n, 16, 2, 2), generator=generator).sort(dim=2).values
+    where: Any = {"generator": torch.Generator("cpu").manual_seed(0), "device": "cpu"}
+    colours = 2 * torch.randint(2, (n, 17, 3, 1, 1), dtype=torch.float32, **where) - 1
+    corners = torch.randint(side + 1, (n, 16, 2, 2), dtype=torch.int64, **where).sort(dim=2).values
     pictures = colours[:, 0].repeat(1, 1, side, side)
     for picture, own, boxes in zip(pictures, colours[:, 1:], corners.tolist()):
         for colour, ((top, left), (bottom, right)) in zip(own, boxes):

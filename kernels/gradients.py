@@ -1,0 +1,151 @@
+"""Attention with gradients: the ops of ops.py where an input needs one.
+
+An edit of the map folds into the values (`ops.fold`), which PyTorch differentiates; what is left
+is a sum of products of maps with values, `Terms`, whose backward recomputes the maps
+(backward.py). So no map is stored between, and a map that is asked for is a new tensor that
+carries gradients (`edited_map`). Gathering keys by kv_row and choosing by own_value are PyTorch's.
+The formulas, written out: reference.cross_attention_gradients.
+"""
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+
+
+class Terms(torch.autograd.Function):
+    """P V, and in the last S rows P_own V + P_source V_source.
+
+        P = softmax(scale q k^T + bias)
+
+    q: (B, H, N, D); k: (B, H, L, D); v: (B, H, L, DV); v_source: (S, H, L, DV) or None;
+    source_row: (S,) or None; bias: (S, H, N, L) or what broadcasts to it, or None. Without
+    v_source a row that source_row routes has the other row's map only. Maps are formed and
+    thrown away in PyTorch if `formed`, which takes any DV; otherwise the kernels compute.
+    """
+
+    @staticmethod
+    def forward(q, k, v, v_source, source_row, bias, scale, formed):
+        if formed:
+            return formed_terms(q, k, v, v_source, source_row, bias, scale)
+        op = torch.ops.minisd_kernels
+        if k.shape[2] <= ops.MAX_KEYS:
+            edit = (v_source, source_row, None, bias)
+            return ops.call(op.cross_attention_folded.default, q, k, v, *edit, True, scale)
+        if v_source is None:
+            return ops.call(op.attention.default, q, k, v, source_row, bias, None, None, scale)
+        first = q.shape[0] - v_source.shape[0]
+        own = ops.call(op.attention.default, q, k, v, None, bias, None, None, scale)
+        routed = (q[first:], k[first:], v_source, source_row, bias)
+        own[first:] += ops.call(op.attention.default, *routed, None, None, scale)
+        return own
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.scale, _ = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("the Triton kernels have no second derivatives; use impl='sdpa'")
+        if ctx.needs_input_grad[5]:
+            raise RuntimeError("bias: the Triton kernels have no gradient of it; use impl='sdpa'")
+        op = torch.ops.minisd_kernels.attention_backward.default
+        q, k, v, v_source = ops.call(op, grad_out, *ctx.saved_tensors, ctx.scale)
+        return q, k, v, v_source if ctx.needs_input_grad[3] else None, None, None, None, None
+
+
+def formed_terms(q, k, v, v_source, source_row, bias, scale) -> Tensor:
+    """`Terms` by maps in memory, for values of any width."""
+    first = q.shape[0] - next((x.shape[0] for x in (source_row, bias) if x is not None), 0)
+    plain = reference.attention_map(q[:first], k[:first], scale=scale) @ v[:first]
+    own = reference.attention_map(q[first:], k[first:], bias, scale)
+    source = own if source_row is None else own[source_row.long()]
+    edited = source @ v[first:] if v_source is None else own @ v[first:] + source @ v_source
+    return torch.cat([plain, edited])
+
+
+def attention(q, k, v, *, source_row, bias, kv_row, own_value, scale) -> Tensor:
+    """ops.attention, differentiable."""
+    ops.check_attention(q, k, v, source_row, bias, kv_row, own_value, scale)
+    if kv_row is None:
+        out = Terms.apply(q, k, v, None, source_row, bias, scale, False)
+    else:  # other numbers of keys in edited rows than in the rest
+        first = q.shape[0] - kv_row.shape[0]
+        keys, values = (reference.joined(x[first:], kv_row) for x in (k, v))
+        out = Terms.apply(q[first:], keys, values, None, source_row, bias, scale, False)
+        if first:
+            plain = Terms.apply(q[:first], k[:first], v[:first], None, None, None, scale, False)
+            out = torch.cat([plain, out])
+    return with_own_values(out, v, own_value)
+
+
+def with_own_values(out: Tensor, v: Tensor, own_value: Tensor | None) -> Tensor:
+    """out, or v in the rows whose own_value is not 0."""
+    if own_value is None:
+        return out
+    first = out.shape[0] - own_value.shape[0]
+    edited = torch.where((own_value != 0)[:, None, None, None], v[first:], out[first:])
+    return torch.cat([out[:first], edited])
+
+
+def fold_values(v, source, token_map, blend, reweight) -> ops.Folded:
+    """ops.fold_values, differentiable."""
+    ops.check_fold(v, token_map, blend, reweight, source is not None, source == "inject")
+    first = v.shape[0] - next(x.shape[0] for x in (token_map, blend, reweight) if x is not None)
+    own, other = ops.fold(v[first:], source is not None, token_map, blend, reweight)
+    if own is None and source == "source_row":  # the only term
+        own, other = other, None
+    return ops.Folded(None if own is None else torch.cat([v[:first], own]), other)
+
+
+def cross_attention(
+    q, k, v, *, source_row, inject, token_map, blend, reweight, bias, save, save_mean, folded, scale
+) -> Tensor:  # fmt: skip
+    """ops.cross_attention, differentiable."""
+    tables = (token_map, blend, reweight)
+    ops.check_cross_attention(q, k, v, source_row, inject, *tables, bias, save, save_mean, scale)
+    if save is not None or save_mean is not None:
+        raise RuntimeError(
+            "save, save_mean: a buffer cannot carry the gradients that an input needs; "
+            "ops.edited_map returns the map"
+        )
+    source = "source_row" if source_row is not None else "inject" if inject is not None else None
+    if folded is None and any(x is not None for x in tables):
+        folded = fold_values(v, source, *tables)
+    elif folded is None:
+        folded = ops.Folded(v, None) if inject is None else ops.Folded(None, v[v.shape[0] - inject.shape[0] :])
+
+    if inject is None:
+        out = Terms.apply(q, k, folded.v, folded.v_source, source_row, bias, scale, False)
+    else:  # its product is linear in it
+        first = q.shape[0] - inject.shape[0]
+        out = inject.to(v.dtype) @ folded.v_source
+        if folded.v is not None:
+            own = Terms.apply(q, k, folded.v, None, None, bias, scale, False)
+            out = torch.cat([own[:first], own[first:] + out])
+        elif first:
+            plain = Terms.apply(q[:first], k[:first], v[:first], None, None, None, scale, False)
+            out = torch.cat([plain, out])
+    return out
+
+
+def edited_map(q, k, rows, *, source_row, inject, token_map, blend, reweight, bias, scale) -> Tensor:
+    """ops.edited_map: P' = P_own A_own + P_source A_source, where A is what folding makes of the identity."""
+    edit = (source_row, inject, token_map, blend, reweight)
+    ops.check(q, k, k, *edit, bias=bias)
+    sizes = [x.shape[0] for x in (*edit, bias) if x is not None] + [q.shape[0] if rows is None else rows]
+    S = sizes[0]
+    q, k = q[q.shape[0] - S :], k[k.shape[0] - S :]
+    (_, H, _, _), L = q.shape, k.shape[2]
+    identity = torch.eye(L, dtype=q.dtype, device=q.device).expand(S, H, L, L)
+    own, source = ops.fold(identity, source_row is not None or inject is not None, token_map, blend, reweight)
+    if source_row is not None:
+        values = (source, None) if own is None else (own, source)
+        return Terms.apply(q, k, *values, source_row, bias, scale, True)
+    p = None if own is None else Terms.apply(q, k, own, None, None, bias, scale, True)
+    if inject is None:
+        return p
+    stored = inject.to(q.dtype) @ source
+    return stored if p is None else p + stored
