@@ -224,7 +224,7 @@ def test_bad_edits_are_refused(fields, match, impl):
 def test_unknown_impl_and_rows_are_refused():
     q, k, v, _ = inputs("none", ())
     with pytest.raises(
-        ValueError, match="impl: expected one of triton, sdpa, reference, got 'flash'"
+        ValueError, match="attention is 'flash', expected one of triton, sdpa, reference"
     ):
         attention(q, k, v, impl="flash")
     with pytest.raises(ValueError, match=r"source_row: expected values from 0 to 1, got \[2\]"):
@@ -250,3 +250,73 @@ def test_module_passes_its_edit_on():
     for impl in ("sdpa", "reference"):
         torch.testing.assert_close(site(x, kv, edit, impl), want, atol=1e-12, rtol=0)
         assert (site(x, kv) - want).abs().max() > 1e-3
+
+
+def fields_of_rows(S, H, N, L, M, generator):
+    """One value of each newer field, and tables for single heads."""
+
+    def rand(*shape):
+        return torch.rand(shape, generator=generator)
+
+    return {
+        "bias": rand(S, 1, N, M * L).log(),
+        "kv_row": torch.randint(S, (S, M), generator=generator),
+        "own_value": torch.tensor([0.0, 1.0, 0.0]),
+        "source_row": torch.tensor([1, 1, 0]),
+        "blend": rand(S, H, M * L),
+        "reweight": 2 * rand(S, H, M * L),
+    }
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("bias",),
+        ("kv_row",),
+        ("own_value",),
+        ("reweight",),
+        ("source_row", "blend"),
+        ("bias", "source_row", "blend", "reweight"),
+        ("kv_row", "bias"),
+        ("kv_row", "own_value"),
+        ("kv_row", "source_row", "blend"),
+        ("bias", "source_row"),
+        ("own_value", "bias", "reweight"),
+        ("kv_row", "bias", "source_row", "blend", "reweight", "own_value"),
+    ],
+)
+def test_newer_fields_against_float64(names):
+    """bias, kv_row, own_value and tables for single heads: sdpa within twice eager's error."""
+    generator = torch.Generator().manual_seed(3)
+    R, S, H, N, D = 5, 3, 2, 9, 8
+    M = 2 if "kv_row" in names else 1
+    q, k, v = torch.randn(3, R, H, N, D, generator=generator)
+    chosen = {
+        name: x for name, x in fields_of_rows(S, H, N, N, M, generator).items() if name in names
+    }
+    edit = AttentionEdit(**chosen)
+    double = {
+        n: x.double() if x.dtype == torch.float32 and n == "bias" else x for n, x in chosen.items()
+    }
+    exact = attention(*(x.double() for x in (q, k, v)), AttentionEdit(**double), "reference")
+    eager = attention(q, k, v, edit, "reference")
+    ours = attention(q, k, v, edit, "sdpa")
+    bar = max(2 * (eager - exact).abs().max(), 4 * torch.finfo(q.dtype).eps * exact.abs().max())
+    assert (ours - exact).abs().max() <= bar
+    untouched = attention(q, k, v, None, "sdpa")
+    assert torch.equal(ours[: R - S], untouched[: R - S]) and not torch.equal(ours, untouched)
+
+
+def test_hidden_keys_and_own_values():
+    """-inf hides a key to the bit; own_value is a selection, so 0 times infinity is no NaN."""
+    q, k, v = torch.randn(3, 2, 2, 6, 8, generator=torch.Generator().manual_seed(4))
+    bias = torch.zeros(2, 1, 1, 6)
+    bias[..., 4:] = -torch.inf
+    shorter = attention(q, k[:, :, :4], v[:, :, :4], None, "sdpa")
+    torch.testing.assert_close(attention(q, k, v, AttentionEdit(bias=bias), "sdpa"), shorter)
+    all_hidden = AttentionEdit(bias=torch.full((2, 1, 1, 6), -torch.inf), own_value=torch.ones(2))
+    for impl in ("sdpa", "reference"):
+        assert torch.equal(attention(q, k, v, all_hidden, impl), v)
+    with pytest.raises(ValueError, match="inject_qk: its keys are its own, expected no kv_row"):
+        edit = AttentionEdit(inject_qk=(q, k), kv_row=torch.tensor([[0], [1]]))
+        attention(q, k, v, edit, "sdpa")

@@ -9,7 +9,7 @@ Attention Control".
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -32,35 +32,41 @@ def check_implementation(impl: str) -> Implementation:
 class AttentionEdit(NamedTuple):
     """What to change and what to save at one attention site in one step; None switches a part off.
 
-    Every tensor has S rows, S <= R, and addresses the last S of the R rows of the batch (guidance
-    groups are group-major with the conditional group last). H heads, N queries, L keys, D head_dim.
-    The sources are source_row, inject and inject_qk, at most one of them; token_map and blend need
-    one.
+        P' = reweight * [blend * (P_source @ token_map) + (1 - blend) * P_own];   out = P' V
+
+    In order: keys and values (kv_row), scores (bias), softmax, source, blend, reweight, and last of
+    all own_value, by selection. Every tensor has S rows, S <= R, and addresses the last S of the R
+    rows of the batch (guidance groups are group-major with the conditional group last). H heads, N
+    queries, L keys (M times as many with kv_row), D head_dim. The sources are source_row, inject
+    and inject_qk, at most one of them; token_map and blend need one. Tables are float32 and (S, L),
+    or (S, H, L) for single heads.
+
+    source_row  (S,) int: take the map of this row, counted within the S rows (arange: own)
+    inject      (S, H, N, L): or take this stored map
+    inject_qk   2 x (S, H, N or L, D): or the map of this stored q and k
+    token_map   (S, L, L) float32: source tokens -> own tokens, P_source @ token_map
+    blend       0 keeps the own column, 1 takes the source's; None with a source: 1
+    reweight    scales columns after the softmax, without renormalisation
+    bias        (S, 1 or H, 1 or N, L): added to the scaled scores, -inf hides a key
+    kv_row      (S, M) int: keys and values of these rows, one after the other
+    own_value   (S,): not 0: the map is the identity, out = V (as many keys as queries)
+    save        (S, H, N, L), out: the map, as used
+    save_mean   (S, N, L) float32, out: += mean over heads of the map, as used
+    save_qk     2 x (S, H, N or L, D), out: own q and k, which inject_qk takes
     """
 
-    source_row: Tensor | None = (
-        None  # (S,) int     take the map of this row, counted within the S rows (arange: own)
-    )
-    inject: Tensor | None = None  # (S, H, N, L) or take this stored map
-    inject_qk: tuple[Tensor, Tensor] | None = (
-        None  # 2 x (S, H, N or L, D) or the map of this stored q, k
-    )
-    token_map: Tensor | None = (
-        None  # (S, L, L) float32  source tokens -> own tokens: P_source @ token_map
-    )
-    blend: Tensor | None = (
-        None  # (S, L) float32  0 keep the own column, 1 take the source's; None with a source: 1
-    )
-    reweight: Tensor | None = (
-        None  # (S, L) float32  scale columns after the softmax, no renormalisation
-    )
-    save: Tensor | None = None  # (S, H, N, L)  out: the map, as used
-    save_mean: Tensor | None = (
-        None  # (S, N, L) float32  out: += mean over heads of the map, as used
-    )
-    save_qk: tuple[Tensor, Tensor] | None = (
-        None  # 2 x (S, H, N or L, D)  out: own q and k, which inject_qk takes
-    )
+    source_row: Tensor | None = None
+    inject: Tensor | None = None
+    inject_qk: tuple[Tensor, Tensor] | None = None
+    token_map: Tensor | None = None
+    blend: Tensor | None = None
+    reweight: Tensor | None = None
+    bias: Tensor | None = None
+    kv_row: Tensor | None = None
+    own_value: Tensor | None = None
+    save: Tensor | None = None
+    save_mean: Tensor | None = None
+    save_qk: tuple[Tensor, Tensor] | None = None
 
     def check_rows(self) -> "AttentionEdit":
         """Self, or ValueError if source_row, or a table (..., S) of it, names a row outside [0, S).
@@ -89,7 +95,7 @@ def attention(
     """
     check_implementation(impl)
     if edit is None:
-        return plain(q, k, v, impl)
+        return plain(q, k, v, impl=impl)
     check(q, k, v, edit)
     R, L = q.shape[0], k.shape[2]
 
@@ -97,74 +103,83 @@ def attention(
         for buffer, x in zip(edit.save_qk, (q, k)):
             buffer.copy_(x[R - buffer.shape[0] :].detach())
     edit = edit._replace(save_qk=None)
+    first = R - number_of_rows(edit)
     saves = edit.save is not None or edit.save_mean is not None
-    if (pair := edit.inject_qk) is not None:
-        if edit.token_map is None and edit.blend is None:  # the stored q and k stand in for the own
-            first = R - pair[0].shape[0]
-            q, k = torch.cat([q[:first], pair[0]]), torch.cat([k[:first], pair[1]])
-            edit = edit._replace(inject_qk=None)
-        elif saves or impl == "reference":
-            P = reference.attention_map(pair[0], pair[1])
-            edit = edit._replace(inject_qk=None, inject=P)
+    if edit.inject_qk is not None and (saves or impl == "reference"):
+        P = reference.attention_map(edit.inject_qk[0], edit.inject_qk[1])
+        edit = edit._replace(inject_qk=None, inject=P)
 
-    fields = edit._asdict()
-    inject_qk, _ = fields.pop("inject_qk"), fields.pop("save_qk")
     if impl == "reference":
-        return reference.cross_attention(q, k, v, **fields)
-    if impl == "triton" and (saves or L <= kernels.MAX_KEYS and inject_qk is None):
-        return kernels.cross_attention(q, k, v, **fields)
+        return reference.cross_attention(q, k, v, **fields(edit))
+    if impl == "triton" and is_one_launch(edit, L):
+        flash = L > kernels.MAX_KEYS or edit.kv_row is not None or edit.own_value is not None
+        return (kernels.attention if flash else kernels.cross_attention)(q, k, v, **given(edit))
+    attend = partial(plain, impl=impl)
+    rows = q[first:], k[first:], v[first:]
     if saves:  # the map is asked for, of the edited rows
-        first = R - number_of_rows(edit)
-        edited = reference.cross_attention(q[first:], k[first:], v[first:], **fields)
-        own = [plain(q[:first], k[:first], v[:first], impl)] if first else []
-        return torch.cat([*own, edited])
-    if impl == "triton" and edit == AttentionEdit(source_row=edit.source_row):
-        return kernels.attention(q, k, v, edit.source_row)  # the kernel reads the row's q and k
-    return folded(q, k, v, edit, partial(plain, impl=impl))
+        edited = reference.cross_attention(*rows, **fields(edit))
+    else:
+        edited = folded(*rows, edit, attend)
+    return torch.cat([attend(q[:first], k[:first], v[:first]), edited]) if first else edited
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, impl: str) -> Tensor:
-    """Attention without an edit."""
+def is_one_launch(edit: AttentionEdit, L: int) -> bool:
+    """Whether one of the Triton kernels does this edit of L keys by itself."""
+    if edit.inject_qk is not None:
+        return False
+    if given(edit).keys() <= {"source_row", "bias", "kv_row", "own_value"}:
+        return True  # ops.attention, any number of keys
+    return L <= kernels.MAX_KEYS and edit.kv_row is None and edit.own_value is None
+
+
+def fields(edit: AttentionEdit) -> dict[str, Any]:
+    """What the kernels and the reference take: all fields but the stored q and k."""
+    return {name: x for name, x in edit._asdict().items() if not name.endswith("_qk")}
+
+
+def given(edit: AttentionEdit) -> dict[str, Any]:
+    """Those that are not None."""
+    return {name: x for name, x in fields(edit).items() if x is not None}
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, impl: str) -> Tensor:
+    """Attention without an edit. bias: (R, 1 or H, 1 or N, L)."""
     if impl == "reference":
-        return reference.attention(q, k, v)
+        return reference.attention(q, k, v, bias=bias)
     if impl == "triton":
         one_pass = k.shape[2] <= kernels.MAX_KEYS
-        return (kernels.cross_attention if one_pass else kernels.attention)(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v)
+        return (kernels.cross_attention if one_pass else kernels.attention)(q, k, v, bias=bias)
+    mask = None if bias is None else bias.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, mask)
 
 
 def folded(
     q: Tensor, k: Tensor, v: Tensor, edit: AttentionEdit, attend: Callable[..., Tensor]
 ) -> Tensor:
-    """The edited attention in at most two calls of `attend` over the edited rows, without a map.
+    """The attention of the edited rows in at most two calls of `attend`, without a map.
 
         out = P_own V_own + P_source V_source
         V_own = (1 - blend) * reweight * V,   V_source = token_map @ (blend * reweight * V)
 
     A row that takes nothing from a source has V_own = V and V_source = 0: it comes out as it would
-    without an edit, to the last bit.
+    without an edit, to the last bit. q, k, v: (S, H, N or L, D).
     """
-    S = number_of_rows(edit)
-    if not S:
-        return attend(q, k, v)
-    first = q.shape[0] - S
-    has_source = any(x is not None for x in (edit.source_row, edit.inject, edit.inject_qk))
-    v_own, v_source = kernels.fold(v[first:], has_source, edit.token_map, edit.blend, edit.reweight)
-    if not has_source:
-        return attend(q, k, torch.cat([v[:first], v_own]))
+    own_v, bias, row = v, edit.bias, edit.source_row
+    if edit.kv_row is not None:
+        k, v = reference.joined(k, edit.kv_row), reference.joined(v, edit.kv_row)
+    has_source = row is not None or edit.inject is not None or edit.inject_qk is not None
+    v_own, v_source = kernels.fold(v, has_source, edit.token_map, edit.blend, edit.reweight)
+    terms = [] if v_own is None else [attend(q, k, v_own, bias)]
     if edit.inject is not None:
-        source = edit.inject.to(v.dtype) @ v_source
-    else:
-        row = edit.source_row
-        q_source, k_source = edit.inject_qk or (q[first:][row], k[first:][row])
-        if v_own is None:  # one term: the rows differ in q, k and v only
-            pairs = zip((q, k, v), (q_source, k_source, v_source))
-            return attend(*(torch.cat([x[:first], x_source]) for x, x_source in pairs))
-        source = attend(q_source, k_source, v_source)
-    if v_own is None:
-        return torch.cat([attend(q[:first], k[:first], v[:first]), source]) if first else source
-    own = attend(q, k, torch.cat([v[:first], v_own]))
-    return torch.cat([own[:first], own[first:] + source]) if first else own + source
+        terms.append(edit.inject.to(v.dtype) @ v_source)
+    elif edit.inject_qk is not None:
+        terms.append(attend(*edit.inject_qk, v_source))
+    elif row is not None:
+        terms.append(attend(q[row], k[row], v_source, None if bias is None else bias[row]))
+    out = sum(terms[1:], terms[0])
+    if edit.own_value is not None:
+        out = torch.where((edit.own_value != 0)[:, None, None, None], own_v, out)
+    return out
 
 
 def number_of_rows(edit: AttentionEdit) -> int:
@@ -195,6 +210,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, edit: AttentionEdit) -> None:
         if edit.source_row is not None or edit.inject is not None:
             name = "source_row" if edit.source_row is not None else "inject"
             raise ValueError(f"edit: expected one source, got both {name} and inject_qk")
+        if edit.kv_row is not None:
+            raise ValueError("inject_qk: its keys are its own, expected no kv_row with it")
         # inject_qk is the source that token_map and blend ask for; check them as if it were a row
         tensors["source_row"] = torch.empty(
             inject_qk[0].shape[0], dtype=torch.int64, device=q.device
