@@ -45,7 +45,8 @@ def write_folder(folder: Path, device: str, small: bool) -> None:
         model = getattr(sd, part)
         (folder / part).mkdir()
         (folder / part / "config.json").write_text(json.dumps(asdict(model.config)))
-        save_file(model.state_dict(), folder / weights_file(part, None))
+        tensors = {name: x.contiguous() for name, x in model.state_dict().items()}
+        save_file(tensors, folder / weights_file(part, None))
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SD_V1_SCHEDULE))
     (folder / "tokenizer").symlink_to(bundled()["shapes"] / "tokenizer")
