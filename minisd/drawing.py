@@ -6,7 +6,7 @@ and is then a few lines: embed the texts, choose the noise, run the loop, decode
     drawing = Drawing.of(options)
     uncond, cond = drawing.embed(sd, prompts)
     x = drawing.noise(sd, rows)
-    z = drawing.denoise(x, drawing.steps_of(sd), cfg(sd.network, uncond, cond, drawing.guidance))
+    z = drawing.denoise(x, drawing.make_sampler(sd), cfg(sd.network, uncond, cond, drawing.guidance))
 """
 
 from __future__ import annotations
@@ -113,11 +113,11 @@ class Drawing:
         """The same at the size of an image that was given."""
         return replace(self, height=height, width=width)
 
-    def plan(self, sd: StableDiffusion, strength: float = 1.0) -> Sampler:
+    def make_sampler(self, sd: StableDiffusion, strength: float = 1.0) -> Sampler:
         """The sampler, of whose steps the last int(steps * strength) run (diffusers' rule)."""
         expect.number("strength", strength, 0, 1)
         skip = self.steps - int(self.steps * strength)
-        return make_sampler(self.sampler, sd.schedule, self.steps, skip)
+        return sampler_named(self.sampler, sd.schedule, self.steps, skip)
 
     def noise(self, sd: StableDiffusion, rows: int) -> Tensor:
         """x_T (rows, C, h, w): the given latents, or else the seed's noise.
@@ -157,18 +157,18 @@ class Drawing:
     def denoise(
         self,
         x: Tensor,
-        plan: Sampler,
+        sampler: Sampler,
         predict: Predict,
         after: Callable[[Tensor, Step], Tensor] | None = None,
     ) -> Tensor:
         """The loop, with a progress bar; `after` and then on_step see the latent after each
         step."""
         with memory_for("latents", x):
-            return denoise(x, self.shown(plan), predict, chain(after, self.on_step))
+            return denoise(x, self.shown(sampler), predict, chain(after, self.on_step))
 
-    def shown(self, plan: Sampler) -> tqdm[Step]:
+    def shown(self, sampler: Sampler) -> tqdm[Step]:
         """The steps under a progress bar."""
-        return tqdm(plan, disable=not self.progress)
+        return tqdm(sampler, disable=not self.progress)
 
 
 def embed(sd: StableDiffusion, prompts: Sequence[str]) -> Tensor:
@@ -178,26 +178,26 @@ def embed(sd: StableDiffusion, prompts: Sequence[str]) -> Tensor:
     return torch.cat([rows[text] for text in prompts])
 
 
-def make_sampler(name: SamplerName, schedule: NoiseSchedule, steps: int, skip: int = 0) -> Sampler:
+def sampler_named(name: SamplerName, schedule: NoiseSchedule, steps: int, skip: int = 0) -> Sampler:
     """The sampler of that name."""
     if name == "ddim":
         return DDIM(schedule, steps, skip)
     return DPMpp2M(schedule, steps, skip, karras=name == "dpm++")
 
 
-def chain(*edits: OnStep | None) -> Callable[[Tensor, Step], Tensor] | None:
+def chain(*hooks: OnStep | None) -> Callable[[Tensor, Step], Tensor] | None:
     """after(x, step): the given ones in turn, where one may return None for x as it is."""
-    given = [edit for edit in edits if edit is not None]
+    given = [hook for hook in hooks if hook is not None]
 
     def after(x: Tensor, step: Step) -> Tensor:
-        for edit in given:
-            new = edit(x, step)
+        for hook in given:
+            new = hook(x, step)
             if new is None:
                 continue
             if not (isinstance(new, Tensor) and new.shape == x.shape):
                 got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
                 expected = f"None or latents of shape {tuple(x.shape)}"
-                raise ValueError(f"on_step returned {got}, expected {expected}")
+                raise ValueError(f"on_step or after returned {got}, expected {expected}")
             x = new.to(x)
         return x
 

@@ -205,7 +205,7 @@ class StableDiffusion:
     def txt2img(self, prompt: str | Sequence[str], **options: Unpack[Options]) -> list[Image.Image]:
         """Draw prompt(s), num_images of each. options: see `minisd.drawing.Drawing`."""
         prompts, drawing = as_list(prompt), Drawing.of(options)
-        plan = drawing.plan(self)
+        plan = drawing.make_sampler(self)
         uncond, cond = drawing.embed(self, prompts)
         x = drawing.noise(self, len(cond))
         predict = cfg(self.network, uncond, cond, drawing.guidance)
@@ -228,7 +228,7 @@ class StableDiffusion:
         (SDEdit).
         """
         prompts, drawing = as_list(prompt), Drawing.of(options)
-        plan = drawing.plan(self, strength)
+        plan = drawing.make_sampler(self, strength)
         pixels = self.pixels(image, drawing.height, drawing.width)
         expect.rows("prompts", prompts=len(prompts), images=len(pixels))
         noise = drawing.at(*pixels.shape[2:]).noise(self, len(prompts) * drawing.num_images)

@@ -69,7 +69,7 @@ def blend(
     """
     prompts, drawing = as_list(prompt), Drawing.of(options)
     masks = [read_mask(each) for each in (mask if isinstance(mask, (list, tuple)) else [mask])]
-    plan = drawing.plan(sd, strength)
+    plan = drawing.make_sampler(sd, strength)
     expect.whole_number("feather", feather, 0)
 
     pixels = sd.pixels(image, drawing.height, drawing.width)

@@ -54,7 +54,7 @@ def erase_concepts(
     drawing = Drawing.of(options, steps=50)
     if strength is None:
         strength = 1.0 if image is None else 0.3
-    plan = drawing.plan(sd, strength)
+    plan = drawing.make_sampler(sd, strength)
 
     pixels, rows = None, len(prompts)
     if image is not None:

@@ -7,9 +7,19 @@ first part of the steps the target rows take the source row's maps, so no map is
     cross-attention   P' = reweight * [blend * (P_source @ token_map) + (1 - blend) * P_own]
     self-attention    P' = P_source, at coarse resolutions
 
+V stays each row's own: the target draws its own things, in the source's places. With guidance, one
+source and one target the network computes four rows, of which the last two are edited; `source_row`
+counts among those:
+
+    row      0            1            2           3
+    text     "" (source)  "" (target)  source      target        "": uncond, or a negative prompt
+    edited   -            -            0: itself   0: takes the map of the source, row 2
+
 `token_map` (alignment.py) says which source token each target token takes its map from. When is a
-table (tables.py): row `step.index` of `blend`, `reweight` and `self_row`. The tensors have the same
-shapes at every step, so one compiled graph serves all.
+table (tables.py), row `step.index` of it. Cross-attention is gated by `blend` and `reweight`, which
+are 0 and 1 outside their steps; self-attention has no gate: outside its steps `self_row` says that
+a row takes its own map. So the tensors have the same shapes at every step, and one graph serves
+all.
 
 Source: Hertz et al. 2022, "Prompt-to-Prompt Image Editing with Cross Attention Control" (arXiv
 2208.01626), algorithm 1, and google/prompt-to-prompt, whose slips `compat="google"` reproduces: see
@@ -33,7 +43,7 @@ from ..sampling.samplers import Step
 from .local_blend import LocalBlend
 from .maps import Maps
 from .sites import Where, coarsest, select_sites
-from .tables import Interval, Schedule, cross_tables, self_rows, token_maps, word_factors
+from .tables import Interval, WordIntervals, cross_tables, self_rows, token_maps, word_factors
 
 if TYPE_CHECKING:
     from ..pipeline import StableDiffusion
@@ -42,7 +52,7 @@ if TYPE_CHECKING:
 class EditOptions(TypedDict, total=False):
     """The arguments of `PromptToPrompt` that say what is edited."""
 
-    cross_steps: Schedule | list[Schedule]
+    cross_steps: WordIntervals | list[WordIntervals]
     self_steps: Interval | list[Interval]
     edit: Literal["replace", "refine"] | None | list[Literal["replace", "refine"] | None]
     reweight: Mapping[str, float] | list[Mapping[str, float] | None] | None
@@ -96,7 +106,7 @@ class PromptToPrompt:
         source: str,
         *targets: str,
         steps: int,
-        cross_steps: Schedule | list[Schedule] = 0.8,
+        cross_steps: WordIntervals | list[WordIntervals] = 0.8,
         self_steps: Interval | list[Interval] = 0.4,
         edit: str | None | list = None,
         reweight: Mapping[str, float] | list | None = None,
@@ -245,6 +255,7 @@ def edit_prompt(
     drawing, edit = split(options)
     prompts = all_prompts(source, targets, edit.get("reweight"))
     x = shared_noise(drawing, sd, prompts)
+    # The size may be that of given latents.
     drawing = drawing.at(*(side * sd.vae.factor for side in x.shape[2:]))
     edit |= {"steps": drawing.steps, "height": drawing.height, "width": drawing.width}
     p2p = PromptToPrompt(sd, source, *targets, collect_maps=bool(local_blend), **edit)
@@ -254,7 +265,7 @@ def edit_prompt(
         blend = LocalBlend(p2p.maps, **blend_arguments(local_blend, drawing))
     uncond, cond = drawing.embed(sd, prompts)
     predict = cfg(sd.network, uncond, cond, drawing.guidance, p2p)
-    return sd.decode(drawing.denoise(x, drawing.plan(sd), predict, chain(after, blend)))
+    return sd.decode(drawing.denoise(x, drawing.make_sampler(sd), predict, chain(after, blend)))
 
 
 def blend_arguments(given: Sequence[str] | Mapping[str, Any], drawing: Drawing) -> dict[str, Any]:
@@ -271,7 +282,7 @@ def seed_baseline(
     prompts = [source, *targets]
     x = shared_noise(drawing, sd, prompts)
     predict = cfg(sd.network, *drawing.embed(sd, prompts), drawing.guidance)
-    return sd.decode(drawing.denoise(x, drawing.plan(sd), predict))
+    return sd.decode(drawing.denoise(x, drawing.make_sampler(sd), predict))
 
 
 def split(options: Mapping[str, Any]) -> tuple[Drawing, dict[str, Any]]:

@@ -260,7 +260,7 @@ def record(sd: "StableDiffusion", prompt: str, **options: Unpack[RecordOptions])
     height, width = (side * sd.vae.factor for side in x.shape[2:])
     recorder = Recorder(sd, prompt, drawing.steps, **what, height=height, width=width)
     predict = cfg(sd.network, *drawing.embed(sd, [prompt]), drawing.guidance, recorder)
-    z = drawing.denoise(x, drawing.plan(sd), predict, recorder.store)
+    z = drawing.denoise(x, drawing.make_sampler(sd), predict, recorder.store)
     return replace(recorder.recording, z=z.float().cpu())
 
 
@@ -283,4 +283,4 @@ def replay(
     edits = Injection(sd, recording, *targets, images=drawing.num_images, **edit)
     x = drawing.noise(sd, drawing.num_images).repeat(len(edits.prompts), 1, 1, 1)
     predict = cfg(sd.network, *drawing.embed(sd, edits.prompts), drawing.guidance, edits)
-    return sd.decode(drawing.denoise(x, drawing.plan(sd), predict))
+    return sd.decode(drawing.denoise(x, drawing.make_sampler(sd), predict))

@@ -15,7 +15,7 @@ from ..models.tokenizer import CLIPTokenizer
 from .alignment import find_word, missing_word, token_map
 
 Interval = float | tuple[float, float]  # a fraction of the steps from the first on, or (start, end)
-Schedule = Interval | Mapping[str, Interval]  # one for all words, or one for each
+WordIntervals = Interval | Mapping[str, Interval]  # one for all words, or one for each
 
 
 def token_maps(
@@ -34,7 +34,7 @@ def cross_tables(
     tokenizer: CLIPTokenizer,
     prompts: Sequence[str],
     steps: int,
-    cross_steps: Schedule | list,
+    cross_steps: WordIntervals | list,
     google: bool,
 ) -> Tensor:
     """(steps, S, L): 1 where a column of the cross-attention map is edited."""
@@ -47,7 +47,7 @@ def cross_tables(
 
 
 def cross_table(
-    schedule: Schedule,
+    schedule: WordIntervals,
     steps: int,
     length: int,
     columns: Callable[[str], list[int]],

@@ -6,8 +6,8 @@ time than a band.
 At 1024x1024 the decoder's activations have a gigabyte each, and without bands four of them are
 alive at once. A band is computed with one row more on either side, whose own results are dropped,
 and the norm's mean and variance are those of the whole picture: the sums are the same as without
-bands, so there are no seams and nothing to blend, unlike in a tiled decoding. minisd.blocks asks
-`is_large`; smaller pictures, and gradients, are computed at once.
+bands, so there are no seams and nothing to blend, unlike in a tiled decoding. models/ops.py and
+models/blocks.py ask `is_large`; smaller images, and gradients, are computed at once.
 """
 
 from collections.abc import Callable

@@ -111,7 +111,7 @@ def attention(
 
     if impl == "reference":
         return reference.cross_attention(q, k, v, **fields(edit))
-    if impl == "triton" and is_one_launch(edit, L):
+    if impl == "triton" and kernel_takes(edit, L):
         flash = L > kernels.MAX_KEYS or edit.kv_row is not None or edit.own_value is not None
         return (kernels.attention if flash else kernels.cross_attention)(q, k, v, **given(edit))
     attend = partial(plain, impl=impl)
@@ -123,8 +123,8 @@ def attention(
     return torch.cat([attend(q[:first], k[:first], v[:first]), edited]) if first else edited
 
 
-def is_one_launch(edit: AttentionEdit, L: int) -> bool:
-    """Whether one of the Triton kernels does this edit of L keys by itself."""
+def kernel_takes(edit: AttentionEdit, L: int) -> bool:
+    """Whether the Triton kernels take this edit of L keys as it is."""
     if edit.inject_qk is not None:
         return False
     if given(edit).keys() <= {"source_row", "bias", "kv_row", "own_value"}:

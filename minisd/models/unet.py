@@ -178,14 +178,15 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels)
 
     def forward(self, x: Tensor, c: Conditioning) -> Tensor:
-        own, cross = c.edits.get(f"{self.name}.attn1"), c.edits.get(f"{self.name}.attn2")
+        self_edit = c.edits.get(f"{self.name}.attn1")
+        cross_edit = c.edits.get(f"{self.name}.attn2")
         kv = c.context[f"{self.name}.attn2"]
         rows = kv[0].shape[0]
-        if own is not None:  # without an edit the guidance groups are still equal here
+        if self_edit is not None:  # before it, and before the text, the guidance groups are equal
             x = ops.repeat_rows(x, rows)
-        x = ops.add(x, self.attn1(self.norm1(x), None, own, c.attention))
+        x = ops.add(x, self.attn1(self.norm1(x), None, self_edit, c.attention))
         x = ops.repeat_rows(x, rows)
-        x = ops.add(x, self.attn2(self.norm2(x), kv, cross, c.attention))
+        x = ops.add(x, self.attn2(self.norm2(x), kv, cross_edit, c.attention))
         return ops.add(x, self.ff(self.norm3(x)))
 
 
@@ -465,8 +466,8 @@ class UNet(nn.Module):
             skips += new
         x = self.mid_block(x, c)
         for up in self.up_blocks:
-            own = [skips.pop() for _ in up.resnets]
-            x = up(x, own, skips[-1].shape[2:] if skips else x.shape[2:], c)
+            joining = [skips.pop() for _ in up.resnets]
+            x = up(x, joining, skips[-1].shape[2:] if skips else x.shape[2:], c)
         return ops.norm_silu_conv(self.conv_norm_out, self.conv_out, x)
 
     def site(self, name: str) -> Attention:

@@ -12,8 +12,9 @@ AttentionEdit addresses the last rows of the batch. The network is any callable
     network(x (B, C, h, w), t (0-d tensor), context (G*B, L, D), edits) -> (G*B, C, h, w)
 
 and where it has `prepare` and `prepare_times` (UNet), keys, values and times are computed once for
-a run. They travel in the state that the loop hands on: a guidance itself never changes, so it
-cannot keep anything of weights that have changed since.
+a run, and it is called with what these returned in place of context and t. They travel in the state
+that the loop hands on: a guidance itself never changes, so it cannot keep anything of weights that
+have changed since.
 
 Sources: Ho & Salimans 2022 (arXiv 2207.12598); erase is the negation of Liu et al. 2022 (arXiv
 2206.01714), sega follows Brack et al. 2023 (arXiv 2301.12247).

@@ -7,7 +7,9 @@
         if after is not None: x = after(x, step)
 
 What is handed from step to step is in sight: the latent x, the clean latent x0 that the step before
-estimated (second order, DPM-Solver++), and the state of the predictor, which so belongs to one run.
+estimated (DPM-Solver++ uses it, DDIM does not), and the predictor's state: the keys and values of
+the text and the times, computed once, and the momentum of semantic guidance. So it belongs to one
+run.
 """
 
 from collections.abc import Callable, Iterable
@@ -32,9 +34,8 @@ def denoise(
     after(x, step) -> x edits the latent after each step. Any iterable of steps will do
     (`tqdm(sampler)` shows progress). Without gradients: write the loop out to have them.
     """
-    x = (
-        x.contiguous()
-    )  # as it is after the first step: `x.expand` would cost a second compiled graph
+    # As it is after the first step: other strides (`x.expand`) would cost a second compiled graph.
+    x = x.contiguous()
     x0: Tensor | None = None
     state: Any = None
     for step in sampler:

@@ -53,7 +53,7 @@ def heatmap(
     sites = sd.unet.sites("cross") if where is None else where
     maps = Maps(sd, [prompt] * len(x), drawing.steps, sites, height, width, until)
     predict = cfg(sd.network, *drawing.embed(sd, [prompt]), drawing.guidance, maps)
-    return sd.decode(drawing.denoise(x, drawing.plan(sd), predict)), maps
+    return sd.decode(drawing.denoise(x, drawing.make_sampler(sd), predict)), maps
 
 
 def word_sheet(
