@@ -2,10 +2,11 @@
 
     python -m bench.tune [--device cuda] [--rounds 20]
 
-For each kind of launch and each head dim, some tiles and the rule's take turns at the sites of SD v1.x, batch 2 and 8,
-plain and edited, in float16. The one with the least time, as a fraction of the rule's and in the mean over the sites,
-is kept if it is quicker by more than the spread: its upper quartiles below the rule's lower ones. What is kept becomes
-this card's entry in kernels/tuned.json, which bfloat16 uses, too; float32 stays with the rule.
+For each kind of launch and each head dim, some tiles and the rule's take turns at the sites of SD
+v1.x, batch 2 and 8, plain and edited, in float16. The one with the least time, as a fraction of the
+rule's and in the mean over the sites, is kept if it is quicker by more than the spread: its upper
+quartiles below the rule's lower ones. What is kept becomes this card's entry in kernels/tuned.json,
+which bfloat16 uses, too; float32 stays with the rule.
 """
 
 import argparse
@@ -79,7 +80,8 @@ def cases(op: str, D: int) -> list[tuple[int, int, int, str]]:
 def against_rule(
     op: str, D: int, case: tuple, tiles: dict, device: str, rounds: int
 ) -> dict[str, tuple]:
-    """{tile: (its time over the rule's, its upper quartile over the rule's lower one)} of those with right results."""
+    """{tile: (its time over the rule's, its upper quartile over the rule's lower one)} of those
+    with right results."""
     B, N, L, form = case
     q, k, v = inputs(B, H, N, L, D, torch.float16, device)
     edit = make_edit(form, B, H, N, L, D, torch.float16, device)
@@ -117,8 +119,9 @@ def quickest(op: str, D: int, device: str, rounds: int) -> dict:
         for name in everywhere
     }
     name = min(ratios, key=lambda name: ratios[name][0])
+    of_rule, with_spread = ratios[name]
     print(
-        f"{op}, D {D}: {name}, {ratios[name][0]:.3f} of the rule's time, {ratios[name][1]:.3f} with the spread"
+        f"{op}, D {D}: {name}, {of_rule:.3f} of the rule's time, {with_spread:.3f} with the spread"
     )
     return tiles[name] if ratios[name][1] < 1 else {}
 

@@ -6,7 +6,8 @@ and is then a few lines: embed the texts, choose the noise, run the loop, decode
     drawing = Drawing.of(options)
     uncond, cond = drawing.embed(sd, prompts)
     x = drawing.noise(sd, rows)
-    z = drawing.denoise(x, drawing.make_sampler(sd), cfg(sd.network, uncond, cond, drawing.guidance))
+    predict = cfg(sd.network, uncond, cond, drawing.guidance)
+    z = drawing.denoise(x, drawing.make_sampler(sd), predict)
 """
 
 from __future__ import annotations
