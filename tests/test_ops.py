@@ -79,7 +79,7 @@ def by_product(function, *arguments):
 def test_a_convolution(size, kernel, stride, padding, dilation, product, bias, layout):
     """By windows where there are few positions, as a linear layer where it is 1x1."""
     torch.manual_seed(0)
-    layer = nn.Conv2d(size[1], 11, kernel, stride, padding, dilation, bias=bias)
+    layer = nn.Conv2d(size[1], 160, kernel, stride, padding, dilation, bias=bias)
     layer.requires_grad_(False).to(memory_format=torch.channels_last)
     weight = layer.weight
     before = weight.clone()

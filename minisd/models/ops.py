@@ -33,6 +33,7 @@ Layer = Any  # the nn.Module that holds the parameters, or what somebody put in 
 # Above, oneDNN's convolution is quicker although it reorders the weights: measured on widths of 640
 # to 2560 in each dtype.
 FEW_ROWS = {torch.float32: 512, torch.bfloat16: 128}
+FEWER = 2  # times fewer rows than output channels
 
 
 @functools.cache
@@ -79,26 +80,37 @@ def linear(layer: Layer, x: Tensor) -> Tensor:
 
 def conv2d(layer: Layer, x: Tensor) -> Tensor:
     """The convolution of x (B, in, h, w)."""
-    if not by_onednn(layer, nn.Conv2d, x) or layer.groups != 1 or layer.padding_mode != "zeros":
+    if not (by_onednn(layer, nn.Conv2d, x) and is_usual(layer)):
         return layer(x)
-    weight = layer.weight
-    if not weight.is_contiguous(memory_format=torch.channels_last):
-        return layer(x)
-    numbers = layer.kernel_size, layer.stride, layer.padding, layer.dilation
-    if numbers == ((1, 1), (1, 1), (0, 0), (1, 1)):
+    weight, bias, padding = layer.weight, layer.bias, layer.padding
+    once = layer.stride == layer.dilation == (1, 1)
+    if once and layer.kernel_size == (1, 1) and padding == (0, 0):
         windows = x.permute(0, 2, 3, 1)  # (B, h, w, in)
-    elif numbers == ((3, 3), (1, 1), (1, 1), (1, 1)) and is_few(x):
+    elif once and layer.kernel_size == (3, 3) and padding == (1, 1) and is_few(x, weight):
         windows = windows_3x3(x)
-    else:
-        return layer(x)
+    else:  # by oneDNN, whatever torch would choose
+        numbers = list(padding), list(layer.stride), list(layer.dilation), 1
+        op = torch.ops.mkldnn._convolution_pointwise
+        return op(x, weight, bias, *numbers, "none", [], "")
     matrix = weight.permute(0, 2, 3, 1).flatten(1)  # (out, kernel * in), a view
-    y = torch.ops.mkldnn._linear_pointwise(windows, matrix, layer.bias, "none", [], "")
+    y = torch.ops.mkldnn._linear_pointwise(windows, matrix, bias, "none", [], "")
     return y.permute(0, 3, 1, 2)  # channels_last memory
 
 
-def is_few(x: Tensor) -> bool:
-    """Whether x (B, C, h, w) has so few positions that bringing weights in order is what costs."""
-    return x.shape[0] * x.shape[2] * x.shape[3] <= FEW_ROWS[x.dtype]
+def is_usual(layer: Layer) -> bool:
+    """Whether a convolution is one that `conv2d` writes out: of the models' kinds and memory."""
+    zeros = layer.padding_mode == "zeros" and isinstance(layer.padding, tuple)
+    ordered = layer.weight.is_contiguous(memory_format=torch.channels_last)
+    return zeros and ordered and layer.groups == 1
+
+
+def is_few(x: Tensor, weight: Tensor) -> bool:
+    """Whether x (B, C, h, w) has so few positions that bringing the weights in order is what costs.
+
+    The windows are rows x 9 C numbers, the weights out x 9 C: so few rows beside the channels, too.
+    """
+    rows = x.shape[0] * x.shape[2] * x.shape[3]
+    return rows <= FEW_ROWS[x.dtype] and FEWER * rows <= weight.shape[0]
 
 
 def windows_3x3(x: Tensor) -> Tensor:
