@@ -1,4 +1,4 @@
-"""Attention over at most 128 keys with the map edited in flight: the whole key row at once, one pass, no rescaling.
+"""Attention over at most 256 keys with the map edited in flight: the whole key row at once, one pass, no rescaling.
 
     P' = reweight * [blend * (P_source @ token_map) + (1 - blend) * P_own];   out = P' V
 
@@ -239,6 +239,11 @@ def shape_args(q, k, unit: int) -> dict:
     return {"L": L, "KEYS": width(L), "D": D, "UNIT": unit}
 
 
+def wide(k) -> str:
+    """What the ops with more than 128 keys are called in tiles.TABLE, beyond their name."""
+    return ", wide" if k.shape[2] > 128 else ""
+
+
 def first_row(q, *edits) -> int:
     """B - S, the first edited row; B if there is no edit."""
     return q.shape[0] - next((x.shape[0] for x in edits if x is not None), 0)
@@ -251,7 +256,7 @@ def prepare(q, k, v, v_source, source_row, inject, bias, keep_own, scale, out) -
     """
     B, H, N, D = q.shape
     u = unit(q, k, v, v_source, out)
-    choice = tile("cross_attention", q, arch()) | tuned.tile("cross_attention", q)
+    choice = tile("cross_attention" + wide(k), q, arch()) | tuned.tile("cross_attention", q)
     numbers = (N, H, first_row(q, source_row, inject, bias), D, (D**-0.5 if scale is None else scale) * LOG2_E)
     steps = *(strides(x, u) for x in (q, k, v, v_source, out)), strides(inject, 1), bias_strides(bias, H, N)
     attend = Launch(
@@ -273,7 +278,7 @@ def prepare_save(q, k, v, source_row, inject, token_map, blend, reweight, bias, 
     N, H, D, L = q.shape[2], q.shape[1], q.shape[3], k.shape[2]
     S = save.shape[0] if save is not None else save_mean.shape[0]
     u = unit(q, k, v, out)
-    choice = tile("cross_attention_save", q, arch()) | tuned.tile("cross_attention_save", q)
+    choice = tile("cross_attention_save" + wide(k), q, arch()) | tuned.tile("cross_attention_save", q)
     args = shape_args(q, k, u)
     beyond = args["KEYS"] - L
     own_maps = save is None or save_mean is not None and torch.finfo(save.dtype).eps > torch.finfo(q.dtype).eps

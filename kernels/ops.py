@@ -17,7 +17,8 @@ import torch
 import torch.autograd.forward_ad
 from torch import Tensor
 
-MAX_KEYS = 128  # cross_attention holds the whole key row in one tile
+MAX_KEYS = 128  # up to here cross_attention is the op for plain attention too
+MAX_EDITED_KEYS = 256  # cross_attention holds the whole key row in one tile; it takes up to so many
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -94,7 +95,7 @@ def cross_attention(
     folded: Folded | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention over at most 128 keys whose map is edited, and optionally saved, in the last S rows.
+    """Attention over at most 256 keys whose map is edited, and optionally saved, in the last S rows.
 
         P' = reweight * [blend * (P_source @ token_map) + (1 - blend) * P_own];   out = P' V
 
@@ -114,7 +115,7 @@ def cross_attention(
     float32. Returns (batch, heads, queries, D) as a view of (batch, queries, heads, D) memory.
 
     Differentiable in all but bias; a map that carries gradients is `edited_map`'s. ValueError:
-    shapes, dtypes, devices, more than 128 keys (attention takes any number, `impl="sdpa"` of
+    shapes, dtypes, devices, more than 256 keys (attention takes any number, `impl="sdpa"` of
     minisd edits and saves such maps), two sources, a token_map or blend without a source, save
     memory that overlaps, kv_row or own_value (attention takes them). RuntimeError: forward-mode derivatives, save
     buffers where an input needs a gradient. Source: Hertz et al. 2022 (prompt-to-prompt).
@@ -408,12 +409,12 @@ def check_attention(q, k, v, source_row, bias, kv_row, own_value, scale):
 def check_cross_attention(q, k, v, source_row, inject, token_map, blend, reweight, bias, *others):
     *saves, _ = others
     check(q, k, v, source_row, inject, token_map, blend, reweight, *saves, bias=bias)
-    check_kernel(q, k, MAX_KEYS)
+    check_kernel(q, k, MAX_EDITED_KEYS)
 
 
 def check_cross_attention_folded(q, k, v, v_source, source_row, inject, bias, keep_own, scale):
     check(q, k, v, source_row, inject, bias=bias)
-    check_kernel(q, k, MAX_KEYS)
+    check_kernel(q, k, MAX_EDITED_KEYS)
     if v_source is not None:
         rows = (source_row if inject is None else inject).shape[:1]
         if v_source.shape != rows + v.shape[1:] or v_source.dtype != v.dtype:
@@ -423,7 +424,7 @@ def check_cross_attention_folded(q, k, v, v_source, source_row, inject, bias, ke
 
 def check_fold(v, token_map, blend, reweight, has_source, stored):
     check(v, v, v)
-    check_kernel(v, v, MAX_KEYS)
+    check_kernel(v, v, MAX_EDITED_KEYS)
     (H, L), tables = v.shape[1:3], (torch.float32,)
     edit = {
         "token_map": (token_map, [(L, L)], tables),

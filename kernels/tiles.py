@@ -140,10 +140,15 @@ TABLE = (
     ("attention", "half", "mma", 256, Tile(64, 32, 32, 8, 2)),
     ("cross_attention", "half", "mma", 256, Tile(64, 0, 32, 4, 1)),
     ("cross_attention_save", "half", "mma", 256, Tile(64, 0, 32, 8, 1)),  # with 4 warps it spills
+    # More than 128 keys, long prompts: a map of so many takes the registers. No wgmma, which needs 64 rows.
+    ("cross_attention, wide", "half", "any", 256, Tile(16, 0, 32, 4, 1)),
+    ("cross_attention_save, wide", "half", "any", 256, Tile(32, 0, 32, 8, 1)),
     # float32 products are multiply-adds, and a thread needs whole rows and columns of both factors in registers.
     ("attention", "single", "any", 256, Tile(16, 16, 16, 4, 1)),
     ("cross_attention", "single", "any", 256, Tile(16, 0, 16, 8, 1)),  # with 4 warps two terms spill
     ("cross_attention_save", "single", "any", 256, Tile(16, 0, 16, 4, 1)),  # with 8 warps P' @ token_map spills
+    ("cross_attention, wide", "single", "any", 256, Tile(16, 0, 16, 8, 1)),
+    ("cross_attention_save, wide", "single", "any", 256, Tile(16, 0, 16, 8, 1)),
 )
 
 

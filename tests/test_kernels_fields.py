@@ -9,7 +9,7 @@ import os
 
 import pytest
 import torch
-from kernel_cases import NAN, S, check, edit_tensors, scattered, tensors
+from kernel_cases import NAN, S, check, edit_tensors, run_cross, scattered, tensors
 from minisd_kernels import ops, reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -218,3 +218,12 @@ else:
         launched.clear()
         ops.cross_attention(q, k, v, source_row=row, **edit, save=torch.empty(S, 2, 7, 5))
         assert launched == ["cross_attention_save_kernel"]
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    @pytest.mark.parametrize("names", [(), ("source_row",), FIELDS[7]], ids="+".join)
+    def test_long_prompts(names, dtype):
+        """Up to 256 keys, two and three prompts one after the other."""
+        for keys, saves in ((154, ()), (231, ("save", "save_mean")), (256, ())):
+            q, k, v = tensors(R, 1, 9, keys, 16, dtype, keys)
+            edit, _ = with_fields(names, 1, 9, keys, dtype, seed=2)
+            run_cross(q, k, v, edit, saves)

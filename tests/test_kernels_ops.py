@@ -41,9 +41,9 @@ def test_bad_tensors_are_refused(op, change, match):
 
 
 def test_limits():
-    for saves in ({}, {"save": torch.empty(2, H, N, 129)}, {"save_mean": torch.empty(2, N, 129)}):
-        with pytest.raises(ValueError, match="at most 128 keys, got 129; .* impl='sdpa' edits and saves"):
-            ops.cross_attention(*(x.to("meta") for x in qkv(L=129)), **{n: x.to("meta") for n, x in saves.items()})
+    for saves in ({}, {"save": torch.empty(2, H, N, 257)}, {"save_mean": torch.empty(2, N, 257)}):
+        with pytest.raises(ValueError, match="at most 256 keys, got 257; .* impl='sdpa' edits and saves"):
+            ops.cross_attention(*(x.to("meta") for x in qkv(L=257)), **{n: x.to("meta") for n, x in saves.items()})
     with pytest.raises(ValueError, match="multiple of 8 up to 256, got 264"):
         ops.attention(*qkv(D=264))
 
