@@ -153,7 +153,8 @@ def prepare(q, k, v, source_row, bias, kv_row, own_value, scale, out) -> Callabl
     """
     (B, H, N, D), L = q.shape, k.shape[2]
     u = unit(q, k, v, out)
-    choice = tile("attention", q, arch()) | tuned.tile("attention", q)
+    op = "attention" if bias is None else "attention, bias"
+    choice = tile(op, q, arch()) | tuned.tile(op, q)
     S = next((x.shape[0] for x in (source_row, bias, kv_row, own_value) if x is not None), 0)
     numbers = (N, L, H, B - S, 1 if kv_row is None else kv_row.shape[1], (D**-0.5 if scale is None else scale) * LOG2_E)
     steps = *(strides(x, u) for x in (q, k, v, out)), bias_strides(bias, H, N)

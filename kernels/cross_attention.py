@@ -256,7 +256,8 @@ def prepare(q, k, v, v_source, source_row, inject, bias, keep_own, scale, out) -
     """
     B, H, N, D = q.shape
     u = unit(q, k, v, v_source, out)
-    choice = tile("cross_attention" + wide(k), q, arch()) | tuned.tile("cross_attention", q)
+    op = "cross_attention" + (wide(k) or ("" if bias is None else ", bias"))
+    choice = tile(op, q, arch()) | tuned.tile(op, q)
     numbers = (N, H, first_row(q, source_row, inject, bias), D, (D**-0.5 if scale is None else scale) * LOG2_E)
     steps = *(strides(x, u) for x in (q, k, v, v_source, out)), strides(inject, 1), bias_strides(bias, H, N)
     attend = Launch(
@@ -278,7 +279,8 @@ def prepare_save(q, k, v, source_row, inject, token_map, blend, reweight, bias, 
     N, H, D, L = q.shape[2], q.shape[1], q.shape[3], k.shape[2]
     S = save.shape[0] if save is not None else save_mean.shape[0]
     u = unit(q, k, v, out)
-    choice = tile("cross_attention_save" + wide(k), q, arch()) | tuned.tile("cross_attention_save", q)
+    op = "cross_attention_save" + wide(k)
+    choice = tile(op, q, arch()) | tuned.tile(op, q)
     args = shape_args(q, k, u)
     beyond = args["KEYS"] - L
     own_maps = save is None or save_mean is not None and torch.finfo(save.dtype).eps > torch.finfo(q.dtype).eps

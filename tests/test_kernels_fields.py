@@ -227,3 +227,56 @@ else:
             q, k, v = tensors(R, 1, 9, keys, 16, dtype, keys)
             edit, _ = with_fields(names, 1, 9, keys, dtype, seed=2)
             run_cross(q, k, v, edit, saves)
+
+    def test_what_is_written_by_pointer_counts_up_its_version(monkeypatch):
+        """Whoever keeps something by the version of a tensor has to see that a save has changed it."""
+        q, k, v = tensors(R, 1, 7, 5, 16, torch.float32, 0)
+        save, mean = torch.zeros(S, 1, 7, 5), torch.zeros(S, 7, 5)
+        read = [x._version for x in (q, k, v)]
+        for step in range(1, 3):
+            ops.cross_attention(q, k, v, save=save, save_mean=mean)
+            assert save._version >= step and mean._version >= step
+        assert [x._version for x in (q, k, v)] == read
+        with torch.inference_mode():  # such tensors count nothing
+            ops.cross_attention(q, k, v, save=torch.zeros(S, 1, 7, 5))
+        compiled = torch.compile(lambda: ops.cross_attention(q, k, v, save_mean=mean), backend="aot_eager")
+        before = mean._version
+        compiled()
+        assert mean._version > before
+
+    def test_opcheck():
+        q, k, v = tensors(R, 1, 7, 7, 16, torch.float32, 0)
+        edit, _ = with_fields(("bias", "kv_row", "own_value", "source_row"), 1, 7, 7, torch.float32, 1)
+        names = ("source_row", "bias", "kv_row", "own_value")
+        args = (q, k, v, *(edit[name] for name in names), 0.5)
+        torch.library.opcheck(torch.ops.minisd_kernels.attention.default, args)
+        names = ("source_row", "inject", "token_map", "blend", "reweight", "bias")
+        edit, _ = with_fields(names, 1, 7, 7, torch.float32, 1)
+        args = (q, k, v, *(edit.get(name) for name in names), 0.5)
+        torch.library.opcheck(torch.ops.minisd_kernels.cross_attention.default, args)
+        save = torch.zeros(S, 1, 7, 7)
+        args = (*args[:-1], save, None, 0.5)
+        torch.library.opcheck(torch.ops.minisd_kernels.cross_attention_save.default, args)
+
+    def test_compiles_to_one_graph():
+        """Every field, no break, and no recompile when the values change."""
+        q, k, v = tensors(R, 1, 9, 9, 16, torch.float32, 0)
+        graphs = []
+
+        def counting(graph, inputs):
+            graphs.append(graph)
+            return graph.forward
+
+        def block(own, cross):
+            x = ops.attention(q, k, v, **own, scale=0.5)
+            folded = ops.fold_values(v, source="source_row", blend=cross["blend"])
+            x = x + ops.cross_attention(q, k, v, source_row=cross["source_row"], folded=folded)
+            return x + ops.cross_attention(q, k, v, **cross)
+
+        torch._dynamo.reset()
+        compiled = torch.compile(block, backend=counting, fullgraph=True)
+        for seed in (1, 5):
+            own, _ = with_fields(("bias", "kv_row", "own_value", "source_row"), 1, 9, 9, torch.float32, seed)
+            cross, _ = with_fields(FIELDS[7], 1, 9, 9, torch.float32, seed)
+            torch.testing.assert_close(compiled(own, cross), block(own, cross), atol=1e-6, rtol=0)
+        assert len(graphs) == 1
