@@ -145,7 +145,7 @@ TABLE = (
     ("cross_attention_save, wide", "half", "any", 256, Tile(32, 0, 32, 8, 1)),
     # A bias is one more tile of scores in registers: with half the warps two terms spill, and are miscompiled.
     ("attention, bias", "half", "warpgroup", 256, Tile(64, 64, ALL, 8, 2)),
-    ("cross_attention, bias", "half", "warpgroup", 256, Tile(64, 0, 64, 8, 1)),
+    ("cross_attention, bias", "half", "warpgroup", 256, Tile(64, 0, 64, 8, 3)),
     ("attention, bias", "half", "mma", 256, Tile(64, 32, 32, 8, 2)),
     ("cross_attention, bias", "half", "mma", 256, Tile(64, 0, 32, 8, 1)),
     # float32 products are multiply-adds, and a thread needs whole rows and columns of both factors in registers.

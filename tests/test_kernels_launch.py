@@ -20,7 +20,9 @@ class Recorder:
 
     class utils:
         load_binary = staticmethod(lambda name, *args: (name, f"function {name}", 32, 0, 1024))
-        get_device_properties = staticmethod(lambda device: {"max_shared_mem": 227 * 1024, "multiprocessor_count": 132})
+        get_device_properties = staticmethod(
+            lambda device: {"max_shared_mem": 227 * 1024, "multiprocessor_count": 132}
+        )
 
     launched = []  # the arguments of each launch: grid, stream, function, hooks, the kernel's own
 
@@ -59,7 +61,11 @@ def heads(n, d):
 
 
 ROW = torch.zeros(S, dtype=torch.int64)
-TABLES = {"token_map": torch.zeros(S, L, L), "blend": torch.zeros(S, L), "reweight": torch.zeros(S, H, L)}
+TABLES = {
+    "token_map": torch.zeros(S, L, L),
+    "blend": torch.zeros(S, L),
+    "reweight": torch.zeros(S, H, L),
+}
 CALLS = {
     "attention": (1, lambda: ops.attention(*[heads(130, 40)] * 3)),
     "attention, all fields": (1, lambda: ops.attention(
@@ -89,7 +95,9 @@ def test_the_second_launch_is_the_first_again(name, recorder):
     assert len(first) == len(recorder.launched) == launches
     for one, two in zip(first, recorder.launched):
         assert len(one) == len(two) > 15
-        for a, b in zip(one[:6] + one[7:], two[:6] + two[7:]):  # without what a profiler would be told
+        for a, b in zip(
+            one[:6] + one[7:], two[:6] + two[7:]
+        ):  # without what a profiler would be told
             if isinstance(a, torch.Tensor):  # the tensors of each call are its own
                 assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
             else:
@@ -97,12 +105,18 @@ def test_the_second_launch_is_the_first_again(name, recorder):
 
 
 def test_what_was_compiled_for_other_tensors_is_not_launched(recorder):
-    """Other shapes, strides, dtypes or an address that is no multiple of 16 bytes go through Triton again."""
+    """Other shapes, strides, dtypes or an address that is no multiple of 16 bytes go through Triton
+    again."""
     q, k = heads(64, 80), heads(L, 80)
     memory = torch.zeros(B * L * H * 80 + 8, dtype=torch.float16)
     beside = memory[1 : 1 + B * L * H * 80].view(B, L, H, 80).transpose(1, 2)
     assert k.data_ptr() % 16 == 0 and beside.data_ptr() % 16 == 2 and beside.stride() == k.stride()
-    others = [(q, k, beside), (q[:, :, :63], k, k), (q, k.contiguous(), k), [x.bfloat16() for x in (q, k, k)]]
+    others = [
+        (q, k, beside),
+        (q[:, :, :63], k, k),
+        (q, k.contiguous(), k),
+        [x.bfloat16() for x in (q, k, k)],
+    ]
     with torch.no_grad():
         for tensors in ((q, k, k), *others, (q, k, k)):
             ops.cross_attention(*tensors)
