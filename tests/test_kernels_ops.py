@@ -190,7 +190,7 @@ def test_bad_fields_are_refused(fields, match):
 
 def test_what_cross_attention_does_not_take():
     for name, x in (("kv_row", torch.zeros(2, 1, dtype=torch.int64)), ("own_value", torch.ones(2))):
-        with pytest.raises(ValueError, match=f"{name}: cross_attention does not take it; attention.. does, impl='sdpa'"):
+        with pytest.raises(ValueError, match=f"{name}: cross_attention does not take it; attention.. does, and impl='sdpa'"):
             ops.cross_attention(*qkv(), **{name: x})
 
 
