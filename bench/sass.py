@@ -86,8 +86,6 @@ def count_written(ins: Instruction) -> int:
 
 def read(ins: Instruction) -> int:
     """The registers that an instruction reads; of more than one in a row only what is certain."""
-    if ins.base == "PRMT":  # fills the one half of a register before the other
-        return 0
     found = 0
     skip = re.fullmatch(r"U?R\d+", ins.operands[0]) is not None if ins.operands else False
     for i, operand in enumerate(ins.operands):
@@ -95,7 +93,7 @@ def read(ins: Instruction) -> int:
             continue
         if i == 1 and ins.base in PREDICATE_FIRST and not skip and re.fullmatch(r"U?R\d+", operand):
             continue
-        if descriptor := re.fullmatch(r"gdesc\[UR(\d+)\]", operand):
+        if descriptor := re.match(r"gdesc\[UR(\d+)\]", operand):
             found |= descriptor_registers(ins, int(descriptor[1]))
             continue
         if address := re.match(r"desc\[UR(\d+)\]", operand):
@@ -103,6 +101,8 @@ def read(ins: Instruction) -> int:
         for kind, number, pair in REGISTER.findall(operand):
             wide = pair or (kind == "UR" and ins.op.startswith("UIADD3.64"))
             found |= bits(kind, int(number), 2 if wide else 1)
+    if ins.base in ("PRMT", "LOP3"):  # a register is filled bit by bit, or one half before the other
+        found &= ~(written(ins) & ALL_VECTOR)
     return found
 
 
@@ -136,7 +136,8 @@ def following(i: int, ins: Instruction, index: dict, joins: dict) -> list[tuple[
     if ins.base in ("EXIT", "RET", "KILL"):
         return after if ins.guard else []
     if ins.base == "BSYNC":
-        return [(at, 0) for at in joins.get(ins.operands[-1], [])] + (after if conditional else [])
+        ends = joins.get(ins.operands[-1], [])
+        return [(at, 0) for at in ([i + 1] if i + 1 in ends else ends)] + (after if conditional else [])
     if ins.base == "CALL":  # what the routine writes, it has written when it comes back
         return [(target(ins, index), 0)] + [(at, ALL_VECTOR) for at, _ in after]
     if ins.base in ("BRX", "JMP", "JMX", "BREAK"):
@@ -187,7 +188,7 @@ def unwritten(code: list[Instruction]) -> list[str]:
 
 SHARED = 0x400  # where ptxas puts a kernel's shared memory; CTA 0 of its cluster adds nothing
 WORD = 0xFFFFFFFF
-Words = dict[int, int]  # uniform register -> what it holds, if that is a constant
+Words = dict[int | str, int]  # uniform register, or a predicate's carry -> what it holds, if that is a constant
 
 
 def constant(operand: str, state: Words) -> int | None:
@@ -264,13 +265,16 @@ def step(ins: Instruction, state: Words) -> Words:
         if value is not None:
             after[first + i] = value & WORD
     if carries and values[0] is not None and ins.op == "UIADD3":
-        low = sum(x & WORD for x in (constant(o, state) for o in ins.operands[2:5]))
+        sources = [x for x in ins.operands[1:] if not re.fullmatch(r"!?UP[\dT]", x)]
+        low = sum(constant(x, state) & WORD for x in sources)
         after[f"carry {carries[0]}"] = low >> 32
     return after
 
 
 def descriptors(code: list[Instruction]) -> list[tuple]:
     """(instruction, rows of B, words of A or None if it is in registers, words of B) of every HGMMA."""
+    if not any(ins.base == "HGMMA" for ins in code):
+        return []
     edges = successors(code)
     states: list[Words | None] = [None] * len(code)
     states[0], work = {}, [0]
