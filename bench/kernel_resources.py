@@ -270,7 +270,7 @@ def row(case: Case, kernel, code: list[sass.Instruction]) -> dict:
         command = [nvidia("cuobjdump"), "-res-usage", f.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED):(\d+)", usage)}
-    count = {name: sum(op.split(".")[0] == name for op in opcodes) for name in ("STL", "LDL", "HGMMA", "HMMA", "UTCHMMA")}
+    count = Counter(ins.base for ins in code)
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared + found["SHARED"]
     registers = -(-found["REG"] // 8) * 8 * 32 * warps
     blocks = min(65536 // registers, SHARED_PER_SM[case.arch] // (shared + 1024), WARPS_PER_SM[case.arch] // warps)
@@ -349,7 +349,7 @@ def main(argv=None) -> int:
     parser.add_argument("--only", default="", help="only forms that contain this")
     parser.add_argument("--jobs", type=int, default=1, help="compile in this many processes")
     parser.add_argument("--json", type=Path, help="also write the table as JSON")
-    parser.add_argument("--summary", type=Path, help="write versions, counts and faults as JSON, after every few kernels")
+    parser.add_argument("--summary", type=Path, help="write versions, counts and faults as JSON, every few kernels")
     parser.add_argument("--dump", nargs=2, metavar=("KINDS", "DIR"), help="keep listings: ptx,sass,ttgir DIR")
     parser.add_argument("--list-forms", action="store_true", help="print the forms and what they edit, and stop")
     args = parser.parse_args(argv)

@@ -200,7 +200,7 @@ def mean_kernel(
     maps, save_mean, queries, heads, stride_maps, stride_mean,
     L: tl.constexpr, KEYS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """save_mean += the mean over heads of one block of queries of maps (S, H, N, L), summed in the order of the heads."""
+    """save_mean += the mean over heads of maps (S, H, N, L), one block of queries, summed in the order of the heads."""
     start_n, _, edited = place(queries, 1, BLOCK_N)
     offs_n, keys = start_n + tl.arange(0, BLOCK_N), tl.arange(0, KEYS)
     total = zeros(BLOCK_N, KEYS)

@@ -49,8 +49,7 @@ def fold_kernel(
     HAS_OWN: tl.constexpr, HAS_SOURCE: tl.constexpr,
     HAS_TOKEN_MAP: tl.constexpr, HAS_BLEND: tl.constexpr, HAS_REWEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """ROWS keys and STEP columns of one head of row b: of `own`, a copy of V where a row is not edited, and of `source`.
-    """
+    """ROWS keys and STEP columns of one head of row b, of `own` (V where a row is not edited) and of `source`."""
     h, b = tl.program_id(0) % heads, tl.program_id(0) // heads
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     cols = tl.program_id(2) * STEP + tl.arange(0, STEP)

@@ -1,13 +1,16 @@
 """Which ptxas assembles the kernels for sm_90, chosen at the first launch.
 
-ptxas 12.8, which Triton 3.6.0 and 3.7.1 bundle, makes wrong code for sm_90 of products that are cut into tiles of two
-widths: the second product's descriptor is computed from a register that nothing has written. The kernels here have no
-such product, and none of their compiled forms that were looked at (bench/sass.py) has the fault. All the same a newer
-ptxas is taken where there is one: each Triton package holds a second, `ptxas-blackwell`, which it uses for sm_100 only.
-ptxas 13 writes code for drivers of CUDA 13, so it is taken only where torch was built for CUDA 13 or later.
+ptxas 12.8, which Triton 3.6.0 and 3.7.1 bundle, makes wrong code for sm_90 of products that are
+cut into tiles of two widths: the second product's descriptor is computed from a register that
+nothing has written. The kernels here have no such product, and none of their compiled forms that
+were looked at (bench/sass.py) has the fault. All the same a newer ptxas is taken where there is
+one: each of these Triton packages holds a second, `ptxas-blackwell`, which it uses for sm_100
+(Triton 3.9.0 for sm_90, too). ptxas 13 writes code for drivers of CUDA 13, so it is taken only
+where torch was built for CUDA 13 or later; without it 12.8 stays.
 
-A ptxas that the user has chosen, by TRITON_PTXAS_PATH or by triton.knobs.nvidia.ptxas, stays. torch.compile sets that
-variable, too, to the ptxas of torch's own wheel. The choice is the whole process's.
+A ptxas that the user has chosen, by TRITON_PTXAS_PATH or by triton.knobs.nvidia.ptxas, stays.
+torch.compile sets that variable, too, to the ptxas of torch's own wheel. The choice is the whole
+process's.
 """
 
 from functools import cache
@@ -28,7 +31,7 @@ class Tool(NamedTuple):
 
 
 def number(version: str) -> tuple[int, ...]:
-    """"12.8" -> (12, 8)."""
+    """ "12.8" -> (12, 8)."""
     return tuple(map(int, version.split(".")[:2]))
 
 
@@ -56,14 +59,15 @@ def choose(arch: int) -> None:
     """Set Triton's knob to what `pick` says, on sm_90; once in a process, and never at import."""
     if arch // 10 != 9:
         return
-    nvidia = triton.knobs.nvidia
-    current = Tool(nvidia.ptxas.path, nvidia.ptxas.version)
-    default = vars(type(nvidia))["ptxas"].default_path
-    other = nvidia.ptxas_blackwell
-    own = current if current.path != default else None
-    found = pick(own, current, Tool(other.path, other.version), torch.version.cuda)
-    if found != current:
-        from triton.backends.nvidia import compiler
+    from triton.backends.nvidia import compiler
 
+    nvidia = triton.knobs.nvidia
+    defaults = [vars(type(nvidia))[name].default_path for name in ("ptxas", "ptxas_blackwell")]
+    current, newer = (
+        Tool(tool.path, tool.version) for tool in (compiler.get_ptxas(arch), nvidia.ptxas_blackwell)
+    )
+    own = None if current.path in defaults else current
+    found = pick(own, current, newer, torch.version.cuda)
+    if found != current:
         nvidia.ptxas = found.path
         compiler.get_ptxas_version.cache_clear()  # part of the key of Triton's cache of compiled kernels

@@ -31,7 +31,9 @@ def zeros(ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def split_kernel(q, k, v, out, D: tl.constexpr, L: tl.constexpr, HEAD: tl.constexpr, KEYS: tl.constexpr):
+def split_kernel(
+    q, k, v, out, D: tl.constexpr, L: tl.constexpr, HEAD: tl.constexpr, KEYS: tl.constexpr
+):
     rows = tl.program_id(0) * 64 + tl.arange(0, 64)
     s = ()
     for j in tl.static_range(2):
@@ -48,7 +50,11 @@ def split_kernel(q, k, v, out, D: tl.constexpr, L: tl.constexpr, HEAD: tl.conste
         acc = zeros(64, HEAD[i][1])
         for j in tl.static_range(2):
             acc = tl.dot(p[j].to(tl.float16), load(v, columns(KEYS, j), cols, D, L, D), acc)
-        tl.store(out + rows[:, None] * D + cols[None, :], (acc / total[:, None]).to(tl.float16), cols[None, :] < D)
+        tl.store(
+            out + rows[:, None] * D + cols[None, :],
+            (acc / total[:, None]).to(tl.float16),
+            cols[None, :] < D,
+        )
 
 
 def main():

@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for sm_80 and sm_90 without a GPU: right code, spills, shared memory, matrix instructions.
+"""The Triton kernels compiled for sm_80 and sm_90 without a GPU: right code, no spills, shared memory, tensor cores.
 
 The table is that of `python -m bench.kernel_resources`. Its compiles run in processes of their own, because they cannot
 share one with the interpreter (test_kernels_interpreter.py), and from the start of the session to its end, which is
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from bench import sass
-from bench.kernel_resources import FAULTS, FORMS, FUSED, KERNELS, SHARED_PER_BLOCK, Case, matrix, suite
+from bench.kernel_resources import FAULTS, FORMS, FUSED, KERNELS, SHARED_PER_BLOCK, Case, main, matrix, suite
 
 pytest.importorskip("triton")
 
@@ -171,3 +171,8 @@ def test_loads_are_wide(table):
     forms += ("geglu", "group_norm moments", "group_norm apply")
     no_maps = [r for r in table if r["form"] in forms and r["dtype"] != "float32"]
     fail_with([r for r in no_maps if r["narrow_loads"]], "2-byte loads")
+
+
+def test_forms_are_listed(capsys):
+    assert main(["--list-forms"]) == 0
+    assert {line.split("  ")[0] for line in capsys.readouterr().out.splitlines()} == {*FORMS, *FUSED}

@@ -39,7 +39,9 @@ def empty(*shape, dtype=torch.float16):
 def run(code):
     env = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
-    done = subprocess.run([sys.executable, "-c", START + code], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", START + code], env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -63,7 +65,14 @@ assert len(aligned) == 2, aligned
 print(json.dumps({name: len(hashes) for name, hashes in kernels.items()}))
 """)
     assert counts == dict.fromkeys(
-        ("attention_kernel", "fold_kernel", "cross_attention_kernel", "cross_attention_save_kernel", "mean_kernel"), 1
+        (
+            "attention_kernel",
+            "fold_kernel",
+            "cross_attention_kernel",
+            "cross_attention_save_kernel",
+            "mean_kernel",
+        ),
+        1,
     )
 
 

@@ -22,7 +22,13 @@ def newer(version):
     [
         (None, "12.8", "12.9", "12.8", "12.9"),  # Triton 3.6.0
         (None, "12.8", "13.1", "13.0", "13.1"),  # Triton 3.7.1, torch for CUDA 13
-        (None, "12.8", "13.1", "12.8", "12.8"),  # its code would need a driver that may not be there
+        (
+            None,
+            "12.8",
+            "13.1",
+            "12.8",
+            "12.8",
+        ),  # its code would need a driver that may not be there
         (None, "12.8", "13.1", None, "12.8"),  # torch for the CPU
         (None, "12.8", None, "13.0", "12.8"),
         (None, "12.9", "13.4", "13.0", "12.9"),  # Triton 3.9.0: nothing to mend
@@ -39,7 +45,12 @@ def test_the_ptxas_that_is_picked(own, bundled, blackwell, cuda, version):
 
 @pytest.mark.parametrize(
     "own, bundled, blackwell",
-    [("12.4", "12.9", "13.1"), (None, "12.4", None), (None, "12.4", "13.1"), (None, "11.8", "12.6")],
+    [
+        ("12.4", "12.9", "13.1"),
+        (None, "12.4", None),
+        (None, "12.4", "13.1"),
+        (None, "11.8", "12.6"),
+    ],
 )
 def test_without_any_that_was_looked_at_nothing_is_launched(own, bundled, blackwell):
     own = own and Tool(OWN, own)
@@ -56,7 +67,9 @@ from triton.backends.nvidia.compiler import get_ptxas_version
 own = sys.argv[1] == "own"
 nvidia = triton.knobs.nvidia
 bundled, other = nvidia.ptxas.path, nvidia.ptxas_blackwell.path
-if own:
+if own:  # a copy, or it would be taken for Triton's own choice
+    import shutil, tempfile
+    other = shutil.copy(other, tempfile.mkdtemp())
     nvidia.ptxas = other
 before, key = nvidia.ptxas.path, get_ptxas_version(90)
 torch.version.cuda = "13.0"
