@@ -38,7 +38,9 @@ LINE = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+(@!?U?P[\dT]+\s+)?([A-Z][\w.]*)\s*(.
 def parse(listing: str) -> list[Instruction]:
     """The instructions of a listing by nvdisasm --binary."""
     found = LINE.findall(listing)
-    return [Instruction(int(at, 16), guard.strip(), op, split(rest)) for at, guard, op, rest in found]
+    return [
+        Instruction(int(at, 16), guard.strip(), op, split(rest)) for at, guard, op, rest in found
+    ]
 
 
 def split(operands: str) -> tuple[str, ...]:
@@ -51,8 +53,32 @@ def split(operands: str) -> tuple[str, ...]:
 UNIFORM = 256
 ALL_VECTOR = (1 << UNIFORM) - 1
 REGISTER = re.compile(r"(?<![A-Za-z0-9_])(U?R)(\d+)(\.64)?")
-READS_FIRST = {"BAR", "WARPSYNC", "RET", "BRX", "JMX", "NANOSLEEP", "R2B", "DEPBAR", "BRA", "CALL", "R2P"}
-PREDICATE_FIRST = {"SHFL", "LOP3", "ULOP3", "ELECT", "MATCH", "R2UR", "ATOM", "ATOMG", "ATOMS", "ATOMUR", "FCHK"}
+READS_FIRST = {
+    "BAR",
+    "WARPSYNC",
+    "RET",
+    "BRX",
+    "JMX",
+    "NANOSLEEP",
+    "R2B",
+    "DEPBAR",
+    "BRA",
+    "CALL",
+    "R2P",
+}
+PREDICATE_FIRST = {
+    "SHFL",
+    "LOP3",
+    "ULOP3",
+    "ELECT",
+    "MATCH",
+    "R2UR",
+    "ATOM",
+    "ATOMG",
+    "ATOMS",
+    "ATOMUR",
+    "FCHK",
+}
 
 
 def bits(kind: str, first: int, count: int = 1) -> int:
@@ -62,7 +88,11 @@ def bits(kind: str, first: int, count: int = 1) -> int:
 def written(ins: Instruction) -> int:
     """The registers that an instruction writes; rather too many than too few."""
     where = 0
-    if ins.base in PREDICATE_FIRST and ins.operands and re.fullmatch(r"!?U?P[\dT]", ins.operands[0]):
+    if (
+        ins.base in PREDICATE_FIRST
+        and ins.operands
+        and re.fullmatch(r"!?U?P[\dT]", ins.operands[0])
+    ):
         where = 1
     if ins.base in READS_FIRST or len(ins.operands) <= where:
         return 0
@@ -78,6 +108,8 @@ def count_written(ins: Instruction) -> int:
         return max(int(x) for x in re.findall(r"\.x(\d+)", ins.op) or ["1"])
     if ins.base in ("HMMA", "IMMA", "LDSM"):
         return 4
+    if ins.base in ("FFMA2", "FADD2", "FMUL2"):  # two float32 at a time, on sm_100
+        return 2
     if ins.base == "CS2R":
         return 1 if "32" in parts else 2
     wide = {"256": 8, "128": 4, "64": 2, "WIDE": 2, "F64": 2, "S64": 2, "U64": 2}
@@ -86,8 +118,6 @@ def count_written(ins: Instruction) -> int:
 
 def read(ins: Instruction) -> int:
     """The registers that an instruction reads; of more than one in a row only what is certain."""
-    if ins.base == "PRMT":  # fills the one half of a register before the other
-        return 0
     found = 0
     skip = re.fullmatch(r"U?R\d+", ins.operands[0]) is not None if ins.operands else False
     for i, operand in enumerate(ins.operands):
@@ -95,7 +125,7 @@ def read(ins: Instruction) -> int:
             continue
         if i == 1 and ins.base in PREDICATE_FIRST and not skip and re.fullmatch(r"U?R\d+", operand):
             continue
-        if descriptor := re.fullmatch(r"gdesc\[UR(\d+)\]", operand):
+        if descriptor := re.match(r"gdesc\[UR(\d+)\]", operand):
             found |= descriptor_registers(ins, int(descriptor[1]))
             continue
         if address := re.match(r"desc\[UR(\d+)\]", operand):
@@ -103,6 +133,11 @@ def read(ins: Instruction) -> int:
         for kind, number, pair in REGISTER.findall(operand):
             wide = pair or (kind == "UR" and ins.op.startswith("UIADD3.64"))
             found |= bits(kind, int(number), 2 if wide else 1)
+    if ins.base in (
+        "PRMT",
+        "LOP3",
+    ):  # a register is filled bit by bit, or one half before the other
+        found &= ~(written(ins) & ALL_VECTOR)
     return found
 
 
@@ -130,16 +165,21 @@ def successors(code: list[Instruction]) -> list[list[tuple[int, int]]]:
 
 def following(i: int, ins: Instruction, index: dict, joins: dict) -> list[tuple[int, int]]:
     after = [(i + 1, 0)] if i + 1 < len(index) else []
-    conditional = bool(ins.guard) or re.fullmatch(r"!?U?P\d", ins.operands[0] if ins.operands else "")
+    conditional = bool(ins.guard) or re.fullmatch(
+        r"!?U?P\d", ins.operands[0] if ins.operands else ""
+    )
     if ins.base == "BRA":
         return [(target(ins, index), 0)] + (after if conditional else [])
     if ins.base in ("EXIT", "RET", "KILL"):
         return after if ins.guard else []
     if ins.base == "BSYNC":
-        return [(at, 0) for at in joins.get(ins.operands[-1], [])] + (after if conditional else [])
+        ends = joins.get(ins.operands[-1], [])
+        return [(at, 0) for at in ([i + 1] if i + 1 in ends else ends)] + (
+            after if conditional else []
+        )
     if ins.base == "CALL":  # what the routine writes, it has written when it comes back
         return [(target(ins, index), 0)] + [(at, ALL_VECTOR) for at, _ in after]
-    if ins.base in ("BRX", "JMP", "JMX", "BREAK"):
+    if ins.base in ("BRX", "JMP", "JMX"):
         raise ValueError(f"sass: a jump that is not understood: {ins}")
     return after
 
@@ -177,7 +217,11 @@ def unwritten(code: list[Instruction]) -> list[str]:
             continue
         missing = read(ins) & ~((must & ~ALL_VECTOR) | (may & ALL_VECTOR))
         if missing:
-            names = [("UR" if n >= UNIFORM else "R") + str(n % UNIFORM) for n in range(512) if missing >> n & 1]
+            names = [
+                ("UR" if n >= UNIFORM else "R") + str(n % UNIFORM)
+                for n in range(512)
+                if missing >> n & 1
+            ]
             found.append(f"{ins}  <- {', '.join(names)}")
     return found
 
@@ -187,7 +231,9 @@ def unwritten(code: list[Instruction]) -> list[str]:
 
 SHARED = 0x400  # where ptxas puts a kernel's shared memory; CTA 0 of its cluster adds nothing
 WORD = 0xFFFFFFFF
-Words = dict[int, int]  # uniform register -> what it holds, if that is a constant
+Words = dict[
+    int | str, int
+]  # uniform register, or a predicate's carry -> what it holds, if that is a constant
 
 
 def constant(operand: str, state: Words) -> int | None:
@@ -231,7 +277,10 @@ def results(ins: Instruction, state: Words) -> list[int | None]:
         case ("UIADD3", [a, b, c]):
             return [a + b + c]
         case ("UIADD3.X", [a, b, c]):
-            carry = next((state.get(f"carry {p}", 0) for p in ins.operands[4:] if re.fullmatch(r"UP\d", p)), 0)
+            carry = next(
+                (state.get(f"carry {p}", 0) for p in ins.operands[4:] if re.fullmatch(r"UP\d", p)),
+                0,
+            )
             return [a + b + c + carry]
         case ("ULEA", [a, b, shift]):
             return [(a << shift) + b]
@@ -264,13 +313,16 @@ def step(ins: Instruction, state: Words) -> Words:
         if value is not None:
             after[first + i] = value & WORD
     if carries and values[0] is not None and ins.op == "UIADD3":
-        low = sum(x & WORD for x in (constant(o, state) for o in ins.operands[2:5]))
+        sources = [x for x in ins.operands[1:] if not re.fullmatch(r"!?UP[\dT]", x)]
+        low = sum(constant(x, state) & WORD for x in sources)
         after[f"carry {carries[0]}"] = low >> 32
     return after
 
 
 def descriptors(code: list[Instruction]) -> list[tuple]:
     """(instruction, rows of B, words of A or None if it is in registers, words of B) of every HGMMA."""
+    if not any(ins.base == "HGMMA" for ins in code):
+        return []
     edges = successors(code)
     states: list[Words | None] = [None] * len(code)
     states[0], work = {}, [0]
@@ -287,7 +339,13 @@ def descriptors(code: list[Instruction]) -> list[tuple]:
     found = []
     for ins, state in zip(code, states):
         if ins.base == "HGMMA" and state is not None:
-            group = int(next(re.match(r"gdesc\[UR(\d+)\]", x)[1] for x in ins.operands if x.startswith("gdesc")))
+            group = int(
+                next(
+                    re.match(r"gdesc\[UR(\d+)\]", x)[1]
+                    for x in ins.operands
+                    if x.startswith("gdesc")
+                )
+            )
             words = [state.get(group + i) for i in range(4)]
             a = None if re.fullmatch(r"R\d+(\.reuse)?", ins.operands[1]) else tuple(words[:2])
             found.append((ins, int(re.search(r"64x(\d+)x", ins.op)[1]), a, tuple(words[2:])))
@@ -304,14 +362,20 @@ class Ptx:
         self.ptx, self.known = ptx, {}
         self.definitions: dict[str, list] = {}
         for op, register, operands in self.DEFINITION.findall(ptx):
-            self.definitions.setdefault(register, []).append((op, [x.strip() for x in operands.split(",")]))
+            self.definitions.setdefault(register, []).append(
+                (op, [x.strip() for x in operands.split(",")])
+            )
 
     def value(self, name: str) -> tuple[int | None, int | None]:
         """(low, high) word."""
         if name == "global_smem":
             return SHARED, 0
         if not name.startswith("%"):
-            return (int(name, 0) & WORD, int(name, 0) >> 32 & WORD) if re.fullmatch(r"-?\w+", name) else (None, None)
+            return (
+                (int(name, 0) & WORD, int(name, 0) >> 32 & WORD)
+                if re.fullmatch(r"-?\w+", name)
+                else (None, None)
+            )
         if name not in self.known:
             self.known[name] = (None, None)  # for a register that a loop defines by itself
             found = self.definitions.get(name, [])
@@ -346,7 +410,10 @@ class Ptx:
     def descriptors(self) -> list[tuple]:
         """(rows of B, words of A or None if it is in registers, words of B) of every wgmma."""
         products = self.PRODUCT.findall(self.ptx)
-        return [(int(n), None if a.startswith("{") else self.value(a), self.value(b)) for n, a, b in products]
+        return [
+            (int(n), None if a.startswith("{") else self.value(a), self.value(b))
+            for n, a, b in products
+        ]
 
 
 def agree(mine, theirs) -> bool:
@@ -359,7 +426,9 @@ def agree(mine, theirs) -> bool:
 def wrong_descriptors(code: list[Instruction], ptx: str) -> list[str]:
     """The HGMMAs whose descriptors are not those of any wgmma of the PTX."""
     known = Ptx(ptx).descriptors()
-    show = lambda words: "registers" if words is None else " ".join("?" if w is None else f"{w:#x}" for w in words)  # noqa: E731
+    show = lambda words: (
+        "registers" if words is None else " ".join("?" if w is None else f"{w:#x}" for w in words)
+    )  # noqa: E731
     return [
         f"{ins}: A {show(a)}, B {show(b)}"
         for ins, n, a, b in descriptors(code)

@@ -262,7 +262,8 @@ def config(wide: int, itemsize: int, arch: int) -> dict:
             "num_warps": 4,
             "num_stages": 1,
         }  # a second stage spills
-    return {"BLOCK_N": 32, "BLOCK_L": 32, "num_warps": 4 if wide <= 128 else 8, "num_stages": 1}
+    block_l = 32 if wide <= 128 else 16
+    return {"BLOCK_N": 32, "BLOCK_L": block_l, "num_warps": 4, "num_stages": 1}
 
 
 def prepare(grad_out, q, k, v, v_source, source_row, bias, scale, out) -> Callable:

@@ -145,7 +145,8 @@ def cross_attention_kernel(
 def row_vector(p, stride, row, h, L: tl.constexpr, KEYS: tl.constexpr):
     """One row of a table, of head h if it has heads: (1, KEYS)."""
     cols = tl.arange(0, KEYS)
-    return tl.load(p + row * stride[0] + h * stride[1] + cols * stride[2], mask=cols < L, other=0.0)[None, :]
+    p += row * stride[0] + h.to(tl.int64) * stride[1]
+    return tl.load(p + cols.to(tl.int64) * stride[2], mask=cols < L, other=0.0)[None, :]
 
 
 @triton.heuristics(
@@ -218,7 +219,7 @@ def mean_kernel(
     maps, save_mean, queries, heads, stride_maps, stride_mean,
     L: tl.constexpr, KEYS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """save_mean += the mean over heads of one block of queries of maps (S, H, N, L), summed in the order of the heads."""
+    """save_mean += the mean over heads of maps (S, H, N, L), one block of queries, summed in the order of the heads."""
     start_n, _, edited = place(queries, 1, BLOCK_N)
     offs_n, keys = start_n + tl.arange(0, BLOCK_N), tl.arange(0, KEYS)
     total = zeros(BLOCK_N, KEYS)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from . import toolchain
+
 
 @triton.jit
 def place(queries, heads, BLOCK_N: tl.constexpr):
@@ -151,7 +153,8 @@ TABLE = (
     # float32 products are multiply-adds, and a thread needs whole rows and columns of both factors in registers.
     ("attention", "single", "any", 256, Tile(16, 16, 16, 4, 1)),
     ("cross_attention", "single", "any", 256, Tile(16, 0, 16, 8, 1)),  # with 4 warps two terms spill
-    ("cross_attention_save", "single", "any", 256, Tile(16, 0, 16, 4, 1)),  # with 8 warps P' @ token_map spills
+    # with 8 warps P' @ token_map spills; fewer stages spill, on sm_80 or on sm_120
+    ("cross_attention_save", "single", "any", 256, Tile(16, 0, 16, 4, 3)),
     ("attention, bias", "single", "any", 256, Tile(16, 16, 16, 4, 1)),
     ("cross_attention, bias", "single", "any", 256, Tile(16, 0, 16, 8, 1)),
     ("cross_attention, wide", "single", "any", 256, Tile(16, 0, 16, 8, 1)),
@@ -210,4 +213,8 @@ def bias_strides(bias, H: int, N: int) -> tuple[int, ...]:
 
 def arch() -> int:
     """Compute capability of the current device, 90 for 9.0; the interpreter has none and takes that of sm_90."""
-    return 90 if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().arch
+    if triton.knobs.runtime.interpret:
+        return 90
+    found = triton.runtime.driver.active.get_current_target().arch
+    toolchain.choose(found)
+    return found

@@ -1,0 +1,126 @@
+"""What a launch asks the compiler for, without a card: sizes past 2^31 and 65535, and no compile for a row of a table.
+
+In processes of their own, because Triton's driver is replaced and the interpreter must be off.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+START = """
+import json, torch, triton
+from triton.runtime.jit import JITFunction
+from bench.kernel_resources import CompileOnly
+from minisd_kernels import norms, ops, toolchain
+
+toolchain.choose = lambda arch: None
+triton.runtime.driver.set_active(CompileOnly(80))
+grids, kernels, run = [], {}, JITFunction.run
+
+def compile_only(self, *args, grid, **kwargs):
+    kwargs.pop("warmup")
+    kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+    grids.append(grid(kwargs) if callable(grid) else grid)
+    kernels.setdefault(self.__name__, set()).add(kernel.hash)
+
+JITFunction.run = compile_only
+
+def empty(*shape, dtype=torch.float16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+def launch(name, *args):
+    # as the first call of an op does
+    out = ops.EMPTY[name](*args)
+    ops.prepare(name, args, out)(*args, out)
+"""
+
+
+def run(code):
+    env = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", START + code], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_rows_of_a_table_do_not_compile_anew():
+    """Row i of a table of 77 weights begins 308 i bytes after the first: 16 bytes divide that, or not."""
+    counts = run("""
+q, k = empty(2, 8, 64, 40), empty(2, 8, 77, 40)
+blend, reweight = (empty(4, 1, 77, dtype=torch.float32) for _ in range(2))
+token_map, mean = empty(4, 1, 77, 77, dtype=torch.float32), empty(4, 1, 64, 77, dtype=torch.float32)
+source, save = empty(4, 1, dtype=torch.int32), empty(1, 8, 64, 77)
+aligned = set()
+for i in range(4):
+    edit = source[i], None, token_map[i], blend[i], reweight[i]
+    assert all(x.is_contiguous() for x in edit if x is not None)
+    aligned.add(tuple(x.storage_offset() * 4 % 16 == 0 for x in edit if x is not None))
+    launch('attention', q, q, q, source[i], *[None] * 4)
+    launch('cross_attention', q, k, k, *edit, None, None)
+    launch('cross_attention_save', q, k, k, *edit, None, save, mean[i], None)
+assert len(aligned) == 2, aligned
+print(json.dumps({name: len(hashes) for name, hashes in kernels.items()}))
+""")
+    assert counts == dict.fromkeys(
+        (
+            "attention_kernel",
+            "fold_kernel",
+            "cross_attention_kernel",
+            "cross_attention_save_kernel",
+            "mean_kernel",
+        ),
+        1,
+    )
+
+
+def test_more_than_65535_rows_or_heads_are_launched():
+    grids = run("""
+for B, H in ((65536, 2), (2, 65536)):
+    q, k = empty(B, H, 64, 8), empty(B, H, 5, 8)
+    row, blend = empty(1, dtype=torch.int32), empty(1, 5, dtype=torch.float32)
+    launch('attention', q, q, q, *[None] * 5)
+    launch('cross_attention', q, k, k, row, None, None, blend, *[None] * 3)
+    launch('cross_attention_save', q, k, k, *[None] * 7, empty(1, 64, 5, dtype=torch.float32), None)
+x = empty(65536, 64, 4, 4).to(memory_format=torch.channels_last)
+norms.launch_group_norm_silu(x, 32, empty(64), empty(64), 1e-5, x)
+print(json.dumps(grids))
+""")
+    assert len(grids) == 2 * 5 + 3
+    assert all(max([0, *grid[1:]]) <= 65535 and grid[0] < 2**31 for grid in grids)
+    assert sum(grid[0] >= 65536 for grid in grids) == 2 * 4 + 3  # the mean is of one edited row
+
+
+def test_strides_are_widened_before_they_are_multiplied():
+    """No 32-bit product but of a block's number and its size: a stride, or UNIT (8), meets 64 bits."""
+    products = run("""
+last = {}
+def keep(self, *args, grid, **kwargs):
+    kwargs.pop("warmup")
+    last[self.__name__] = run(self, *args, grid=grid, warmup=True, **kwargs).asm["ttir"]
+
+JITFunction.run = keep
+q, k = empty(4, 2, 64, 40), empty(4, 2, 77, 40)
+maps, mean = empty(2, 2, 64, 77), empty(2, 64, 77, dtype=torch.float32)
+launch('attention', q, q, q, *[None] * 5)
+launch('cross_attention', q, k, k, None, maps, None, empty(2, 77, dtype=torch.float32), *[None] * 3)
+launch('cross_attention_save', q, k, k, *[None] * 6, maps, mean, None)
+x = empty(2, 1024, 9, 9).to(memory_format=torch.channels_last)
+norms.launch_group_norm_silu(x, 32, empty(1024), empty(1024), 1e-5, x)
+norms.launch_layer_norm(empty(8, 320), empty(320), empty(320), 1e-5, empty(8, 320))
+norms.launch_geglu(empty(8, 320), empty(8, 160))
+import re
+found = {}
+for name, text in last.items():
+    found[name] = [line.strip() for line in text.splitlines()
+                   if re.search(r"arith.muli .*i32", line) and not re.search(r"%c(16|32|64|128)_i32|%cst", line)]
+print(json.dumps(found))
+""")
+    assert len(products) == 10 and not sum(products.values(), []), products
