@@ -373,7 +373,7 @@ def main(argv=None) -> int:
     parser.add_argument("--list-forms", action="store_true", help="print the forms and what they edit, and stop")
     args = parser.parse_args(argv)
     if args.list_forms:
-        print("\n".join(f"{form:<16} {op:<10} {', '.join(fields)}" for form, (op, fields) in FORMS.items()))
+        print("\n".join(f"{form:<22} {op:<10} {', '.join(fields)}" for form, (op, fields) in FORMS.items()))
         print("\n".join(FUSED))
         return 0
     dump = None
