@@ -1,11 +1,13 @@
-"""Compile the kernels ahead of time, no GPU needed, and print what each costs on the card.
+"""Compile the kernels ahead of time, no GPU needed: what each costs on the card, and whether its code is right.
 
-    python -m bench.kernel_resources [--arch 90 ...] [--json FILE] [--all]
+    python -m bench.kernel_resources [--arch 90 ...] [--matrix] [--json FILE] [--dump ptx,sass DIR] [--list-forms]
 
 The kernels' own launch functions run with a stand-in for the driver, so what is compiled is what a launch on that card
-would compile: same tiles, flags and alignment facts. Registers, stack and instructions are read from the cubin with
-cuobjdump and nvdisasm, which come with Triton. LOCAL:0 does not mean "no spills": STACK, and STL / LDL in the SASS, do.
-Cannot share a process with Triton's interpreter.
+would compile: same tiles, flags and alignment facts, by the ptxas that Triton bundles or TRITON_PTXAS_PATH names.
+Registers, stack and instructions are read from the cubin with cuobjdump and nvdisasm, which come with Triton. LOCAL:0
+does not mean "no spills": STACK, and STL / LDL in the SASS, do. The SASS is held against the PTX as bench/sass.py says.
+Exit status 1: a kernel spills, takes more shared memory than the card has, or is wrong. Cannot share a process with
+Triton's interpreter.
 """
 
 import argparse
@@ -17,22 +19,26 @@ import struct
 import subprocess
 import sys
 import tempfile
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from bench import sass
+
 B, H = 4, 8  # guidance of a prompt-to-prompt pair: unconditional rows first, the last two are edited
 S = 2
 SELF = {40: 4096, 80: 1024, 160: 256}  # SD v1.x at 512x512: head dim -> queries at the widest site
-OTHER = (8, 48, 64, 96, 256)  # head dims
 UGLY = {40: 4140, 80: 1000, 160: 45}  # queries that no tile divides, of images of 360x736, 400x640 and 160x288
 TEXT = 77
 SMALL = (  # form, head dim, queries, keys, batch
-    ("plain", 160, 64, 64, B), ("replace", 160, 64, 64, B),  # self-attention of the mid block: so few keys fit into a row
-    ("flash", 80, 1024, 1024, 2), ("flash routed", 80, 1024, 1024, 2),  # one picture: too few programs for large tiles
+    ("plain", 160, 64, 64, B), ("replace", 160, 64, 64, B),  # self-attention of the mid block: so few keys fit a row
+    ("flash", 80, 1024, 1024, 2), ("flash routed", 80, 1024, 1024, 2),  # one image: too few programs for large tiles
 )  # fmt: skip
 # CUDA C++ Programming Guide, table of compute capabilities
+ARCHS = (80, 89, 90, 100, 120)
 SHARED_PER_BLOCK = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 SHARED_PER_SM = {80: 164 * 1024, 89: 100 * 1024, 90: 228 * 1024, 100: 228 * 1024, 120: 100 * 1024}
 WARPS_PER_SM = {80: 64, 89: 48, 90: 64, 100: 64, 120: 48}
@@ -50,36 +56,41 @@ FORMS = {  # form: (op, edit fields)
     "inject": ("cross", ("inject",)),
     "inject + blend": ("cross", ("inject", "blend")),
     "save": ("save", ("save",)),
-    "save_mean": ("save", ("save_mean",)),
     "save, replace": ("save", ("source_row", "save")),
-    "save_mean, replace": ("save", ("source_row", "save_mean")),
     "save, blend": ("save", ("source_row", "blend", "reweight", "save")),
-    "save_mean, blend": ("save", ("source_row", "blend", "reweight", "save_mean")),
-    "save + save_mean": ("save", ("source_row", "save", "save_mean")),
     "save, refine": ("save", ("source_row", "token_map", "blend", "reweight", "save")),
-    "save_mean, refine": ("save", ("source_row", "token_map", "blend", "reweight", "save_mean")),
     "save, inject": ("save", ("inject", "token_map", "blend", "reweight", "save")),
-    "save_mean, inject": ("save", ("inject", "token_map", "blend", "reweight", "save_mean")),
+    "flash, bias": ("attention", ("source_row", "bias")),
+    "two terms, bias": ("cross", ("source_row", "blend", "bias")),
+    "save, bias": ("save", ("source_row", "token_map", "blend", "reweight", "bias", "save")),
+    "backward, statistics": ("statistics", ("source_row", "blend")),
+    "backward, queries": ("query", ("source_row", "blend")),
+    "backward, keys": ("key", ("source_row", "blend")),
+    "mean": ("mean", ("save_mean",)),  # save_mean is the mean of what "save" wrote
 }
-
-
 # "plain" and the like are "replace" and the like without the routing.
-DISTINCT = ("fold", "flash routed", "replace", "two terms", "inject", "inject + blend", "save", "save_mean, replace",
-            "save, refine", "save_mean, refine", "save, inject")  # fmt: skip
+DISTINCT = ("fold", "flash routed", "replace", "two terms", "inject", "inject + blend", "save", "save, refine",
+            "save, inject", "mean")  # fmt: skip
+NEWER = ("flash, bias", "two terms, bias", "save, bias", "backward, statistics", "backward, queries",
+         "backward, keys")  # fmt: skip
+LARGE = ("flash routed", "two terms", "save, refine", "save, inject")  # what takes most registers of each kernel
 TOGETHER = 16  # kernels that one process compiles, then disassembles at once
 DTYPES = ("float16", "bfloat16", "float32")
-NORMED = (128, 256, 512, 320, 640, 960, 1280, 1920, 2560)  # channels of the VAE, of the UNet and of two of its halves
-FUSED = {  # see norms.py; kernel: channels
-    "group_norm moments": NORMED,
-    "group_norm group": NORMED,
-    "group_norm apply": NORMED,
-    "layer_norm": (320, 640, 1280),
-    "geglu": (1280, 2560, 5120),
+FUSED = {  # see norms.py; kernel: channels, of the UNet, and of the VAE
+    "group_norm moments": (128, 320, 1280),
+    "group_norm group": (128, 320, 1280),
+    "group_norm apply": (128, 320, 1280),
+    "layer_norm": (320, 1280),
+    "geglu": (1280,),
 }
 KERNELS = {  # op: the kernel that is looked at
     "attention": "attention_kernel",
     "cross": "cross_attention_kernel",
     "save": "cross_attention_save_kernel",
+    "mean": "mean_kernel",
+    "statistics": "statistics_kernel",
+    "query": "query_kernel",
+    "key": "key_kernel",
     "fold": "fold_kernel",
     "group_norm moments": "moments_kernel",
     "group_norm group": "group_kernel",
@@ -99,26 +110,37 @@ class Case(NamedTuple):
     batch: int = B
 
 
-def cases(archs, everything: bool) -> list[Case]:
-    """The specialisations: every form at the head dims of SD v1.x, what lies beside them, and the fused kernels.
+def case(arch: int, form: str, D: int, N: int, L: int, dtype: str) -> Case:
+    """The case with as many keys as queries if the form is self-attention."""
+    return Case(arch, form, D, N, N if FORMS[form][0] == "attention" else L, dtype)
 
-    Beside them lie the small sizes, the other head dims, in the forms of DISTINCT (everything: in every form), and
-    numbers of queries that no tile divides. Every one in each of DTYPES, but for the latter.
+
+def suite(arch: int) -> list[Case]:
+    """What the test suite compiles: each different kernel at the head dims of SD v1.x, and what lies beside them.
+
+    That is other head dims, small and uneven sizes, bfloat16, and the fused kernels.
     """
-    out = []
-    for arch in archs:
-        for form, (op, _) in FORMS.items():
-            long = op == "attention"
-            sizes = [Case(arch, form, D, N, N if long else TEXT, "") for D, N in SELF.items()]
-            if everything or form in DISTINCT:
-                sizes += [Case(arch, form, D, 1000, 1000 if long else TEXT, "") for D in OTHER]
-            out += [case._replace(dtype=dtype) for case in sizes for dtype in DTYPES]
-        for dtype in DTYPES:
-            out += [Case(arch, *sizes, dtype, batch) for *sizes, batch in SMALL]
-        for D, N in UGLY.items():
-            out += [Case(arch, form, D, N, keys, "float16") for form, keys in (("flash", N), ("two terms", TEXT))]
-        out += [Case(arch, form, C, 1024, 0, dtype) for form in FUSED for C in FUSED[form] for dtype in DTYPES]
-    return out
+    out = [case(arch, form, D, N, TEXT, "float16") for form in DISTINCT for D, N in SELF.items()]
+    out += [case(arch, form, D, N, TEXT, "float16") for form in NEWER for D, N in SELF.items()]
+    out += [case(arch, form, D, 1000, TEXT, "float32") for form in DISTINCT for D in (40, 160)]
+    out += [case(arch, form, D, 1000, TEXT, "float16") for form in LARGE for D in (8, 72, 256)]
+    out += [case(arch, form, 40, 4096, TEXT, "bfloat16") for form in LARGE]
+    out += [Case(arch, *sizes, "float16", batch) for *sizes, batch in SMALL]
+    out += [case(arch, form, D, N, TEXT, "float16") for D, N in UGLY.items() for form in ("flash", "two terms")]
+    out += [Case(arch, form, C, 1024, 0, "float16") for form in FUSED for C in FUSED[form]]
+    return list(dict.fromkeys(out))
+
+
+def matrix(arch: int) -> list[Case]:
+    """The larger list, to be run by hand with each version of Triton: sm_90, where ptxas was wrong, above all."""
+    out = suite(arch)
+    if arch == 90:
+        every = itertools.product(FORMS, (8, 40, 72, 80, 96, 160, 256))
+        out += [case(arch, form, D, 1000, TEXT, "float16") for form, D in every]
+        keys = itertools.product(FORMS, (40, 80, 96, 160), (63, 128))
+        out += [case(arch, form, D, 1024, L, "float16") for form, D, L in keys]
+    out += [case(arch, form, D, 1000, TEXT, "bfloat16") for form in DISTINCT for D in (40, 80, 160)]
+    return list(dict.fromkeys(out))
 
 
 class CompileOnly:
@@ -142,8 +164,10 @@ class CompileOnly:
 def compile_case(case: Case):
     """The compiled kernel of one case: run its launch, stop before the launch."""
     import triton
+    from minisd_kernels import toolchain
     from triton.runtime.jit import JITFunction
 
+    toolchain.choose = lambda arch: None  # what Triton bundles is the worst that a user may have
     compiled, run = [], JITFunction.run
     wanted = KERNELS[case.form if case.form in FUSED else FORMS[case.form][0]]
 
@@ -200,6 +224,10 @@ def launch_attention(case: Case) -> None:
     save = {name: edit.pop(name) for name in ("save", "save_mean")}
     if op == "attention":
         name, args = "attention", (q, k, v, edit["source_row"], edit["bias"], None, None, None)
+    elif op in ("statistics", "query", "key"):
+        v_source = empty(S, L, H, D, dtype=dtype).transpose(1, 2)
+        args = (q, q, k, v, v_source, edit["source_row"], edit["bias"], None)
+        name = "attention_backward"
     elif op in ("cross", "fold"):
         name, args = "cross_attention", (q, k, v, *edit.values(), None)
     else:
@@ -218,18 +246,18 @@ def instructions(cubin: bytes) -> bytes:
     return code
 
 
-def disassemble(arch: int, codes: list[bytes]) -> list[list[str]]:
-    """The opcodes of each kernel. All of them in one file, because the disassembler takes 0.3 s to start."""
+def disassemble(arch: int, codes: list[bytes]) -> list[list[sass.Instruction]]:
+    """The listing of each kernel. All of them in one file, because the disassembler takes 0.3 s to start."""
     with tempfile.NamedTemporaryFile(suffix=".bin") as f:
         f.write(b"".join(codes))
         f.flush()
-        command = [nvidia("nvdisasm"), "--binary", f"SM{arch}{'a' * (arch == 90)}", f.name]
+        command = [nvidia("nvdisasm"), "--binary", f"SM{arch}{'a' * (arch >= 90)}", f.name]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    opcodes = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P[\dT]+ )?([A-Z][A-Z0-9.]*)", listing, re.M)
+    found = sass.parse(listing)
     lengths = [len(code) // 16 for code in codes]  # an instruction has 16 bytes
-    if len(opcodes) != sum(lengths):
-        raise RuntimeError(f"nvdisasm listed {len(opcodes)} instructions, expected {sum(lengths)}")
-    each = iter(opcodes)
+    if len(found) != sum(lengths):
+        raise RuntimeError(f"nvdisasm listed {len(found)} instructions, expected {sum(lengths)}")
+    each = iter(found)
     return [list(itertools.islice(each, length)) for length in lengths]
 
 
@@ -240,22 +268,28 @@ def nvidia(tool: str) -> Path:
     return Path(triton.__file__).parent / "backends/nvidia/bin" / tool
 
 
-def measure(cases: list[Case]) -> list[dict]:
-    """What the cubins of some cases on one arch say."""
+def measure(cases: list[Case], dump: tuple[list[str], Path] | None = None) -> list[dict]:
+    """What the cubins of some cases on one arch say; dump: the listings to keep, and where."""
     kernels = [compile_case(case) for case in cases]
     listings = disassemble(cases[0].arch, [instructions(kernel.asm["cubin"]) for kernel in kernels])
+    for case, kernel, code in zip(cases, kernels, listings) if dump else ():
+        name = "-".join(map(str, case)).replace(", ", "_").replace(" ", "_")
+        for kind in dump[0]:
+            text = "\n".join(map(str, code)) + "\n" if kind == "sass" else kernel.asm[kind]
+            (dump[1] / f"{name}.{kind}").write_text(text)
     return [row(*each) for each in zip(cases, kernels, listings)]
 
 
-def row(case: Case, kernel, opcodes: list[str]) -> dict:
-    """Registers, stack bytes, spill and matrix instructions, shared memory, CTAs per SM."""
+def row(case: Case, kernel, code: list[sass.Instruction]) -> dict:
+    """Registers, stack bytes, spill and matrix instructions, shared memory, CTAs per SM; what is wrong."""
+    opcodes, ptx = [ins.op for ins in code], kernel.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(kernel.asm["cubin"])
         f.flush()
         command = [nvidia("cuobjdump"), "-res-usage", f.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED):(\d+)", usage)}
-    count = {name: sum(op.split(".")[0] == name for op in opcodes) for name in ("STL", "LDL", "HGMMA", "HMMA")}
+    count = Counter(ins.base for ins in code)
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared + found["SHARED"]
     registers = -(-found["REG"] // 8) * 8 * 32 * warps
     blocks = min(65536 // registers, SHARED_PER_SM[case.arch] // (shared + 1024), WARPS_PER_SM[case.arch] // warps)
@@ -268,11 +302,14 @@ def row(case: Case, kernel, opcodes: list[str]) -> dict:
         "shared": shared,
         "wgmma": count["HGMMA"],
         "mma": count["HMMA"],
+        "tcgen05": count["UTCHMMA"],
         "instructions": len(opcodes),
         "ctas": blocks,
         "occupancy": blocks * warps / WARPS_PER_SM[case.arch],
-        "tf32": kernel.asm["ptx"].count("tf32"),
+        "tf32": ptx.count("tf32"),
         "narrow_loads": sum(op.startswith("LDG.E.U16") for op in opcodes),
+        "unwritten": sass.unwritten(code),
+        "descriptors": sass.wrong_descriptors(code, ptx),
     }
 
 
@@ -290,28 +327,76 @@ def line(r: dict) -> str:
     )
 
 
+FAULTS = {
+    "wrong": lambda r: bool(r["unwritten"] or r["descriptors"]),
+    "spilled": lambda r: r["stack"] + r["spills"] > 0,
+    "too much shared memory": lambda r: r["shared"] > SHARED_PER_BLOCK[r["arch"]],
+    "TF32": lambda r: r["tf32"] > 0,
+}
+
+
+def ptxas(arch: int) -> str:
+    """The version of the assembler that makes the kernels of this arch."""
+    from triton.backends.nvidia.compiler import get_ptxas_version
+
+    return re.search(r"V(\d\S+)", get_ptxas_version(arch))[1]
+
+
+def summary(rows: list[dict], archs: list[int]) -> dict:
+    """What was looked at, and which kernels have which fault."""
+    import triton
+
+    def name(r):
+        return f"{r['form']} D{r['head_dim']} N{r['queries']} L{r['keys']} B{r['batch']} {r['dtype']}"
+
+    return {
+        "triton": triton.__version__,
+        "ptxas": {f"sm_{arch}": ptxas(arch) for arch in archs},
+        "kernels": len(rows),
+        **{fault: [f"sm_{r['arch']} {name(r)}" for r in rows if has(r)] for fault, has in FAULTS.items()},
+        "kernels of each": {
+            f"sm_{arch}": Counter(f"{r['form']} {r['dtype']}" for r in rows if r["arch"] == arch) for arch in archs
+        },
+        "looked at": {f"sm_{arch}": [name(r) for r in rows if r["arch"] == arch] for arch in archs},
+    }
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.kernel_resources", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 89, 90], choices=[80, 89, 90])
-    parser.add_argument("--all", action="store_true", help="every form at the other head dims, too")
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=ARCHS)
+    parser.add_argument("--matrix", action="store_true", help="more sizes and forms than the test suite looks at")
     parser.add_argument("--only", default="", help="only forms that contain this")
     parser.add_argument("--jobs", type=int, default=1, help="compile in this many processes")
     parser.add_argument("--json", type=Path, help="also write the table as JSON")
+    parser.add_argument("--summary", type=Path, help="write versions, counts and faults as JSON, every few kernels")
+    parser.add_argument("--dump", nargs=2, metavar=("KINDS", "DIR"), help="keep listings: ptx,sass,ttgir DIR")
+    parser.add_argument("--list-forms", action="store_true", help="print the forms and what they edit, and stop")
     args = parser.parse_args(argv)
-    wanted = [[case for case in cases([arch], args.all) if args.only in case.form] for arch in args.arch]
+    if args.list_forms:
+        print("\n".join(f"{form:<22} {op:<10} {', '.join(fields)}" for form, (op, fields) in FORMS.items()))
+        print("\n".join(FUSED))
+        return 0
+    dump = None
+    if args.dump:
+        dump = args.dump[0].split(","), Path(args.dump[1])
+        dump[1].mkdir(parents=True, exist_ok=True)
+    cases = matrix if args.matrix else suite
+    wanted = [[case for case in cases(arch) if args.only in case.form] for arch in args.arch]
     together = [of_arch[i : i + TOGETHER] for of_arch in wanted for i in range(0, len(of_arch), TOGETHER)]
     print(HEADER)
     rows = []
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-        for some in pool.imap(measure, together):
+        for some in pool.imap(partial(measure, dump=dump), together):
             rows += some
-            print("\n".join(map(line, some)), flush=True)
+            for r in some:
+                print("\n    WRONG ".join([line(r), *r["unwritten"][:3], *r["descriptors"][:3]]), flush=True)
+            if args.summary:
+                args.summary.write_text(json.dumps(summary(rows, args.arch), indent=1) + "\n")
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    spilled = sum(row["stack"] + row["spills"] > 0 for row in rows)
-    large = sum(row["shared"] > SHARED_PER_BLOCK[row["arch"]] for row in rows)
-    print(f"{len(rows)} kernels: {spilled} spill, {large} take more shared memory than the card has")
-    return 1 if spilled or large else 0
+    counts = {fault: sum(map(has, rows)) for fault, has in FAULTS.items()}
+    print(f"{len(rows)} kernels:", ", ".join(f"{count} {fault}" for fault, count in counts.items()))
+    return 1 if any(counts.values()) else 0
 
 
 if __name__ == "__main__":

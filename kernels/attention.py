@@ -68,6 +68,12 @@ def walk(acc, m, l, p_q, b_q, offs_n, queries, step_q, p_k, p_v, keys, step_k, s
     return acc, m, l
 
 
+@triton.jit
+def joined_row(kv_row, stride, row, j):
+    """The j-th row whose keys and values `row` takes."""
+    return tl.load(kv_row + row.to(tl.int64) * stride[0] + tl.cast(j, tl.int64) * stride[1]).to(tl.int32)
+
+
 @triton.heuristics(
     {
         "HAS_SOURCE_ROW": lambda args: args["source_row"] is not None,
@@ -125,8 +131,8 @@ def attention_kernel(
             for j in range(tl.where(b >= first, joined, 1)):
                 b_k, b_v = b_map, b
                 if b >= first:
-                    b_k = first + tl.load(kv_row + (b_map - first) * stride_rows[0] + j * stride_rows[1]).to(tl.int32)
-                    b_v = first + tl.load(kv_row + (b - first) * stride_rows[0] + j * stride_rows[1]).to(tl.int32)
+                    b_k = first + joined_row(kv_row, stride_rows, b_map - first, j)
+                    b_v = first + joined_row(kv_row, stride_rows, b - first, j)
                 p_k, step_k = head(k, stride_k, b_k, h, UNIT)
                 p_v, step_v = head(v, stride_v, b_v, h, UNIT)
                 acc, m, l = walk(acc, m, l, p_q, b_q, offs_n, queries, step_q, p_k, p_v, keys, step_k, step_v, scale,
@@ -153,7 +159,8 @@ def prepare(q, k, v, source_row, bias, kv_row, own_value, scale, out) -> Callabl
     """
     (B, H, N, D), L = q.shape, k.shape[2]
     u = unit(q, k, v, out)
-    choice = tile("attention", q, arch()) | tuned.tile("attention", q)
+    op = "attention" if bias is None else "attention, bias"
+    choice = tile(op, q, arch()) | tuned.tile(op, q)
     S = next((x.shape[0] for x in (source_row, bias, kv_row, own_value) if x is not None), 0)
     numbers = (N, L, H, B - S, 1 if kv_row is None else kv_row.shape[1], (D**-0.5 if scale is None else scale) * LOG2_E)
     steps = *(strides(x, u) for x in (q, k, v, out)), bias_strides(bias, H, N)

@@ -32,7 +32,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def rows_of(t, source_row, first, rows, ROUTED: tl.constexpr, HAS_SOURCE_ROW: tl.constexpr):
-    """(row of the map, row of the output) of term t: the rows' own terms first, then the second ones."""
+    """(row of the map, row of the output) of term t: the rows' own terms first, then the second
+    ones."""
     t = tl.cast(t, tl.int32)
     row = tl.where(t < rows, t, first + t - rows)
     map_row = row
@@ -43,7 +44,9 @@ def rows_of(t, source_row, first, rows, ROUTED: tl.constexpr, HAS_SOURCE_ROW: tl
 
 
 @triton.jit
-def values_of(t, v, stride_v, v_source, stride_source, h, rows, UNIT: tl.constexpr, TWO_TERMS: tl.constexpr):
+def values_of(
+    t, v, stride_v, v_source, stride_source, h, rows, UNIT: tl.constexpr, TWO_TERMS: tl.constexpr
+):
     """(address, steps) of the values of term t, or of their gradients."""
     p_v, step_v = head(v, stride_v, tl.minimum(t, rows - 1), h, UNIT)
     if TWO_TERMS:
@@ -71,7 +74,10 @@ def logits(b_q, b_k, offs_n, offs_l, queries, keys, scale, bias, stride_bias, ma
         "TWO_TERMS": lambda args: args["v_source"] is not None,
     }
 )
-@triton.jit(do_not_specialize=["heads", "first", "rows"], do_not_specialize_on_alignment=["source_row", "bias"])
+@triton.jit(
+    do_not_specialize=["heads", "first", "rows"],
+    do_not_specialize_on_alignment=["source_row", "bias"],
+)
 def statistics_kernel(
     q, k, v, v_source, grad_out, source_row, bias, log_sum, delta,
     queries, keys, heads, first, rows, scale,
@@ -113,7 +119,9 @@ def statistics_kernel(
         m = m_new
 
     at = (t.to(tl.int64) * heads + h) * queries + offs_n
-    total = tl.where(total == 0, 1.0, total)  # a query that attends to nothing: P, delta and all gradients are 0
+    total = tl.where(
+        total == 0, 1.0, total
+    )  # a query that attends to nothing: P, delta and all gradients are 0
     tl.store(log_sum + at, finite(m) + tl.log2(total), mask=offs_n < queries)
     tl.store(delta + at, weighted / total, mask=offs_n < queries)
 
@@ -122,9 +130,12 @@ def statistics_kernel(
 def map_gradient(b_q, b_k, b_v, b_grad, log_sum, delta, t, heads, offs_n, offs_l, queries, keys, scale,
                  bias, stride_bias, map_row, first, h,
                  BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, HAS_BIAS: tl.constexpr):  # fmt: skip
-    """(P, dS = P (dP - delta)) of term t for one block of queries and keys, both (BLOCK_N, BLOCK_L)."""
+    """(P, dS = P (dP - delta)) of term t for one block of queries and keys, both (BLOCK_N,
+    BLOCK_L)."""
     at = (tl.cast(t, tl.int64) * heads + h) * queries + offs_n
-    b_log_sum = tl.load(log_sum + at, mask=offs_n < queries, other=float("inf"))  # P = 0 beyond the last query
+    b_log_sum = tl.load(
+        log_sum + at, mask=offs_n < queries, other=float("inf")
+    )  # P = 0 beyond the last query
     b_delta = tl.load(delta + at, mask=offs_n < queries, other=0.0)
     s = logits(b_q, b_k, offs_n, offs_l, queries, keys, scale, bias, stride_bias, map_row, first, h,
                BLOCK_N, BLOCK_L, HAS_BIAS)  # fmt: skip
@@ -140,7 +151,8 @@ def map_gradient(b_q, b_k, b_v, b_grad, log_sum, delta, t, heads, offs_n, offs_l
     }
 )
 @triton.jit(
-    do_not_specialize=["heads", "first", "rows", "terms"], do_not_specialize_on_alignment=["source_row", "bias"]
+    do_not_specialize=["heads", "first", "rows", "terms"],
+    do_not_specialize_on_alignment=["source_row", "bias"],
 )
 def query_kernel(
     q, k, v, v_source, grad_out, source_row, bias, log_sum, delta, grad_q,
@@ -150,7 +162,8 @@ def query_kernel(
     BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
     HAS_SOURCE_ROW: tl.constexpr, HAS_BIAS: tl.constexpr, TWO_TERMS: tl.constexpr,
 ):  # fmt: skip
-    """dQ = scale dS K of one block of queries of head h of row b, over the terms that use its map."""
+    """dQ = scale dS K of one block of queries of head h of row b, over the terms that use its
+    map."""
     start_n, h, b = place(queries, heads, BLOCK_N)
     offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_d, offs_v = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
@@ -162,7 +175,9 @@ def query_kernel(
     for t in range(terms):
         map_row, row = rows_of(t, source_row, first, rows, not TWO_TERMS, HAS_SOURCE_ROW)
         if map_row == b:
-            p_v, step_v = values_of(t, v, stride_v, v_source, stride_source, h, rows, UNIT, TWO_TERMS)
+            p_v, step_v = values_of(
+                t, v, stride_v, v_source, stride_source, h, rows, UNIT, TWO_TERMS
+            )
             p_grad, step_grad = head(grad_out, stride_grad, row, h, UNIT)
             b_grad = load(p_grad, offs_n, offs_v, step_grad, queries, DV, True, WIDTH_V != DV)
             for start in range(0, keys, BLOCK_L):
@@ -185,7 +200,8 @@ def query_kernel(
     }
 )
 @triton.jit(
-    do_not_specialize=["heads", "first", "rows", "terms"], do_not_specialize_on_alignment=["source_row", "bias"]
+    do_not_specialize=["heads", "first", "rows", "terms"],
+    do_not_specialize_on_alignment=["source_row", "bias"],
 )
 def key_kernel(
     q, k, v, v_source, grad_out, source_row, bias, log_sum, delta, grad_k, grad_v, grad_source,
@@ -196,7 +212,8 @@ def key_kernel(
     BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
     HAS_SOURCE_ROW: tl.constexpr, HAS_BIAS: tl.constexpr, TWO_TERMS: tl.constexpr,
 ):  # fmt: skip
-    """dK = scale dS^T Q of one block of keys of head h of row b, and dV = P^T dO of every term that uses its map."""
+    """dK = scale dS^T Q of one block of keys of head h of row b, and dV = P^T dO of every term that
+    uses its map."""
     start_l, h, b = place(keys, heads, BLOCK_L)
     offs_l = start_l + tl.arange(0, BLOCK_L)
     offs_d, offs_v = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
@@ -208,7 +225,9 @@ def key_kernel(
     for t in range(terms):
         map_row, row = rows_of(t, source_row, first, rows, not TWO_TERMS, HAS_SOURCE_ROW)
         if map_row == b:
-            p_v, step_v = values_of(t, v, stride_v, v_source, stride_source, h, rows, UNIT, TWO_TERMS)
+            p_v, step_v = values_of(
+                t, v, stride_v, v_source, stride_source, h, rows, UNIT, TWO_TERMS
+            )
             p_grad, step_grad = head(grad_out, stride_grad, row, h, UNIT)
             b_v = load(p_v, offs_l, offs_v, step_v, keys, DV, True, WIDTH_V != DV)
             acc_v = zeros(BLOCK_L, WIDTH_V)
@@ -232,12 +251,19 @@ def key_kernel(
 
 
 def config(wide: int, itemsize: int, arch: int) -> dict:
-    """Tile and warps of all three kernels; wide: the width of a head. By the compiler's word (a cubin's registers)."""
+    """Tile and warps of all three kernels; wide: the width of a head. By the compiler's word (a
+    cubin's registers)."""
     if itemsize == 4:  # no tensor cores: operands of float32 products live in registers
         return {"BLOCK_N": 16, "BLOCK_L": 16, "num_warps": 4, "num_stages": 1}
     if wide <= 64 and instructions(arch) == "warpgroup":
-        return {"BLOCK_N": 64, "BLOCK_L": 64, "num_warps": 4, "num_stages": 1}  # a second stage spills
-    return {"BLOCK_N": 32, "BLOCK_L": 32, "num_warps": 4 if wide <= 128 else 8, "num_stages": 1}
+        return {
+            "BLOCK_N": 64,
+            "BLOCK_L": 64,
+            "num_warps": 4,
+            "num_stages": 1,
+        }  # a second stage spills
+    block_l = 32 if wide <= 128 else 16
+    return {"BLOCK_N": 32, "BLOCK_L": block_l, "num_warps": 4, "num_stages": 1}
 
 
 def prepare(grad_out, q, k, v, v_source, source_row, bias, scale, out) -> Callable:
@@ -256,13 +282,19 @@ def prepare(grad_out, q, k, v, v_source, source_row, bias, scale, out) -> Callab
     scale = D**-0.5 if scale is None else scale
     sizes = (N, L, H, B - S, B, terms, scale)
     written = *(strides(x, u) for x in out[1:3]), strides(None if v_source is None else out[3], u)
-    statistics = Launch(statistics_kernel, (blocks_n * H * terms,), (N, L, H, B - S, B, scale, *steps), **choice)
-    queries = Launch(query_kernel, (blocks_n * H * B,), (*sizes, *steps, strides(out[0], u)), **choice)
+    statistics = Launch(
+        statistics_kernel, (blocks_n * H * terms,), (N, L, H, B - S, B, scale, *steps), **choice
+    )
+    queries = Launch(
+        query_kernel, (blocks_n * H * B,), (*sizes, *steps, strides(out[0], u)), **choice
+    )
     keys = Launch(key_kernel, (blocks_l * H * B,), (*sizes, *steps, *written), **choice)
 
     def launch(grad_out, q, k, v, v_source, source_row, bias, scale, out):
         grad_q, grad_k, grad_v, grad_source = out
-        numbers = (q.new_empty(terms, H, N, dtype=torch.float32) for _ in range(2))  # log_sum, delta
+        numbers = (
+            q.new_empty(terms, H, N, dtype=torch.float32) for _ in range(2)
+        )  # log_sum, delta
         tensors = (q, k, v, v_source, grad_out, source_row, bias, *numbers)
         statistics(*tensors)
         queries(*tensors, grad_q)

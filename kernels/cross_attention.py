@@ -1,4 +1,4 @@
-"""Attention over at most 128 keys with the map edited in flight: the whole key row at once, one pass, no rescaling.
+"""Attention over at most 256 keys with the map edited in flight: the whole key row at once, one pass, no rescaling.
 
     P' = reweight * [blend * (P_source @ token_map) + (1 - blend) * P_own];   out = P' V
 
@@ -145,7 +145,8 @@ def cross_attention_kernel(
 def row_vector(p, stride, row, h, L: tl.constexpr, KEYS: tl.constexpr):
     """One row of a table, of head h if it has heads: (1, KEYS)."""
     cols = tl.arange(0, KEYS)
-    return tl.load(p + row * stride[0] + h * stride[1] + cols * stride[2], mask=cols < L, other=0.0)[None, :]
+    p += row * stride[0] + h.to(tl.int64) * stride[1]
+    return tl.load(p + cols.to(tl.int64) * stride[2], mask=cols < L, other=0.0)[None, :]
 
 
 @triton.heuristics(
@@ -218,7 +219,7 @@ def mean_kernel(
     maps, save_mean, queries, heads, stride_maps, stride_mean,
     L: tl.constexpr, KEYS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """save_mean += the mean over heads of one block of queries of maps (S, H, N, L), summed in the order of the heads."""
+    """save_mean += the mean over heads of maps (S, H, N, L), one block of queries, summed in the order of the heads."""
     start_n, _, edited = place(queries, 1, BLOCK_N)
     offs_n, keys = start_n + tl.arange(0, BLOCK_N), tl.arange(0, KEYS)
     total = zeros(BLOCK_N, KEYS)
@@ -239,6 +240,11 @@ def shape_args(q, k, unit: int) -> dict:
     return {"L": L, "KEYS": width(L), "D": D, "UNIT": unit}
 
 
+def wide(k) -> str:
+    """What the ops with more than 128 keys are called in tiles.TABLE, beyond their name."""
+    return ", wide" if k.shape[2] > 128 else ""
+
+
 def first_row(q, *edits) -> int:
     """B - S, the first edited row; B if there is no edit."""
     return q.shape[0] - next((x.shape[0] for x in edits if x is not None), 0)
@@ -251,7 +257,8 @@ def prepare(q, k, v, v_source, source_row, inject, bias, keep_own, scale, out) -
     """
     B, H, N, D = q.shape
     u = unit(q, k, v, v_source, out)
-    choice = tile("cross_attention", q, arch()) | tuned.tile("cross_attention", q)
+    op = "cross_attention" + (wide(k) or ("" if bias is None else ", bias"))
+    choice = tile(op, q, arch()) | tuned.tile(op, q)
     numbers = (N, H, first_row(q, source_row, inject, bias), D, (D**-0.5 if scale is None else scale) * LOG2_E)
     steps = *(strides(x, u) for x in (q, k, v, v_source, out)), strides(inject, 1), bias_strides(bias, H, N)
     attend = Launch(
@@ -273,7 +280,8 @@ def prepare_save(q, k, v, source_row, inject, token_map, blend, reweight, bias, 
     N, H, D, L = q.shape[2], q.shape[1], q.shape[3], k.shape[2]
     S = save.shape[0] if save is not None else save_mean.shape[0]
     u = unit(q, k, v, out)
-    choice = tile("cross_attention_save", q, arch()) | tuned.tile("cross_attention_save", q)
+    op = "cross_attention_save" + wide(k)
+    choice = tile(op, q, arch()) | tuned.tile(op, q)
     args = shape_args(q, k, u)
     beyond = args["KEYS"] - L
     own_maps = save is None or save_mean is not None and torch.finfo(save.dtype).eps > torch.finfo(q.dtype).eps

@@ -14,7 +14,8 @@ from . import ops
 
 
 class KernelAttention:
-    """A diffusers attention processor: softmax(q k^T * attn.scale + attention_mask) v by the kernels.
+    """A diffusers attention processor: softmax(q k^T * attn.scale + attention_mask) v by the
+    kernels.
 
     Follows diffusers' AttnProcessor2_0, step by step: spatial_norm, group_norm, norm_q and
     norm_k, norm_cross, the residual connection and rescale_output_factor. attention_mask: what
@@ -68,7 +69,8 @@ class KernelAttention:
         return out / attn.rescale_output_factor
 
     def bias(self, attn, mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-        """The mask, (batch, 1 or queries, keys) or (batch * heads, ...), as (batch, 1 or heads, 1 or queries, keys)."""
+        """The mask, (batch, 1 or queries, keys) or (batch * heads, ...), as (batch, 1 or heads, 1
+        or queries, keys)."""
         if mask is None:
             return None
         mask = attn.prepare_attention_mask(mask, k.shape[2], q.shape[0])

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .launch import Launch
-from .tiles import dot, head, load, store, strides, table_strides, unit, zeros
+from .tiles import arch, dot, head, load, store, strides, table_strides, unit, zeros
 
 # Columns of V to a program, and keys to a step; keys of the result to a program. Fewer than 64 of these, because on
 # sm_100 Triton turns float32 products of 64 rows or more, of numbers that were halves, into TF32, "ieee" or not.
@@ -21,7 +21,7 @@ STEP, ROWS = 16, 32
 
 @triton.jit
 def column(p, stride, rows, limit):
-    return tl.load(p + rows * stride, mask=rows < limit, other=0.0)[:, None]
+    return tl.load(p + rows.to(tl.int64) * stride, mask=rows < limit, other=0.0)[:, None]
 
 
 @triton.jit
@@ -53,8 +53,7 @@ def fold_kernel(
     HAS_OWN: tl.constexpr, HAS_SOURCE: tl.constexpr,
     HAS_TOKEN_MAP: tl.constexpr, HAS_BLEND: tl.constexpr, HAS_REWEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """ROWS keys and STEP columns of one head of row b: of `own`, a copy of V where a row is not edited, and of `source`.
-    """
+    """ROWS keys and STEP columns of one head of row b, of `own` (V where a row is not edited) and of `source`."""
     h, b = tl.program_id(0) % heads, tl.program_id(0) // heads
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     cols = tl.program_id(2) * STEP + tl.arange(0, STEP)
@@ -66,9 +65,9 @@ def fold_kernel(
     else:
         edited = (b - first).to(tl.int64)
         if HAS_REWEIGHT:
-            reweight += edited * stride_reweight[0] + h * stride_reweight[1]
+            reweight += edited * stride_reweight[0] + h.to(tl.int64) * stride_reweight[1]
         if HAS_BLEND:
-            blend += edited * stride_blend[0] + h * stride_blend[1]
+            blend += edited * stride_blend[0] + h.to(tl.int64) * stride_blend[1]
         if HAS_BLEND or not HAS_SOURCE:
             p_own, step_own = head(own, stride_own, b, h, UNIT)
             x = weighted(p_v, rows, cols, step_v, reweight, stride_reweight[2], L, D, HAS_REWEIGHT)
@@ -102,6 +101,7 @@ def prepare(v, token_map, blend, reweight, has_source, stored, out) -> Callable:
 
     It takes the same arguments. out: the tensors of ops.Folded that are not None.
     """
+    arch()  # the first launch chooses the ptxas
     (B, H, L, D), S = v.shape, next(x.shape[0] for x in (token_map, blend, reweight) if x is not None)
 
     def parts(out):

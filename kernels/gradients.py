@@ -115,7 +115,11 @@ def cross_attention(
     if folded is None and any(x is not None for x in tables):
         folded = fold_values(v, source, *tables)
     elif folded is None:
-        folded = ops.Folded(v, None) if inject is None else ops.Folded(None, v[v.shape[0] - inject.shape[0] :])
+        folded = (
+            ops.Folded(v, None)
+            if inject is None
+            else ops.Folded(None, v[v.shape[0] - inject.shape[0] :])
+        )
 
     if inject is None:
         out = Terms.apply(q, k, folded.v, folded.v_source, source_row, bias, scale, False)
@@ -131,16 +135,23 @@ def cross_attention(
     return out
 
 
-def edited_map(q, k, rows, *, source_row, inject, token_map, blend, reweight, bias, scale) -> Tensor:
-    """ops.edited_map: P' = P_own A_own + P_source A_source, where A is what folding makes of the identity."""
+def edited_map(
+    q, k, rows, *, source_row, inject, token_map, blend, reweight, bias, scale
+) -> Tensor:
+    """ops.edited_map: P' = P_own A_own + P_source A_source, where A is what folding makes of the
+    identity."""
     edit = (source_row, inject, token_map, blend, reweight)
     ops.check(q, k, k, *edit, bias=bias)
-    sizes = [x.shape[0] for x in (*edit, bias) if x is not None] + [q.shape[0] if rows is None else rows]
+    sizes = [x.shape[0] for x in (*edit, bias) if x is not None] + [
+        q.shape[0] if rows is None else rows
+    ]
     S = sizes[0]
     q, k = q[q.shape[0] - S :], k[k.shape[0] - S :]
     (_, H, _, _), L = q.shape, k.shape[2]
     identity = torch.eye(L, dtype=q.dtype, device=q.device).expand(S, H, L, L)
-    own, source = ops.fold(identity, source_row is not None or inject is not None, token_map, blend, reweight)
+    own, source = ops.fold(
+        identity, source_row is not None or inject is not None, token_map, blend, reweight
+    )
     if source_row is not None:
         values = (source, None) if own is None else (own, source)
         return Terms.apply(q, k, *values, source_row, bias, scale, True)

@@ -4,6 +4,9 @@
     layer_norm:      y = (x - mean) / sqrt(var + eps) * weight + bias, mean and var over the last dimension
     geglu:           y = h * gelu(gate), where x = [h, gate]; the exact GELU, gate * Phi(gate)
 
+Offsets are 64-bit before anything is multiplied, and the dimension of a grid that may be long is its first: the other
+two end at 65535.
+
 All sums in float32, of deviations from a mean and never of squares: mean(x^2) - mean^2 loses what var is made of.
 
 In channels_last memory a group is a narrow column, 10 channels of 320, and its rows lie far apart. So nobody reads
@@ -20,22 +23,28 @@ import triton.language as tl
 
 
 @triton.jit
+def offsets(b, offs_p, offs_c, positions, channels):
+    """Where (positions, channels) of image b lie in channels_last memory."""
+    return (b.to(tl.int64) * positions + offs_p.to(tl.int64)[:, None]) * channels + offs_c[None, :]
+
+
+@triton.jit
 def moments_kernel(x, moments, positions, channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """Mean and sum of squared deviations of BLOCK_C channels over one block of positions of image b.
 
     x: (B, positions, channels); moments: (B, blocks, 2, channels) float32.
     """
-    block, b = tl.program_id(0), tl.program_id(2)
+    blocks = tl.cdiv(positions, BLOCK_P)
+    block, b = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     offs_p = block * BLOCK_P + tl.arange(0, BLOCK_P)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_x = (offs_p[:, None] < positions) & (offs_c[None, :] < channels)
-    p_x = x + b.to(tl.int64) * positions * channels
     # (BLOCK_P, BLOCK_C)
-    b_x = tl.load(p_x + offs_p[:, None] * channels + offs_c[None, :], mask=m_x, other=0.0).to(tl.float32)
+    b_x = tl.load(x + offsets(b, offs_p, offs_c, positions, channels), mask=m_x, other=0.0).to(tl.float32)
     count = tl.minimum(BLOCK_P, positions - block * BLOCK_P)
     mean = tl.sum(b_x, 0) / count
     deviation = tl.where(m_x, b_x - mean[None, :], 0.0)
-    p_moments = moments + (b.to(tl.int64) * tl.num_programs(0) + block) * 2 * channels + offs_c
+    p_moments = moments + (b.to(tl.int64) * blocks + block) * 2 * channels + offs_c
     tl.store(p_moments, mean, mask=offs_c < channels)
     tl.store(p_moments + channels, tl.sum(deviation * deviation, 0), mask=offs_c < channels)
 
@@ -49,27 +58,28 @@ def group_kernel(
 
     statistics: (B, 2, channels) float32.
     """
-    g, b = tl.program_id(0), tl.program_id(1)
+    b, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     offs_w = tl.arange(0, BLOCK_W)
     offs_c = g * WIDTH + offs_w
-    p_moments = moments + b.to(tl.int64) * blocks * 2 * channels
+    p_moments = moments + b * blocks * 2 * channels
     total = tl.zeros([BLOCK_K, BLOCK_W], tl.float32)
     for start in range(0, blocks, BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)
         count = tl.minimum(BLOCK_P, positions - offs_k * BLOCK_P)  # the last block is shorter
         m_k = (offs_k[:, None] < blocks) & (offs_w[None, :] < WIDTH)
-        total += count[:, None] * tl.load(p_moments + offs_k[:, None] * 2 * channels + offs_c[None, :], m_k, 0.0)
-    mean = tl.sum(tl.sum(total, 1), 0) / (positions * WIDTH)
+        p_k = p_moments + offs_k.to(tl.int64)[:, None] * 2 * channels + offs_c[None, :]
+        total += count[:, None] * tl.load(p_k, m_k, 0.0)
+    mean = tl.sum(tl.sum(total, 1), 0) / (tl.cast(positions, tl.float32) * WIDTH)
 
     total = tl.zeros([BLOCK_K, BLOCK_W], tl.float32)
     for start in range(0, blocks, BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)
         count = tl.minimum(BLOCK_P, positions - offs_k * BLOCK_P)
         m_k = (offs_k[:, None] < blocks) & (offs_w[None, :] < WIDTH)
-        p_k = p_moments + offs_k[:, None] * 2 * channels + offs_c[None, :]
+        p_k = p_moments + offs_k.to(tl.int64)[:, None] * 2 * channels + offs_c[None, :]
         away = tl.load(p_k, m_k, 0.0) - mean
         total += tl.where(m_k, tl.load(p_k + channels, m_k, 0.0) + count[:, None] * away * away, 0.0)
-    var = tl.sum(tl.sum(total, 1), 0) / (positions * WIDTH)
+    var = tl.sum(tl.sum(total, 1), 0) / (tl.cast(positions, tl.float32) * WIDTH)
 
     scale = tl.load(weight + offs_c, offs_w < WIDTH, 0.0).to(tl.float32) / tl.sqrt(var + eps)
     p_statistics = statistics + b * 2 * channels + offs_c
@@ -82,12 +92,13 @@ def apply_kernel(
     x, statistics, bias, out, positions, channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
     """out = silu((x - mean) * scale + bias) of one block of positions and channels of image b."""
-    b = tl.program_id(2)
-    offs_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    blocks = tl.cdiv(positions, BLOCK_P)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    offs_p = tl.program_id(0) % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = offs_c < channels
     m_x = (offs_p[:, None] < positions) & m_c[None, :]
-    offs_x = b.to(tl.int64) * positions * channels + offs_p[:, None] * channels + offs_c[None, :]
+    offs_x = offsets(b, offs_p, offs_c, positions, channels)
     mean = tl.load(statistics + b * 2 * channels + offs_c, m_c, 0.0)
     scale = tl.load(statistics + b * 2 * channels + channels + offs_c, m_c, 0.0)
     shift = tl.load(bias + offs_c, m_c, 0.0).to(tl.float32)
@@ -140,9 +151,9 @@ def launch_group_norm_silu(x, groups, weight, bias, eps, out) -> None:
     blocks = triton.cdiv(positions, BLOCK_P)
     moments = torch.empty(B, blocks, 2, C, dtype=torch.float32, device=x.device)
     statistics = moments.new_empty(B, 2, C)
-    tiles = (blocks, triton.cdiv(C, BLOCK_C), B)
+    tiles = (blocks * B, triton.cdiv(C, BLOCK_C))
     moments_kernel[tiles](x, moments, positions, C, BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_C)
-    group_kernel[(groups, B)](
+    group_kernel[(B, groups)](
         moments, weight, statistics, positions, C, blocks, eps,
         WIDTH=width, BLOCK_P=BLOCK_P, BLOCK_K=64, BLOCK_W=triton.next_power_of_2(width),
     )  # fmt: skip

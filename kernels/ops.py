@@ -17,7 +17,8 @@ import torch
 import torch.autograd.forward_ad
 from torch import Tensor
 
-MAX_KEYS = 128  # cross_attention holds the whole key row in one tile
+MAX_KEYS = 128  # up to here cross_attention is the op for plain attention too
+MAX_EDITED_KEYS = 256  # cross_attention holds the whole key row in one tile; it takes up to so many
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -94,7 +95,8 @@ def cross_attention(
     folded: Folded | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention over at most 128 keys whose map is edited, and optionally saved, in the last S rows.
+    """Attention over at most 256 keys whose map is edited, and optionally saved, in the last S
+    rows.
 
         P' = reweight * [blend * (P_source @ token_map) + (1 - blend) * P_own];   out = P' V
 
@@ -106,18 +108,19 @@ def cross_attention(
     it serves all steps with the same prompt and gate.
 
     q: (batch, heads, queries, D); k, v: (batch, heads, keys, D); D a multiple of 8 up to 256;
-    float16, bfloat16 or float32, any strides; cast under autocast. source_row: (S,) int32 or
-    int64, values in [0, S), not checked here. inject: (S, heads, queries, keys). token_map: (S,
-    keys, keys) float32, source tokens -> own tokens. blend, reweight: (S, keys) or, for single
-    heads, (S, heads, keys), float32. bias: (S, 1 or heads, 1 or queries, keys). save: (S, heads, queries, keys), overwritten with P'. save_mean: (S, queries,
-    keys) float32, += mean of P' over heads. inject, bias and save may be float16, bfloat16 or
-    float32. Returns (batch, heads, queries, D) as a view of (batch, queries, heads, D) memory.
+    float16, bfloat16 or float32, any strides; cast under autocast. source_row: (S,) int32 or int64,
+    values in [0, S), not checked here. inject: (S, heads, queries, keys). token_map: (S, keys,
+    keys) float32, source tokens -> own tokens. blend, reweight: (S, keys) or, for single heads, (S,
+    heads, keys), float32. bias: (S, 1 or heads, 1 or queries, keys). save: (S, heads, queries,
+    keys), overwritten with P'. save_mean: (S, queries, keys) float32, += mean of P' over heads.
+    inject, bias and save may be float16, bfloat16 or float32. Returns (batch, heads, queries, D) as
+    a view of (batch, queries, heads, D) memory.
 
     Differentiable in all but bias; a map that carries gradients is `edited_map`'s. ValueError:
-    shapes, dtypes, devices, more than 128 keys (attention takes any number, `impl="sdpa"` of
-    minisd edits and saves such maps), two sources, a token_map or blend without a source, save
-    memory that overlaps, kv_row or own_value (attention takes them). RuntimeError: forward-mode derivatives, save
-    buffers where an input needs a gradient. Source: Hertz et al. 2022 (prompt-to-prompt).
+    shapes, dtypes, devices, more than 256 keys (attention takes any number, `impl="sdpa"` of minisd
+    edits and saves such maps), two sources, a token_map or blend without a source, save memory that
+    overlaps, kv_row or own_value (attention takes them). RuntimeError: forward-mode derivatives,
+    save buffers where an input needs a gradient. Source: Hertz et al. 2022 (prompt-to-prompt).
     """
     q, k, v = as_autocast(q, k, v)
     tables = (token_map, blend, reweight)
@@ -125,8 +128,13 @@ def cross_attention(
         check_folded(folded, v, source_row, inject, *tables, save, save_mean)
     if kv_row is not None or own_value is not None:
         name = "own_value" if kv_row is None else "kv_row"
-        raise ValueError(f"{name}: cross_attention does not take it; attention() does, impl='sdpa' takes it with all else")
-    gradient = needs_gradient(q, k, v, source_row, inject, *tables, bias, save, save_mean, *(folded or ()))
+        raise ValueError(
+            f"{name}: cross_attention does not take it; attention() does, and "
+            "impl='sdpa' takes it with all else"
+        )
+    gradient = needs_gradient(
+        q, k, v, source_row, inject, *tables, bias, save, save_mean, *(folded or ())
+    )
     if gradient:
         from . import gradients
 
@@ -140,7 +148,9 @@ def cross_attention(
     if folded is not None:
         values = v if folded.v is None else folded.v
         edit = (folded.v_source, source_row, inject, bias)
-        return call(op.cross_attention_folded.default, q, k, values, *edit, folded.v is not None, scale)
+        return call(
+            op.cross_attention_folded.default, q, k, values, *edit, folded.v is not None, scale
+        )
     return call(op.cross_attention.default, q, k, v, source_row, inject, *tables, bias, scale)
 
 
@@ -152,7 +162,8 @@ def fold_values(
     blend: Tensor | None = None,
     reweight: Tensor | None = None,
 ) -> Folded:
-    """What an edit of cross-attention makes of the values, once for all steps that share them; in one launch.
+    """What an edit of cross-attention makes of the values, once for all steps that share them; in
+    one launch.
 
         V_own = (1 - blend) * reweight * V;   V_source = token_map @ (blend * reweight * V)
 
@@ -171,13 +182,17 @@ def fold_values(
 
         return gradients.fold_values(v, source, token_map, blend, reweight)
     has_source, stored = source is not None, source == "inject"
-    values = call(torch.ops.minisd_kernels.fold.default, v, token_map, blend, reweight, has_source, stored)
+    values = call(
+        torch.ops.minisd_kernels.fold.default, v, token_map, blend, reweight, has_source, stored
+    )
     return unpack(values, stored and blend is None)
 
 
 def unpack(values: list[Tensor], only_source: bool) -> Folded:
     """The tensors that the op `fold` returned, named."""
-    return Folded(None, values[0]) if only_source else Folded(values[0], values[1] if values[1:] else None)
+    if only_source:
+        return Folded(None, values[0])
+    return Folded(values[0], values[1] if values[1:] else None)
 
 
 def edited_map(
@@ -207,7 +222,11 @@ def edited_map(
 
 
 def fold(
-    v: Tensor, has_source: bool, token_map: Tensor | None, blend: Tensor | None, reweight: Tensor | None
+    v: Tensor,
+    has_source: bool,
+    token_map: Tensor | None,
+    blend: Tensor | None,
+    reweight: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(V_own, V_source) such that the edited output is P_own V_own + P_source V_source; None: zero.
 
@@ -238,7 +257,8 @@ def as_column(table: Tensor) -> Tensor:
 
 
 def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the dtype of the autocast that is on, as scaled_dot_product_attention takes them."""
+    """The tensors in the dtype of the autocast that is on, as scaled_dot_product_attention takes
+    them."""
     device = tensors[0].device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
@@ -250,15 +270,21 @@ def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def check(
-    q, k, v, source_row=None, inject=None, token_map=None, blend=None, reweight=None, save=None, save_mean=None,
-    *, bias=None, kv_row=None, own_value=None,
+    q, k, v, source_row=None, inject=None, token_map=None, blend=None, reweight=None,
+    save=None, save_mean=None, *, bias=None, kv_row=None, own_value=None,
 ) -> None:  # fmt: skip
-    """ValueError unless q, k, v and the edit agree in shape, dtype and device; of every implementation."""
+    """ValueError unless q, k, v and the edit agree in shape, dtype and device; of every
+    implementation."""
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
-        raise ValueError(f"q, k, v: expected 4 dimensions (batch, heads, tokens, head_dim), got {shapes(q, k, v)}")
+        raise ValueError(
+            "q, k, v: expected 4 dimensions (batch, heads, tokens, head_dim), "
+            f"got {shapes(q, k, v)}"
+        )
     B, H, N, D = q.shape
     if k.shape != (B, H, k.shape[2], D) or v.shape != k.shape:
-        raise ValueError(f"q, k, v: expected (B, H, N, D), (B, H, L, D), (B, H, L, D), got {shapes(q, k, v)}")
+        raise ValueError(
+            f"q, k, v: expected (B, H, N, D), (B, H, L, D), (B, H, L, D), got {shapes(q, k, v)}"
+        )
     if 0 in q.shape or k.shape[2] == 0:
         raise ValueError(f"q, k, v: expected no empty dimension, got {shapes(q, k, v)}")
     if not q.dtype == k.dtype == v.dtype:
@@ -291,32 +317,43 @@ def check(
     if own_value is not None and k.shape[2] != N:
         raise ValueError(f"own_value: expected as many keys as queries, {N}, got {k.shape[2]}")
     if own_value is not None and kv_row is not None and (save is not None or save_mean is not None):
-        raise ValueError("own_value: expected no saved map with kv_row, whose keys are not the row's own")
+        raise ValueError(
+            "own_value: expected no saved map with kv_row, whose keys are not the row's own"
+        )
     for name, x in (("save", save), ("save_mean", save_mean)):
         if x is not None and overlaps(x):
-            raise ValueError(f"{name}: expected memory of its own for every element, got strides {x.stride()}")
+            raise ValueError(
+                f"{name}: expected memory of its own for every element, got strides {x.stride()}"
+            )
 
 
 def check_edit(q: Tensor, edit: dict) -> None:
-    """ValueError unless all tensors have the same number of rows, and the shape, dtype and device they should."""
+    """ValueError unless all tensors have the same number of rows, and the shape, dtype and device
+    they should."""
     if not edit:
         return
     rows = {name: x.shape[0] if x.ndim else 0 for name, (x, _, _) in edit.items()}
     S, B = next(iter(rows.values())), q.shape[0]
     if any(each != S for each in rows.values()) or not 1 <= S <= B:
-        raise ValueError(f"edit: expected one number of rows from 1 to the batch, {B}, in every tensor, got {rows}")
+        raise ValueError(
+            f"edit: expected one number of rows from 1 to the batch, {B}, in every tensor, "
+            f"got {rows}"
+        )
     for name, (x, allowed, dtypes) in edit.items():
         if tuple(x.shape[1:]) not in allowed:
             expected = " or ".join(str((S, *shape)) for shape in dict.fromkeys(allowed))
             raise ValueError(f"{name}: expected shape {expected}, got {tuple(x.shape)}")
         if x.dtype not in dtypes:
-            raise ValueError(f"{name}: expected {' or '.join(map(str, dict.fromkeys(dtypes)))}, got {x.dtype}")
+            raise ValueError(
+                f"{name}: expected {' or '.join(map(str, dict.fromkeys(dtypes)))}, got {x.dtype}"
+            )
         if x.device != q.device:
             raise ValueError(f"{name}: expected a tensor on {q.device} like q, got {x.device}")
 
 
 def overlaps(x: Tensor) -> bool:
-    """Whether two elements of x may lie at one address: a stride is shorter than what the smaller ones span."""
+    """Whether two elements of x may lie at one address: a stride is shorter than what the smaller
+    ones span."""
     span = 1
     for stride, size in sorted(zip(x.stride(), x.shape)):
         if size > 1 and stride < span:
@@ -326,27 +363,36 @@ def overlaps(x: Tensor) -> bool:
 
 
 def check_folded(folded: Folded, v: Tensor, source_row, inject, *others: Tensor | None) -> None:
-    """ValueError unless `folded` is of an edit with this source, and nothing else says what it says."""
+    """ValueError unless `folded` is of an edit with this source, and nothing else says what it
+    says."""
     if any(x is not None for x in others):
-        raise ValueError("folded: expected no token_map, blend, reweight, save or save_mean beside it")
+        raise ValueError(
+            "folded: expected no token_map, blend, reweight, save or save_mean beside it"
+        )
     if source_row is None and inject is None and folded.v_source is not None:
-        raise ValueError("folded: expected what fold_values made for this source, got V_source without one")
+        raise ValueError(
+            "folded: expected what fold_values made for this source, got V_source without one"
+        )
     if folded.v is None and inject is None or inject is not None and folded.v_source is None:
         raise ValueError("folded: expected what fold_values made for this source, 'inject'")
     if folded.v is not None and folded.v.shape != v.shape:
-        raise ValueError(f"folded: expected values of shape {tuple(v.shape)} like v, got {tuple(folded.v.shape)}")
+        raise ValueError(
+            f"folded: expected values of shape {tuple(v.shape)} like v, got {tuple(folded.v.shape)}"
+        )
 
 
 def check_kernel(q: Tensor, k: Tensor, at_most: int | None = None) -> None:
     """ValueError for what the Triton kernels do not take."""
     if q.shape[3] % 8 or q.shape[3] > MAX_HEAD_DIM:
-        raise ValueError(f"head_dim: expected a multiple of 8 up to {MAX_HEAD_DIM}, got {q.shape[3]}")
+        raise ValueError(
+            f"head_dim: expected a multiple of 8 up to {MAX_HEAD_DIM}, got {q.shape[3]}"
+        )
     if q.dtype not in DTYPES:
         raise ValueError(f"q, k, v: expected {' or '.join(map(str, DTYPES))}, got {q.dtype}")
     if at_most is not None and k.shape[2] > at_most:
         raise ValueError(
-            f"cross_attention takes at most {at_most} keys, got {k.shape[2]}; attention() takes any number, and "
-            "impl='sdpa' edits and saves maps of more"
+            f"cross_attention takes at most {at_most} keys, got {k.shape[2]}; "
+            "attention() takes any number, and impl='sdpa' edits and saves maps of more"
         )
 
 
@@ -355,23 +401,29 @@ def shapes(*tensors: Tensor) -> str:
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether the backward pass will ask for a gradient; RuntimeError for forward-mode derivatives."""
+    """Whether the backward pass will ask for a gradient; RuntimeError for forward-mode
+    derivatives."""
     if torch.autograd.forward_ad._current_level >= 0:
         unpack_dual = torch.autograd.forward_ad.unpack_dual
         if any(x is not None and unpack_dual(x).tangent is not None for x in tensors):
-            raise RuntimeError("the Triton kernels have no forward-mode derivatives; use impl='sdpa'")
+            raise RuntimeError(
+                "the Triton kernels have no forward-mode derivatives; use impl='sdpa'"
+            )
     return torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in tensors])
 
 
 # Registration. The schemas are the ops' signatures; (a!) marks an argument that is written to.
 
-EDIT = "Tensor? source_row, Tensor? inject, Tensor? token_map, Tensor? blend, Tensor? reweight, Tensor? bias"
+EDIT = (
+    "Tensor? source_row, Tensor? inject, Tensor? token_map, Tensor? blend, Tensor? reweight, "
+    "Tensor? bias"
+)
 SCHEMAS = {
     "attention": "(Tensor q, Tensor k, Tensor v, Tensor? source_row, Tensor? bias, Tensor? kv_row, "
     "Tensor? own_value, float? scale) -> Tensor",
     "cross_attention": f"(Tensor q, Tensor k, Tensor v, {EDIT}, float? scale) -> Tensor",
-    "cross_attention_folded": "(Tensor q, Tensor k, Tensor v, Tensor? v_source, Tensor? source_row, "
-    "Tensor? inject, Tensor? bias, bool keep_own, float? scale) -> Tensor",
+    "cross_attention_folded": "(Tensor q, Tensor k, Tensor v, Tensor? v_source, "
+    "Tensor? source_row, Tensor? inject, Tensor? bias, bool keep_own, float? scale) -> Tensor",
     "cross_attention_save": f"(Tensor q, Tensor k, Tensor v, {EDIT}, Tensor(a!)? save, "
     "Tensor(b!)? save_mean, float? scale) -> Tensor",
     "fold": "(Tensor v, Tensor? token_map, Tensor? blend, Tensor? reweight, bool has_source, "
@@ -387,15 +439,19 @@ def empty_out(q: Tensor, *args) -> Tensor:
     return torch.empty_strided(q.shape, (N * H * D, D, H * D, 1), dtype=q.dtype, device=q.device)
 
 
-def empty_folded(v: Tensor, token_map, blend, reweight, has_source: bool, stored: bool) -> list[Tensor]:
+def empty_folded(
+    v: Tensor, token_map, blend, reweight, has_source: bool, stored: bool
+) -> list[Tensor]:
     """The tensors that `fold` returns, uninitialised: v, v_source, or one of them."""
     S = next(x.shape[0] for x in (token_map, blend, reweight) if x is not None)
+    own = [] if stored and blend is None else [empty_out(v)]
     beside = has_source and (stored or blend is not None)
-    return [empty_out(v)] * (not stored or blend is not None) + [empty_out(v[v.shape[0] - S :])] * beside
+    return own + ([empty_out(v[v.shape[0] - S :])] if beside else [])
 
 
 def empty_gradients(grad_out, q, k, v, v_source, source_row, bias, scale) -> tuple[Tensor, ...]:
-    """The tensors that `attention_backward` returns, uninitialised; the last is empty without v_source."""
+    """The tensors that `attention_backward` returns, uninitialised; the last is empty without
+    v_source."""
     source = v.new_empty(0) if v_source is None else empty_out(v_source)
     return empty_out(q), empty_out(k), empty_out(v), source
 
@@ -408,22 +464,24 @@ def check_attention(q, k, v, source_row, bias, kv_row, own_value, scale):
 def check_cross_attention(q, k, v, source_row, inject, token_map, blend, reweight, bias, *others):
     *saves, _ = others
     check(q, k, v, source_row, inject, token_map, blend, reweight, *saves, bias=bias)
-    check_kernel(q, k, MAX_KEYS)
+    check_kernel(q, k, MAX_EDITED_KEYS)
 
 
 def check_cross_attention_folded(q, k, v, v_source, source_row, inject, bias, keep_own, scale):
     check(q, k, v, source_row, inject, bias=bias)
-    check_kernel(q, k, MAX_KEYS)
+    check_kernel(q, k, MAX_EDITED_KEYS)
     if v_source is not None:
         rows = (source_row if inject is None else inject).shape[:1]
         if v_source.shape != rows + v.shape[1:] or v_source.dtype != v.dtype:
             expected = f"{tuple(rows + v.shape[1:])}, {v.dtype}"
-            raise ValueError(f"v_source: expected {expected}, got {tuple(v_source.shape)}, {v_source.dtype}")
+            raise ValueError(
+                f"v_source: expected {expected}, got {tuple(v_source.shape)}, {v_source.dtype}"
+            )
 
 
 def check_fold(v, token_map, blend, reweight, has_source, stored):
     check(v, v, v)
-    check_kernel(v, v, MAX_KEYS)
+    check_kernel(v, v, MAX_EDITED_KEYS)
     (H, L), tables = v.shape[1:3], (torch.float32,)
     edit = {
         "token_map": (token_map, [(L, L)], tables),
@@ -443,7 +501,8 @@ def check_attention_backward(grad_out, q, k, v, v_source, source_row, bias, scal
 
 
 def prepare(name: str, args: tuple, out) -> Callable:
-    """The function of (*args, out) that computes an op for inputs like these; the import of Triton is here."""
+    """The function of (*args, out) that computes an op for inputs like these; the import of Triton
+    is here."""
     from . import attention, backward, cross_attention, fold
 
     if name == "cross_attention":
@@ -458,7 +517,9 @@ def prepare(name: str, args: tuple, out) -> Callable:
     return of[name](*args, out)
 
 
-def prepare_edit(prepare_fold: Callable, prepare_attend: Callable, args: tuple, out: Tensor) -> Callable:
+def prepare_edit(
+    prepare_fold: Callable, prepare_attend: Callable, args: tuple, out: Tensor
+) -> Callable:
     """cross_attention: fold the tables into the values, if there are any, and attend."""
     q, k, v, source_row, inject, token_map, blend, reweight, bias, scale = args
     has_source, stored = source_row is not None or inject is not None, inject is not None
@@ -466,10 +527,10 @@ def prepare_edit(prepare_fold: Callable, prepare_attend: Callable, args: tuple, 
 
     def values(v, *tables):
         """(Folded, its tensors): allocated, or what they are without a table."""
-        if not folds:
-            return Folded(v, None) if inject is None else Folded(None, v[v.shape[0] - inject.shape[0] :]), []
-        made = empty_folded(v, *tables, has_source, stored)
-        return unpack(made, stored and blend is None), made
+        if folds:
+            made = empty_folded(v, *tables, has_source, stored)
+            return unpack(made, stored and blend is None), made
+        return Folded(v, None) if inject is None else Folded(None, v[-inject.shape[0] :]), []
 
     first, made = values(v, token_map, blend, reweight)
     fold = prepare_fold(v, token_map, blend, reweight, has_source, stored, made) if folds else None
@@ -481,14 +542,16 @@ def prepare_edit(prepare_fold: Callable, prepare_attend: Callable, args: tuple, 
         (own, v_source), made = values(v, token_map, blend, reweight)
         if folds:
             fold(v, token_map, blend, reweight, has_source, stored, made)
-        attend(q, k, v if own is None else own, v_source, source_row, inject, bias, keep_own, scale, out)
+        used = (v if own is None else own, v_source)
+        attend(q, k, *used, source_row, inject, bias, keep_own, scale, out)
 
     return launch
 
 
 KNOWN = {}  # signature of an op's inputs -> the function that launches its kernels
 MOST = 4096  # signatures that are kept
-TENSORS = {name: schema.split("->")[0].count("Tensor") for name, schema in SCHEMAS.items()}  # they come first
+# how many of an op's inputs are tensors; they come first
+TENSORS = {name: schema.split("->")[0].count("Tensor") for name, schema in SCHEMAS.items()}
 
 
 def refuse_cpu(q: Tensor) -> None:
@@ -496,18 +559,23 @@ def refuse_cpu(q: Tensor) -> None:
     import triton
 
     if q.device.type != "cuda" and not triton.knobs.runtime.interpret:
-        raise ValueError(f"the Triton kernels need a CUDA device, got {q.device}; impl='sdpa' runs everywhere")
+        raise ValueError(
+            f"the Triton kernels need a CUDA device, got {q.device}; impl='sdpa' runs everywhere"
+        )
 
 
 def run(name: str, args: tuple):
-    """The op on its device: checked and prepared at the first call with inputs like these, then launched.
+    """The op on its device: checked and prepared at the first call with inputs like these, then
+    launched.
 
     Whether a pointer is a multiple of 16 bytes is part of that, because Triton compiles it in.
     """
     tensors, numbers = args[: TENSORS[name]], args[TENSORS[name] :]
-    key = name, numbers, *[
-        x if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15) for x in tensors
+    facts = [
+        x if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15)
+        for x in tensors
     ]
+    key = (name, numbers, *facts)
     launch = KNOWN.get(key)
     if launch is None:
         CHECKS[name](*args)
@@ -519,13 +587,14 @@ def run(name: str, args: tuple):
                 KNOWN.clear()
             launch = KNOWN[key] = prepare(name, args, out)
         launch(*args, out)
-    if name == "cross_attention_save":  # written by pointer, which autograd and caches by version cannot see
+    if name == "cross_attention_save":  # by pointer, which caches by version do not see
         torch.autograd.graph.increment_version([x for x in args[-3:-1] if x is not None])
     return out
 
 
 def call(op, *args):
-    """op(*args) past the autograd key, which would only look for inputs that need a gradient: `needs_gradient` has."""
+    """op(*args) past the autograd key, which would only look for inputs that need a gradient:
+    `needs_gradient` has."""
     if torch.compiler.is_compiling():  # which cannot trace the guard
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
@@ -543,7 +612,9 @@ def register(name: str, schema: str) -> None:
 
     def refuse_gradients(*args):
         if needs_gradient(*[x for x in args if isinstance(x, Tensor)]):
-            raise RuntimeError(f"torch.ops.minisd_kernels.{name} has no backward; minisd_kernels.ops has")
+            raise RuntimeError(
+                f"torch.ops.minisd_kernels.{name} has no backward; minisd_kernels.ops has"
+            )
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)
 
@@ -560,7 +631,7 @@ CHECKS = {
     "fold": check_fold,
     "attention_backward": check_attention_backward,
 }
-EMPTY = dict.fromkeys(SCHEMAS, lambda q, *args: empty_out(q))  # looked up at the call: tests poison it
+EMPTY = dict.fromkeys(SCHEMAS, lambda q, *args: empty_out(q))
 EMPTY |= {"fold": empty_folded, "attention_backward": empty_gradients}
 for _name, _schema in SCHEMAS.items():
     register(_name, _schema)

@@ -1,10 +1,11 @@
 """The eager oracle of the ops: the formulas, term by term, in plain PyTorch.
 
-Same argument names as in `ops.py` and `fused.py`, any float dtype (float64 included), any device, differentiable.
-Every map is materialised, so this is slow and large on purpose: it exists to be read, and to be compared with.
+Same argument names as in `ops.py` and `fused.py`, any float dtype (float64 included), any device,
+differentiable. Every map is materialised, so this is slow and large on purpose: it exists to be
+read, and to be compared with.
 
-Sources: Vaswani et al. 2017 (attention), Hertz et al. 2022 (prompt-to-prompt: replace, refine, reweight), Wu and He
-2018 (GroupNorm), Ba et al. 2016 (LayerNorm), Shazeer 2020 (GEGLU).
+Sources: Vaswani et al. 2017 (attention), Hertz et al. 2022 (prompt-to-prompt: replace, refine,
+reweight), Wu and He 2018 (GroupNorm), Ba et al. 2016 (LayerNorm), Shazeer 2020 (GEGLU).
 """
 
 import torch
@@ -14,10 +15,11 @@ from torch import Tensor
 def attention_map(
     q: Tensor, k: Tensor, bias: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
-    """P = softmax(scale q k^T + bias): (batch, heads, queries, keys); scale None: 1 / sqrt(head_dim).
+    """P = softmax(scale q k^T + bias): (batch, heads, queries, keys); scale None: 1 /
+    sqrt(head_dim).
 
-    bias: anything that broadcasts to P, -inf to hide a key. A query from which every key is hidden attends to nothing:
-    its row of P is 0, as in PyTorch's scaled_dot_product_attention.
+    bias: anything that broadcasts to P, -inf to hide a key. A query from which every key is hidden
+    attends to nothing: its row of P is 0, as in PyTorch's scaled_dot_product_attention.
     """
     s = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
     if bias is None:
@@ -28,13 +30,15 @@ def attention_map(
 
 
 def routed(x: Tensor, source_row: Tensor) -> Tensor:
-    """x with its last S rows replaced by the rows that `source_row` names; it counts within those S rows."""
+    """x with its last S rows replaced by the rows that `source_row` names; it counts within those S
+    rows."""
     last = x[x.shape[0] - source_row.shape[0] :]
     return torch.cat([x[: x.shape[0] - source_row.shape[0]], last[source_row.long()]])
 
 
 def joined(x: Tensor, kv_row: Tensor) -> Tensor:
-    """The rows that `kv_row` (S, M) names, one after the other along the tokens: (S, heads, M * tokens, head_dim).
+    """The rows that `kv_row` (S, M) names, one after the other along the tokens: (S, heads, M *
+    tokens, head_dim).
 
     x: (S, heads, tokens, head_dim), the keys or values of the S rows within which kv_row counts.
     """
@@ -59,8 +63,9 @@ def attention(
 ) -> Tensor:
     """Attention; the last S rows may take the map of another row: out[b] = P[row[b]] v[b].
 
-    q: (batch, heads, queries, head_dim); k, v: (batch, heads, keys, head_dim); source_row: (S,) integers in [0, S);
-    bias, kv_row, own_value, scale: as in cross_attention. Returns (batch, heads, queries, head_dim).
+    q: (batch, heads, queries, head_dim); k, v: (batch, heads, keys, head_dim); source_row: (S,)
+    integers in [0, S); bias, kv_row, own_value, scale: as in cross_attention. Returns (batch,
+    heads, queries, head_dim).
     """
     return cross_attention(
         q, k, v, source_row=source_row, bias=bias, kv_row=kv_row, own_value=own_value, scale=scale
@@ -88,16 +93,18 @@ def cross_attention(
 
         P' = reweight * [blend * (P_source @ token_map) + (1 - blend) * P_own];   out = P' V
 
-    P_own = softmax(scale q k^T + bias), with the keys (and V with the values) of the rows kv_row, one after the other,
-    in place of the row's own. P_source is the P_own of row `source_row` (counted within the S rows) or the stored map
-    `inject`. blend None with a source means 1; without a source P' = reweight * P_own. Last of all, a row whose
-    own_value is not 0 has the identity for a map, out = V: chosen, not multiplied, because 0 times -inf is NaN.
+    P_own = softmax(scale q k^T + bias), with the keys (and V with the values) of the rows kv_row,
+    one after the other, in place of the row's own. P_source is the P_own of row `source_row`
+    (counted within the S rows) or the stored map `inject`. blend None with a source means 1;
+    without a source P' = reweight * P_own. Last of all, a row whose own_value is not 0 has the
+    identity for a map, out = V: chosen, not multiplied, because 0 times -inf is NaN.
 
-    q: (batch, heads, queries, head_dim); k, v: (batch, heads, keys, head_dim). kv_row: (S, M) integers in [0, S); L
-    below is M times the keys. source_row: (S,); inject: (S, heads, queries, L); token_map: (S, L, L), source tokens ->
-    own tokens; blend, reweight: (S, L), or (S, heads, L) for single heads; bias: (S, 1 or heads, 1 or queries, L);
-    own_value: (S,), where there are as many keys as queries; save: (S, heads, queries, L), overwritten with P';
-    save_mean: (S, queries, L) float32, += mean of P' over heads. Returns (batch, heads, queries, head_dim).
+    q: (batch, heads, queries, head_dim); k, v: (batch, heads, keys, head_dim). kv_row: (S, M)
+    integers in [0, S); L below is M times the keys. source_row: (S,); inject: (S, heads, queries,
+    L); token_map: (S, L, L), source tokens -> own tokens; blend, reweight: (S, L), or (S, heads, L)
+    for single heads; bias: (S, 1 or heads, 1 or queries, L); own_value: (S,), where there are as
+    many keys as queries; save: (S, heads, queries, L), overwritten with P'; save_mean: (S, queries,
+    L) float32, += mean of P' over heads. Returns (batch, heads, queries, head_dim).
     """
     edits = (
         source_row,
@@ -166,18 +173,20 @@ def cross_attention_gradients(
     grad_map: Tensor | None = None,
     grad_mean: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """The gradients of `cross_attention`, written out: what its fused backward computes without a map in memory.
+    """The gradients of `cross_attention`, written out: what its fused backward computes without a
+    map in memory.
 
-    grad_out: dL/d out; grad_map: dL/dP', of a saved map; grad_mean: dL/d(mean of P' over heads). r: reweight, b: blend,
-    M: token_map.
+    grad_out: dL/d out; grad_map: dL/dP', of a saved map; grad_mean: dL/d(mean of P' over heads). r:
+    reweight, b: blend, M: token_map.
 
         dP' = dO V^T + dMap + dMean / heads
         dP_own = (1 - b) r dP';   dP_source = (b r dP') M^T
         dS_t = P_t (dP_t - delta_t),   delta_t = rowsum(P_t dP_t),   for each of the two terms t
         dQ = scale dS K;   dK = scale dS^T Q;   dV = r [(1 - b) P_own^T dO + b M^T P_source^T dO]
 
-    A row's dS is the sum over its own term and over those of all rows that take its map. The edit's own tensors follow
-    from P' as it is defined. Returns the gradient of every tensor that was given, by its name.
+    A row's dS is the sum over its own term and over those of all rows that take its map. The edit's
+    own tensors follow from P' as it is defined. Returns the gradient of every tensor that was
+    given, by its name.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     edits = (source_row, inject, token_map, blend, reweight, bias)
@@ -270,6 +279,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
 
 
 def geglu(x: Tensor) -> Tensor:
-    """h * gelu(gate), x = [h, gate] along the last dimension, the exact GELU: gelu(g) = g (1 + erf(g / sqrt 2)) / 2."""
+    """h * gelu(gate), x = [h, gate] along the last dimension, the exact GELU: gelu(g) = g (1 +
+    erf(g / sqrt 2)) / 2."""
     h, gate = x.chunk(2, dim=-1)
     return h * gate * (1 + torch.erf(gate * 2**-0.5)) / 2

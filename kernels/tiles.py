@@ -11,6 +11,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from . import toolchain
+
 
 @triton.jit
 def place(queries, heads, BLOCK_N: tl.constexpr):
@@ -140,10 +142,23 @@ TABLE = (
     ("attention", "half", "mma", 256, Tile(64, 32, 32, 8, 2)),
     ("cross_attention", "half", "mma", 256, Tile(64, 0, 32, 4, 1)),
     ("cross_attention_save", "half", "mma", 256, Tile(64, 0, 32, 8, 1)),  # with 4 warps it spills
+    # More than 128 keys, long prompts: a map of so many takes the registers. No wgmma, which needs 64 rows.
+    ("cross_attention, wide", "half", "any", 256, Tile(16, 0, 32, 4, 1)),
+    ("cross_attention_save, wide", "half", "any", 256, Tile(32, 0, 32, 8, 1)),
+    # A bias is one more tile of scores in registers: with half the warps two terms spill, and are miscompiled.
+    ("attention, bias", "half", "warpgroup", 256, Tile(64, 64, ALL, 8, 2)),
+    ("cross_attention, bias", "half", "warpgroup", 256, Tile(64, 0, 64, 8, 3)),
+    ("attention, bias", "half", "mma", 256, Tile(64, 32, 32, 8, 2)),
+    ("cross_attention, bias", "half", "mma", 256, Tile(64, 0, 32, 8, 1)),
     # float32 products are multiply-adds, and a thread needs whole rows and columns of both factors in registers.
     ("attention", "single", "any", 256, Tile(16, 16, 16, 4, 1)),
     ("cross_attention", "single", "any", 256, Tile(16, 0, 16, 8, 1)),  # with 4 warps two terms spill
-    ("cross_attention_save", "single", "any", 256, Tile(16, 0, 16, 4, 1)),  # with 8 warps P' @ token_map spills
+    # with 8 warps P' @ token_map spills; fewer stages spill, on sm_80 or on sm_120
+    ("cross_attention_save", "single", "any", 256, Tile(16, 0, 16, 4, 3)),
+    ("attention, bias", "single", "any", 256, Tile(16, 16, 16, 4, 1)),
+    ("cross_attention, bias", "single", "any", 256, Tile(16, 0, 16, 8, 1)),
+    ("cross_attention, wide", "single", "any", 256, Tile(16, 0, 16, 8, 1)),
+    ("cross_attention_save, wide", "single", "any", 256, Tile(16, 0, 16, 8, 1)),
 )
 
 
@@ -162,7 +177,7 @@ def tile(op: str, q, arch: int) -> dict:
         if row[0] in (op, many) and row[1] == numbers and row[2] in (card, "any") and width(D) <= row[3]
     )  # fmt: skip
     choice = found._asdict() | {"STEP": min(found.STEP, width(D))}
-    return choice if op == "attention" else {name: x for name, x in choice.items() if name != "BLOCK_L"}
+    return choice if op.startswith("attention") else {name: x for name, x in choice.items() if name != "BLOCK_L"}
 
 
 def launch_grid(q, choice: dict) -> tuple[int]:
@@ -198,4 +213,8 @@ def bias_strides(bias, H: int, N: int) -> tuple[int, ...]:
 
 def arch() -> int:
     """Compute capability of the current device, 90 for 9.0; the interpreter has none and takes that of sm_90."""
-    return 90 if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().arch
+    if triton.knobs.runtime.interpret:
+        return 90
+    found = triton.runtime.driver.active.get_current_target().arch
+    toolchain.choose(found)
+    return found

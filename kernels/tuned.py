@@ -1,4 +1,4 @@
-"""Tiles that were quicker on a real card than the rule's (`config` in each kernel file); `python -m bench.tune` finds.
+"""Tiles that were quicker on a real card than the rule's (`TABLE` in tiles.py); `python -m bench.tune` finds them.
 
 tuned.json: {card, as torch names it: {"op head_dim itemsize": {"BLOCK_N": 64, "num_warps": 4, ...}}}. What is not there
 is as the rule says. An entry depends on nothing else, so that a row that is not edited comes out the same beside edited

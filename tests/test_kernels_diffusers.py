@@ -1,4 +1,5 @@
-"""KernelAttention in tiny diffusers models, in Triton's interpreter, against diffusers' own attention.
+"""KernelAttention in tiny diffusers models, in Triton's interpreter, against diffusers' own
+attention.
 
 The interpreter's session is that of test_kernels_interpreter.py.
 """
@@ -23,7 +24,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
     @pytest.fixture
     def spy(monkeypatch):
-        """The ops by their formula, so that all of the processor but the kernels runs; what they were asked for."""
+        """The ops by their formula, so that all of the processor but the kernels runs; what they
+        were asked for."""
         from minisd_kernels import reference
 
         asked = []
@@ -60,7 +62,13 @@ if os.environ.get("TRITON_INTERPRET") != "1":
             attn.set_processor(KernelAttention())
             got = attn(x, context, attention_mask=mask)
         torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
-        assert spy == [((2, 2, 15, 16), 15 if context is None else 7, (2, 2, 1, 15 if context is None else 7) if masked else None)]
+        assert spy == [
+            (
+                (2, 2, 15, 16),
+                15 if context is None else 7,
+                (2, 2, 1, 15 if context is None else 7) if masked else None,
+            )
+        ]
 
     def test_what_it_does_not_know_is_refused(spy):
         attn, x = Attention(32, heads=2, dim_head=16), torch.randn(1, 4, 32)
@@ -83,8 +91,12 @@ else:
 
     @torch.no_grad()
     def test_a_unet(unet):
-        """The code in kernels/README.md, word for word: equal to diffusers' own attention, a mask of the text too."""
-        x, context = torch.randn(2, 4, 12, 12), torch.randn(2, 77, 24)  # 144 positions: both ops run
+        """The code in kernels/README.md, word for word: equal to diffusers' own attention, a mask
+        of the text too."""
+        x, context = (
+            torch.randn(2, 4, 12, 12),
+            torch.randn(2, 77, 24),
+        )  # 144 positions: both ops run
         mask = torch.arange(77) < torch.tensor([[77], [9]])
         want = unet(x, 10, context).sample
         masked = unet(x, 10, context, encoder_attention_mask=mask).sample
@@ -106,6 +118,8 @@ else:
             unet.zero_grad()
             unet(x, 10, context).sample.square().sum().backward()
             block = unet.mid_block.attentions[0].transformer_blocks[0]
-            grads.append([p.grad.clone() for site in (block.attn1, block.attn2) for p in site.parameters()])
+            grads.append(
+                [p.grad.clone() for site in (block.attn1, block.attn2) for p in site.parameters()]
+            )
         for got, want in zip(*reversed(grads)):
             torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)

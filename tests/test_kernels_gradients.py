@@ -16,7 +16,8 @@ B, S, H, N, L, D = 3, 2, 2, 3, 4, 2  # of the formulas
 
 
 class WrittenOut(torch.autograd.Function):
-    """reference.cross_attention whose backward is reference.cross_attention_gradients, saved maps as outputs."""
+    """reference.cross_attention whose backward is reference.cross_attention_gradients, saved maps
+    as outputs."""
 
     @staticmethod
     def forward(ctx, saves, source_row, names, q, k, v, *tables):
@@ -108,17 +109,23 @@ else:
         monkeypatch.setattr(ops, "empty_out", lambda *args: allocate(*args).fill_(NAN))
 
     def gradients(op, q, k, v, edit, seed, **others):
-        """(the result, and the gradients of q, k, v and the edit, by name) for a random gradient of the result."""
+        """(the result, and the gradients of q, k, v and the edit, by name) for a random gradient of
+        the result."""
         leaves = {"q": q, "k": k, "v": v} | {n: x for n, x in edit.items() if n in DIFFERENTIABLE}
         leaves = {name: x.detach().requires_grad_() for name, x in leaves.items() if x is not None}
         out = op(**(edit | {"q": q, "k": k, "v": v} | leaves), **others)
         upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(q.dtype)
-        grads = torch.autograd.grad(out, list(leaves.values()), upstream.to(out.dtype), materialize_grads=True)
+        grads = torch.autograd.grad(
+            out, list(leaves.values()), upstream.to(out.dtype), materialize_grads=True
+        )
         return {"out": out.detach()} | dict(zip(leaves, grads))
 
     def run(op, formula, q, k, v, edit, **others):
-        """Every gradient of the op within the error budget of the same gradient by eager PyTorch."""
-        exact = {n: x.double() if n in DIFFERENTIABLE or n == "bias" else x for n, x in edit.items()}
+        """Every gradient of the op within the error budget of the same gradient by eager
+        PyTorch."""
+        exact = {
+            n: x.double() if n in DIFFERENTIABLE or n == "bias" else x for n, x in edit.items()
+        }
         got, eager = (gradients(each, q, k, v, edit, 0, **others) for each in (op, formula))
         want = gradients(formula, q.double(), k.double(), v.double(), exact, 0, **others)
         for name, x in want.items():
@@ -130,7 +137,10 @@ else:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
     @pytest.mark.parametrize("source, mix", EDITS, ids=str)
     def test_cross_attention(source, mix, dtype):
-        seed, (n, keys, d) = len(mix), [(7, 77, 40), (33, 5, 16), (16, 20, 8), (1, 77, 24)][len(mix)]
+        seed, (n, keys, d) = (
+            len(mix),
+            [(7, 77, 40), (33, 5, 16), (16, 20, 8), (1, 77, 24)][len(mix)],
+        )
         q, k, v = tensors(3, 1, n, keys, d, dtype, seed, layout=("heads inside", "gaps")[seed % 2])
         edit = edit_tensors(source, mix, 1, n, keys, dtype, seed)
         run(ops.cross_attention, reference.cross_attention, q, k, v, edit)
@@ -138,17 +148,21 @@ else:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
     @pytest.mark.parametrize("rows", [None, [0, 0], [1, 0], [1, 1, 1]], ids=str)
     def test_attention(rows, dtype):
-        """More keys than cross_attention takes; rows that gather from many, from each other, from nobody."""
+        """More keys than cross_attention takes; rows that gather from many, from each other, from
+        nobody."""
         q, k, v = tensors(4, 1, 20, 140, 40, dtype, 0)
         edit = {} if rows is None else {"source_row": torch.tensor(rows)}
         run(ops.attention, reference.attention, q, k, v, edit)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
     @pytest.mark.parametrize(
-        "names", [("bias",), ("kv_row",), ("bias", "kv_row", "own_value", "source_row")], ids="+".join
+        "names",
+        [("bias",), ("kv_row",), ("bias", "kv_row", "own_value", "source_row")],
+        ids="+".join,
     )
     def test_attention_with_other_fields(names, dtype):
-        """Hidden keys, a query that attends to nothing; rows whose keys and values serve several."""
+        """Hidden keys, a query that attends to nothing; rows whose keys and values serve
+        several."""
         q, k, v = tensors(3, 1, 12, 12, 24, dtype, 0)
         edit, _ = with_fields(names, 1, 12, 12, dtype, seed=1)
         run(ops.attention, reference.attention, q, k, v, edit, scale=0.3)
@@ -157,7 +171,9 @@ else:
     def test_cross_attention_with_other_fields(dtype):
         """A bias, tables for single heads, values folded beforehand."""
         q, k, v = tensors(3, 2, 7, 20, 16, dtype, 0)
-        edit, _ = with_fields(("bias", "source_row", "token_map", "blend", "reweight"), 2, 7, 20, dtype, seed=2)
+        edit, _ = with_fields(
+            ("bias", "source_row", "token_map", "blend", "reweight"), 2, 7, 20, dtype, seed=2
+        )
         run(ops.cross_attention, reference.cross_attention, q, k, v, edit)
 
         def folded(q, k, v, source_row, bias, **tables):
@@ -175,7 +191,9 @@ else:
 
         def formula(q, k, v, **edit):
             save = q.new_empty(S, 2, 7, 5)
-            identity = torch.eye(5, dtype=q.dtype).expand(S, 2, 5, 5)  # P' @ 1 carries gradients, a buffer none
+            identity = torch.eye(5, dtype=q.dtype).expand(
+                S, 2, 5, 5
+            )  # P' @ 1 carries gradients, a buffer none
             out = reference.cross_attention(q, k, identity, **edit, save=save)
             assert torch.equal(out, save)
             return out + 0 * v.sum()
@@ -186,7 +204,8 @@ else:
         run(op, formula, q, k, v, edit)
 
     def test_memory_grows_with_the_tokens_not_with_their_square(monkeypatch):
-        """What is kept for the backward pass, and what it allocates: nothing of the size of a map."""
+        """What is kept for the backward pass, and what it allocates: nothing of the size of a
+        map."""
         n, d, sizes = 160, 8, []
         for where, name in ((ops, "empty_out"), (torch.Tensor, "new_empty")):
             allocate = getattr(where, name)
@@ -209,14 +228,18 @@ else:
         with pytest.raises(RuntimeError, match="no second derivatives; use impl='sdpa'"):
             torch.autograd.grad(out.sum(), q, create_graph=True)
         bias = torch.zeros(1, 1, 1, 5, requires_grad=True)
-        with pytest.raises(RuntimeError, match="bias: the Triton kernels have no gradient of it; use impl='sdpa'"):
+        with pytest.raises(
+            RuntimeError, match="bias: the Triton kernels have no gradient of it; use impl='sdpa'"
+        ):
             ops.edited_map(q, k, bias=bias).sum().backward()
 
     def test_compiles_to_one_graph(monkeypatch):
         """Forward and backward, fullgraph; no recompile when the values change."""
         monkeypatch.undo()
         q, k, v = tensors(3, 1, 7, 5, 16, torch.float32, 0)
-        edit = edit_tensors("source_row", ("token_map", "blend", "reweight"), 1, 7, 5, torch.float32, 0)
+        edit = edit_tensors(
+            "source_row", ("token_map", "blend", "reweight"), 1, 7, 5, torch.float32, 0
+        )
         torch._dynamo.reset()
         graphs = []
 
@@ -225,7 +248,9 @@ else:
             return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
         def block(q, k, v, **edit):
-            return ops.cross_attention(q * 2, k, v, **edit) + ops.attention(q, k, v, edit["source_row"])
+            return ops.cross_attention(q * 2, k, v, **edit) + ops.attention(
+                q, k, v, edit["source_row"]
+            )
 
         compiled = torch.compile(block, backend=counting, fullgraph=True)
         for step in range(2):

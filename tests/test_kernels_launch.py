@@ -1,135 +1,126 @@
-"""The second launch of a kernel, which goes past Triton's: the same kernel, the same arguments.
+"""What a launch asks the compiler for, without a card: sizes past 2^31 and 65535, and no compile for a row of a table.
 
-A driver that writes down what it is asked to launch stands in for a card. The kernels are compiled
-for sm_90 and not run.
+In processes of their own, because Triton's driver is replaced and the interpreter must be off.
 """
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-import torch
-from minisd_kernels import ops
 
-triton = pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles")
-B, H, S, L = 2, 2, 2, 77
+pytest.importorskip("triton")
 
+START = """
+import json, torch, triton
+from triton.runtime.jit import JITFunction
+from bench.kernel_resources import CompileOnly
+from minisd_kernels import norms, ops, toolchain
 
-class Recorder:
-    """Stands in for Triton's CUDA driver."""
+toolchain.choose = lambda arch: None
+triton.runtime.driver.set_active(CompileOnly(80))
+grids, kernels, run = [], {}, JITFunction.run
 
-    class utils:
-        load_binary = staticmethod(lambda name, *args: (name, f"function {name}", 32, 0, 1024))
-        get_device_properties = staticmethod(lambda device: {"max_shared_mem": 227 * 1024, "multiprocessor_count": 132})
+def compile_only(self, *args, grid, **kwargs):
+    kwargs.pop("warmup")
+    kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+    grids.append(grid(kwargs) if callable(grid) else grid)
+    kernels.setdefault(self.__name__, set()).add(kernel.hash)
 
-    launched = []  # the arguments of each launch: grid, stream, function, hooks, the kernel's own
+JITFunction.run = compile_only
 
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
+def empty(*shape, dtype=torch.float16):
+    return torch.empty(shape, dtype=dtype, device="meta")
 
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-    def launcher_cls(self, source, metadata):
-        return lambda *args: self.launched.append(args)
-
-
-RECORDER = Recorder()  # one for all tests: Triton keeps compiled kernels with the driver's launcher
+def launch(name, *args):
+    # as the first call of an op does
+    out = ops.EMPTY[name](*args)
+    ops.prepare(name, args, out)(*args, out)
+"""
 
 
-@pytest.fixture
-def recorder(monkeypatch):
-    from triton.runtime.driver import driver
-
-    ops.KNOWN.clear()
-    monkeypatch.setattr(ops, "refuse_cpu", lambda q: None)
-    monkeypatch.setattr(driver, "_active", RECORDER, raising=False)
-    RECORDER.launched.clear()
-    yield RECORDER
-    ops.KNOWN.clear()
+def run(code):
+    env = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", START + code], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
-def heads(n, d):
-    return torch.zeros(B, n, H, d, dtype=torch.float16).transpose(1, 2)
+def test_rows_of_a_table_do_not_compile_anew():
+    """Row i of a table of 77 weights begins 308 i bytes after the first: 16 bytes divide that, or not."""
+    counts = run("""
+q, k = empty(2, 8, 64, 40), empty(2, 8, 77, 40)
+blend, reweight = (empty(4, 1, 77, dtype=torch.float32) for _ in range(2))
+token_map, mean = empty(4, 1, 77, 77, dtype=torch.float32), empty(4, 1, 64, 77, dtype=torch.float32)
+source, save = empty(4, 1, dtype=torch.int32), empty(1, 8, 64, 77)
+aligned = set()
+for i in range(4):
+    edit = source[i], None, token_map[i], blend[i], reweight[i]
+    assert all(x.is_contiguous() for x in edit if x is not None)
+    aligned.add(tuple(x.storage_offset() * 4 % 16 == 0 for x in edit if x is not None))
+    launch('attention', q, q, q, source[i], *[None] * 4)
+    launch('cross_attention', q, k, k, *edit, None, None)
+    launch('cross_attention_save', q, k, k, *edit, None, save, mean[i], None)
+assert len(aligned) == 2, aligned
+print(json.dumps({name: len(hashes) for name, hashes in kernels.items()}))
+""")
+    assert counts == dict.fromkeys(
+        (
+            "attention_kernel",
+            "fold_kernel",
+            "cross_attention_kernel",
+            "cross_attention_save_kernel",
+            "mean_kernel",
+        ),
+        1,
+    )
 
 
-ROW = torch.zeros(S, dtype=torch.int64)
-TABLES = {"token_map": torch.zeros(S, L, L), "blend": torch.zeros(S, L), "reweight": torch.zeros(S, H, L)}
-CALLS = {
-    "attention": (1, lambda: ops.attention(*[heads(130, 40)] * 3)),
-    "attention, all fields": (1, lambda: ops.attention(
-        *[heads(130, 40)] * 3, ROW, bias=torch.zeros(S, 1, 1, 260), kv_row=ROW[:, None].expand(-1, 2),
-        own_value=torch.ones(S), scale=1.0,
-    )),
-    "cross_attention": (1, lambda: ops.cross_attention(heads(64, 80), *[heads(L, 80)] * 2)),
-    "refine": (2, lambda: ops.cross_attention(heads(64, 80), *[heads(L, 80)] * 2, source_row=ROW, **TABLES)),
-    "save": (2, lambda: ops.cross_attention(
-        heads(64, 80), *[heads(L, 80)] * 2, save=torch.zeros(S, H, 64, L, dtype=torch.float16),
-        save_mean=torch.zeros(S, 64, L),
-    )),
-    "backward": (3, lambda: torch.ops.minisd_kernels.attention_backward(
-        *[heads(64, 40)] * 2, *[heads(L, 40)] * 2, None, ROW, None, None
-    )),
-}  # fmt: skip
+def test_more_than_65535_rows_or_heads_are_launched():
+    grids = run("""
+for B, H in ((65536, 2), (2, 65536)):
+    q, k = empty(B, H, 64, 8), empty(B, H, 5, 8)
+    row, blend = empty(1, dtype=torch.int32), empty(1, 5, dtype=torch.float32)
+    launch('attention', q, q, q, *[None] * 5)
+    launch('cross_attention', q, k, k, row, None, None, blend, *[None] * 3)
+    launch('cross_attention_save', q, k, k, *[None] * 7, empty(1, 64, 5, dtype=torch.float32), None)
+x = empty(65536, 64, 4, 4).to(memory_format=torch.channels_last)
+norms.launch_group_norm_silu(x, 32, empty(64), empty(64), 1e-5, x)
+print(json.dumps(grids))
+""")
+    assert len(grids) == 2 * 5 + 3
+    assert all(max([0, *grid[1:]]) <= 65535 and grid[0] < 2**31 for grid in grids)
+    assert sum(grid[0] >= 65536 for grid in grids) == 2 * 4 + 3  # the mean is of one edited row
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_the_second_launch_is_the_first_again(name, recorder):
-    launches, call = CALLS[name]
-    with torch.no_grad():
-        call()
-        first = list(recorder.launched)
-        recorder.launched.clear()
-        call()
-    assert len(first) == len(recorder.launched) == launches
-    for one, two in zip(first, recorder.launched):
-        assert len(one) == len(two) > 15
-        for a, b in zip(one[:6] + one[7:], two[:6] + two[7:]):  # without what a profiler would be told
-            if isinstance(a, torch.Tensor):  # the tensors of each call are its own
-                assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
-            else:
-                assert a == b or a is b
+def test_strides_are_widened_before_they_are_multiplied():
+    """No 32-bit product but of a block's number and its size: a stride, or UNIT (8), meets 64 bits."""
+    products = run("""
+last = {}
+def keep(self, *args, grid, **kwargs):
+    kwargs.pop("warmup")
+    last[self.__name__] = run(self, *args, grid=grid, warmup=True, **kwargs).asm["ttir"]
 
-
-def test_what_was_compiled_for_other_tensors_is_not_launched(recorder):
-    """Other shapes, strides, dtypes or an address that is no multiple of 16 bytes go through Triton again."""
-    q, k = heads(64, 80), heads(L, 80)
-    memory = torch.zeros(B * L * H * 80 + 8, dtype=torch.float16)
-    beside = memory[1 : 1 + B * L * H * 80].view(B, L, H, 80).transpose(1, 2)
-    assert k.data_ptr() % 16 == 0 and beside.data_ptr() % 16 == 2 and beside.stride() == k.stride()
-    others = [(q, k, beside), (q[:, :, :63], k, k), (q, k.contiguous(), k), [x.bfloat16() for x in (q, k, k)]]
-    with torch.no_grad():
-        for tensors in ((q, k, k), *others, (q, k, k)):
-            ops.cross_attention(*tensors)
-    assert len(ops.KNOWN) == 1 + len(others)
-    functions = [args[4] for args in recorder.launched]
-    assert functions[0] == functions[-1] and len(recorder.launched) == 2 + len(others)
-
-
-def test_checks_and_choices_are_made_once(recorder, monkeypatch):
-    """A call with tensors like earlier ones looks at their shapes and launches."""
-    counts = {"check": 0, "prepare": 0}
-    check, prepare = ops.CHECKS["cross_attention"], ops.prepare
-
-    def counted(what, function):
-        def call(*args):
-            counts[what] += 1
-            return function(*args)
-
-        return call
-
-    monkeypatch.setitem(ops.CHECKS, "cross_attention", counted("check", check))
-    monkeypatch.setattr(ops, "prepare", counted("prepare", prepare))
-    with torch.no_grad():
-        for _ in range(3):
-            ops.cross_attention(heads(64, 80), *[heads(L, 80)] * 2)
-    assert counts == {"check": 1, "prepare": 1} and len(recorder.launched) == 3
-    monkeypatch.setattr(ops, "MOST", 1)
-    with torch.no_grad():
-        ops.cross_attention(heads(63, 80), *[heads(L, 80)] * 2)
-    assert len(ops.KNOWN) == 1, "what is kept has to have a bound"
+JITFunction.run = keep
+q, k = empty(4, 2, 64, 40), empty(4, 2, 77, 40)
+maps, mean = empty(2, 2, 64, 77), empty(2, 64, 77, dtype=torch.float32)
+launch('attention', q, q, q, *[None] * 5)
+launch('cross_attention', q, k, k, None, maps, None, empty(2, 77, dtype=torch.float32), *[None] * 3)
+launch('cross_attention_save', q, k, k, *[None] * 6, maps, mean, None)
+x = empty(2, 1024, 9, 9).to(memory_format=torch.channels_last)
+norms.launch_group_norm_silu(x, 32, empty(1024), empty(1024), 1e-5, x)
+norms.launch_layer_norm(empty(8, 320), empty(320), empty(320), 1e-5, empty(8, 320))
+norms.launch_geglu(empty(8, 320), empty(8, 160))
+import re
+found = {}
+for name, text in last.items():
+    found[name] = [line.strip() for line in text.splitlines()
+                   if re.search(r"arith.muli .*i32", line) and not re.search(r"%c(16|32|64|128)_i32|%cst", line)]
+print(json.dumps(found))
+""")
+    assert len(products) == 10 and not sum(products.values(), []), products

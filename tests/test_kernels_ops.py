@@ -41,9 +41,9 @@ def test_bad_tensors_are_refused(op, change, match):
 
 
 def test_limits():
-    for saves in ({}, {"save": torch.empty(2, H, N, 129)}, {"save_mean": torch.empty(2, N, 129)}):
-        with pytest.raises(ValueError, match="at most 128 keys, got 129; .* impl='sdpa' edits and saves"):
-            ops.cross_attention(*(x.to("meta") for x in qkv(L=129)), **{n: x.to("meta") for n, x in saves.items()})
+    for saves in ({}, {"save": torch.empty(2, H, N, 257)}, {"save_mean": torch.empty(2, N, 257)}):
+        with pytest.raises(ValueError, match="at most 256 keys, got 257; .* impl='sdpa' edits and saves"):
+            ops.cross_attention(*(x.to("meta") for x in qkv(L=257)), **{n: x.to("meta") for n, x in saves.items()})
     with pytest.raises(ValueError, match="multiple of 8 up to 256, got 264"):
         ops.attention(*qkv(D=264))
 
@@ -190,7 +190,7 @@ def test_bad_fields_are_refused(fields, match):
 
 def test_what_cross_attention_does_not_take():
     for name, x in (("kv_row", torch.zeros(2, 1, dtype=torch.int64)), ("own_value", torch.ones(2))):
-        with pytest.raises(ValueError, match=f"{name}: cross_attention does not take it; attention.. does, impl='sdpa'"):
+        with pytest.raises(ValueError, match=f"{name}: cross_attention does not take it; attention.. does, and impl='sdpa'"):
             ops.cross_attention(*qkv(), **{name: x})
 
 
