@@ -1,13 +1,16 @@
-"""Time the attention kernels beside everything that could take their place, and check them in the same run.
+"""Time the attention kernels beside everything that could take their place, and check them in the
+same run.
 
     python -m bench.attention [--quick] [--shape B,H,N,L,D ...] [--device cuda]
 
-The shapes are those of SD v1.x: 8 heads, self- and cross-attention (77 keys) at 512x512, self-attention at 768x768.
-q, k and v of self-attention are views of one tensor (B, N, 3 * H * D), as the models have them on CUDA, for all alike.
-The rivals: each SDPA backend by itself, FlexAttention compiled, eager matmul + softmax + matmul, and for edits folded
-SDPA (two calls on V_A and V_B) and eager. On CUDA, calls are captured in a graph and replayed: what is timed is the
-device, not Python. Writes bench/results/<device>/attention.json after every shape (attention-quick, attention-shape),
-of which `python -m bench.report` makes the table in kernels/README.md. Exit status 1: ours failed or was wrong.
+The shapes are those of SD v1.x: 8 heads, self- and cross-attention (77 keys) at 512x512,
+self-attention at 768x768. q, k and v of self-attention are views of one tensor (B, N, 3 * H * D),
+as the models have them on CUDA, for all alike. The rivals: each SDPA backend by itself,
+FlexAttention compiled, eager matmul + softmax + matmul, and for edits folded SDPA (two calls on V_A
+and V_B) and eager. On CUDA, calls are captured in a graph and replayed: what is timed is the
+device, not Python. Writes bench/results/<device>/attention.json after every shape (attention-quick,
+attention-shape), of which `python -m bench.report` makes the table in kernels/README.md. Exit
+status 1: ours failed or was wrong.
 """
 
 import argparse
@@ -22,29 +25,48 @@ from minisd.models.attention import AttentionEdit, attention
 H, TEXT = 8, 77
 GRID_512 = ((4096, 40), (1024, 80), (256, 160), (64, 160))  # (queries, head dim)
 GRID_768 = ((9216, 40), (2304, 80), (576, 160), (144, 160))
-SHAPES = [(N, N, D) for N, D in GRID_512] + [(N, TEXT, D) for N, D in GRID_512] + [(N, N, D) for N, D in GRID_768]
+SHAPES = (
+    [(N, N, D) for N, D in GRID_512]
+    + [(N, TEXT, D) for N, D in GRID_512]
+    + [(N, N, D) for N, D in GRID_768]
+)
 CROSS_EDITS = ("replace", "reweight", "refine", "inject", "save_mean", "save", "refine, save_mean")
 SELF_EDITS = ("self-injection",)
-LARGEST_MAP = 8e9  # bytes of a float32 map beyond which what holds several of them at once is not tried
+LARGEST_MAP = (
+    8e9  # bytes of a float32 map beyond which what holds several of them at once is not tried
+)
 MAPS_AT_ONCE = 2**26  # numbers of a map, half a GB in float64, that are compared at a time
 
 # What the design asks for, as ratios of time. Rival / ours, at least; edited / plain, at most; eager / ours, at least.
 MUST_SELF = {(4096, 40): 1.15, (1024, 80): 1.0, (256, 160): 0.95, (64, 160): 0.95}
 MUST_CROSS = 1.5
-MUST_EDIT = {"self-injection": 0.85, "replace": 1.05, "reweight": 1.05, "refine": 1.3, "save_mean": 1.05, "save": 1.3}
+MUST_EDIT = {
+    "self-injection": 0.85,
+    "replace": 1.05,
+    "reweight": 1.05,
+    "refine": 1.3,
+    "save_mean": 1.05,
+    "save": 1.3,
+}
 MUST_EAGER = {"self-injection": 5, "replace": 4, "reweight": 4, "refine": 3}
 
 
-def make_edit(form: str, B: int, heads: int, N: int, L: int, D: int, dtype, device) -> AttentionEdit | None:
-    """The edit of prompt-to-prompt pairs: the last B / 2 rows, at least one pair; the first of a pair is the source."""
+def make_edit(
+    form: str, B: int, heads: int, N: int, L: int, D: int, dtype, device
+) -> AttentionEdit | None:
+    """The edit of prompt-to-prompt pairs: the last B / 2 rows, at least one pair; the first of a
+    pair is the source."""
     S = min(B, max(2, B // 2))
 
     def weights(*shape):
         return torch.rand(*shape, device=device)
 
     row = torch.arange(S, device=device) // 2 * 2
+
     def refine(**more):
-        return AttentionEdit(source_row=row, token_map=weights(S, L, L) / L, blend=weights(S, L), **more)
+        return AttentionEdit(
+            source_row=row, token_map=weights(S, L, L) / L, blend=weights(S, L), **more
+        )
 
     edit = {
         "plain": lambda: None,
@@ -52,7 +74,9 @@ def make_edit(form: str, B: int, heads: int, N: int, L: int, D: int, dtype, devi
         "replace": lambda: AttentionEdit(source_row=row),
         "reweight": lambda: AttentionEdit(reweight=weights(S, L)),
         "refine": refine,
-        "inject": lambda: AttentionEdit(inject=torch.softmax(weights(S, heads, N, L), -1).to(dtype)),
+        "inject": lambda: AttentionEdit(
+            inject=torch.softmax(weights(S, heads, N, L), -1).to(dtype)
+        ),
         "save_mean": lambda: AttentionEdit(save_mean=torch.zeros(S, N, L, device=device)),
         "save": lambda: AttentionEdit(save=torch.empty(S, heads, N, L, dtype=dtype, device=device)),
         "refine, save_mean": lambda: refine(save_mean=torch.zeros(S, N, L, device=device)),
@@ -61,7 +85,8 @@ def make_edit(form: str, B: int, heads: int, N: int, L: int, D: int, dtype, devi
 
 
 def inputs(B: int, heads: int, N: int, L: int, D: int, dtype, device):
-    """Random q, k, v; of self-attention (N == L) views of one tensor, as one product for all three leaves them."""
+    """Random q, k, v; of self-attention (N == L) views of one tensor, as one product for all three
+    leaves them."""
     if N == L:
         qkv = torch.randn(B, N, 3 * heads * D, device=device).to(dtype)
         return [x.unflatten(-1, (heads, D)).transpose(1, 2) for x in qkv.chunk(3, dim=-1)]
@@ -69,7 +94,8 @@ def inputs(B: int, heads: int, N: int, L: int, D: int, dtype, device):
 
 
 def rivals(q, k, v, edit, triton: bool) -> dict[str, Callable]:
-    """Contenders by name, ours first; what would need tens of GB is left out with a line saying so."""
+    """Contenders by name, ours first; what would need tens of GB is left out with a line saying
+    so."""
     functions = {"minisd": lambda: attention(q, k, v, edit, "triton")} if triton else {}
     functions["eager"] = lambda: attention(q, k, v, edit, "reference")
     if edit is not None:
@@ -101,8 +127,8 @@ def rivals(q, k, v, edit, triton: bool) -> dict[str, Callable]:
 def measure(functions: dict[str, Callable], device: str, rounds: int) -> tuple[dict, dict, dict]:
     """(times, bytes at the peak, errors) by name of contender.
 
-    One that fails, in a plain call or while a graph is captured, is left out with a line that says so, and the rest is
-    measured again.
+    One that fails, in a plain call or while a graph is captured, is left out with a line that says
+    so, and the rest is measured again.
     """
     functions, errors, running = dict(functions), {}, None
 
@@ -118,8 +144,14 @@ def measure(functions: dict[str, Callable], device: str, rounds: int) -> tuple[d
         calls = {name: noted(name, function) for name, function in functions.items()}
         try:
             times = harness.interleave(calls, device, rounds, graph=True)
-            return times, {name: harness.peak_memory(call, device) for name, call in calls.items()}, errors
-        except Exception as error:  # no such backend for this shape, too little memory, whatever it is
+            return (
+                times,
+                {name: harness.peak_memory(call, device) for name, call in calls.items()},
+                errors,
+            )
+        except (
+            Exception
+        ) as error:  # no such backend for this shape, too little memory, whatever it is
             errors[running] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         print(f"  {running} left out: {errors[running]}", flush=True)
         del functions[running]
@@ -140,10 +172,11 @@ def by_formula(q, k, v, edit, queries: slice) -> dict[str, torch.Tensor]:
 
 
 def error_ratio(q, k, v, edit) -> float:
-    """Error against float64 over the budget, max(2 x same-dtype eager, 4 eps x max|reference|); above 1 or nan: wrong.
+    """Error against float64 over the budget, max(2 x same-dtype eager, 4 eps x max|reference|);
+    above 1 or nan: wrong.
 
-    The largest of the output's and of the saved maps', of one call on fresh buffers. All rows, heads and queries, some
-    queries at a time, so that float64 maps of 9216 x 9216 fit.
+    The largest of the output's and of the saved maps', of one call on fresh buffers. All rows,
+    heads and queries, some queries at a time, so that float64 maps of 9216 x 9216 fit.
     """
     saved = {}
     if edit is not None:
@@ -164,7 +197,10 @@ def error_ratio(q, k, v, edit) -> float:
             largest = torch.stack([x.abs().max() for x in differences]).double()
             worst[name] = torch.maximum(worst.get(name, largest), largest)
     eps = 4 * torch.finfo(q.dtype).eps
-    ratios = [error / torch.maximum(2 * of_eager, eps * scale) for error, of_eager, scale in worst.values()]
+    ratios = [
+        error / torch.maximum(2 * of_eager, eps * scale)
+        for error, of_eager, scale in worst.values()
+    ]
     return torch.stack(ratios).max().item()
 
 
@@ -180,10 +216,24 @@ def bench_shape(B, heads, N, L, D, dtype, device, forms, rounds, peak) -> list[d
             functions["minisd plain"] = lambda: attention(q, k, v, None, "triton")
         times, memory, errors = measure(functions, device, rounds)
         flop = 4 * B * heads * N * L * D
-        row = {"B": B, "H": heads, "N": N, "L": L, "D": D, "dtype": str(dtype)[6:], "form": form, "failed": errors}
+        row = {
+            "B": B,
+            "H": heads,
+            "N": N,
+            "L": L,
+            "D": D,
+            "dtype": str(dtype)[6:],
+            "form": form,
+            "failed": errors,
+        }
         row["error_over_budget"] = error_ratio(q, k, v, edit) if "minisd" in times else None
         row["times"] = {
-            name: {**t, "tflops": flop / t["ms"] * 1e-9, "of_peak": flop / t["ms"] * 1e3 / peak, "bytes": memory[name]}
+            name: {
+                **t,
+                "tflops": flop / t["ms"] * 1e-9,
+                "of_peak": flop / t["ms"] * 1e3 / peak,
+                "bytes": memory[name],
+            }
             for name, t in times.items()
         }
         rows.append(row)
@@ -192,7 +242,8 @@ def bench_shape(B, heads, N, L, D, dtype, device, forms, rounds, peak) -> list[d
 
 
 def best_rival(row: dict) -> tuple[str, float]:
-    """The quickest contender that is not ours, and its time over ours; ("nothing", nan) if none ran."""
+    """The quickest contender that is not ours, and its time over ours; ("nothing", nan) if none
+    ran."""
     times = {name: t["ms"] for name, t in row["times"].items() if not name.startswith("minisd")}
     name = min(times, key=times.get, default="nothing")
     return name, times.get(name, float("nan")) / row["times"]["minisd"]["ms"]
@@ -222,14 +273,27 @@ def misses(rows: list[dict]) -> list[str]:
         form, times = row["form"], {contender: t["ms"] for contender, t in row["times"].items()}
         if form == "plain":
             name, ratio = best_rival(row)
-            must = MUST_CROSS if is_cross(row["N"], row["L"]) else MUST_SELF.get((row["N"], row["D"]))
-            bars += [(f"{name} / minisd, {describe(row)}", ratio, ">=", must)] if must and name != "nothing" else []
+            must = (
+                MUST_CROSS if is_cross(row["N"], row["L"]) else MUST_SELF.get((row["N"], row["D"]))
+            )
+            bars += (
+                [(f"{name} / minisd, {describe(row)}", ratio, ">=", must)]
+                if must and name != "nothing"
+                else []
+            )
             continue
         if form in MUST_EDIT and "minisd plain" in times:
             over = times["minisd"] / times["minisd plain"]
             bars.append((f"minisd / its plain, {describe(row)}", over, "<=", MUST_EDIT[form]))
         if form in MUST_EAGER and "eager" in times:
-            bars.append((f"eager / minisd, {describe(row)}", times["eager"] / times["minisd"], ">=", MUST_EAGER[form]))
+            bars.append(
+                (
+                    f"eager / minisd, {describe(row)}",
+                    times["eager"] / times["minisd"],
+                    ">=",
+                    MUST_EAGER[form],
+                )
+            )
     return out + harness.slow(bars)
 
 
@@ -240,16 +304,21 @@ def is_cross(N: int, L: int) -> bool:
 
 def table(result: dict) -> str:
     """The Markdown table of a result file."""
-    lines = [f"{result['device']}, torch {result['torch']}, triton {result['triton']}, commit {result['commit'][:12]}; "
-             f"`{result['command']}`", "",
-             "| B | N | L | D | dtype | form | ms | quartiles | TFLOP/s | of peak | MB | rival | ratio | of plain "
-             "| error/budget |",
-             "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        f"{result['device']}, torch {result['torch']}, triton {result['triton']}, commit {result['commit'][:12]}; "
+        f"`{result['command']}`",
+        "",
+        "| B | N | L | D | dtype | form | ms | quartiles | TFLOP/s | of peak | MB | rival | ratio | of plain "
+        "| error/budget |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
     for row in result["rows"]:
         if "minisd" not in row["times"]:
             continue
         t, (name, ratio) = row["times"]["minisd"], best_rival(row)
-        plain = row["times"].get("minisd" if row["form"] == "plain" else "minisd plain", {"ms": float("nan")})["ms"]
+        plain = row["times"].get(
+            "minisd" if row["form"] == "plain" else "minisd plain", {"ms": float("nan")}
+        )["ms"]
         lines.append(
             f"| {row['B']} | {row['N']} | {row['L']} | {row['D']} | {row['dtype']} | {row['form']} | {t['ms']:.4f} "
             f"| {t['low']:.4f} - {t['high']:.4f} | {t['tflops']:.0f} | {t['of_peak']:.2f} | {t['bytes'] / 1e6:.1f} "
@@ -259,8 +328,15 @@ def table(result: dict) -> str:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.attention", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--shape", action="append", metavar="B,H,N,L,D", help="time this shape only; may be repeated")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.attention", description=__doc__.split("\n\n")[0]
+    )
+    parser.add_argument(
+        "--shape",
+        action="append",
+        metavar="B,H,N,L,D",
+        help="time this shape only; may be repeated",
+    )
     names = ["float16", "bfloat16", "float32"]
     parser.add_argument("--dtype", nargs="+", default=names[:2], choices=names)
     parser.add_argument("--batch", type=int, nargs="+", default=[2, 8])
@@ -275,7 +351,9 @@ def main(argv=None) -> int:
         shapes = [tuple(map(int, shape.split(","))) for shape in args.shape]
     else:
         grid = SHAPES[:8] if args.quick else SHAPES
-        shapes = [(B, H, *shape) for B in (args.batch[:1] if args.quick else args.batch) for shape in grid]
+        shapes = [
+            (B, H, *shape) for B in (args.batch[:1] if args.quick else args.batch) for shape in grid
+        ]
     rows, suffix = [], "-shape" if args.shape else "-quick" if args.quick else ""
     for dtype in dtypes:
         peak = harness.matrix_peak(dtype, args.device)

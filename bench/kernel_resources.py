@@ -1,12 +1,14 @@
-"""Compile the kernels ahead of time, no GPU needed: what each costs on the card, and whether its code is right.
+"""Compile the kernels ahead of time, no GPU needed: what each costs on the card, and whether its
+code is right.
 
     python -m bench.kernel_resources [--arch 90 ...] [--matrix] [--json FILE] [--dump ptx,sass DIR] [--list-forms]
 
-The kernels' own launch functions run with a stand-in for the driver, so what is compiled is what a launch on that card
-would compile: same tiles, flags and alignment facts, by the ptxas that Triton bundles or TRITON_PTXAS_PATH names.
-Registers, stack and instructions are read from the cubin with cuobjdump and nvdisasm, which come with Triton. LOCAL:0
-does not mean "no spills": STACK, and STL / LDL in the SASS, do. The SASS is held against the PTX as bench/sass.py says.
-Exit status 1: a kernel spills, takes more shared memory than the card has, or is wrong. Cannot share a process with
+The kernels' own launch functions run with a stand-in for the driver, so what is compiled is what a
+launch on that card would compile: same tiles, flags and alignment facts, by the ptxas that Triton
+bundles or TRITON_PTXAS_PATH names. Registers, stack and instructions are read from the cubin with
+cuobjdump and nvdisasm, which come with Triton. LOCAL:0 does not mean "no spills": STACK, and STL /
+LDL in the SASS, do. The SASS is held against the PTX as bench/sass.py says. Exit status 1: a kernel
+spills, takes more shared memory than the card has, or is wrong. Cannot share a process with
 Triton's interpreter.
 """
 
@@ -28,15 +30,24 @@ import torch
 
 from bench import sass
 
-B, H = 4, 8  # guidance of a prompt-to-prompt pair: unconditional rows first, the last two are edited
+B, H = (
+    4,
+    8,
+)  # guidance of a prompt-to-prompt pair: unconditional rows first, the last two are edited
 S = 2
 SELF = {40: 4096, 80: 1024, 160: 256}  # SD v1.x at 512x512: head dim -> queries at the widest site
-UGLY = {40: 4140, 80: 1000, 160: 45}  # queries that no tile divides, of images of 360x736, 400x640 and 160x288
+UGLY = {
+    40: 4140,
+    80: 1000,
+    160: 45,
+}  # queries that no tile divides, of images of 360x736, 400x640 and 160x288
 TEXT = 77
 SMALL = (  # form, head dim, queries, keys, batch
-    ("plain", 160, 64, 64, B), ("replace", 160, 64, 64, B),  # self-attention of the mid block: so few keys fit a row
-    ("flash", 80, 1024, 1024, 2), ("flash routed", 80, 1024, 1024, 2),  # one image: too few programs for large tiles
-)  # fmt: skip
+    ("plain", 160, 64, 64, B),
+    ("replace", 160, 64, 64, B),  # self-attention of the mid block: so few keys fit a row
+    ("flash", 80, 1024, 1024, 2),
+    ("flash routed", 80, 1024, 1024, 2),  # one image: too few programs for large tiles
+)
 # CUDA C++ Programming Guide, table of compute capabilities
 ARCHS = (80, 89, 90, 100, 120)
 SHARED_PER_BLOCK = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -69,11 +80,32 @@ FORMS = {  # form: (op, edit fields)
     "mean": ("mean", ("save_mean",)),  # save_mean is the mean of what "save" wrote
 }
 # "plain" and the like are "replace" and the like without the routing.
-DISTINCT = ("fold", "flash routed", "replace", "two terms", "inject", "inject + blend", "save", "save, refine",
-            "save, inject", "mean")  # fmt: skip
-NEWER = ("flash, bias", "two terms, bias", "save, bias", "backward, statistics", "backward, queries",
-         "backward, keys")  # fmt: skip
-LARGE = ("flash routed", "two terms", "save, refine", "save, inject")  # what takes most registers of each kernel
+DISTINCT = (
+    "fold",
+    "flash routed",
+    "replace",
+    "two terms",
+    "inject",
+    "inject + blend",
+    "save",
+    "save, refine",
+    "save, inject",
+    "mean",
+)
+NEWER = (
+    "flash, bias",
+    "two terms, bias",
+    "save, bias",
+    "backward, statistics",
+    "backward, queries",
+    "backward, keys",
+)
+LARGE = (
+    "flash routed",
+    "two terms",
+    "save, refine",
+    "save, inject",
+)  # what takes most registers of each kernel
 TOGETHER = 16  # kernels that one process compiles, then disassembles at once
 DTYPES = ("float16", "bfloat16", "float32")
 FUSED = {  # see norms.py; kernel: channels, of the UNet, and of the VAE
@@ -116,7 +148,8 @@ def case(arch: int, form: str, D: int, N: int, L: int, dtype: str) -> Case:
 
 
 def suite(arch: int) -> list[Case]:
-    """What the test suite compiles: each different kernel at the head dims of SD v1.x, and what lies beside them.
+    """What the test suite compiles: each different kernel at the head dims of SD v1.x, and what
+    lies beside them.
 
     That is other head dims, small and uneven sizes, bfloat16, and the fused kernels.
     """
@@ -126,13 +159,18 @@ def suite(arch: int) -> list[Case]:
     out += [case(arch, form, D, 1000, TEXT, "float16") for form in LARGE for D in (8, 72, 256)]
     out += [case(arch, form, 40, 4096, TEXT, "bfloat16") for form in LARGE]
     out += [Case(arch, *sizes, "float16", batch) for *sizes, batch in SMALL]
-    out += [case(arch, form, D, N, TEXT, "float16") for D, N in UGLY.items() for form in ("flash", "two terms")]
+    out += [
+        case(arch, form, D, N, TEXT, "float16")
+        for D, N in UGLY.items()
+        for form in ("flash", "two terms")
+    ]
     out += [Case(arch, form, C, 1024, 0, "float16") for form in FUSED for C in FUSED[form]]
     return list(dict.fromkeys(out))
 
 
 def matrix(arch: int) -> list[Case]:
-    """The larger list, to be run by hand with each version of Triton: sm_90, where ptxas was wrong, above all."""
+    """The larger list, to be run by hand with each version of Triton: sm_90, where ptxas was wrong,
+    above all."""
     out = suite(arch)
     if arch == 90:
         every = itertools.product(FORMS, (8, 40, 72, 80, 96, 160, 256))
@@ -237,17 +275,23 @@ def launch_attention(case: Case) -> None:
 
 
 def instructions(cubin: bytes) -> bytes:
-    """The machine code of a cubin, which is an ELF file of one kernel: its section .text.<kernel>."""
+    """The machine code of a cubin, which is an ELF file of one kernel: its section
+    .text.<kernel>."""
     (table,) = struct.unpack_from("<Q", cubin, 40)
     size, count, of_names = struct.unpack_from("<HHH", cubin, 58)
     headers = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
     names = cubin[headers[of_names][4] :]
-    (code,) = [cubin[at : at + length] for name, _, _, _, at, length in headers if names[name:].startswith(b".text.")]
+    (code,) = [
+        cubin[at : at + length]
+        for name, _, _, _, at, length in headers
+        if names[name:].startswith(b".text.")
+    ]
     return code
 
 
 def disassemble(arch: int, codes: list[bytes]) -> list[list[sass.Instruction]]:
-    """The listing of each kernel. All of them in one file, because the disassembler takes 0.3 s to start."""
+    """The listing of each kernel. All of them in one file, because the disassembler takes 0.3 s to
+    start."""
     with tempfile.NamedTemporaryFile(suffix=".bin") as f:
         f.write(b"".join(codes))
         f.flush()
@@ -281,7 +325,8 @@ def measure(cases: list[Case], dump: tuple[list[str], Path] | None = None) -> li
 
 
 def row(case: Case, kernel, code: list[sass.Instruction]) -> dict:
-    """Registers, stack bytes, spill and matrix instructions, shared memory, CTAs per SM; what is wrong."""
+    """Registers, stack bytes, spill and matrix instructions, shared memory, CTAs per SM; what is
+    wrong."""
     opcodes, ptx = [ins.op for ins in code], kernel.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(kernel.asm["cubin"])
@@ -292,7 +337,11 @@ def row(case: Case, kernel, code: list[sass.Instruction]) -> dict:
     count = Counter(ins.base for ins in code)
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared + found["SHARED"]
     registers = -(-found["REG"] // 8) * 8 * 32 * warps
-    blocks = min(65536 // registers, SHARED_PER_SM[case.arch] // (shared + 1024), WARPS_PER_SM[case.arch] // warps)
+    blocks = min(
+        65536 // registers,
+        SHARED_PER_SM[case.arch] // (shared + 1024),
+        WARPS_PER_SM[case.arch] // warps,
+    )
     return {
         **case._asdict(),
         "warps": warps,
@@ -347,33 +396,53 @@ def summary(rows: list[dict], archs: list[int]) -> dict:
     import triton
 
     def name(r):
-        return f"{r['form']} D{r['head_dim']} N{r['queries']} L{r['keys']} B{r['batch']} {r['dtype']}"
+        return (
+            f"{r['form']} D{r['head_dim']} N{r['queries']} L{r['keys']} B{r['batch']} {r['dtype']}"
+        )
 
     return {
         "triton": triton.__version__,
         "ptxas": {f"sm_{arch}": ptxas(arch) for arch in archs},
         "kernels": len(rows),
-        **{fault: [f"sm_{r['arch']} {name(r)}" for r in rows if has(r)] for fault, has in FAULTS.items()},
+        **{
+            fault: [f"sm_{r['arch']} {name(r)}" for r in rows if has(r)]
+            for fault, has in FAULTS.items()
+        },
         "kernels of each": {
-            f"sm_{arch}": Counter(f"{r['form']} {r['dtype']}" for r in rows if r["arch"] == arch) for arch in archs
+            f"sm_{arch}": Counter(f"{r['form']} {r['dtype']}" for r in rows if r["arch"] == arch)
+            for arch in archs
         },
         "looked at": {f"sm_{arch}": [name(r) for r in rows if r["arch"] == arch] for arch in archs},
     }
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.kernel_resources", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.kernel_resources", description=__doc__.split("\n\n")[0]
+    )
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=ARCHS)
-    parser.add_argument("--matrix", action="store_true", help="more sizes and forms than the test suite looks at")
+    parser.add_argument(
+        "--matrix", action="store_true", help="more sizes and forms than the test suite looks at"
+    )
     parser.add_argument("--only", default="", help="only forms that contain this")
     parser.add_argument("--jobs", type=int, default=1, help="compile in this many processes")
     parser.add_argument("--json", type=Path, help="also write the table as JSON")
-    parser.add_argument("--summary", type=Path, help="write versions, counts and faults as JSON, every few kernels")
-    parser.add_argument("--dump", nargs=2, metavar=("KINDS", "DIR"), help="keep listings: ptx,sass,ttgir DIR")
-    parser.add_argument("--list-forms", action="store_true", help="print the forms and what they edit, and stop")
+    parser.add_argument(
+        "--summary", type=Path, help="write versions, counts and faults as JSON, every few kernels"
+    )
+    parser.add_argument(
+        "--dump", nargs=2, metavar=("KINDS", "DIR"), help="keep listings: ptx,sass,ttgir DIR"
+    )
+    parser.add_argument(
+        "--list-forms", action="store_true", help="print the forms and what they edit, and stop"
+    )
     args = parser.parse_args(argv)
     if args.list_forms:
-        print("\n".join(f"{form:<22} {op:<10} {', '.join(fields)}" for form, (op, fields) in FORMS.items()))
+        print(
+            "\n".join(
+                f"{form:<22} {op:<10} {', '.join(fields)}" for form, (op, fields) in FORMS.items()
+            )
+        )
         print("\n".join(FUSED))
         return 0
     dump = None
@@ -382,14 +451,19 @@ def main(argv=None) -> int:
         dump[1].mkdir(parents=True, exist_ok=True)
     cases = matrix if args.matrix else suite
     wanted = [[case for case in cases(arch) if args.only in case.form] for arch in args.arch]
-    together = [of_arch[i : i + TOGETHER] for of_arch in wanted for i in range(0, len(of_arch), TOGETHER)]
+    together = [
+        of_arch[i : i + TOGETHER] for of_arch in wanted for i in range(0, len(of_arch), TOGETHER)
+    ]
     print(HEADER)
     rows = []
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
         for some in pool.imap(partial(measure, dump=dump), together):
             rows += some
             for r in some:
-                print("\n    WRONG ".join([line(r), *r["unwritten"][:3], *r["descriptors"][:3]]), flush=True)
+                print(
+                    "\n    WRONG ".join([line(r), *r["unwritten"][:3], *r["descriptors"][:3]]),
+                    flush=True,
+                )
             if args.summary:
                 args.summary.write_text(json.dumps(summary(rows, args.arch), indent=1) + "\n")
     if args.json:

@@ -1,15 +1,18 @@
-"""Is the machine code of a kernel what its PTX says? Two signs that it is not, found without a card.
+"""Is the machine code of a kernel what its PTX says? Two signs that it is not, found without a
+card.
 
-ptxas 12.8 (in Triton 3.6.0 and 3.7.1) makes code for sm_90 whose second matrix product takes its descriptor from a
-register that nothing has written, or that holds something else. The PTX is right, Triton's interpreter is right, the
-results on a card are wrong. So the listing of nvdisasm is looked at:
+ptxas 12.8 (in Triton 3.6.0 and 3.7.1) makes code for sm_90 whose second matrix product takes its
+descriptor from a register that nothing has written, or that holds something else. The PTX is right,
+Triton's interpreter is right, the results on a card are wrong. So the listing of nvdisasm is looked
+at:
 
     unwritten(code)            reads of registers that no instruction before has written, by data flow over the
                                control-flow graph
     wrong_descriptors(code, ptx)   wgmma descriptors that the PTX does not know, as far as both are constants
 
-A uniform register (UR) has to be written on every path that leads to a read. Of a vector register (R) it is enough that
-some path writes it: a value that only one branch defines and only the same branch uses is legal.
+A uniform register (UR) has to be written on every path that leads to a read. Of a vector register
+(R) it is enough that some path writes it: a value that only one branch defines and only the same
+branch uses is legal.
 """
 
 import re
@@ -142,7 +145,8 @@ def read(ins: Instruction) -> int:
 
 
 def descriptor_registers(ins: Instruction, first: int) -> int:
-    """HGMMA names one group of four registers, A's descriptor and B's; UTCHMMA names one for each."""
+    """HGMMA names one group of four registers, A's descriptor and B's; UTCHMMA names one for
+    each."""
     if ins.base != "HGMMA":
         return bits("UR", first, 2)
     if re.fullmatch(r"R\d+(\.reuse)?", ins.operands[1]):  # A is in registers
@@ -189,7 +193,8 @@ def target(ins: Instruction, index: dict) -> int:
 
 
 def written_before(code: list[Instruction]) -> tuple[list[int | None], list[int | None]]:
-    """For each instruction the registers that every path, and that some path, has written; None: never reached."""
+    """For each instruction the registers that every path, and that some path, has written; None:
+    never reached."""
     edges, writes = successors(code), [written(ins) for ins in code]
     every: list[int | None] = [None] * len(code)
     some: list[int | None] = [None] * len(code)
@@ -258,8 +263,8 @@ def total(values) -> int | None:
 
 
 def results(ins: Instruction, state: Words) -> list[int | None]:
-    """What the instruction writes to its uniform registers. A descriptor's low word never overflows, so an unknown one
-    carries nothing; a known one does as it says."""
+    """What the instruction writes to its uniform registers. A descriptor's low word never
+    overflows, so an unknown one carries nothing; a known one does as it says."""
     sources = [x for x in ins.operands[1:] if not re.fullmatch(r"!?UP[\dT]", x)]
     if ins.op == "UIADD3.64":
         parts = [long(x, state) for x in sources]
@@ -320,7 +325,8 @@ def step(ins: Instruction, state: Words) -> Words:
 
 
 def descriptors(code: list[Instruction]) -> list[tuple]:
-    """(instruction, rows of B, words of A or None if it is in registers, words of B) of every HGMMA."""
+    """(instruction, rows of B, words of A or None if it is in registers, words of B) of every
+    HGMMA."""
     if not any(ins.base == "HGMMA" for ins in code):
         return []
     edges = successors(code)
@@ -353,7 +359,8 @@ def descriptors(code: list[Instruction]) -> list[tuple]:
 
 
 class Ptx:
-    """The constants of a kernel's PTX, whose registers are written once but for those that a loop moves."""
+    """The constants of a kernel's PTX, whose registers are written once but for those that a loop
+    moves."""
 
     DEFINITION = re.compile(r"^\s*([a-z][\w.]*)\s+(%\w+), (.*?);", re.M)
     PRODUCT = re.compile(r"wgmma\.mma_async\.\S*m64n(\d+)k\S+ \{[^}]*\}, (\{[^}]*\}|%\w+), (%\w+),")

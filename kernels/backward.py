@@ -24,8 +24,21 @@ import triton.language as tl
 
 from .launch import Launch
 from .tiles import (
-    arch, bias_strides, dot, finite, head, instructions, load, load_bias, place, store, strides, unit, width, zeros,
-)  # fmt: skip
+    arch,
+    bias_strides,
+    dot,
+    finite,
+    head,
+    instructions,
+    load,
+    load_bias,
+    place,
+    store,
+    strides,
+    unit,
+    width,
+    zeros,
+)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -56,8 +69,23 @@ def values_of(
 
 
 @triton.jit
-def logits(b_q, b_k, offs_n, offs_l, queries, keys, scale, bias, stride_bias, map_row, first, h,
-           BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, HAS_BIAS: tl.constexpr):  # fmt: skip
+def logits(
+    b_q,
+    b_k,
+    offs_n,
+    offs_l,
+    queries,
+    keys,
+    scale,
+    bias,
+    stride_bias,
+    map_row,
+    first,
+    h,
+    BLOCK_N: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
     """log2(e) (scale q k^T + bias): (BLOCK_N, BLOCK_L), -inf beyond the last key."""
     s = dot(b_q, b_k.T, zeros(BLOCK_N, BLOCK_L)) * (scale * LOG2_E)
     if HAS_BIAS:
@@ -79,13 +107,38 @@ def logits(b_q, b_k, offs_n, offs_l, queries, keys, scale, bias, stride_bias, ma
     do_not_specialize_on_alignment=["source_row", "bias"],
 )
 def statistics_kernel(
-    q, k, v, v_source, grad_out, source_row, bias, log_sum, delta,
-    queries, keys, heads, first, rows, scale,
-    stride_q, stride_k, stride_v, stride_source, stride_grad, stride_bias,  # bias: elements, the others: UNIT
-    D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
-    HAS_SOURCE_ROW: tl.constexpr, HAS_BIAS: tl.constexpr, TWO_TERMS: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    v_source,
+    grad_out,
+    source_row,
+    bias,
+    log_sum,
+    delta,
+    queries,
+    keys,
+    heads,
+    first,
+    rows,
+    scale,
+    stride_q,
+    stride_k,
+    stride_v,
+    stride_source,
+    stride_grad,
+    stride_bias,  # bias: elements, the others: UNIT
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDTH_V: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    HAS_SOURCE_ROW: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TWO_TERMS: tl.constexpr,
+):
     """One block of queries of head h of term t: log_sum, in base 2, and delta = rowsum(P dP).
 
     log_sum, delta: (terms, heads, queries) float32, contiguous.
@@ -109,8 +162,23 @@ def statistics_kernel(
         offs_l = start + tl.arange(0, BLOCK_L)
         b_k = load(p_k, offs_l, offs_d, step_k, keys, D, True, WIDTH != D)
         b_v = load(p_v, offs_l, offs_v, step_v, keys, DV, True, WIDTH_V != DV)
-        s = logits(b_q, b_k, offs_n, offs_l, queries, keys, scale, bias, stride_bias, map_row, first, h,
-                   BLOCK_N, BLOCK_L, HAS_BIAS)  # fmt: skip
+        s = logits(
+            b_q,
+            b_k,
+            offs_n,
+            offs_l,
+            queries,
+            keys,
+            scale,
+            bias,
+            stride_bias,
+            map_row,
+            first,
+            h,
+            BLOCK_N,
+            BLOCK_L,
+            HAS_BIAS,
+        )
         m_new = tl.maximum(m, tl.max(s, 1))
         p = tl.exp2(s - finite(m_new)[:, None])
         shrink = tl.exp2(m - finite(m_new))
@@ -127,9 +195,29 @@ def statistics_kernel(
 
 
 @triton.jit
-def map_gradient(b_q, b_k, b_v, b_grad, log_sum, delta, t, heads, offs_n, offs_l, queries, keys, scale,
-                 bias, stride_bias, map_row, first, h,
-                 BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, HAS_BIAS: tl.constexpr):  # fmt: skip
+def map_gradient(
+    b_q,
+    b_k,
+    b_v,
+    b_grad,
+    log_sum,
+    delta,
+    t,
+    heads,
+    offs_n,
+    offs_l,
+    queries,
+    keys,
+    scale,
+    bias,
+    stride_bias,
+    map_row,
+    first,
+    h,
+    BLOCK_N: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
     """(P, dS = P (dP - delta)) of term t for one block of queries and keys, both (BLOCK_N,
     BLOCK_L)."""
     at = (tl.cast(t, tl.int64) * heads + h) * queries + offs_n
@@ -137,8 +225,23 @@ def map_gradient(b_q, b_k, b_v, b_grad, log_sum, delta, t, heads, offs_n, offs_l
         log_sum + at, mask=offs_n < queries, other=float("inf")
     )  # P = 0 beyond the last query
     b_delta = tl.load(delta + at, mask=offs_n < queries, other=0.0)
-    s = logits(b_q, b_k, offs_n, offs_l, queries, keys, scale, bias, stride_bias, map_row, first, h,
-               BLOCK_N, BLOCK_L, HAS_BIAS)  # fmt: skip
+    s = logits(
+        b_q,
+        b_k,
+        offs_n,
+        offs_l,
+        queries,
+        keys,
+        scale,
+        bias,
+        stride_bias,
+        map_row,
+        first,
+        h,
+        BLOCK_N,
+        BLOCK_L,
+        HAS_BIAS,
+    )
     p = tl.exp2(s - b_log_sum[:, None])
     return p, p * (dot(b_grad, b_v.T, zeros(BLOCK_N, BLOCK_L)) - b_delta[:, None])
 
@@ -155,13 +258,41 @@ def map_gradient(b_q, b_k, b_v, b_grad, log_sum, delta, t, heads, offs_n, offs_l
     do_not_specialize_on_alignment=["source_row", "bias"],
 )
 def query_kernel(
-    q, k, v, v_source, grad_out, source_row, bias, log_sum, delta, grad_q,
-    queries, keys, heads, first, rows, terms, scale,
-    stride_q, stride_k, stride_v, stride_source, stride_grad, stride_bias, stride_grad_q,
-    D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
-    HAS_SOURCE_ROW: tl.constexpr, HAS_BIAS: tl.constexpr, TWO_TERMS: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    v_source,
+    grad_out,
+    source_row,
+    bias,
+    log_sum,
+    delta,
+    grad_q,
+    queries,
+    keys,
+    heads,
+    first,
+    rows,
+    terms,
+    scale,
+    stride_q,
+    stride_k,
+    stride_v,
+    stride_source,
+    stride_grad,
+    stride_bias,
+    stride_grad_q,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDTH_V: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    HAS_SOURCE_ROW: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TWO_TERMS: tl.constexpr,
+):
     """dQ = scale dS K of one block of queries of head h of row b, over the terms that use its
     map."""
     start_n, h, b = place(queries, heads, BLOCK_N)
@@ -184,8 +315,29 @@ def query_kernel(
                 offs_l = start + tl.arange(0, BLOCK_L)
                 b_k = load(p_k, offs_l, offs_d, step_k, keys, D, True, WIDTH != D)
                 b_v = load(p_v, offs_l, offs_v, step_v, keys, DV, True, WIDTH_V != DV)
-                _, ds = map_gradient(b_q, b_k, b_v, b_grad, log_sum, delta, t, heads, offs_n, offs_l, queries, keys,
-                                     scale, bias, stride_bias, b, first, h, BLOCK_N, BLOCK_L, HAS_BIAS)  # fmt: skip
+                _, ds = map_gradient(
+                    b_q,
+                    b_k,
+                    b_v,
+                    b_grad,
+                    log_sum,
+                    delta,
+                    t,
+                    heads,
+                    offs_n,
+                    offs_l,
+                    queries,
+                    keys,
+                    scale,
+                    bias,
+                    stride_bias,
+                    b,
+                    first,
+                    h,
+                    BLOCK_N,
+                    BLOCK_L,
+                    HAS_BIAS,
+                )
                 acc = dot(ds.to(b_k.dtype), b_k, acc)
 
     p_out, step_out = head(grad_q, stride_grad_q, b, h, UNIT)
@@ -204,14 +356,45 @@ def query_kernel(
     do_not_specialize_on_alignment=["source_row", "bias"],
 )
 def key_kernel(
-    q, k, v, v_source, grad_out, source_row, bias, log_sum, delta, grad_k, grad_v, grad_source,
-    queries, keys, heads, first, rows, terms, scale,
-    stride_q, stride_k, stride_v, stride_source, stride_grad, stride_bias,
-    stride_grad_k, stride_grad_v, stride_grad_source,
-    D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
-    HAS_SOURCE_ROW: tl.constexpr, HAS_BIAS: tl.constexpr, TWO_TERMS: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    v_source,
+    grad_out,
+    source_row,
+    bias,
+    log_sum,
+    delta,
+    grad_k,
+    grad_v,
+    grad_source,
+    queries,
+    keys,
+    heads,
+    first,
+    rows,
+    terms,
+    scale,
+    stride_q,
+    stride_k,
+    stride_v,
+    stride_source,
+    stride_grad,
+    stride_bias,
+    stride_grad_k,
+    stride_grad_v,
+    stride_grad_source,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDTH_V: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    HAS_SOURCE_ROW: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TWO_TERMS: tl.constexpr,
+):
     """dK = scale dS^T Q of one block of keys of head h of row b, and dV = P^T dO of every term that
     uses its map."""
     start_l, h, b = place(keys, heads, BLOCK_L)
@@ -235,12 +418,34 @@ def key_kernel(
                 offs_n = start + tl.arange(0, BLOCK_N)
                 b_q = load(p_q, offs_n, offs_d, step_q, queries, D, True, WIDTH != D)
                 b_grad = load(p_grad, offs_n, offs_v, step_grad, queries, DV, True, WIDTH_V != DV)
-                p, ds = map_gradient(b_q, b_k, b_v, b_grad, log_sum, delta, t, heads, offs_n, offs_l, queries, keys,
-                                     scale, bias, stride_bias, b, first, h, BLOCK_N, BLOCK_L, HAS_BIAS)  # fmt: skip
+                p, ds = map_gradient(
+                    b_q,
+                    b_k,
+                    b_v,
+                    b_grad,
+                    log_sum,
+                    delta,
+                    t,
+                    heads,
+                    offs_n,
+                    offs_l,
+                    queries,
+                    keys,
+                    scale,
+                    bias,
+                    stride_bias,
+                    b,
+                    first,
+                    h,
+                    BLOCK_N,
+                    BLOCK_L,
+                    HAS_BIAS,
+                )
                 acc_v = dot(p.to(b_grad.dtype).T, b_grad, acc_v)
                 acc_k = dot(ds.to(b_q.dtype).T, b_q, acc_k)
-            p_out, step_out = values_of(t, grad_v, stride_grad_v, grad_source, stride_grad_source, h, rows, UNIT,
-                                        TWO_TERMS)  # fmt: skip
+            p_out, step_out = values_of(
+                t, grad_v, stride_grad_v, grad_source, stride_grad_source, h, rows, UNIT, TWO_TERMS
+            )
             store(p_out, acc_v, offs_l, offs_v, step_out, keys, DV)
 
     p_out, step_out = head(grad_k, stride_grad_k, b, h, UNIT)

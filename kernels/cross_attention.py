@@ -1,11 +1,13 @@
-"""Attention over at most 256 keys with the map edited in flight: the whole key row at once, one pass, no rescaling.
+"""Attention over at most 256 keys with the map edited in flight: the whole key row at once, one
+pass, no rescaling.
 
     P' = reweight * [blend * (P_source @ token_map) + (1 - blend) * P_own];   out = P' V
 
-`cross_attention_kernel` never forms P': the edit is linear in both maps, so fold.py moved it into the values and what
-is left is out = P_own V_own + P_source V_source. `cross_attention_save_kernel` forms P', because it is asked to write
-it, and `mean_kernel` then takes the mean over heads, if that is what was asked for. P_source is recomputed from q and k
-of another row, or read. Source: Hertz et al. 2022 (prompt-to-prompt) for the edits.
+`cross_attention_kernel` never forms P': the edit is linear in both maps, so fold.py moved it into
+the values and what is left is out = P_own V_own + P_source V_source. `cross_attention_save_kernel`
+forms P', because it is asked to write it, and `mean_kernel` then takes the mean over heads, if that
+is what was asked for. P_source is recomputed from q and k of another row, or read. Source: Hertz et
+al. 2022 (prompt-to-prompt) for the edits.
 """
 
 from collections.abc import Callable
@@ -18,24 +20,79 @@ import triton.language as tl
 from . import tuned
 from .launch import Launch
 from .tiles import (
-    LOG2_E, arch, bias_strides, dot, finite, head, launch_grid, load, load_bias, place, scores, store, strides,
-    table_strides, tile, unit, width, zeros,
-)  # fmt: skip
+    LOG2_E,
+    arch,
+    bias_strides,
+    dot,
+    finite,
+    head,
+    launch_grid,
+    load,
+    load_bias,
+    place,
+    scores,
+    store,
+    strides,
+    table_strides,
+    tile,
+    unit,
+    width,
+    zeros,
+)
 
 
 @triton.jit
-def softmax_map(q, k, bias, b, h, first, offs_n, queries, head_dim, stride_q, stride_k, stride_bias, scale,
-                L: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr,
-                BLOCK_N: tl.constexpr, STEP: tl.constexpr, HAS_BIAS: tl.constexpr, MASK_N: tl.constexpr):  # fmt: skip
-    """P = softmax(scale q k^T + bias) of one block of queries of row b: (BLOCK_N, KEYS) float32, zero beyond L."""
+def softmax_map(
+    q,
+    k,
+    bias,
+    b,
+    h,
+    first,
+    offs_n,
+    queries,
+    head_dim,
+    stride_q,
+    stride_k,
+    stride_bias,
+    scale,
+    L: tl.constexpr,
+    KEYS: tl.constexpr,
+    D: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STEP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    MASK_N: tl.constexpr,
+):
+    """P = softmax(scale q k^T + bias) of one block of queries of row b: (BLOCK_N, KEYS) float32,
+    zero beyond L."""
     p_q, step_q = head(q, stride_q, b, h, UNIT)
     p_k, step_k = head(k, stride_k, b, h, UNIT)
     b_q = load(p_q, offs_n, tl.arange(0, STEP), step_q, queries, D, MASK_N, D % STEP != 0)
-    s = scores(p_q, b_q, offs_n, queries, step_q, p_k, tl.arange(0, KEYS), L, step_k, head_dim,
-               D, BLOCK_N, KEYS, STEP, MASK_N, KEYS != L)  # fmt: skip
+    s = scores(
+        p_q,
+        b_q,
+        offs_n,
+        queries,
+        step_q,
+        p_k,
+        tl.arange(0, KEYS),
+        L,
+        step_k,
+        head_dim,
+        D,
+        BLOCK_N,
+        KEYS,
+        STEP,
+        MASK_N,
+        KEYS != L,
+    )
     # exp(x) = 2^(x log2 e), and log2 e is in the scale
     if HAS_BIAS:
-        biased = tl.where(b >= first, queries, 0)  # queries with a bias: rows before `first` have none
+        biased = tl.where(
+            b >= first, queries, 0
+        )  # queries with a bias: rows before `first` have none
         p_bias, step = head(bias, stride_bias, tl.maximum(b - first, 0), h, 1)
         s = s * scale + load_bias(p_bias, offs_n, tl.arange(0, KEYS), step, biased, L)
         p = tl.exp2(s - finite(tl.max(s, 1))[:, None])
@@ -47,16 +104,36 @@ def softmax_map(q, k, bias, b, h, first, offs_n, queries, head_dim, stride_q, st
 
 
 @triton.jit
-def stored_map(inject, b, h, offs_n, queries, stride, L: tl.constexpr, KEYS: tl.constexpr, MASK_N: tl.constexpr):
+def stored_map(
+    inject, b, h, offs_n, queries, stride, L: tl.constexpr, KEYS: tl.constexpr, MASK_N: tl.constexpr
+):
     """A stored map of one block of queries: (BLOCK_N, KEYS) float32."""
     p_map, step = head(inject, stride, b, h, 1)
-    return load(p_map, offs_n, tl.arange(0, KEYS), step, queries, L, MASK_N, KEYS != L).to(tl.float32)
+    return load(p_map, offs_n, tl.arange(0, KEYS), step, queries, L, MASK_N, KEYS != L).to(
+        tl.float32
+    )
 
 
 @triton.jit
-def store_columns(d, p, p_v, step_v, source, p_source, step_source, p_out, step_out, offs_n, queries,
-                  L: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, STEP: tl.constexpr,
-                  TWO_TERMS: tl.constexpr):  # fmt: skip
+def store_columns(
+    d,
+    p,
+    p_v,
+    step_v,
+    source,
+    p_source,
+    step_source,
+    p_out,
+    step_out,
+    offs_n,
+    queries,
+    L: tl.constexpr,
+    KEYS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STEP: tl.constexpr,
+    TWO_TERMS: tl.constexpr,
+):
     """Columns d of out = P V, with TWO_TERMS plus P_source V_source."""
     keys = tl.arange(0, KEYS)
     b_v = load(p_v, keys, d, step_v, L, D, KEYS != L, D % STEP != 0)
@@ -68,17 +145,67 @@ def store_columns(d, p, p_v, step_v, source, p_source, step_source, p_out, step_
 
 
 @triton.jit
-def store_product(p, p_v, step_v, source, p_source, step_source, p_out, step_out, offs_n, queries, head_dim,
-                  L: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, STEP: tl.constexpr,
-                  TWO_TERMS: tl.constexpr):  # fmt: skip
+def store_product(
+    p,
+    p_v,
+    step_v,
+    source,
+    p_source,
+    step_source,
+    p_out,
+    step_out,
+    offs_n,
+    queries,
+    head_dim,
+    L: tl.constexpr,
+    KEYS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STEP: tl.constexpr,
+    TWO_TERMS: tl.constexpr,
+):
     """out = P V, STEP columns at a time; head_dim as in `scores`."""
     if STEP < D:
         for start in range(0, head_dim, STEP):
-            store_columns(start + tl.arange(0, STEP), p, p_v, step_v, source, p_source, step_source, p_out, step_out,
-                          offs_n, queries, L, KEYS, D, BLOCK_N, STEP, TWO_TERMS)  # fmt: skip
+            store_columns(
+                start + tl.arange(0, STEP),
+                p,
+                p_v,
+                step_v,
+                source,
+                p_source,
+                step_source,
+                p_out,
+                step_out,
+                offs_n,
+                queries,
+                L,
+                KEYS,
+                D,
+                BLOCK_N,
+                STEP,
+                TWO_TERMS,
+            )
     else:
-        store_columns(tl.arange(0, STEP), p, p_v, step_v, source, p_source, step_source, p_out, step_out,
-                      offs_n, queries, L, KEYS, D, BLOCK_N, STEP, TWO_TERMS)  # fmt: skip
+        store_columns(
+            tl.arange(0, STEP),
+            p,
+            p_v,
+            step_v,
+            source,
+            p_source,
+            step_source,
+            p_out,
+            step_out,
+            offs_n,
+            queries,
+            L,
+            KEYS,
+            D,
+            BLOCK_N,
+            STEP,
+            TWO_TERMS,
+        )
 
 
 @triton.heuristics(
@@ -91,22 +218,48 @@ def store_product(p, p_v, step_v, source, p_source, step_source, p_out, step_out
     }
 )
 # A compile for each value, or for each step whose row of a table begins elsewhere, would be waste.
-@triton.jit(do_not_specialize=["heads", "first"], do_not_specialize_on_alignment=["source_row", "bias"])
+@triton.jit(
+    do_not_specialize=["heads", "first"], do_not_specialize_on_alignment=["source_row", "bias"]
+)
 def cross_attention_kernel(
-    q, k, v, v_source, source_row, inject, bias, out,
-    queries, heads, first, head_dim, scale,
-    stride_q, stride_k, stride_v, stride_source, stride_out,  # in units of UNIT
-    stride_inject, stride_bias,  # in elements
+    q,
+    k,
+    v,
+    v_source,
+    source_row,
+    inject,
+    bias,
+    out,
+    queries,
+    heads,
+    first,
+    head_dim,
+    scale,
+    stride_q,
+    stride_k,
+    stride_v,
+    stride_source,
+    stride_out,  # in units of UNIT
+    stride_inject,
+    stride_bias,  # in elements
     KEEP_OWN: tl.constexpr,
-    L: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_N: tl.constexpr, STEP: tl.constexpr,
-    HAS_SOURCE_ROW: tl.constexpr, HAS_INJECT: tl.constexpr, HAS_BIAS: tl.constexpr, TWO_TERMS: tl.constexpr,
+    L: tl.constexpr,
+    KEYS: tl.constexpr,
+    D: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STEP: tl.constexpr,
+    HAS_SOURCE_ROW: tl.constexpr,
+    HAS_INJECT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TWO_TERMS: tl.constexpr,
     EVEN_N: tl.constexpr,
-):  # fmt: skip
-    """One block of queries of head h of row b: out = P V, and rows from `first` on may differ in one of three ways.
+):
+    """One block of queries of head h of row b: out = P V, and rows from `first` on may differ in
+    one of three ways.
 
-    source_row alone: out = P_source V.  With v_source: out = P_own V + P_source V_source.  inject without KEEP_OWN:
-    out = inject V_source.
+    source_row alone: out = P_source V.  With v_source: out = P_own V + P_source V_source.  inject
+    without KEEP_OWN: out = inject V_source.
     """
     start_n, h, b = place(queries, heads, BLOCK_N)
     offs_n = start_n + tl.arange(0, BLOCK_N)
@@ -118,27 +271,145 @@ def cross_attention_kernel(
     p_out, step_out = head(out, stride_out, b, h, UNIT)
 
     if (KEEP_OWN and not TWO_TERMS) or b < first:
-        p = softmax_map(q, k, bias, b_source, h, first, offs_n, queries, head_dim, stride_q, stride_k, stride_bias, scale,
-                        L, KEYS, D, UNIT, BLOCK_N, STEP, HAS_BIAS, not EVEN_N)  # fmt: skip
-        store_product(p, p_v, step_v, p, p_v, step_v, p_out, step_out, offs_n, queries, head_dim,
-                      L, KEYS, D, BLOCK_N, STEP, False)  # fmt: skip
+        p = softmax_map(
+            q,
+            k,
+            bias,
+            b_source,
+            h,
+            first,
+            offs_n,
+            queries,
+            head_dim,
+            stride_q,
+            stride_k,
+            stride_bias,
+            scale,
+            L,
+            KEYS,
+            D,
+            UNIT,
+            BLOCK_N,
+            STEP,
+            HAS_BIAS,
+            not EVEN_N,
+        )
+        store_product(
+            p,
+            p_v,
+            step_v,
+            p,
+            p_v,
+            step_v,
+            p_out,
+            step_out,
+            offs_n,
+            queries,
+            head_dim,
+            L,
+            KEYS,
+            D,
+            BLOCK_N,
+            STEP,
+            False,
+        )
     elif TWO_TERMS or not KEEP_OWN:
         if HAS_INJECT:
-            source = stored_map(inject, b - first, h, offs_n, queries, stride_inject, L, KEYS, not EVEN_N)
+            source = stored_map(
+                inject, b - first, h, offs_n, queries, stride_inject, L, KEYS, not EVEN_N
+            )
         else:
-            source = softmax_map(q, k, bias, b_source, h, first, offs_n, queries, head_dim, stride_q, stride_k, stride_bias, scale,
-                                 L, KEYS, D, UNIT, BLOCK_N, STEP, HAS_BIAS, not EVEN_N)  # fmt: skip
+            source = softmax_map(
+                q,
+                k,
+                bias,
+                b_source,
+                h,
+                first,
+                offs_n,
+                queries,
+                head_dim,
+                stride_q,
+                stride_k,
+                stride_bias,
+                scale,
+                L,
+                KEYS,
+                D,
+                UNIT,
+                BLOCK_N,
+                STEP,
+                HAS_BIAS,
+                not EVEN_N,
+            )
         p_source, step_source = head(v_source, stride_source, b - first, h, UNIT)
         p = source
         if TWO_TERMS:
-            source = source.to(v.dtype.element_ty)  # half the registers while the other map is computed
-            p = softmax_map(q, k, bias, b, h, first, offs_n, queries, head_dim, stride_q, stride_k, stride_bias, scale,
-                            L, KEYS, D, UNIT, BLOCK_N, STEP, HAS_BIAS, not EVEN_N)  # fmt: skip
-            store_product(p, p_v, step_v, source, p_source, step_source, p_out, step_out, offs_n, queries, head_dim,
-                          L, KEYS, D, BLOCK_N, STEP, True)  # fmt: skip
+            source = source.to(
+                v.dtype.element_ty
+            )  # half the registers while the other map is computed
+            p = softmax_map(
+                q,
+                k,
+                bias,
+                b,
+                h,
+                first,
+                offs_n,
+                queries,
+                head_dim,
+                stride_q,
+                stride_k,
+                stride_bias,
+                scale,
+                L,
+                KEYS,
+                D,
+                UNIT,
+                BLOCK_N,
+                STEP,
+                HAS_BIAS,
+                not EVEN_N,
+            )
+            store_product(
+                p,
+                p_v,
+                step_v,
+                source,
+                p_source,
+                step_source,
+                p_out,
+                step_out,
+                offs_n,
+                queries,
+                head_dim,
+                L,
+                KEYS,
+                D,
+                BLOCK_N,
+                STEP,
+                True,
+            )
         else:
-            store_product(source, p_source, step_source, p, p_v, step_v, p_out, step_out, offs_n, queries, head_dim,
-                          L, KEYS, D, BLOCK_N, STEP, False)  # fmt: skip
+            store_product(
+                source,
+                p_source,
+                step_source,
+                p,
+                p_v,
+                step_v,
+                p_out,
+                step_out,
+                offs_n,
+                queries,
+                head_dim,
+                L,
+                KEYS,
+                D,
+                BLOCK_N,
+                STEP,
+                False,
+            )
 
 
 @triton.jit
@@ -165,16 +436,47 @@ def row_vector(p, stride, row, h, L: tl.constexpr, KEYS: tl.constexpr):
     do_not_specialize_on_alignment=["source_row", "blend", "reweight", "bias"],
 )
 def cross_attention_save_kernel(
-    q, k, v, source_row, inject, token_map, blend, reweight, bias, save, out,
-    queries, heads, first, head_dim, scale,
-    stride_q, stride_k, stride_v, stride_out,  # in units of UNIT
-    stride_inject, stride_save, stride_bias, stride_blend, stride_reweight,  # in elements
-    L: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_N: tl.constexpr, STEP: tl.constexpr,
-    HAS_SOURCE_ROW: tl.constexpr, HAS_INJECT: tl.constexpr, HAS_TOKEN_MAP: tl.constexpr, HAS_BLEND: tl.constexpr,
-    HAS_REWEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_N: tl.constexpr,
-):  # fmt: skip
-    """One block of queries of head h of row b: P', written to `save` in the edited rows, and out = P' V.
+    q,
+    k,
+    v,
+    source_row,
+    inject,
+    token_map,
+    blend,
+    reweight,
+    bias,
+    save,
+    out,
+    queries,
+    heads,
+    first,
+    head_dim,
+    scale,
+    stride_q,
+    stride_k,
+    stride_v,
+    stride_out,  # in units of UNIT
+    stride_inject,
+    stride_save,
+    stride_bias,
+    stride_blend,
+    stride_reweight,  # in elements
+    L: tl.constexpr,
+    KEYS: tl.constexpr,
+    D: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STEP: tl.constexpr,
+    HAS_SOURCE_ROW: tl.constexpr,
+    HAS_INJECT: tl.constexpr,
+    HAS_TOKEN_MAP: tl.constexpr,
+    HAS_BLEND: tl.constexpr,
+    HAS_REWEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN_N: tl.constexpr,
+):
+    """One block of queries of head h of row b: P', written to `save` in the edited rows, and out =
+    P' V.
 
     token_map: (S, KEYS, KEYS), zero beyond L, so that no load of it needs a mask, contiguous.
     """
@@ -187,18 +489,63 @@ def cross_attention_save_kernel(
         if b >= first:
             b_source = first + tl.load(source_row + edited).to(tl.int32)
 
-    p = softmax_map(q, k, bias, b if HAS_BLEND else b_source, h, first, offs_n, queries, head_dim, stride_q, stride_k,
-                    stride_bias, scale,
-                    L, KEYS, D, UNIT, BLOCK_N, STEP, HAS_BIAS, not EVEN_N)  # fmt: skip
+    p = softmax_map(
+        q,
+        k,
+        bias,
+        b if HAS_BLEND else b_source,
+        h,
+        first,
+        offs_n,
+        queries,
+        head_dim,
+        stride_q,
+        stride_k,
+        stride_bias,
+        scale,
+        L,
+        KEYS,
+        D,
+        UNIT,
+        BLOCK_N,
+        STEP,
+        HAS_BIAS,
+        not EVEN_N,
+    )
     if b >= first:
         source = p
         if HAS_INJECT:
-            source = stored_map(inject, edited, h, offs_n, queries, stride_inject, L, KEYS, not EVEN_N)
+            source = stored_map(
+                inject, edited, h, offs_n, queries, stride_inject, L, KEYS, not EVEN_N
+            )
         elif HAS_BLEND:
-            source = softmax_map(q, k, bias, b_source, h, first, offs_n, queries, head_dim, stride_q, stride_k, stride_bias, scale,
-                                 L, KEYS, D, UNIT, BLOCK_N, STEP, HAS_BIAS, not EVEN_N)  # fmt: skip
+            source = softmax_map(
+                q,
+                k,
+                bias,
+                b_source,
+                h,
+                first,
+                offs_n,
+                queries,
+                head_dim,
+                stride_q,
+                stride_k,
+                stride_bias,
+                scale,
+                L,
+                KEYS,
+                D,
+                UNIT,
+                BLOCK_N,
+                STEP,
+                HAS_BIAS,
+                not EVEN_N,
+            )
         if HAS_TOKEN_MAP:
-            b_m = load(token_map + edited * (KEYS * KEYS), keys, keys, (KEYS, 1), KEYS, KEYS, False, False)
+            b_m = load(
+                token_map + edited * (KEYS * KEYS), keys, keys, (KEYS, 1), KEYS, KEYS, False, False
+            )
             source = dot(source.to(b_m.dtype), b_m, zeros(BLOCK_N, KEYS))
         if HAS_BLEND:
             w = row_vector(blend, stride_blend, edited, h, L, KEYS)
@@ -210,16 +557,41 @@ def cross_attention_save_kernel(
         p = source
     p_v, step_v = head(v, stride_v, b, h, UNIT)
     p_out, step_out = head(out, stride_out, b, h, UNIT)
-    store_product(p, p_v, step_v, p, p_v, step_v, p_out, step_out, offs_n, queries, head_dim,
-                  L, KEYS, D, BLOCK_N, STEP, False)  # fmt: skip
+    store_product(
+        p,
+        p_v,
+        step_v,
+        p,
+        p_v,
+        step_v,
+        p_out,
+        step_out,
+        offs_n,
+        queries,
+        head_dim,
+        L,
+        KEYS,
+        D,
+        BLOCK_N,
+        STEP,
+        False,
+    )
 
 
 @triton.jit(do_not_specialize=["heads"], do_not_specialize_on_alignment=["save_mean"])
 def mean_kernel(
-    maps, save_mean, queries, heads, stride_maps, stride_mean,
-    L: tl.constexpr, KEYS: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """save_mean += the mean over heads of maps (S, H, N, L), one block of queries, summed in the order of the heads."""
+    maps,
+    save_mean,
+    queries,
+    heads,
+    stride_maps,
+    stride_mean,
+    L: tl.constexpr,
+    KEYS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """save_mean += the mean over heads of maps (S, H, N, L), one block of queries, summed in the
+    order of the heads."""
     start_n, _, edited = place(queries, 1, BLOCK_N)
     offs_n, keys = start_n + tl.arange(0, BLOCK_N), tl.arange(0, KEYS)
     total = zeros(BLOCK_N, KEYS)
@@ -259,12 +631,26 @@ def prepare(q, k, v, v_source, source_row, inject, bias, keep_own, scale, out) -
     u = unit(q, k, v, v_source, out)
     op = "cross_attention" + (wide(k) or ("" if bias is None else ", bias"))
     choice = tile(op, q, arch()) | tuned.tile(op, q)
-    numbers = (N, H, first_row(q, source_row, inject, bias), D, (D**-0.5 if scale is None else scale) * LOG2_E)
-    steps = *(strides(x, u) for x in (q, k, v, v_source, out)), strides(inject, 1), bias_strides(bias, H, N)
+    numbers = (
+        N,
+        H,
+        first_row(q, source_row, inject, bias),
+        D,
+        (D**-0.5 if scale is None else scale) * LOG2_E,
+    )
+    steps = (
+        *(strides(x, u) for x in (q, k, v, v_source, out)),
+        strides(inject, 1),
+        bias_strides(bias, H, N),
+    )
     attend = Launch(
-        cross_attention_kernel, launch_grid(q, choice), (*numbers, *steps),
-        KEEP_OWN=keep_own, **shape_args(q, k, u), **choice,
-    )  # fmt: skip
+        cross_attention_kernel,
+        launch_grid(q, choice),
+        (*numbers, *steps),
+        KEEP_OWN=keep_own,
+        **shape_args(q, k, u),
+        **choice,
+    )
 
     def launch(q, k, v, v_source, source_row, inject, bias, keep_own, scale, out):
         attend(q, k, v, v_source, source_row, inject, bias, out)
@@ -272,8 +658,11 @@ def prepare(q, k, v, v_source, source_row, inject, bias, keep_own, scale, out) -
     return launch
 
 
-def prepare_save(q, k, v, source_row, inject, token_map, blend, reweight, bias, save, save_mean, scale, out) -> Callable:
-    """The form that writes P' or its mean, for tensors like these; all checks are done in ops.py. It takes the same.
+def prepare_save(
+    q, k, v, source_row, inject, token_map, blend, reweight, bias, save, save_mean, scale, out
+) -> Callable:
+    """The form that writes P' or its mean, for tensors like these; all checks are done in ops.py.
+    It takes the same.
 
     The mean is taken of maps in q's dtype, which are `save` if that is as exact.
     """
@@ -284,23 +673,40 @@ def prepare_save(q, k, v, source_row, inject, token_map, blend, reweight, bias, 
     choice = tile(op, q, arch()) | tuned.tile(op, q)
     args = shape_args(q, k, u)
     beyond = args["KEYS"] - L
-    own_maps = save is None or save_mean is not None and torch.finfo(save.dtype).eps > torch.finfo(q.dtype).eps
+    own_maps = (
+        save is None
+        or save_mean is not None
+        and torch.finfo(save.dtype).eps > torch.finfo(q.dtype).eps
+    )
     maps = q.new_empty(S, H, N, L) if own_maps else save
 
     numbers = (N, H, q.shape[0] - S, D, (D**-0.5 if scale is None else scale) * LOG2_E)
     steps = (
-        *(strides(x, u) for x in (q, k, v, out)), strides(inject, 1), strides(maps, 1), bias_strides(bias, H, N),
-        table_strides(blend), table_strides(reweight),
-    )  # fmt: skip
-    attend = Launch(cross_attention_save_kernel, launch_grid(q, choice), (*numbers, *steps), **args, **choice)
+        *(strides(x, u) for x in (q, k, v, out)),
+        strides(inject, 1),
+        strides(maps, 1),
+        bias_strides(bias, H, N),
+        table_strides(blend),
+        table_strides(reweight),
+    )
+    attend = Launch(
+        cross_attention_save_kernel, launch_grid(q, choice), (*numbers, *steps), **args, **choice
+    )
     if save_mean is not None:
         block = 16
         add_mean = Launch(
-            mean_kernel, (triton.cdiv(N, block) * S,), (N, H, strides(maps, 1), strides(save_mean[:, None], 1)),
-            L=L, KEYS=args["KEYS"], BLOCK_N=block, num_warps=4,
-        )  # fmt: skip
+            mean_kernel,
+            (triton.cdiv(N, block) * S,),
+            (N, H, strides(maps, 1), strides(save_mean[:, None], 1)),
+            L=L,
+            KEYS=args["KEYS"],
+            BLOCK_N=block,
+            num_warps=4,
+        )
 
-    def launch(q, k, v, source_row, inject, token_map, blend, reweight, bias, save, save_mean, scale, out):
+    def launch(
+        q, k, v, source_row, inject, token_map, blend, reweight, bias, save, save_mean, scale, out
+    ):
         if token_map is not None:  # both factors of a product have one dtype
             token_map = F.pad(token_map.to(q.dtype), (0, beyond, 0, beyond)).contiguous()
         maps = q.new_empty(S, H, N, L) if own_maps else save

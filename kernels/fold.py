@@ -2,8 +2,8 @@
 
     V_own = (1 - blend) * reweight * V;   V_source = token_map @ (blend * reweight * V)
 
-ops.fold is the same in PyTorch, in about ten launches, which would take longer than the attention that follows. Inside
-the attention kernel it would cost more registers than there are.
+ops.fold is the same in PyTorch, in about ten launches, which would take longer than the attention
+that follows. Inside the attention kernel it would cost more registers than there are.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,17 @@ def column(p, stride, rows, limit):
 
 
 @triton.jit
-def weighted(p_v, keys, cols, step_v, reweight, stride, L: tl.constexpr, D: tl.constexpr, HAS_REWEIGHT: tl.constexpr):
+def weighted(
+    p_v,
+    keys,
+    cols,
+    step_v,
+    reweight,
+    stride,
+    L: tl.constexpr,
+    D: tl.constexpr,
+    HAS_REWEIGHT: tl.constexpr,
+):
     """reweight * V, float32."""
     x = load(p_v, keys, cols, step_v, L, D, True, True).to(tl.float32)
     if HAS_REWEIGHT:
@@ -43,17 +53,37 @@ def weighted(p_v, keys, cols, step_v, reweight, stride, L: tl.constexpr, D: tl.c
     }
 )
 @triton.jit(
-    do_not_specialize=["heads", "first"], do_not_specialize_on_alignment=["token_map", "blend", "reweight"]
+    do_not_specialize=["heads", "first"],
+    do_not_specialize_on_alignment=["token_map", "blend", "reweight"],
 )
 def fold_kernel(
-    v, token_map, blend, reweight, own, source,
-    heads, first, stride_v, stride_own, stride_source,  # in units of UNIT
-    stride_map, stride_blend, stride_reweight,  # in elements
-    L: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
-    HAS_OWN: tl.constexpr, HAS_SOURCE: tl.constexpr,
-    HAS_TOKEN_MAP: tl.constexpr, HAS_BLEND: tl.constexpr, HAS_REWEIGHT: tl.constexpr,
-):  # fmt: skip
-    """ROWS keys and STEP columns of one head of row b, of `own` (V where a row is not edited) and of `source`."""
+    v,
+    token_map,
+    blend,
+    reweight,
+    own,
+    source,
+    heads,
+    first,
+    stride_v,
+    stride_own,
+    stride_source,  # in units of UNIT
+    stride_map,
+    stride_blend,
+    stride_reweight,  # in elements
+    L: tl.constexpr,
+    D: tl.constexpr,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+    HAS_OWN: tl.constexpr,
+    HAS_SOURCE: tl.constexpr,
+    HAS_TOKEN_MAP: tl.constexpr,
+    HAS_BLEND: tl.constexpr,
+    HAS_REWEIGHT: tl.constexpr,
+):
+    """ROWS keys and STEP columns of one head of row b, of `own` (V where a row is not edited) and
+    of `source`."""
     h, b = tl.program_id(0) % heads, tl.program_id(0) // heads
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     cols = tl.program_id(2) * STEP + tl.arange(0, STEP)
@@ -61,7 +91,9 @@ def fold_kernel(
     if b < first:
         if HAS_OWN:
             p_own, step_own = head(own, stride_own, b, h, UNIT)
-            store(p_own, load(p_v, rows, cols, step_v, L, D, True, True), rows, cols, step_own, L, D)
+            store(
+                p_own, load(p_v, rows, cols, step_v, L, D, True, True), rows, cols, step_own, L, D
+            )
     else:
         edited = (b - first).to(tl.int64)
         if HAS_REWEIGHT:
@@ -81,13 +113,19 @@ def fold_kernel(
                 for start in range(0, L, STEP):
                     keys = start + tl.arange(0, STEP)
                     # (STEP, STEP)
-                    values = weighted(p_v, keys, cols, step_v, reweight, stride_reweight[2], L, D, HAS_REWEIGHT)
+                    values = weighted(
+                        p_v, keys, cols, step_v, reweight, stride_reweight[2], L, D, HAS_REWEIGHT
+                    )
                     if HAS_BLEND:
                         values = column(blend, stride_blend[2], keys, L) * values
                     p_map = token_map + edited * stride_map[0]
-                    total = dot(load(p_map, rows, keys, stride_map[1:], L, L, True, True), values, total)
+                    total = dot(
+                        load(p_map, rows, keys, stride_map[1:], L, L, True, True), values, total
+                    )
             else:
-                total = weighted(p_v, rows, cols, step_v, reweight, stride_reweight[2], L, D, HAS_REWEIGHT)
+                total = weighted(
+                    p_v, rows, cols, step_v, reweight, stride_reweight[2], L, D, HAS_REWEIGHT
+                )
                 if HAS_BLEND:
                     total = column(blend, stride_blend[2], rows, L) * total
             store(p_source, total, rows, cols, step_source, L, D)
@@ -102,10 +140,14 @@ def prepare(v, token_map, blend, reweight, has_source, stored, out) -> Callable:
     It takes the same arguments. out: the tensors of ops.Folded that are not None.
     """
     arch()  # the first launch chooses the ptxas
-    (B, H, L, D), S = v.shape, next(x.shape[0] for x in (token_map, blend, reweight) if x is not None)
+    (B, H, L, D), S = (
+        v.shape,
+        next(x.shape[0] for x in (token_map, blend, reweight) if x is not None),
+    )
 
     def parts(out):
-        """(V_own in all rows, V_source); where V_source is a row's only term and its map recomputed, it is in V_own."""
+        """(V_own in all rows, V_source); where V_source is a row's only term and its map
+        recomputed, it is in V_own."""
         own = None if stored and blend is None else out[0]
         only = blend is None and not stored
         return own, None if not has_source else own[B - S :] if only else out[-1]
@@ -113,11 +155,22 @@ def prepare(v, token_map, blend, reweight, has_source, stored, out) -> Callable:
     tensors = v, *parts(out)
     u = unit(*tensors)
     map_steps = (0, 0, 0) if token_map is None else token_map.stride()
-    steps = *(strides(x, u) for x in tensors), map_steps, table_strides(blend), table_strides(reweight)
+    steps = (
+        *(strides(x, u) for x in tensors),
+        map_steps,
+        table_strides(blend),
+        table_strides(reweight),
+    )
     fold = Launch(
-        fold_kernel, (H * B, triton.cdiv(L, ROWS), triton.cdiv(D, STEP)), (H, B - S, *steps),
-        L=L, D=D, UNIT=u, ROWS=ROWS, STEP=STEP,
-    )  # fmt: skip
+        fold_kernel,
+        (H * B, triton.cdiv(L, ROWS), triton.cdiv(D, STEP)),
+        (H, B - S, *steps),
+        L=L,
+        D=D,
+        UNIT=u,
+        ROWS=ROWS,
+        STEP=STEP,
+    )
 
     def launch(v, token_map, blend, reweight, has_source, stored, out):
         fold(v, token_map, blend, reweight, *parts(out))

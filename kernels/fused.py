@@ -1,7 +1,9 @@
-"""The public fused ops beside attention: `group_norm_silu`, `layer_norm`, `geglu`, checked here, computed in norms.py.
+"""The public fused ops beside attention: `group_norm_silu`, `layer_norm`, `geglu`, checked here,
+computed in norms.py.
 
-As in ops.py: importing this imports torch only, each op is registered with torch.library, and there is no backward.
-minisd's models do not use them: that would need a card on which they are measured to be faster than PyTorch's.
+As in ops.py: importing this imports torch only, each op is registered with torch.library, and there
+is no backward. minisd's models do not use them: that would need a card on which they are measured
+to be faster than PyTorch's.
 """
 
 import torch
@@ -12,21 +14,27 @@ from .ops import DTYPES
 MAX_WIDTH = 16384  # layer_norm holds whole rows
 
 
-def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+def group_norm_silu(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5
+) -> Tensor:
     """silu(GroupNorm(x)), for images in channels_last memory.
 
         y = silu((x - mean) / sqrt(var + eps) * weight + bias), mean and var over a group of channels of one image
 
-    x: (batch, channels, height, width), channels_last, float16, bfloat16 or float32; weight, bias: (channels,), the
-    same dtypes. Returns x's shape, dtype and memory format. ValueError: shapes, dtypes, devices, memory format.
-    RuntimeError: an input needs a gradient. Source: Wu and He 2018.
+    x: (batch, channels, height, width), channels_last, float16, bfloat16 or float32; weight, bias:
+    (channels,), the same dtypes. Returns x's shape, dtype and memory format. ValueError: shapes,
+    dtypes, devices, memory format. RuntimeError: an input needs a gradient. Source: Wu and He 2018.
     """
     if x.ndim != 4 or x.numel() == 0:
-        raise ValueError(f"x: expected (batch, channels, height, width), none of them 0, got {tuple(x.shape)}")
+        raise ValueError(
+            f"x: expected (batch, channels, height, width), none of them 0, got {tuple(x.shape)}"
+        )
     if groups < 1 or x.shape[1] % groups:
         raise ValueError(f"groups: expected a divisor of the {x.shape[1]} channels, got {groups}")
     if not x.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError(f"x: expected channels_last memory, got strides {x.stride()} for shape {tuple(x.shape)}")
+        raise ValueError(
+            f"x: expected channels_last memory, got strides {x.stride()} for shape {tuple(x.shape)}"
+        )
     check(x, x.shape[1], weight, bias)
     return torch.ops.minisd_kernels.group_norm_silu(x, groups, weight, bias, eps)
 
@@ -36,8 +44,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
 
         y = (x - mean) / sqrt(var + eps) * weight + bias
 
-    x: (..., channels), contiguous, at most 16384 channels, float16, bfloat16 or float32; weight, bias: (channels,), the
-    same dtypes. ValueError and RuntimeError as in group_norm_silu. Source: Ba et al. 2016.
+    x: (..., channels), contiguous, at most 16384 channels, float16, bfloat16 or float32; weight,
+    bias: (channels,), the same dtypes. ValueError and RuntimeError as in group_norm_silu. Source:
+    Ba et al. 2016.
     """
     check_rows(x)
     if x.shape[-1] > MAX_WIDTH:
@@ -47,10 +56,11 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
 
 
 def geglu(x: Tensor) -> Tensor:
-    """h * gelu(gate) with h the first half of the last dimension, gate the second, and the exact GELU.
+    """h * gelu(gate) with h the first half of the last dimension, gate the second, and the exact
+    GELU.
 
-    x: (..., 2 * channels), contiguous, float16, bfloat16 or float32 -> (..., channels). ValueError and RuntimeError as
-    in group_norm_silu. Source: Shazeer 2020.
+    x: (..., 2 * channels), contiguous, float16, bfloat16 or float32 -> (..., channels). ValueError
+    and RuntimeError as in group_norm_silu. Source: Shazeer 2020.
     """
     check_rows(x)
     if x.shape[-1] % 2:
@@ -61,25 +71,34 @@ def geglu(x: Tensor) -> Tensor:
 
 def check_rows(x: Tensor) -> None:
     if x.ndim < 1 or x.numel() == 0:
-        raise ValueError(f"x: expected at least one dimension, none of them 0, got shape {tuple(x.shape)}")
+        raise ValueError(
+            f"x: expected at least one dimension, none of them 0, got shape {tuple(x.shape)}"
+        )
     if not x.is_contiguous():
-        raise ValueError(f"x: expected contiguous memory, got strides {x.stride()} for shape {tuple(x.shape)}")
+        raise ValueError(
+            f"x: expected contiguous memory, got strides {x.stride()} for shape {tuple(x.shape)}"
+        )
 
 
 def check(x: Tensor, channels: int, *parameters: Tensor) -> None:
-    """ValueError unless dtypes, devices and the shapes of the parameters fit; RuntimeError under autograd."""
+    """ValueError unless dtypes, devices and the shapes of the parameters fit; RuntimeError under
+    autograd."""
     for name, y in zip(("x", "weight", "bias"), (x, *parameters)):
         if y.dtype not in DTYPES:
             raise ValueError(f"{name}: expected {' or '.join(map(str, DTYPES))}, got {y.dtype}")
         if y.device != x.device:
             raise ValueError(f"{name}: expected a tensor on {x.device} like x, got {y.device}")
         if y is not x and (y.shape != (channels,) or y.stride() != (1,)):
-            raise ValueError(f"{name}: expected contiguous shape ({channels},), got {tuple(y.shape)}, {y.stride()}")
+            raise ValueError(
+                f"{name}: expected contiguous shape ({channels},), got {tuple(y.shape)}, {y.stride()}"
+            )
     if torch.is_grad_enabled() and any(y.requires_grad for y in (x, *parameters)):
         raise RuntimeError(NO_BACKWARD)
 
 
-NO_BACKWARD = "the fused Triton kernels have no backward; use torch.nn.functional or torch.no_grad()"
+NO_BACKWARD = (
+    "the fused Triton kernels have no backward; use torch.nn.functional or torch.no_grad()"
+)
 
 # Registration, as in ops.py.
 
@@ -107,7 +126,9 @@ def run(name: str, empty, x: Tensor, *args) -> Tensor:
     from . import norms
 
     if x.device.type != "cuda" and not triton.knobs.runtime.interpret:
-        raise ValueError(f"the Triton kernels need a CUDA device, got {x.device}; torch.nn.functional runs everywhere")
+        raise ValueError(
+            f"the Triton kernels need a CUDA device, got {x.device}; torch.nn.functional runs everywhere"
+        )
     out = empty(x)
     with torch.cuda.device_of(x):
         getattr(norms, f"launch_{name}")(x, *args, out)

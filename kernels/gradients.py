@@ -102,7 +102,7 @@ def fold_values(v, source, token_map, blend, reweight) -> ops.Folded:
 
 def cross_attention(
     q, k, v, *, source_row, inject, token_map, blend, reweight, bias, save, save_mean, folded, scale
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """ops.cross_attention, differentiable."""
     tables = (token_map, blend, reweight)
     ops.check_cross_attention(q, k, v, source_row, inject, *tables, bias, save, save_mean, scale)

@@ -1,18 +1,20 @@
-"""GroupNorm with SiLU on channels_last memory, LayerNorm and GEGLU, each without an intermediate result in memory.
+"""GroupNorm with SiLU on channels_last memory, LayerNorm and GEGLU, each without an intermediate
+result in memory.
 
     group_norm_silu: y = silu((x - mean) / sqrt(var + eps) * weight + bias), mean and var over a group of one image
     layer_norm:      y = (x - mean) / sqrt(var + eps) * weight + bias, mean and var over the last dimension
     geglu:           y = h * gelu(gate), where x = [h, gate]; the exact GELU, gate * Phi(gate)
 
-Offsets are 64-bit before anything is multiplied, and the dimension of a grid that may be long is its first: the other
-two end at 65535.
+Offsets are 64-bit before anything is multiplied, and the dimension of a grid that may be long is
+its first: the other two end at 65535.
 
-All sums in float32, of deviations from a mean and never of squares: mean(x^2) - mean^2 loses what var is made of.
+All sums in float32, of deviations from a mean and never of squares: mean(x^2) - mean^2 loses what
+var is made of.
 
-In channels_last memory a group is a narrow column, 10 channels of 320, and its rows lie far apart. So nobody reads
-group by group: `moments_kernel` takes mean and squared deviations of each channel over a block of positions, all
-channels side by side; `group_kernel` combines them into those of a group (Chan, Golub and LeVeque 1979);
-`apply_kernel` normalises. x is read twice and written once.
+In channels_last memory a group is a narrow column, 10 channels of 320, and its rows lie far apart.
+So nobody reads group by group: `moments_kernel` takes mean and squared deviations of each channel
+over a block of positions, all channels side by side; `group_kernel` combines them into those of a
+group (Chan, Golub and LeVeque 1979); `apply_kernel` normalises. x is read twice and written once.
 
 Sources: Wu and He 2018 (GroupNorm), Ba et al. 2016 (LayerNorm), Shazeer 2020 (GEGLU).
 """
@@ -30,7 +32,8 @@ def offsets(b, offs_p, offs_c, positions, channels):
 
 @triton.jit
 def moments_kernel(x, moments, positions, channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Mean and sum of squared deviations of BLOCK_C channels over one block of positions of image b.
+    """Mean and sum of squared deviations of BLOCK_C channels over one block of positions of image
+    b.
 
     x: (B, positions, channels); moments: (B, blocks, 2, channels) float32.
     """
@@ -40,7 +43,9 @@ def moments_kernel(x, moments, positions, channels, BLOCK_P: tl.constexpr, BLOCK
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_x = (offs_p[:, None] < positions) & (offs_c[None, :] < channels)
     # (BLOCK_P, BLOCK_C)
-    b_x = tl.load(x + offsets(b, offs_p, offs_c, positions, channels), mask=m_x, other=0.0).to(tl.float32)
+    b_x = tl.load(x + offsets(b, offs_p, offs_c, positions, channels), mask=m_x, other=0.0).to(
+        tl.float32
+    )
     count = tl.minimum(BLOCK_P, positions - block * BLOCK_P)
     mean = tl.sum(b_x, 0) / count
     deviation = tl.where(m_x, b_x - mean[None, :], 0.0)
@@ -51,9 +56,18 @@ def moments_kernel(x, moments, positions, channels, BLOCK_P: tl.constexpr, BLOCK
 
 @triton.jit
 def group_kernel(
-    moments, weight, statistics, positions, channels, blocks, eps,
-    WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
-):  # fmt: skip
+    moments,
+    weight,
+    statistics,
+    positions,
+    channels,
+    blocks,
+    eps,
+    WIDTH: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
     """Mean and scale = weight / sqrt(var + eps) of the WIDTH channels of one group of image b.
 
     statistics: (B, 2, channels) float32.
@@ -78,7 +92,9 @@ def group_kernel(
         m_k = (offs_k[:, None] < blocks) & (offs_w[None, :] < WIDTH)
         p_k = p_moments + offs_k.to(tl.int64)[:, None] * 2 * channels + offs_c[None, :]
         away = tl.load(p_k, m_k, 0.0) - mean
-        total += tl.where(m_k, tl.load(p_k + channels, m_k, 0.0) + count[:, None] * away * away, 0.0)
+        total += tl.where(
+            m_k, tl.load(p_k + channels, m_k, 0.0) + count[:, None] * away * away, 0.0
+        )
     var = tl.sum(tl.sum(total, 1), 0) / (tl.cast(positions, tl.float32) * WIDTH)
 
     scale = tl.load(weight + offs_c, offs_w < WIDTH, 0.0).to(tl.float32) / tl.sqrt(var + eps)
@@ -90,7 +106,7 @@ def group_kernel(
 @triton.jit
 def apply_kernel(
     x, statistics, bias, out, positions, channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
-):  # fmt: skip
+):
     """out = silu((x - mean) * scale + bias) of one block of positions and channels of image b."""
     blocks = tl.cdiv(positions, BLOCK_P)
     b = (tl.program_id(0) // blocks).to(tl.int64)
@@ -102,14 +118,16 @@ def apply_kernel(
     mean = tl.load(statistics + b * 2 * channels + offs_c, m_c, 0.0)
     scale = tl.load(statistics + b * 2 * channels + channels + offs_c, m_c, 0.0)
     shift = tl.load(bias + offs_c, m_c, 0.0).to(tl.float32)
-    y = (tl.load(x + offs_x, m_x, 0.0).to(tl.float32) - mean[None, :]) * scale[None, :] + shift[None, :]
+    y = (tl.load(x + offs_x, m_x, 0.0).to(tl.float32) - mean[None, :]) * scale[None, :] + shift[
+        None, :
+    ]
     tl.store(out + offs_x, (y * tl.sigmoid(y)).to(out.dtype.element_ty), mask=m_x)
 
 
 @triton.jit
 def layer_norm_kernel(
     x, weight, bias, out, rows, channels, eps, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
-):  # fmt: skip
+):
     """BLOCK_R rows, each held whole: x is read once."""
     offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_c = tl.arange(0, BLOCK_C)
@@ -120,7 +138,10 @@ def layer_norm_kernel(
     b_x = tl.load(x + offs_x, m_x, 0.0).to(tl.float32)
     deviation = tl.where(m_c[None, :], b_x - (tl.sum(b_x, 1) / channels)[:, None], 0.0)
     inverse = 1 / tl.sqrt(tl.sum(deviation * deviation, 1) / channels + eps)
-    w, shift = (tl.load(weight + offs_c, m_c, 0.0).to(tl.float32), tl.load(bias + offs_c, m_c, 0.0).to(tl.float32))
+    w, shift = (
+        tl.load(weight + offs_c, m_c, 0.0).to(tl.float32),
+        tl.load(bias + offs_c, m_c, 0.0).to(tl.float32),
+    )
     y = deviation * inverse[:, None] * w[None, :] + shift[None, :]
     tl.store(out + offs_x, y.to(out.dtype.element_ty), mask=m_x)
 
@@ -134,7 +155,9 @@ def geglu_kernel(x, out, rows, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.cons
     p_h = x + offs_r[:, None] * 2 * channels + offs_c[None, :]
     h = tl.load(p_h, m_x, 0.0).to(tl.float32)
     gate = tl.load(p_h + channels, m_x, 0.0).to(tl.float32)
-    y = h * gate * 0.5 * (1 + tl.erf(gate * 0.7071067811865476))  # Phi(g) = (1 + erf(g / sqrt 2)) / 2
+    y = (
+        h * gate * 0.5 * (1 + tl.erf(gate * 0.7071067811865476))
+    )  # Phi(g) = (1 + erf(g / sqrt 2)) / 2
     p_out = out + offs_r[:, None] * channels + offs_c[None, :]
     tl.store(p_out, y.to(out.dtype.element_ty), mask=m_x)
 
@@ -154,9 +177,18 @@ def launch_group_norm_silu(x, groups, weight, bias, eps, out) -> None:
     tiles = (blocks * B, triton.cdiv(C, BLOCK_C))
     moments_kernel[tiles](x, moments, positions, C, BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_C)
     group_kernel[(B, groups)](
-        moments, weight, statistics, positions, C, blocks, eps,
-        WIDTH=width, BLOCK_P=BLOCK_P, BLOCK_K=64, BLOCK_W=triton.next_power_of_2(width),
-    )  # fmt: skip
+        moments,
+        weight,
+        statistics,
+        positions,
+        C,
+        blocks,
+        eps,
+        WIDTH=width,
+        BLOCK_P=BLOCK_P,
+        BLOCK_K=64,
+        BLOCK_W=triton.next_power_of_2(width),
+    )
     apply_kernel[tiles](x, statistics, bias, out, positions, C, BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_C)
 
 

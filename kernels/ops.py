@@ -270,9 +270,21 @@ def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def check(
-    q, k, v, source_row=None, inject=None, token_map=None, blend=None, reweight=None,
-    save=None, save_mean=None, *, bias=None, kv_row=None, own_value=None,
-) -> None:  # fmt: skip
+    q,
+    k,
+    v,
+    source_row=None,
+    inject=None,
+    token_map=None,
+    blend=None,
+    reweight=None,
+    save=None,
+    save_mean=None,
+    *,
+    bias=None,
+    kv_row=None,
+    own_value=None,
+) -> None:
     """ValueError unless q, k, v and the edit agree in shape, dtype and device; of every
     implementation."""
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:

@@ -1,9 +1,11 @@
-"""What the attention kernels share: loads, products, where a head lies in memory, and which tile a launch takes.
+"""What the attention kernels share: loads, products, where a head lies in memory, and which tile a
+launch takes.
 
-A tile has powers of two on its sides, so a head dim or a key row is one tile padded with zeros: 40 -> 64, 77 -> 128. To
-cut it into two widths, 40 = 32 + 8, would save products, but ptxas 12.8 makes wrong code of that on sm_90 (see
-toolchain.py), and at head dim 40 the padded tile was the quicker one on an H200. Where one tile is too much for the
-registers, the kernels walk over it in pieces of equal width (STEP).
+A tile has powers of two on its sides, so a head dim or a key row is one tile padded with zeros: 40
+-> 64, 77 -> 128. To cut it into two widths, 40 = 32 + 8, would save products, but ptxas 12.8 makes
+wrong code of that on sm_90 (see toolchain.py), and at head dim 40 the padded tile was the quicker
+one on an H200. Where one tile is too much for the registers, the kernels walk over it in pieces of
+equal width (STEP).
 """
 
 from typing import NamedTuple
@@ -16,7 +18,8 @@ from . import toolchain
 
 @triton.jit
 def place(queries, heads, BLOCK_N: tl.constexpr):
-    """(first query, head, row) of this program. The grid has one dimension, as the other two end at 65535."""
+    """(first query, head, row) of this program. The grid has one dimension, as the other two end at
+    65535."""
     blocks = tl.cdiv(queries, BLOCK_N)
     i = tl.program_id(0)
     return i % blocks * BLOCK_N, i // blocks % heads, i // blocks // heads
@@ -24,7 +27,8 @@ def place(queries, heads, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def head(p, stride, row, h, UNIT: tl.constexpr):
-    """(address, (token stride, element stride)) of one head of one row, in 64 bits before anything is multiplied."""
+    """(address, (token stride, element stride)) of one head of one row, in 64 bits before anything
+    is multiplied."""
     p += tl.cast(row, tl.int64) * stride[0] * UNIT + tl.cast(h, tl.int64) * stride[1] * UNIT
     return p, (tl.cast(stride[2], tl.int64) * UNIT, stride[3])
 
@@ -36,10 +40,13 @@ def address(p, rows, cols, step):
 
 @triton.jit
 def load(p, rows, cols, step, limit_row, limit_col, MASK_ROW: tl.constexpr, MASK_COL: tl.constexpr):
-    """Tile (rows, cols) of the matrix at p, zero outside of the limits; a mask that is not needed costs time."""
+    """Tile (rows, cols) of the matrix at p, zero outside of the limits; a mask that is not needed
+    costs time."""
     p_tile = address(p, rows, cols, step)
     if MASK_ROW and MASK_COL:
-        return tl.load(p_tile, mask=(rows[:, None] < limit_row) & (cols[None, :] < limit_col), other=0.0)
+        return tl.load(
+            p_tile, mask=(rows[:, None] < limit_row) & (cols[None, :] < limit_col), other=0.0
+        )
     elif MASK_ROW:
         return tl.load(p_tile, mask=rows[:, None] < limit_row, other=0.0)
     elif MASK_COL:
@@ -62,18 +69,35 @@ def zeros(ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc):
-    """a @ b + acc; "ieee" because Triton's default for float32 is TF32, which keeps 10 bits of the mantissa."""
+    """a @ b + acc; "ieee" because Triton's default for float32 is TF32, which keeps 10 bits of the
+    mantissa."""
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
-def scores(p_q, b_q, rows, queries, step_q, p_k, keys, limit, step_k, head_dim,
-           D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, STEP: tl.constexpr,
-           MASK_N: tl.constexpr, MASK_L: tl.constexpr):  # fmt: skip
+def scores(
+    p_q,
+    b_q,
+    rows,
+    queries,
+    step_q,
+    p_k,
+    keys,
+    limit,
+    step_k,
+    head_dim,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    STEP: tl.constexpr,
+    MASK_N: tl.constexpr,
+    MASK_L: tl.constexpr,
+):
     """q k^T: (BLOCK_N, BLOCK_L), -inf for keys beyond the last.
 
-    If STEP < D, q and k are read STEP columns at a time and b_q is not used; otherwise b_q is q. head_dim is D: as a
-    number known at run time only, it keeps the compiler from unrolling that loop.
+    If STEP < D, q and k are read STEP columns at a time and b_q is not used; otherwise b_q is q.
+    head_dim is D: as a number known at run time only, it keeps the compiler from unrolling that
+    loop.
     """
     s = zeros(BLOCK_N, BLOCK_L)
     if STEP < D:
@@ -99,7 +123,10 @@ def finite(x):
 @triton.jit
 def load_bias(p, rows, cols, step, limit_row, limit_col):
     """A tile of a bias in the units of the scores, which are multiplied with log2(e)."""
-    return load(p, rows, cols, step, limit_row, limit_col, True, True).to(tl.float32) * 1.4426950408889634
+    return (
+        load(p, rows, cols, step, limit_row, limit_col, True, True).to(tl.float32)
+        * 1.4426950408889634
+    )
 
 
 # The launch: plain Python from here on.
@@ -108,12 +135,14 @@ LOG2_E = 1.4426950408889634
 
 
 def width(n: int) -> int:
-    """The tile that holds n columns: the next power of two, at least 16, the least that tensor cores take."""
+    """The tile that holds n columns: the next power of two, at least 16, the least that tensor
+    cores take."""
     return max(16, triton.next_power_of_2(n))
 
 
 class Tile(NamedTuple):
-    """The sizes of a launch. STEP: columns of a head to a product, at most; num_stages: loads that are on their way."""
+    """The sizes of a launch. STEP: columns of a head to a product, at most; num_stages: loads that
+    are on their way."""
 
     BLOCK_N: int  # queries
     BLOCK_L: int  # keys; cross-attention takes all of them
@@ -132,13 +161,37 @@ TABLE = (
     # 167 us at N 4096, D 40, against 187 of a head cut into 32 + 8 and 176 with two stages
     ("attention, many", "half", "warpgroup", 128, Tile(128, 64, ALL, 8, 3)),
     ("attention", "half", "warpgroup", 64, Tile(64, 64, ALL, 4, 3)),
-    ("attention", "half", "warpgroup", 128, Tile(64, 64, ALL, 4, 2)),  # a third stage leaves one program, not two
+    (
+        "attention",
+        "half",
+        "warpgroup",
+        128,
+        Tile(64, 64, ALL, 4, 2),
+    ),  # a third stage leaves one program, not two
     ("attention", "half", "warpgroup", 256, Tile(64, 64, ALL, 8, 2)),  # with 4 warps it spills
-    ("cross_attention", "half", "warpgroup", 256, Tile(64, 0, 64, 4, 3)),  # D 160: 126 registers, 254 in one piece
-    ("cross_attention_save", "half", "warpgroup", 256, Tile(64, 0, 64, 8, 3)),  # with 4 warps P' @ token_map spills
+    (
+        "cross_attention",
+        "half",
+        "warpgroup",
+        256,
+        Tile(64, 0, 64, 4, 3),
+    ),  # D 160: 126 registers, 254 in one piece
+    (
+        "cross_attention_save",
+        "half",
+        "warpgroup",
+        256,
+        Tile(64, 0, 64, 8, 3),
+    ),  # with 4 warps P' @ token_map spills
     # mma.sync works from registers. All of these fit into 99 KiB, what sm_86, sm_89 and sm_120 have.
     ("attention", "half", "mma", 64, Tile(64, 64, ALL, 4, 2)),
-    ("attention", "half", "mma", 128, Tile(64, 32, 64, 8, 2)),  # q in one piece spills where N is uneven
+    (
+        "attention",
+        "half",
+        "mma",
+        128,
+        Tile(64, 32, 64, 8, 2),
+    ),  # q in one piece spills where N is uneven
     ("attention", "half", "mma", 256, Tile(64, 32, 32, 8, 2)),
     ("cross_attention", "half", "mma", 256, Tile(64, 0, 32, 4, 1)),
     ("cross_attention_save", "half", "mma", 256, Tile(64, 0, 32, 8, 1)),  # with 4 warps it spills
@@ -152,7 +205,13 @@ TABLE = (
     ("cross_attention, bias", "half", "mma", 256, Tile(64, 0, 32, 8, 1)),
     # float32 products are multiply-adds, and a thread needs whole rows and columns of both factors in registers.
     ("attention", "single", "any", 256, Tile(16, 16, 16, 4, 1)),
-    ("cross_attention", "single", "any", 256, Tile(16, 0, 16, 8, 1)),  # with 4 warps two terms spill
+    (
+        "cross_attention",
+        "single",
+        "any",
+        256,
+        Tile(16, 0, 16, 8, 1),
+    ),  # with 4 warps two terms spill
     # with 8 warps P' @ token_map spills; fewer stages spill, on sm_80 or on sm_120
     ("cross_attention_save", "single", "any", 256, Tile(16, 0, 16, 4, 3)),
     ("attention, bias", "single", "any", 256, Tile(16, 16, 16, 4, 1)),
@@ -163,7 +222,8 @@ TABLE = (
 
 
 def instructions(arch: int) -> str:
-    """The matrix instructions of a compute capability: 90 has wgmma, 100 to 110 tcgen05, all others (120!) mma.sync."""
+    """The matrix instructions of a compute capability: 90 has wgmma, 100 to 110 tcgen05, all others
+    (120!) mma.sync."""
     return "warpgroup" if arch // 10 in (9, 10, 11) else "mma"
 
 
@@ -173,11 +233,19 @@ def tile(op: str, q, arch: int) -> dict:
     many = f"{op}, many" if N % 128 == 0 and B * H * (N // 128) >= 132 else op
     numbers, card = "single" if q.element_size() == 4 else "half", instructions(arch)
     found = next(
-        row[-1] for row in TABLE
-        if row[0] in (op, many) and row[1] == numbers and row[2] in (card, "any") and width(D) <= row[3]
-    )  # fmt: skip
+        row[-1]
+        for row in TABLE
+        if row[0] in (op, many)
+        and row[1] == numbers
+        and row[2] in (card, "any")
+        and width(D) <= row[3]
+    )
     choice = found._asdict() | {"STEP": min(found.STEP, width(D))}
-    return choice if op.startswith("attention") else {name: x for name, x in choice.items() if name != "BLOCK_L"}
+    return (
+        choice
+        if op.startswith("attention")
+        else {name: x for name, x in choice.items() if name != "BLOCK_L"}
+    )
 
 
 def launch_grid(q, choice: dict) -> tuple[int]:
@@ -189,30 +257,43 @@ def launch_grid(q, choice: dict) -> tuple[int]:
 def unit(*tensors) -> int:
     """8 if every stride but the last is a multiple of 8 and the last is 1, otherwise 1.
 
-    The kernels take strides in this unit and multiply. A head stride of 40 is no multiple of 16, so Triton would know
-    nothing of its alignment and load two bytes at a time; 5 * 8 shows that 16 bytes at a time are in order.
+    The kernels take strides in this unit and multiply. A head stride of 40 is no multiple of 16, so
+    Triton would know nothing of its alignment and load two bytes at a time; 5 * 8 shows that 16
+    bytes at a time are in order.
     """
-    ok = all(x.stride(-1) == 1 and all(s % 8 == 0 for s in x.stride()[:-1]) for x in tensors if x is not None)
+    ok = all(
+        x.stride(-1) == 1 and all(s % 8 == 0 for s in x.stride()[:-1])
+        for x in tensors
+        if x is not None
+    )
     return 8 if ok else 1
 
 
 def strides(x, unit: int) -> tuple[int, ...]:
-    """(batch, head, token, element) strides, all but the last in `unit`s; of a missing tensor zeros, never used."""
+    """(batch, head, token, element) strides, all but the last in `unit`s; of a missing tensor
+    zeros, never used."""
     return (0, 0, 0, 0) if x is None else (*(s // unit for s in x.stride()[:-1]), x.stride(-1))
 
 
 def table_strides(table) -> tuple[int, int, int]:
-    """(row, head, key) strides of a table (S, keys) or (S, heads, keys); of a missing one zeros, never used."""
-    return (0, 0, 0) if table is None else (table.stride(0), table.stride(1) if table.ndim == 3 else 0, table.stride(-1))
+    """(row, head, key) strides of a table (S, keys) or (S, heads, keys); of a missing one zeros,
+    never used."""
+    return (
+        (0, 0, 0)
+        if table is None
+        else (table.stride(0), table.stride(1) if table.ndim == 3 else 0, table.stride(-1))
+    )
 
 
 def bias_strides(bias, H: int, N: int) -> tuple[int, ...]:
-    """(row, head, query, key) strides of a bias (S, 1 or heads, 1 or queries, keys), 0 where it has one for all."""
+    """(row, head, query, key) strides of a bias (S, 1 or heads, 1 or queries, keys), 0 where it has
+    one for all."""
     return strides(None if bias is None else bias.expand(bias.shape[0], H, N, bias.shape[3]), 1)
 
 
 def arch() -> int:
-    """Compute capability of the current device, 90 for 9.0; the interpreter has none and takes that of sm_90."""
+    """Compute capability of the current device, 90 for 9.0; the interpreter has none and takes that
+    of sm_90."""
     if triton.knobs.runtime.interpret:
         return 90
     found = triton.runtime.driver.active.get_current_target().arch

@@ -38,8 +38,9 @@ def number(version: str) -> tuple[int, ...]:
 def pick(own: Tool | None, bundled: Tool, newer: Tool | None, cuda: str | None) -> Tool:
     """The ptxas to use.
 
-    own: the user's choice, which is never replaced; bundled: Triton's for sm_90; newer: its ptxas-blackwell, if there
-    is one; cuda: torch.version.cuda. RuntimeError if what is left is older than any that was looked at.
+    own: the user's choice, which is never replaced; bundled: Triton's for sm_90; newer: its
+    ptxas-blackwell, if there is one; cuda: torch.version.cuda. RuntimeError if what is left is
+    older than any that was looked at.
     """
     candidates = [own] if own else [bundled]
     if own is None and newer and number(bundled.version) < MENDED:

@@ -1,8 +1,10 @@
-"""A kernel that ptxas 12.8 miscompiles for sm_90, kept to try bench/sass.py on; the project does not use it.
+"""A kernel that ptxas 12.8 miscompiles for sm_90, kept to try bench/sass.py on; the project does
+not use it.
 
-out = softmax(q k^T) v with head dim 40 cut into tiles of 32 and 16 columns, and 77 keys into 64 and 16. On an H200 such
-kernels returned errors of order 0.5 (Triton 3.6.0, ptxas 12.8.93). Run as a program, it compiles itself for sm_90 and
-prints what is found, as JSON: [unwritten, wrong descriptors].
+out = softmax(q k^T) v with head dim 40 cut into tiles of 32 and 16 columns, and 77 keys into 64 and
+16. On an H200 such kernels returned errors of order 0.5 (Triton 3.6.0, ptxas 12.8.93). Run as a
+program, it compiles itself for sm_90 and prints what is found, as JSON: [unwritten, wrong
+descriptors].
 """
 
 import json

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minisd import AutoencoderKL, VAEConfig
 from minisd.engine import bands
+from minisd.models.blocks import ResnetBlock, Upsample
 from minisd.models.ops import add
 
 
@@ -139,3 +140,19 @@ def test_sums_keep_the_memory_order():
             assert torch.equal(
                 add(x.requires_grad_(), expected), x.repeat(of_h // rows, 1, 1, 1) + expected
             )
+
+
+def test_watched_and_wrapped_convolutions_are_not_cut(monkeypatch):
+    """A hook fires once on the whole image, a wrapper is called as it is."""
+    monkeypatch.setattr(bands, "LARGE", {"cpu": 1000, "cuda": 1000})
+    monkeypatch.setattr(bands, "BAND", 4000)
+    block, upsample = ResnetBlock(8, 16, 4, 1e-6), Upsample(16)
+    x, shapes = torch.randn(1, 8, 32, 32), []
+    with torch.no_grad():
+        plain = upsample(block(x))
+        for conv in (block.conv_shortcut, upsample.conv):
+            conv.register_forward_hook(lambda module, args, out: shapes.append(out.shape[2:]))
+        torch.testing.assert_close(upsample(block(x)), plain, atol=1e-5, rtol=1e-5)
+        assert shapes == [(32, 32), (64, 64)]
+        upsample.conv = torch.nn.Sequential(upsample.conv)
+        torch.testing.assert_close(upsample(block(x)), plain, atol=1e-5, rtol=1e-5)

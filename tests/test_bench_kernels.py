@@ -1,4 +1,5 @@
-"""The benchmarks of the kernels without a card: who takes part, what a failure costs, what the check of results sees.
+"""The benchmarks of the kernels without a card: who takes part, what a failure costs, what the
+check of results sees.
 
 The kernels themselves take part in test_kernels_interpreter.py; here PyTorch stands in for them.
 """
@@ -10,8 +11,7 @@ import pytest
 import torch
 from minisd_kernels import attention, cross_attention, ops, reference, tuned
 
-from bench import attention as bench
-from bench import fused, harness, tune
+from bench import attention as bench, fused, harness, tune
 
 SHAPE = dict(B=4, heads=3, N=10, L=5, D=8)
 KEYS = ("B", "heads", "N", "L", "D")
@@ -19,25 +19,31 @@ KEYS = ("B", "heads", "N", "L", "D")
 
 @torch.no_grad()
 def test_each_shape_is_compiled_once_and_for_itself(monkeypatch):
-    """As FlexAttention and the fused ops are: with symbolic sizes, or not at all, the rival would be another."""
+    """As FlexAttention and the fused ops are: with symbolic sizes, or not at all, the rival would
+    be another."""
     sizes, compile = [], torch.compile
 
     def backend(graph, inputs):
         sizes.append(inputs[0].shape)
         return graph.forward
 
-    monkeypatch.setattr(torch, "compile", lambda function, **how: compile(function, backend=backend, **how))
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **how: compile(function, backend=backend, **how)
+    )
     shapes = [(2, n) for n in range(3, 15)]
     for shape in shapes:
         double = harness.compiled(fused.geglu)
         x = torch.randn(2, shape[1] * 2)
         for _ in range(3):
             torch.testing.assert_close(double(x), reference.geglu(x))
-    assert sizes == [(2, 2 * n) for _, n in shapes] and all(type(n) is int for size in sizes for n in size)
+    assert sizes == [(2, 2 * n) for _, n in shapes] and all(
+        type(n) is int for size in sizes for n in size
+    )
 
 
 def test_self_attention_reads_one_tensor():
-    """(B, N, 3 * H * D), as minisd.models.attention has it on CUDA: the token stride is that of all three."""
+    """(B, N, 3 * H * D), as minisd.models.attention has it on CUDA: the token stride is that of all
+    three."""
     qkv = bench.inputs(2, 3, 7, 7, 8, torch.float16, "cpu")
     assert len({x.untyped_storage().data_ptr() for x in qkv}) == 1
     for i, x in enumerate(qkv):
@@ -54,7 +60,10 @@ def test_several_large_maps_are_not_tried(capsys):
         q, k, v = (torch.empty(B, 8, N, 40, device="meta") for _ in range(3))
         return list(bench.rivals(q, k, v, None, triton=True))
 
-    assert names(8, 4096) == names(2, 9216) == ["minisd", "eager", "SDPA"] and not capsys.readouterr().out
+    assert (
+        names(8, 4096) == names(2, 9216) == ["minisd", "eager", "SDPA"]
+        and not capsys.readouterr().out
+    )
     assert names(8, 9216) == ["minisd", "SDPA"]
     assert "eager left out: it holds several maps, 22 GB each in float32" in capsys.readouterr().out
 
@@ -62,7 +71,9 @@ def test_several_large_maps_are_not_tried(capsys):
 def quick_samples(monkeypatch):
     """A sample is one call, however short."""
     interleave = harness.interleave
-    monkeypatch.setattr(harness, "interleave", lambda *args, **more: interleave(*args, **more, seconds=0))
+    monkeypatch.setattr(
+        harness, "interleave", lambda *args, **more: interleave(*args, **more, seconds=0)
+    )
 
 
 def test_a_contender_that_fails_is_left_out(monkeypatch, capsys):
@@ -79,12 +90,26 @@ def test_a_contender_that_fails_is_left_out(monkeypatch, capsys):
 
     calls = []
     quick_samples(monkeypatch)
-    functions = {"minisd": fails, "a": lambda: None, "b": without_text, "c": second_time, "d": lambda: None}
+    functions = {
+        "minisd": fails,
+        "a": lambda: None,
+        "b": without_text,
+        "c": second_time,
+        "d": lambda: None,
+    }
     times, memory, errors = bench.measure(functions, "cpu", rounds=2)
-    assert list(times) == ["a", "d"] == list(memory) and list(functions) == ["minisd", "a", "b", "c", "d"]
+    assert list(times) == ["a", "d"] == list(memory) and list(functions) == [
+        "minisd",
+        "a",
+        "b",
+        "c",
+        "d",
+    ]
     assert errors == {
-        "minisd": "OutOfMemoryError: too little memory", "b": "AssertionError: ", "c": "ValueError: not again"
-    }  # fmt: skip
+        "minisd": "OutOfMemoryError: too little memory",
+        "b": "AssertionError: ",
+        "c": "ValueError: not again",
+    }
     assert capsys.readouterr().out.count("left out") == 3
 
 
@@ -125,14 +150,23 @@ def test_ours_failing_is_an_error_in_the_end(tmp_path, monkeypatch, capsys):
 
     stand_in(monkeypatch, spoil)
     assert run(tmp_path, monkeypatch) == 1
-    assert "FAILED minisd: RuntimeError: out of resource: B4 N7 L5 D8 float32  reweight" in capsys.readouterr().out
+    assert (
+        "FAILED minisd: RuntimeError: out of resource: B4 N7 L5 D8 float32  reweight"
+        in capsys.readouterr().out
+    )
     rows = saved(tmp_path)
-    assert [row["form"] for row in rows] == ["plain", *bench.CROSS_EDITS, "plain", *bench.SELF_EDITS]
+    assert [row["form"] for row in rows] == [
+        "plain",
+        *bench.CROSS_EDITS,
+        "plain",
+        *bench.SELF_EDITS,
+    ]
     failed = {row["form"]: row for row in rows if row["failed"]}
     assert list(failed) == ["reweight"] and failed["reweight"]["error_over_budget"] is None
     assert {"eager", "folded SDPA", "minisd plain"} == failed["reweight"]["times"].keys()
-    assert "reweight" not in bench.table(dict.fromkeys(("device", "torch", "triton", "commit", "command"), "x")
-                                         | {"rows": rows})  # fmt: skip
+    assert "reweight" not in bench.table(
+        dict.fromkeys(("device", "torch", "triton", "commit", "command"), "x") | {"rows": rows}
+    )
 
 
 def test_what_was_measured_before_a_crash_is_kept(tmp_path, monkeypatch):
@@ -148,7 +182,9 @@ def test_what_was_measured_before_a_crash_is_kept(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="the device is gone"):
         run(tmp_path, monkeypatch)
     rows = saved(tmp_path)
-    assert len(rows) == 1 + len(bench.CROSS_EDITS) and all(row["error_over_budget"] <= 1 for row in rows)
+    assert len(rows) == 1 + len(bench.CROSS_EDITS) and all(
+        row["error_over_budget"] <= 1 for row in rows
+    )
 
 
 @torch.no_grad()
@@ -173,13 +209,25 @@ def test_the_check_sees_every_head_query_and_saved_map(form, slices, monkeypatch
             stand_in(patch, spoil or (lambda out, edit: None))
             ratio = bench.error_ratio(q, k, v, edit)
         assert (ratio <= 1) == (what == "nothing"), (what, ratio)
-        row = dict(B=B, H=heads, N=N, L=L, D=D, dtype="float32", form=form, failed={}, error_over_budget=ratio)
+        row = dict(
+            B=B,
+            H=heads,
+            N=N,
+            L=L,
+            D=D,
+            dtype="float32",
+            form=form,
+            failed={},
+            error_over_budget=ratio,
+        )
         row["times"] = {"minisd": {"ms": 1.0}, "eager": {"ms": 9.0}}
         assert [text[:5] for text in bench.misses([row])] == ["WRONG"] * (what != "nothing")
 
 
 def test_a_fused_op_that_is_not_a_number_is_wrong():
-    row = dict(op="geglu", B=2, C=8, side=4, dtype="float16", error_over_budget=float("nan"), times={})
+    row = dict(
+        op="geglu", B=2, C=8, side=4, dtype="float16", error_over_budget=float("nan"), times={}
+    )
     row["times"] = {"minisd": {"ms": 1.0}, "torch": {"ms": 2.0}}
     assert [text[:5] for text in fused.misses([row])] == ["WRONG"]
 
@@ -194,10 +242,19 @@ def test_a_tile_is_that_of_card_op_head_dim_and_size_of_numbers(monkeypatch):
 
     def look_up(op="attention", D=40, itemsize=2, device="A card", is_cuda=True):
         shape, element_size = (2, 8, 64, D), lambda: itemsize
-        return tuned.tile(op, SimpleNamespace(is_cuda=is_cuda, device=device, shape=shape, element_size=element_size))
+        return tuned.tile(
+            op,
+            SimpleNamespace(is_cuda=is_cuda, device=device, shape=shape, element_size=element_size),
+        )
 
     assert look_up() == tile
-    for other in ({"op": "cross_attention"}, {"D": 80}, {"itemsize": 4}, {"device": "B"}, {"is_cuda": False}):
+    for other in (
+        {"op": "cross_attention"},
+        {"D": 80},
+        {"itemsize": 4},
+        {"device": "B"},
+        {"is_cuda": False},
+    ):
         assert look_up(**other) == {}
 
 
@@ -210,20 +267,25 @@ def test_every_launch_asks_for_its_tile(monkeypatch):
             return lambda *args, **choice: launched.append((grid[0], choice))
 
     for module, name in (
-        (attention, "attention_kernel"), (cross_attention, "cross_attention_kernel"),
-        (cross_attention, "cross_attention_save_kernel"), (cross_attention, "mean_kernel"),
-    ):  # fmt: skip
+        (attention, "attention_kernel"),
+        (cross_attention, "cross_attention_kernel"),
+        (cross_attention, "cross_attention_save_kernel"),
+        (cross_attention, "mean_kernel"),
+    ):
         monkeypatch.setattr(module, name, Kernel())
         monkeypatch.setattr(module, "arch", lambda: 90)
 
     def launch_all():
-        q, k, v = (torch.empty(2, 2, n, 40, dtype=torch.float16, device="meta") for n in (64, 77, 77))
+        q, k, v = (
+            torch.empty(2, 2, n, 40, dtype=torch.float16, device="meta") for n in (64, 77, 77)
+        )
         save, mean = torch.empty(1, 2, 64, 77, device="meta"), torch.empty(1, 64, 77, device="meta")
         for name, args in (
-            ("attention", [None] * 5), ("cross_attention", [None] * 7),
+            ("attention", [None] * 5),
+            ("cross_attention", [None] * 7),
             ("cross_attention_save", [*[None] * 6, save, None, None]),
             ("cross_attention_save", [*[None] * 7, mean, None]),
-        ):  # fmt: skip
+        ):
             ops.prepare(name, (q, k, v, *args), q)(q, k, v, *args, q)
         return launched[-5:-1]  # the last is the mean's
 
@@ -236,8 +298,8 @@ def test_every_launch_asks_for_its_tile(monkeypatch):
 
 
 def test_only_what_beats_the_rule_by_more_than_the_spread_is_kept(tmp_path, monkeypatch, capsys):
-    """bench.tune with a made-up clock: by what the launch would look up, one tile is quicker at one head dim, one is
-    quicker within the spread, one computes something else, one does not run."""
+    """bench.tune with a made-up clock: by what the launch would look up, one tile is quicker at one
+    head dim, one is quicker within the spread, one computes something else, one does not run."""
     good, within, wrong, fails = tune.TILES["attention"][:4]
     card = {}
     monkeypatch.setattr(tuned, "table", lambda: {"cpu": card})
@@ -264,8 +326,12 @@ def test_only_what_beats_the_rule_by_more_than_the_spread_is_kept(tmp_path, monk
         return {"ms": ms, "low": ms - spread, "high": ms + spread}
 
     monkeypatch.setattr(tune, "attention", launch)
-    monkeypatch.setattr(tune, "error_ratio", lambda *args: 9 if launch(*args, "triton")[2] == wrong else 1)
-    monkeypatch.setattr(tune, "inputs", lambda B, H, N, L, D, dtype, device: torch.empty(3, 1, 1, 1, D, dtype=dtype))
+    monkeypatch.setattr(
+        tune, "error_ratio", lambda *args: 9 if launch(*args, "triton")[2] == wrong else 1
+    )
+    monkeypatch.setattr(
+        tune, "inputs", lambda B, H, N, L, D, dtype, device: torch.empty(3, 1, 1, 1, D, dtype=dtype)
+    )
     monkeypatch.setattr(tune, "make_edit", lambda *args: None)
     monkeypatch.setattr(harness, "interleave", interleave)
     monkeypatch.setattr(harness, "peak_memory", lambda *args: 0)
@@ -288,8 +354,14 @@ def test_nothing_is_tuned_without_a_card(capsys):
 def test_tiles_are_tried_where_the_models_launch_them():
     """Self-attention over 64 tokens is one tile of keys, so cross_attention's."""
     assert tune.cases("attention", 160) == [
-        (B, N, N, form) for B in (2, 8) for N in (256, 576, 144) for form in ("plain", "self-injection")
+        (B, N, N, form)
+        for B in (2, 8)
+        for N in (256, 576, 144)
+        for form in ("plain", "self-injection")
     ]
     assert tune.cases("cross_attention_save", 160) == [
-        (B, N, 77, form) for B in (2, 8) for N in (256, 64) for form in ("save", "save_mean", "refine, save_mean")
+        (B, N, 77, form)
+        for B in (2, 8)
+        for N in (256, 64)
+        for form in ("save", "save_mean", "refine, save_mean")
     ]

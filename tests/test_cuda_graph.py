@@ -15,8 +15,8 @@ from minisd.engine.graphs import GraphedUNet
 from minisd.models.attention import AttentionEdit
 
 
-class Mocked(graphs.Replay):
-    """Replay with the capture taken out: it calls the function again on the buffers that it was
+class Mocked(graphs.CUDAGraphs):
+    """CUDAGraphs with the capture taken out: it calls the function again on the buffers that it was
     captured with, and writes into the same outputs. Like a graph it sees nothing of the later calls
     but what is copied into the buffers.
     """
@@ -25,7 +25,7 @@ class Mocked(graphs.Replay):
         super().__init__()
         self.captures = 0
 
-    def record(self, run, device):
+    def record_graph(self, run, device):
         self.captures += 1
         outputs = run()
 
@@ -179,7 +179,7 @@ def test_compile_and_graph_are_one_or_the_other(sd):
 
 def test_a_model_that_is_not_on_a_card_any_more_is_refused(sd):
     with pytest.raises(ValueError, match="CUDA graphs need a model on a CUDA device, got cpu"):
-        graphs.Replay()("a", torch.neg, torch.ones(2))
+        graphs.CUDAGraphs()("a", torch.neg, torch.ones(2))
     with pytest.raises(ValueError, match="CUDA graphs need a model on a CUDA device, got cpu"):
         dataclasses.replace(sd, graph=True).txt2img("a", steps=1, progress=False)
 

@@ -1,9 +1,11 @@
-"""The Triton kernels compiled for sm_80 and sm_90 without a GPU: right code, no spills, shared memory, tensor cores.
+"""The Triton kernels compiled for sm_80 and sm_90 without a GPU: right code, no spills, shared
+memory, tensor cores.
 
-The table is that of `python -m bench.kernel_resources`. Its compiles run in processes of their own, because they cannot
-share one with the interpreter (test_kernels_interpreter.py), and from the start of the session to its end, which is
-when these tests come (conftest.py): most other tests leave one core idle. The larger list (`--matrix`), with sm_89,
-sm_100 and sm_120 and with other versions of Triton, is run by hand; its results are in bench/results/sass/.
+The table is that of `python -m bench.kernel_resources`. Its compiles run in processes of their own,
+because they cannot share one with the interpreter (test_kernels_interpreter.py), and from the start
+of the session to its end, which is when these tests come (conftest.py): most other tests leave one
+core idle. The larger list (`--matrix`), with sm_89, sm_100 and sm_120 and with other versions of
+Triton, is run by hand; its results are in bench/results/sass/.
 """
 
 import json
@@ -15,7 +17,17 @@ from pathlib import Path
 import pytest
 
 from bench import sass
-from bench.kernel_resources import FAULTS, FORMS, FUSED, KERNELS, SHARED_PER_BLOCK, Case, main, matrix, suite
+from bench.kernel_resources import (
+    FAULTS,
+    FORMS,
+    FUSED,
+    KERNELS,
+    SHARED_PER_BLOCK,
+    Case,
+    main,
+    matrix,
+    suite,
+)
 
 pytest.importorskip("triton")
 
@@ -34,12 +46,18 @@ def fail_with(rows, text):
 
 
 def test_every_specialisation_is_there(table):
-    """Every kernel, and the list itself: each head dim of SD v1.x, 72 and 256, uneven queries, every dtype."""
-    assert [Case(**{name: row[name] for name in Case._fields}) for row in table] == [*suite(80), *suite(90)]
+    """Every kernel, and the list itself: each head dim of SD v1.x, 72 and 256, uneven queries,
+    every dtype."""
+    assert [Case(**{name: row[name] for name in Case._fields}) for row in table] == [
+        *suite(80),
+        *suite(90),
+    ]
     assert {FORMS[r["form"]][0] for r in table if r["form"] in FORMS} | {*FUSED} == {*KERNELS}
     for form in ("flash routed", "two terms", "save, refine"):
         mine = [row for row in table if row["form"] == form and row["arch"] == 90]
-        assert {8, 40, 72, 80, 160, 256} == {row["head_dim"] for row in mine if row["dtype"] == "float16"}
+        assert {8, 40, 72, 80, 160, 256} == {
+            row["head_dim"] for row in mine if row["dtype"] == "float16"
+        }
         assert {"float16", "bfloat16", "float32"} == {row["dtype"] for row in mine}
     assert set(suite(90)) < set(matrix(90)) and len(table) < 240
 
@@ -50,7 +68,9 @@ def test_no_register_is_read_before_it_is_written(table):
 
 def test_the_descriptors_of_products_are_those_of_the_ptx(table):
     assert any(r["wgmma"] for r in table)
-    fail_with([r for r in table if r["descriptors"]], "wgmma descriptors that the PTX does not have")
+    fail_with(
+        [r for r in table if r["descriptors"]], "wgmma descriptors that the PTX does not have"
+    )
 
 
 def test_a_kernel_that_is_known_to_be_wrong_is_found():
@@ -76,7 +96,9 @@ def test_a_kernel_that_is_known_to_be_wrong_is_found():
 
 def listing(*lines):
     """Lines of code as nvdisasm prints them."""
-    return sass.parse("".join(f"        /*{16 * i:04x}*/                   {x} ;\n" for i, x in enumerate(lines)))
+    return sass.parse(
+        "".join(f"        /*{16 * i:04x}*/                   {x} ;\n" for i, x in enumerate(lines))
+    )
 
 
 @pytest.mark.parametrize(
@@ -85,16 +107,39 @@ def listing(*lines):
         (["UMOV UR4, 0x1", "UIADD3 UR5, UR4, UR6, URZ", "EXIT"], ["UR6"]),
         (["ULDC.64 UR4, c[0x0][0x208]", "LDG.E R2, desc[UR4][R2.64]", "EXIT"], ["R2, R3"]),
         (["@P0 BRA 0x20", "UMOV UR4, 0x1", "UMOV UR5, UR4", "EXIT"], ["UR4"]),  # on one path only
-        (["@P0 BRA 0x20", "MOV R4, 0x1", "MOV R5, R4", "EXIT"], []),  # legal, if the same branch uses it
+        (
+            ["@P0 BRA 0x20", "MOV R4, 0x1", "MOV R5, R4", "EXIT"],
+            [],
+        ),  # legal, if the same branch uses it
         (["BRA 0x20", "UMOV UR5, UR4", "EXIT"], []),  # never reached
         (["UMOV UR4, 0x0", "@!P0 BRA 0x0", "UMOV UR5, UR4", "EXIT"], []),
-        (["BSSY B0, 0x40", "@P0 BRA 0x30", "UMOV UR4, 0x1", "BSYNC B0", "UMOV UR5, UR4", "EXIT"], ["UR4"]),
-        (["CALL.REL.NOINC 0x30", "MOV R5, R4", "EXIT", "MOV R4, RZ", "RET.REL.NODEC R2 0x0"], ["R2"]),
-        (["UMOV UR4, 0x1", "UMOV UR5, 0x1", "HGMMA.64x64x16.F32 R24, R24, gdesc[UR4].tnspB, RZ", "EXIT"],
-         ["R24, UR6, UR7"]),
-        (["ULDC.128 UR4, c[0x0][0x0]", "HGMMA.64x64x16.F32 R24, gdesc[UR4], RZ, !UPT", "FADD R0, R55, R56"], ["R56"]),
+        (
+            ["BSSY B0, 0x40", "@P0 BRA 0x30", "UMOV UR4, 0x1", "BSYNC B0", "UMOV UR5, UR4", "EXIT"],
+            ["UR4"],
+        ),
+        (
+            ["CALL.REL.NOINC 0x30", "MOV R5, R4", "EXIT", "MOV R4, RZ", "RET.REL.NODEC R2 0x0"],
+            ["R2"],
+        ),
+        (
+            [
+                "UMOV UR4, 0x1",
+                "UMOV UR5, 0x1",
+                "HGMMA.64x64x16.F32 R24, R24, gdesc[UR4].tnspB, RZ",
+                "EXIT",
+            ],
+            ["R24, UR6, UR7"],
+        ),
+        (
+            [
+                "ULDC.128 UR4, c[0x0][0x0]",
+                "HGMMA.64x64x16.F32 R24, gdesc[UR4], RZ, !UPT",
+                "FADD R0, R55, R56",
+            ],
+            ["R56"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_read_before_it_is_written(lines, found):
     assert [text.split("<- ")[1] for text in sass.unwritten(listing(*lines))] == found
 
@@ -112,9 +157,13 @@ PTX = """
 def test_a_descriptor_that_is_written_but_wrong(high, right):
     """Registers that hold something else: the PTX says 0x80000020 above 0x40."""
     code = listing(
-        "UMOV UR4, 0x400", "USHF.R.U32.HI UR4, URZ, 0x4, UR4", "USGXT.U32 UR6, UR4, 0xe",
-        f"UIADD3 UR7, URZ, {high}, URZ", "HGMMA.64x32x16.F32 R24, R4, gdesc[UR4].tnspB, RZ", "EXIT",
-    )  # fmt: skip
+        "UMOV UR4, 0x400",
+        "USHF.R.U32.HI UR4, URZ, 0x4, UR4",
+        "USGXT.U32 UR6, UR4, 0xe",
+        f"UIADD3 UR7, URZ, {high}, URZ",
+        "HGMMA.64x32x16.F32 R24, R4, gdesc[UR4].tnspB, RZ",
+        "EXIT",
+    )
     found = sass.wrong_descriptors(code, PTX)
     assert (found == []) == right
 
@@ -130,16 +179,24 @@ def test_nothing_spills(table):
 
 
 def test_shared_memory_is_within_the_limit(table):
-    """Compiling ahead of time never checks it. Where sm_80's kernels go, those of sm_89 and sm_120 go, too."""
-    fail_with([r for r in table if r["shared"] > SHARED_PER_BLOCK[r["arch"]]], "too much shared memory")
-    fail_with([r for r in table if r["arch"] == 80 and r["shared"] > SHARED_PER_BLOCK[120]], "too much for sm_120")
+    """Compiling ahead of time never checks it. Where sm_80's kernels go, those of sm_89 and sm_120
+    go, too."""
+    fail_with(
+        [r for r in table if r["shared"] > SHARED_PER_BLOCK[r["arch"]]], "too much shared memory"
+    )
+    fail_with(
+        [r for r in table if r["arch"] == 80 and r["shared"] > SHARED_PER_BLOCK[120]],
+        "too much for sm_120",
+    )
 
 
 def test_half_precision_runs_on_tensor_cores(table):
     half = [r for r in table if r["dtype"] != "float32" and r["form"] not in FUSED]
     half = [r for r in half if FORMS[r["form"]][0] not in ("fold", "mean")]
     fail_with([r for r in half if not r["wgmma"] + r["mma"]], "no matrix instruction")
-    small = [r for r in half if r["form"].startswith("backward") and r["head_dim"] > 64]  # tiles of 32 rows
+    small = [
+        r for r in half if r["form"].startswith("backward") and r["head_dim"] > 64
+    ]  # tiles of 32 rows
     hopper = [r for r in half if r["arch"] == 90 and r not in small]
     fail_with([r for r in hopper if not r["wgmma"]], "no wgmma on sm_90")
 
@@ -148,24 +205,33 @@ def test_float32_is_not_tf32(table):
     """input_precision="ieee", which the interpreter cannot tell from Triton's default."""
     single = [r for r in table if r["dtype"] == "float32"]
     assert single
-    fail_with([r for r in table if r["tf32"]] + [r for r in single if r["mma"] + r["wgmma"]], "TF32")
+    fail_with(
+        [r for r in table if r["tf32"]] + [r for r in single if r["mma"] + r["wgmma"]], "TF32"
+    )
 
 
 def test_the_fold_is_not_tf32_on_sm_100(tmp_path):
-    """Triton made TF32 of float32 products of 64 rows whose factors were halves, in spite of "ieee"."""
+    """Triton made TF32 of float32 products of 64 rows whose factors were halves, in spite of
+    "ieee"."""
     command = [sys.executable, "-m", "bench.kernel_resources", "--arch", "100", "--only", "fold"]
     env = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [*command, "--json", str(tmp_path / "t.json")], cwd=Path(__file__).parents[1], env=env, capture_output=True,
+        [*command, "--json", str(tmp_path / "t.json")],
+        cwd=Path(__file__).parents[1],
+        env=env,
+        capture_output=True,
         text=True,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "t.json").read_text())
-    assert any(r["dtype"] == "float16" for r in rows) and not any(r["tf32"] or r["tcgen05"] for r in rows)
+    assert any(r["dtype"] == "float16" for r in rows) and not any(
+        r["tf32"] or r["tcgen05"] for r in rows
+    )
 
 
 def test_loads_are_wide(table):
-    """A head stride of 40 must not turn loads of q, k, v into 2-byte loads, nor 77 tokens those of a token map.
+    """A head stride of 40 must not turn loads of q, k, v into 2-byte loads, nor 77 tokens those of
+    a token map.
 
     Rows of stored maps are odd by nature.
     """
@@ -177,4 +243,7 @@ def test_loads_are_wide(table):
 
 def test_forms_are_listed(capsys):
     assert main(["--list-forms"]) == 0
-    assert {line.split("  ")[0] for line in capsys.readouterr().out.splitlines()} == {*FORMS, *FUSED}
+    assert {line.split("  ")[0] for line in capsys.readouterr().out.splitlines()} == {
+        *FORMS,
+        *FUSED,
+    }

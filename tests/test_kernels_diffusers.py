@@ -41,12 +41,16 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     @pytest.mark.parametrize(
         "options",
         [
-            {}, {"bias": True}, {"cross_attention_dim": 24}, {"cross_attention_dim": 24, "cross_attention_norm": "layer_norm"},
-            {"norm_num_groups": 4, "residual_connection": True, "rescale_output_factor": 2.0}, {"scale_qk": False},
+            {},
+            {"bias": True},
+            {"cross_attention_dim": 24},
+            {"cross_attention_dim": 24, "cross_attention_norm": "layer_norm"},
+            {"norm_num_groups": 4, "residual_connection": True, "rescale_output_factor": 2.0},
+            {"scale_qk": False},
             {"qk_norm": "layer_norm"},
         ],
         ids=str,
-    )  # fmt: skip
+    )
     @pytest.mark.parametrize("masked", [False, True])
     def test_every_part_of_a_processor(options, masked, spy):
         torch.manual_seed(0)
@@ -84,10 +88,15 @@ else:
     def unet():
         torch.manual_seed(0)
         return diffusers.UNet2DConditionModel(
-            sample_size=8, block_out_channels=(32, 64), layers_per_block=1, attention_head_dim=2,
-            cross_attention_dim=24, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), norm_num_groups=8,
-        )  # fmt: skip
+            sample_size=8,
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            attention_head_dim=2,
+            cross_attention_dim=24,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            norm_num_groups=8,
+        )
 
     @torch.no_grad()
     def test_a_unet(unet):

@@ -91,11 +91,18 @@ def oracle(q, k, v, edit, scale):
 
 
 FIELDS = [
-    ("bias",), ("kv_row",), ("own_value",), ("bias", "kv_row"), ("bias", "source_row"), ("kv_row", "source_row"),
+    ("bias",),
+    ("kv_row",),
+    ("own_value",),
+    ("bias", "kv_row"),
+    ("bias", "source_row"),
+    ("kv_row", "source_row"),
     ("bias", "kv_row", "own_value", "source_row"),
-    ("bias", "source_row", "token_map", "blend", "reweight"), ("source_row", "blend"), ("reweight",),
+    ("bias", "source_row", "token_map", "blend", "reweight"),
+    ("source_row", "blend"),
+    ("reweight",),
     ("bias", "kv_row", "own_value", "source_row", "token_map", "blend", "reweight"),
-]  # fmt: skip
+]
 
 if not INTERPRETED:
 

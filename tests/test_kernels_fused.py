@@ -1,5 +1,5 @@
-"""GroupNorm + SiLU, LayerNorm and GEGLU: refusals here, the kernels in the interpreter, whose session
-test_kernels_interpreter.py starts.
+"""GroupNorm + SiLU, LayerNorm and GEGLU: refusals here, the kernels in the interpreter, whose
+session test_kernels_interpreter.py starts.
 """
 
 import os
@@ -24,17 +24,44 @@ def image(*shape, dtype=torch.float32):
 @pytest.mark.parametrize(
     "call, match",
     [
-        (lambda: fused.group_norm_silu(torch.zeros(2, 8, 4), 2, *parameters(8)), r"expected \(batch, .* \(2, 8, 4\)"),
+        (
+            lambda: fused.group_norm_silu(torch.zeros(2, 8, 4), 2, *parameters(8)),
+            r"expected \(batch, .* \(2, 8, 4\)",
+        ),
         (lambda: fused.group_norm_silu(image(2, 8, 0, 4), 2, *parameters(8)), "none of them 0"),
-        (lambda: fused.group_norm_silu(image(2, 8, 4, 4), 3, *parameters(8)), "a divisor of the 8 channels, got 3"),
-        (lambda: fused.group_norm_silu(torch.zeros(2, 8, 4, 4), 2, *parameters(8)), "expected channels_last memory"),
-        (lambda: fused.group_norm_silu(image(2, 8, 4, 4), 2, *parameters(4)), r"weight: .* \(8,\), got \(4,\)"),
-        (lambda: fused.group_norm_silu(image(2, 8, 4, 4).double(), 2, *parameters(8)), "x: .* got torch.float64"),
-        (lambda: fused.layer_norm(torch.zeros(4, 8).mT, *parameters(4)), "x: expected contiguous memory"),
+        (
+            lambda: fused.group_norm_silu(image(2, 8, 4, 4), 3, *parameters(8)),
+            "a divisor of the 8 channels, got 3",
+        ),
+        (
+            lambda: fused.group_norm_silu(torch.zeros(2, 8, 4, 4), 2, *parameters(8)),
+            "expected channels_last memory",
+        ),
+        (
+            lambda: fused.group_norm_silu(image(2, 8, 4, 4), 2, *parameters(4)),
+            r"weight: .* \(8,\), got \(4,\)",
+        ),
+        (
+            lambda: fused.group_norm_silu(image(2, 8, 4, 4).double(), 2, *parameters(8)),
+            "x: .* got torch.float64",
+        ),
+        (
+            lambda: fused.layer_norm(torch.zeros(4, 8).mT, *parameters(4)),
+            "x: expected contiguous memory",
+        ),
         (lambda: fused.layer_norm(torch.zeros(4, 0), *parameters(0)), "none of them 0"),
-        (lambda: fused.layer_norm(torch.zeros(1, 16385), *parameters(16385)), "at most 16384 channels, got 16385"),
-        (lambda: fused.layer_norm(torch.zeros(4, 8), *[p.double() for p in parameters(8)]), "weight: .* torch.float64"),
-        (lambda: fused.layer_norm(torch.zeros(4, 8).to("meta"), *parameters(8)), "on meta like x, got cpu"),
+        (
+            lambda: fused.layer_norm(torch.zeros(1, 16385), *parameters(16385)),
+            "at most 16384 channels, got 16385",
+        ),
+        (
+            lambda: fused.layer_norm(torch.zeros(4, 8), *[p.double() for p in parameters(8)]),
+            "weight: .* torch.float64",
+        ),
+        (
+            lambda: fused.layer_norm(torch.zeros(4, 8).to("meta"), *parameters(8)),
+            "on meta like x, got cpu",
+        ),
         (lambda: fused.geglu(torch.zeros(4, 7)), "expected an even last dimension, got 7"),
         (lambda: fused.geglu(torch.zeros(4, 8, 2)[..., 0]), "expected contiguous memory"),
     ],
@@ -69,9 +96,13 @@ if INTERPRETED:
         """NaN in every output and in every buffer between the kernels."""
         for name in ("empty_like", "empty"):
             allocate = getattr(torch, name)
-            monkeypatch.setattr(torch, name, lambda *a, allocate=allocate, **k: allocate(*a, **k).fill_(NAN))
+            monkeypatch.setattr(
+                torch, name, lambda *a, allocate=allocate, **k: allocate(*a, **k).fill_(NAN)
+            )
         new_empty = torch.Tensor.new_empty
-        monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(NAN))
+        monkeypatch.setattr(
+            torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(NAN)
+        )
 
     def run(name, x, *args, torch_op):
         """Against float64 within twice the error of PyTorch's own op."""
@@ -106,7 +137,9 @@ if INTERPRETED:
         assert fused.group_norm_silu(x, groups, *parameters(shape[1])).stride() == x.stride()
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("shape", [(3, 5, 320), (1, 1), (2, 3, 1000), (7, 48), (5, 1280)], ids=str)
+    @pytest.mark.parametrize(
+        "shape", [(3, 5, 320), (1, 1), (2, 3, 1000), (7, 48), (5, 1280)], ids=str
+    )
     def test_layer_norm(shape, dtype):
         torch.manual_seed(0)
         x = (torch.randn(shape) * 3 + 5).to(dtype)
@@ -131,7 +164,9 @@ if INTERPRETED:
         x, parts = image(2, 8, 3, 5), parameters(8)
         op = torch.ops.minisd_kernels
         torch.library.opcheck(op.group_norm_silu.default, (x, 2, *parts, 1e-5))
-        torch.library.opcheck(op.layer_norm.default, (x.mT.contiguous()[..., :1].reshape(-1, 8), *parts, 1e-5))
+        torch.library.opcheck(
+            op.layer_norm.default, (x.mT.contiguous()[..., :1].reshape(-1, 8), *parts, 1e-5)
+        )
         torch.library.opcheck(op.geglu.default, (torch.randn(3, 8),))
 
         def block(x):

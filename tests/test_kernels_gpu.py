@@ -2,16 +2,20 @@
 
 import pytest
 import torch
-from kernel_cases import B, NAN, S, check, edit_tensors, run_cross, sampled_cross_cases, tensors
+from kernel_cases import NAN, B, S, check, edit_tensors, run_cross, sampled_cross_cases, tensors
 from minisd_kernels import fused, ops, reference
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """NaN in every output, and in what lies between two launches: a number that no kernel wrote shows."""
+    """NaN in every output, and in what lies between two launches: a number that no kernel wrote
+    shows."""
     allocate = torch.Tensor.new_empty
 
     def poison(*args, **kwargs):
@@ -21,13 +25,14 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", poison)
 
 
-
 # One of each form: a compile takes about a second, and the interpreter has seen the others.
 CASES = [case for i, case in enumerate(sampled_cross_cases(DTYPES)) if i % 5 == i // 5 % 5]
 SIZES = [(4096, 40), (1024, 80), (256, 160), (64, 160), (1000, 8), (97, 48), (500, 64), (77, 256)]
 
 
-@pytest.mark.parametrize("source, mix, saves, dtype, batch, heads, n, keys, d, layout, arch, seed", CASES)
+@pytest.mark.parametrize(
+    "source, mix, saves, dtype, batch, heads, n, keys, d, layout, arch, seed", CASES
+)
 def test_cross_attention(source, mix, saves, dtype, batch, heads, n, keys, d, layout, arch, seed):
     """The card that is there picks the tiles, not `arch`."""
     q, k, v = tensors(batch, heads, n, keys, d, dtype, seed, layout, "cuda")
@@ -42,7 +47,14 @@ def test_attention(n, d, dtype):
     for rows in ([1, 0], [0, 0]):  # the second pair shares a map
         row = torch.tensor(rows, device="cuda")
         exact = reference.attention(q.double(), k.double(), v.double(), row)
-        check(ops.attention(q, k, v, row), reference.attention(q, k, v, row), exact, dtype, "out", max(n, d))
+        check(
+            ops.attention(q, k, v, row),
+            reference.attention(q, k, v, row),
+            exact,
+            dtype,
+            "out",
+            max(n, d),
+        )
 
 
 def test_a_replayed_cuda_graph_writes_to_the_same_buffers():
@@ -75,5 +87,14 @@ def test_fused_ops(C, side, dtype):
         ("layer_norm", (rows[..., :C].contiguous(), weight, bias)),
         ("geglu", (rows,)),
     ):
-        exact = getattr(reference, name)(*(a.double() if isinstance(a, torch.Tensor) else a for a in args))
-        check(getattr(fused, name)(*args), getattr(reference, name)(*args), exact, dtype, name, x.numel() // 2)
+        exact = getattr(reference, name)(
+            *(a.double() if isinstance(a, torch.Tensor) else a for a in args)
+        )
+        check(
+            getattr(fused, name)(*args),
+            getattr(reference, name)(*args),
+            exact,
+            dtype,
+            name,
+            x.numel() // 2,
+        )

@@ -1,14 +1,15 @@
 """The Triton kernels themselves, run by Triton's interpreter on CPU tensors, against float64.
 
-TRITON_INTERPRET must be set before Triton is imported and must not reach the other tests, so this file runs itself: in
-the ordinary test session `test_in_its_own_process` starts one pytest on this file and test_kernels_{fused,fields,
-gradients,diffusers}.py with the variable set, and shows its report if it fails; everything else in the file is only
-collected there. By hand:
+TRITON_INTERPRET must be set before Triton is imported and must not reach the other tests, so this
+file runs itself: in the ordinary test session `test_in_its_own_process` starts one pytest on this
+file and test_kernels_{fused,fields, gradients,diffusers}.py with the variable set, and shows its
+report if it fails; everything else in the file is only collected there. By hand:
 
     TRITON_INTERPRET=1 python -m pytest tests/test_kernels_{interpreter,fused,fields,gradients,diffusers}.py
 
-Not tested here: TF32, which the interpreter does not model (test_kernels_compiled.py). Its bfloat16 is mended first:
-its tl.dot multiplies the bit patterns, and its conversions cut off instead of rounding.
+Not tested here: TF32, which the interpreter does not model (test_kernels_compiled.py). Its bfloat16
+is mended first: its tl.dot multiplies the bit patterns, and its conversions cut off instead of
+rounding.
 """
 
 import dataclasses
@@ -20,9 +21,20 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_cases import (
-    B, DTYPES, FORMS, HEAD_DIMS, KEYS, NAN, QUERIES, S, check, edit_tensors, run_cross, sampled_cross_cases,
+    DTYPES,
+    FORMS,
+    HEAD_DIMS,
+    KEYS,
+    NAN,
+    QUERIES,
+    B,
+    S,
+    check,
+    edit_tensors,
+    run_cross,
+    sampled_cross_cases,
     tensors,
-)  # fmt: skip
+)
 from minisd_kernels import ops, reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -31,8 +43,21 @@ if not INTERPRETED:
 
     def test_in_its_own_process():
         names = ("fused", "fields", "gradients", "diffusers")
-        files = [__file__, *(str(Path(__file__).with_name(f"test_kernels_{name}.py")) for name in names)]
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", *files]
+        files = [
+            __file__,
+            *(str(Path(__file__).with_name(f"test_kernels_{name}.py")) for name in names),
+        ]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "--no-header",
+            "-p",
+            "no:cacheprovider",
+            *files,
+        ]
         env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-5000:]
@@ -47,9 +72,9 @@ else:
     def quick_interpreter():
         """Half the time, and still the kernels.
 
-        Every call of a jit function inside a kernel patches triton.language anew, 2 ms; once will do. And every sum and
-        product of integers is computed again in 64 bits to see whether it overflows, which at these sizes none does; a
-        compiled kernel has no such check either.
+        Every call of a jit function inside a kernel patches triton.language anew, 2 ms; once will
+        do. And every sum and product of integers is computed again in 64 bits to see whether it
+        overflows, which at these sizes none does; a compiled kernel has no such check either.
         """
         from triton.runtime import interpreter
         from triton.runtime.interpreter import InterpretedFunction
@@ -71,7 +96,8 @@ else:
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """NaN in every output, and in what lies between two launches: a number that no kernel wrote shows."""
+    """NaN in every output, and in what lies between two launches: a number that no kernel wrote
+    shows."""
     ops.KNOWN.clear()  # another test may have chosen other tiles
     for where, name in ((torch.Tensor, "new_empty"), (ops, "empty_out")):
 
@@ -83,39 +109,56 @@ def poisoned(monkeypatch):
 
 
 if INTERPRETED:
-
     CASES = list(sampled_cross_cases())
 
-    @pytest.mark.parametrize("source, mix, saves, dtype, batch, heads, n, keys, d, layout, arch, seed", CASES)
+    @pytest.mark.parametrize(
+        "source, mix, saves, dtype, batch, heads, n, keys, d, layout, arch, seed", CASES
+    )
     def test_cross_attention(
         monkeypatch, source, mix, saves, dtype, batch, heads, n, keys, d, layout, arch, seed
-    ):  # fmt: skip
-        monkeypatch.setattr(cross_attention, "arch", lambda: arch)  # the tiles of both kinds of card
+    ):
+        monkeypatch.setattr(
+            cross_attention, "arch", lambda: arch
+        )  # the tiles of both kinds of card
         q, k, v = tensors(batch, heads, n, keys, d, dtype, seed, layout)
         edit = edit_tensors(source, mix, heads, n, keys, dtype, seed)
         run_cross(q, k, v, edit, saves)
 
     def test_the_sample_holds_every_size():
-        """Each in float16 and in float32, but 97 and 256 queries in float32, too many programs: see the next test."""
-        seen = {dtype: [case.values for case in CASES if case.values[3] == dtype] for dtype in DTYPES}
+        """Each in float16 and in float32, but 97 and 256 queries in float32, too many programs: see
+        the next test."""
+        seen = {
+            dtype: [case.values for case in CASES if case.values[3] == dtype] for dtype in DTYPES
+        }
         for dtype, cases in seen.items():
-            assert {case[8] for case in cases} == set(HEAD_DIMS) and {case[7] for case in cases} == set(KEYS)
-            assert {case[6] for case in cases} == set(QUERIES) - ({97, 256} if dtype == torch.float32 else set())
+            assert {case[8] for case in cases} == set(HEAD_DIMS) and {
+                case[7] for case in cases
+            } == set(KEYS)
+            assert {case[6] for case in cases} == set(QUERIES) - (
+                {97, 256} if dtype == torch.float32 else set()
+            )
             assert {(*case[:3],) for case in cases} == set(FORMS)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("n", QUERIES)
     def test_every_number_of_queries(n, dtype):
         q, k, v = tensors(1, 1, n, 40, 40, dtype, seed=n)
-        exact, eager = reference.attention(q.double(), k.double(), v.double()), reference.attention(q, k, v)
+        exact, eager = (
+            reference.attention(q.double(), k.double(), v.double()),
+            reference.attention(q, k, v),
+        )
         check(ops.attention(q, k, v), eager, exact, dtype, "attention", 40)
         q, k, v = tensors(1, 1, n, 77, 8, dtype, seed=n)
-        exact, eager = reference.attention(q.double(), k.double(), v.double()), reference.attention(q, k, v)
+        exact, eager = (
+            reference.attention(q.double(), k.double(), v.double()),
+            reference.attention(q, k, v),
+        )
         check(ops.cross_attention(q, k, v), eager, exact, dtype, "cross_attention", 77)
 
     @pytest.fixture
     def bfloat16(monkeypatch):
-        """Give the interpreter a bfloat16 that works: products of the numbers, conversions that round to even."""
+        """Give the interpreter a bfloat16 that works: products of the numbers, conversions that
+        round to even."""
         from triton.language import bfloat16 as bf16
         from triton.runtime import interpreter
 
@@ -126,7 +169,9 @@ if INTERPRETED:
 
         def mended_dot(self, a, b, *args):
             a, b = (
-                interpreter.TensorHandle(widen(x.data), triton.language.float32) if x.dtype.scalar == bf16 else x
+                interpreter.TensorHandle(widen(x.data), triton.language.float32)
+                if x.dtype.scalar == bf16
+                else x
                 for x in (a, b)
             )
             return dot(self, a, b, *args)
@@ -163,7 +208,13 @@ if INTERPRETED:
         q, k, v = tensors(B, 1, 17, 100, 80, torch.bfloat16, seed=0)
         row = torch.tensor([1, 0])
         exact = reference.attention(q.double(), k.double(), v.double(), row)
-        check(ops.attention(q, k, v, row), reference.attention(q, k, v, row), exact, torch.bfloat16, "out")
+        check(
+            ops.attention(q, k, v, row),
+            reference.attention(q, k, v, row),
+            exact,
+            torch.bfloat16,
+            "out",
+        )
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("keys", KEYS)
@@ -207,22 +258,33 @@ if INTERPRETED:
         assert torch.equal(got[:1], ops.attention(q[:1], k[:1], v[:1]))
 
     @pytest.mark.parametrize(
-        "rows", [[0, 0], [1, 1], [0, 1], [1, 0], [0, 0, 0], [0, 0, 2, 2], [2, 2, 1, 2, 3], [0]], ids=str
+        "rows",
+        [[0, 0], [1, 1], [0, 1], [1, 0], [0, 0, 0], [0, 0, 2, 2], [2, 2, 1, 2, 3], [0]],
+        ids=str,
     )
     def test_a_routed_row_has_the_bits_of_the_plain_op(rows):
-        """Pairs, chains, takers of a row that takes itself, nobody: the plain op on the routed q and k."""
+        """Pairs, chains, takers of a row that takes itself, nobody: the plain op on the routed q
+        and k."""
         q, k, v = tensors(len(rows) + 1, 1, 7, 70, 40, torch.float16, seed=len(rows))
         row = torch.tensor(rows)
         want = ops.attention(*(reference.routed(x, row) for x in (q, k)), v)
         assert torch.equal(ops.attention(q, k, v, row), want)
 
     def extreme(keys, dtype):
-        """q, k, v whose scores after the scale are exactly +-1e4, and for every third key something between."""
+        """q, k, v whose scores after the scale are exactly +-1e4, and for every third key something
+        between."""
         q, k, v = tensors(B, 1, 16, keys, 16, dtype, seed=0)
-        towards = torch.ones(keys).bernoulli_(0.5, generator=torch.Generator().manual_seed(0)).mul_(100).sub_(50)
+        towards = (
+            torch.ones(keys)
+            .bernoulli_(0.5, generator=torch.Generator().manual_seed(0))
+            .mul_(100)
+            .sub_(50)
+        )
         u = q[:1, :, :1].sign()  # 50 * 50 * 16 / sqrt(16) = 1e4
         q = u * 50 * q[..., :1].sign()
-        k = torch.where((torch.arange(keys) % 3 > 0)[:, None], u * towards[:, None].to(dtype), k * 50)
+        k = torch.where(
+            (torch.arange(keys) % 3 > 0)[:, None], u * towards[:, None].to(dtype), k * 50
+        )
         scores = q.double() @ k.double().mT / 4
         assert scores.min() == -1e4 and scores.max() == 1e4 and (scores.abs() < 9e3).any()
         return q, k, v
@@ -233,10 +295,21 @@ if INTERPRETED:
         q, k, v = extreme(150, dtype)
         for row in (None, torch.tensor([1, 0])):
             exact = reference.attention(q.double(), k.double(), v.double(), row)
-            check(ops.attention(q, k, v, row), reference.attention(q, k, v, row), exact, dtype, "attention", 150)
+            check(
+                ops.attention(q, k, v, row),
+                reference.attention(q, k, v, row),
+                exact,
+                dtype,
+                "attention",
+                150,
+            )
         q, k, v = extreme(77, dtype)
         everything, both = ("token_map", "blend", "reweight"), ("save", "save_mean")
-        for form in (("none", ("reweight",), ()), ("source_row", everything, ()), ("source_row", everything, both)):
+        for form in (
+            ("none", ("reweight",), ()),
+            ("source_row", everything, ()),
+            ("source_row", everything, both),
+        ):
             run_cross(q, k, v, edit_tensors(*form[:2], 1, 16, 77, dtype, 0), form[2])
 
     @pytest.mark.parametrize("keys", [77, 150])
@@ -268,15 +341,21 @@ if INTERPRETED:
     def test_folded_equals_unfolded():
         """The two kernels, one of which forms P', agree."""
         q, k, v = tensors(B, 1, 16, 77, 40, torch.float32, seed=0)
-        edit = edit_tensors("source_row", ("token_map", "blend", "reweight"), 1, 16, 77, torch.float32, 0)
+        edit = edit_tensors(
+            "source_row", ("token_map", "blend", "reweight"), 1, 16, 77, torch.float32, 0
+        )
         unfolded = ops.cross_attention(q, k, v, **edit, save=torch.empty(S, 1, 16, 77))
-        torch.testing.assert_close(ops.cross_attention(q, k, v, **edit), unfolded, atol=2e-6, rtol=0)
+        torch.testing.assert_close(
+            ops.cross_attention(q, k, v, **edit), unfolded, atol=2e-6, rtol=0
+        )
 
     # torch.library: schema, fake kernel, graph
 
     def test_opcheck():
         q, k, v = tensors(B, 1, 7, 5, 16, torch.float32, seed=0)
-        edit = edit_tensors("source_row", ("token_map", "blend", "reweight"), 1, 7, 5, torch.float32, 0)
+        edit = edit_tensors(
+            "source_row", ("token_map", "blend", "reweight"), 1, 7, 5, torch.float32, 0
+        )
         op = torch.ops.minisd_kernels
         torch.library.opcheck(op.attention.default, (q, k, v, edit["source_row"], *[None] * 4))
         tables = tuple(edit[name] for name in ("token_map", "blend", "reweight"))
@@ -289,7 +368,9 @@ if INTERPRETED:
         torch.library.opcheck(op.cross_attention_folded.default, folded)
         save, mean = torch.zeros(S, 1, 7, 5), torch.zeros(S, 7, 5)
         nothing = [None] * 6
-        torch.library.opcheck(op.cross_attention_save.default, (q, k, v, *nothing, save, None, None))
+        torch.library.opcheck(
+            op.cross_attention_save.default, (q, k, v, *nothing, save, None, None)
+        )
         torch.library.opcheck(op.cross_attention_save.default, (*args, None, save, mean, None))
         backward = (torch.randn_like(q), q, k, *values, edit["source_row"], None, None)
         torch.library.opcheck(op.attention_backward.default, backward)
@@ -297,7 +378,8 @@ if INTERPRETED:
     @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
     @pytest.mark.parametrize("save", [False, True], ids=["edit", "edit and save"])
     def test_compiles_to_one_graph_for_all_steps(backend, save):
-        """A block with an edited self and an edited cross site: no break, no recompile when the values change."""
+        """A block with an edited self and an edited cross site: no break, no recompile when the
+        values change."""
         from minisd.models.attention import Attention, AttentionEdit
 
         torch.manual_seed(0)
@@ -313,7 +395,9 @@ if INTERPRETED:
         def edits(step, save_map):
             g = torch.Generator().manual_seed(step)
             mean = torch.zeros(S, 130, 5) if save else None
-            return AttentionEdit(source_row=torch.tensor([0, 0]) if step % 2 else torch.arange(S)), AttentionEdit(
+            return AttentionEdit(
+                source_row=torch.tensor([0, 0]) if step % 2 else torch.arange(S)
+            ), AttentionEdit(
                 source_row=torch.tensor([0, 0]),
                 token_map=torch.rand(S, 5, 5, generator=g),
                 blend=torch.rand(S, 5, generator=g),
@@ -342,16 +426,22 @@ if INTERPRETED:
 
     @pytest.mark.parametrize("name", ["source_row", "inject"])
     def test_minisd_attention_by_triton(name):
-        """Every kind of edit of minisd.models.attention reaches the right kernel: equal to the reference in float32."""
-        from minisd.models.attention import AttentionEdit
-        from minisd.models.attention import attention as attend
+        """Every kind of edit of minisd.models.attention reaches the right kernel: equal to the
+        reference in float32."""
+        from minisd.models.attention import AttentionEdit, attention as attend
 
         for keys in (5, 140):
             q, k, v = tensors(B, 1, 9, keys, 16, torch.float32, seed=keys)
             stored = q[1:].flip(2).contiguous(), k[1:].flip(2).contiguous()
             everything = ("token_map", "blend", "reweight")
-            for source, mix in (("none", ()), ("none", ("reweight",)), (name, ()), (name, ("blend",)),
-                                ("inject_qk", ()), ("inject_qk", everything)):  # fmt: skip
+            for source, mix in (
+                ("none", ()),
+                ("none", ("reweight",)),
+                (name, ()),
+                (name, ("blend",)),
+                ("inject_qk", ()),
+                ("inject_qk", everything),
+            ):
                 edit = AttentionEdit(**edit_tensors(source, mix, 1, 9, keys, torch.float32, 0))
                 if source == "inject_qk":
                     edit = edit._replace(inject_qk=stored)
@@ -361,7 +451,8 @@ if INTERPRETED:
             torch.testing.assert_close(got, reference.attention(q, k, v), atol=5e-6, rtol=0)
 
     def test_the_benchmark_checks_what_it_times(monkeypatch):
-        """bench.attention with our kernels among the contenders, every form; all taking one millisecond."""
+        """bench.attention with our kernels among the contenders, every form; all taking one
+        millisecond."""
         from bench import attention as bench
 
         def one_ms(functions, *args, **kwargs):
@@ -371,8 +462,12 @@ if INTERPRETED:
         monkeypatch.setattr(bench, "rivals", lambda *args, triton: rivals(*args, triton=True))
         monkeypatch.setattr(bench.harness, "interleave", one_ms)
         monkeypatch.setattr(bench.harness, "peak_memory", lambda *args: 0)
-        rows = bench.bench_shape(4, 1, 7, 5, 8, torch.float32, "cpu", ("plain", *bench.CROSS_EDITS), 1, 1e12)
-        rows += bench.bench_shape(4, 1, 7, 7, 8, torch.float32, "cpu", ("plain", *bench.SELF_EDITS), 1, 1e12)
+        rows = bench.bench_shape(
+            4, 1, 7, 5, 8, torch.float32, "cpu", ("plain", *bench.CROSS_EDITS), 1, 1e12
+        )
+        rows += bench.bench_shape(
+            4, 1, 7, 7, 8, torch.float32, "cpu", ("plain", *bench.SELF_EDITS), 1, 1e12
+        )
         assert len(rows) == 10 and all(row["error_over_budget"] <= 1 for row in rows)
         # as quick as the others: too slow beside SDPA, eager (4 forms) and, sharing a map, plain
         assert [text[:4] for text in bench.misses(rows)] == ["SLOW"] * 6

@@ -1,4 +1,5 @@
-"""What a launch asks the compiler for, without a card: sizes past 2^31 and 65535, and no compile for a row of a table.
+"""What a launch asks the compiler for, without a card: sizes past 2^31 and 65535, and no compile
+for a row of a table.
 
 In processes of their own, because Triton's driver is replaced and the interpreter must be off.
 """
@@ -52,7 +53,8 @@ def run(code):
 
 
 def test_rows_of_a_table_do_not_compile_anew():
-    """Row i of a table of 77 weights begins 308 i bytes after the first: 16 bytes divide that, or not."""
+    """Row i of a table of 77 weights begins 308 i bytes after the first: 16 bytes divide that, or
+    not."""
     counts = run("""
 q, k = empty(2, 8, 64, 40), empty(2, 8, 77, 40)
 blend, reweight = (empty(4, 1, 77, dtype=torch.float32) for _ in range(2))
@@ -99,7 +101,8 @@ print(json.dumps(grids))
 
 
 def test_strides_are_widened_before_they_are_multiplied():
-    """No 32-bit product but of a block's number and its size: a stride, or UNIT (8), meets 64 bits."""
+    """No 32-bit product but of a block's number and its size: a stride, or UNIT (8), meets 64
+    bits."""
     products = run("""
 last = {}
 def keep(self, *args, grid, **kwargs):

@@ -1,4 +1,5 @@
-"""minisd_kernels without a launch: what is refused, what is imported, what a fake kernel promises."""
+"""minisd_kernels without a launch: what is refused, what is imported, what a fake kernel
+promises."""
 
 import subprocess
 import sys
@@ -22,16 +23,28 @@ def qkv(**change):
 @pytest.mark.parametrize(
     "change, match",
     [
-        (lambda q, k, v: (q[0], k, v), r"expected 4 dimensions .* got \(2, 5, 16\), \(3, 2, 7, 16\)"),
+        (
+            lambda q, k, v: (q[0], k, v),
+            r"expected 4 dimensions .* got \(2, 5, 16\), \(3, 2, 7, 16\)",
+        ),
         (lambda q, k, v: (q, k[:2], v), r"expected \(B, H, N, D\), .* got .*\(2, 2, 7, 16\)"),
         (lambda q, k, v: (q, k[:, :1], v), "expected .B, H, N, D., "),
         (lambda q, k, v: (q, k, v[:, :, :6]), "expected .B, H, N, D., "),
         (lambda q, k, v: (q, k[..., :8], v), "expected .B, H, N, D., "),
         (lambda q, k, v: (q[:, :, :0], k, v), "no empty dimension"),
         (lambda q, k, v: (q, k[:, :, :0], v[:, :, :0]), "no empty dimension"),
-        (lambda *qkv: [x[..., :12] for x in qkv], "head_dim: expected a multiple of 8 up to 256, got 12"),
-        (lambda q, k, v: (q.half(), k, v), "expected one dtype, got torch.float16, torch.float32, torch.float32"),
-        (lambda q, k, v: (q.double(), k.double(), v.double()), "expected torch.float16 or .* got torch.float64"),
+        (
+            lambda *qkv: [x[..., :12] for x in qkv],
+            "head_dim: expected a multiple of 8 up to 256, got 12",
+        ),
+        (
+            lambda q, k, v: (q.half(), k, v),
+            "expected one dtype, got torch.float16, torch.float32, torch.float32",
+        ),
+        (
+            lambda q, k, v: (q.double(), k.double(), v.double()),
+            "expected torch.float16 or .* got torch.float64",
+        ),
         (lambda q, k, v: (q, k, v.to("meta")), "expected one device, got cpu, cpu, meta"),
     ],
 )
@@ -42,8 +55,12 @@ def test_bad_tensors_are_refused(op, change, match):
 
 def test_limits():
     for saves in ({}, {"save": torch.empty(2, H, N, 257)}, {"save_mean": torch.empty(2, N, 257)}):
-        with pytest.raises(ValueError, match="at most 256 keys, got 257; .* impl='sdpa' edits and saves"):
-            ops.cross_attention(*(x.to("meta") for x in qkv(L=257)), **{n: x.to("meta") for n, x in saves.items()})
+        with pytest.raises(
+            ValueError, match="at most 256 keys, got 257; .* impl='sdpa' edits and saves"
+        ):
+            ops.cross_attention(
+                *(x.to("meta") for x in qkv(L=257)), **{n: x.to("meta") for n, x in saves.items()}
+            )
     with pytest.raises(ValueError, match="multiple of 8 up to 256, got 264"):
         ops.attention(*qkv(D=264))
 
@@ -51,7 +68,9 @@ def test_limits():
 def test_cpu_tensors_are_refused_outside_of_the_interpreter():
     pytest.importorskip("triton")
     for op in (ops.attention, ops.cross_attention):
-        with pytest.raises(ValueError, match="need a CUDA device, got cpu; impl='sdpa' runs everywhere"):
+        with pytest.raises(
+            ValueError, match="need a CUDA device, got cpu; impl='sdpa' runs everywhere"
+        ):
             op(*qkv())
 
 
@@ -59,12 +78,18 @@ OPS = torch.ops.minisd_kernels
 DIRECT = {
     "attention": lambda q, k, v: OPS.attention(q, k, v, *[None] * 5),
     "cross_attention": lambda q, k, v: OPS.cross_attention(q, k, v, *[None] * 7),
-    "cross_attention_folded": lambda q, k, v: OPS.cross_attention_folded(q, k, v, *[None] * 4, True, None),
+    "cross_attention_folded": lambda q, k, v: OPS.cross_attention_folded(
+        q, k, v, *[None] * 4, True, None
+    ),
     "cross_attention_save": lambda q, k, v: OPS.cross_attention_save(
         q, k, v, *[None] * 6, torch.empty(2, H, N, L, device=q.device), None, None
     ),
-    "fold": lambda q, k, v: OPS.fold(v, None, None, torch.ones(2, L, device=q.device), False, False),
-    "attention_backward": lambda q, k, v: OPS.attention_backward(q, q, k, v, None, None, None, None),
+    "fold": lambda q, k, v: OPS.fold(
+        v, None, None, torch.ones(2, L, device=q.device), False, False
+    ),
+    "attention_backward": lambda q, k, v: OPS.attention_backward(
+        q, q, k, v, None, None, None, None
+    ),
 }
 
 
@@ -72,7 +97,9 @@ DIRECT = {
 def test_gradients_through_the_registered_ops_are_refused(name):
     q, k, v = (x.to("meta") for x in qkv())
     DIRECT[name](q, k, v)
-    with pytest.raises(RuntimeError, match=f"minisd_kernels.{name} has no backward; minisd_kernels.ops has"):
+    with pytest.raises(
+        RuntimeError, match=f"minisd_kernels.{name} has no backward; minisd_kernels.ops has"
+    ):
         DIRECT[name](q, k, v.requires_grad_())
 
 
@@ -88,7 +115,9 @@ def test_gradients_into_a_buffer_are_refused():
     """They would be dropped in silence; edited_map returns the map."""
     q, k, v = qkv()
     for name, size in (("save", (2, H, N, L)), ("save_mean", (2, N, L))):
-        with pytest.raises(RuntimeError, match="a buffer cannot carry the gradients .* ops.edited_map"):
+        with pytest.raises(
+            RuntimeError, match="a buffer cannot carry the gradients .* ops.edited_map"
+        ):
             ops.cross_attention(q.requires_grad_(), k, v, **{name: torch.zeros(size)})
 
 
@@ -110,7 +139,9 @@ def test_forward_mode_derivatives_are_refused(op):
 
 
 @pytest.mark.parametrize("op", [ops.attention, ops.cross_attention])
-@pytest.mark.parametrize("dtypes", [(torch.float32,) * 3, (torch.bfloat16, torch.float32, torch.float32)], ids=str)
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32,) * 3, (torch.bfloat16, torch.float32, torch.float32)], ids=str
+)
 def test_autocast_casts_as_sdpa_does(op, dtypes, monkeypatch):
     """One dtype under autocast, float32 products included; mixed dtypes without it are an error."""
     got = []
@@ -121,33 +152,56 @@ def test_autocast_casts_as_sdpa_does(op, dtypes, monkeypatch):
         op(q, k, v)
     assert got == [[want] * 3] and want == torch.bfloat16
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert op(*qkv(dtype=torch.float64)) is None and got[-1] == [torch.float64] * 3  # refused by the op itself
+        assert (
+            op(*qkv(dtype=torch.float64)) is None and got[-1] == [torch.float64] * 3
+        )  # refused by the op itself
 
 
 def test_a_buffer_with_overlapping_memory_is_refused():
     edit = {"source_row": torch.zeros(2, dtype=torch.int64)}
     for name, wrong, right in (
-        ("save", torch.empty(1, H, N, L).expand(2, -1, -1, -1), torch.empty(L, N, 2 * H, 2).permute(3, 2, 1, 0)[:, ::2]),
-        ("save", torch.empty(100).as_strided((2, H, N, L), (48, 24, 3, 1)), torch.empty(2, H, N, 2 * L)[..., ::2]),
-        ("save_mean", torch.empty(2, 1, L).expand(-1, N, -1), torch.empty(L, N, 2).permute(2, 1, 0)),
+        (
+            "save",
+            torch.empty(1, H, N, L).expand(2, -1, -1, -1),
+            torch.empty(L, N, 2 * H, 2).permute(3, 2, 1, 0)[:, ::2],
+        ),
+        (
+            "save",
+            torch.empty(100).as_strided((2, H, N, L), (48, 24, 3, 1)),
+            torch.empty(2, H, N, 2 * L)[..., ::2],
+        ),
+        (
+            "save_mean",
+            torch.empty(2, 1, L).expand(-1, N, -1),
+            torch.empty(L, N, 2).permute(2, 1, 0),
+        ),
     ):
-        with pytest.raises(ValueError, match=f"{name}: expected memory of its own for every element"):
+        with pytest.raises(
+            ValueError, match=f"{name}: expected memory of its own for every element"
+        ):
             ops.cross_attention(*qkv(), **edit, **{name: wrong})
         ops.check(*qkv(), **edit, **{name: right})
-    ops.check(*qkv(), save=torch.empty(H * N * L).as_strided((1, H, N, L), (0, N * L, L, 1)))  # one row: no stride
+    ops.check(
+        *qkv(), save=torch.empty(H * N * L).as_strided((1, H, N, L), (0, N * L, L, 1))
+    )  # one row: no stride
 
 
 def test_fake_kernels_promise_the_layout_that_is_returned():
     q, k, v = (x.to("meta") for x in qkv())
     edit = {"source_row": torch.zeros(2, dtype=torch.int64, device="meta")}
     save = {"save": torch.empty(2, H, N, L, device="meta")}
-    folded, saving = ops.cross_attention(q, k, v, **edit), ops.cross_attention(q, k, v, **edit, **save)
+    folded, saving = (
+        ops.cross_attention(q, k, v, **edit),
+        ops.cross_attention(q, k, v, **edit, **save),
+    )
     for out in (ops.attention(q, k, v), folded, saving):
         assert out.shape == (B, H, N, D) and out.stride() == (N * H * D, D, H * D, 1)
         assert out.stride() == ops.empty_out(q.contiguous()).stride()
 
 
-@pytest.mark.parametrize("fields", [("source_row",), ("source_row", "blend"), ("inject", "token_map", "blend"), ()])
+@pytest.mark.parametrize(
+    "fields", [("source_row",), ("source_row", "blend"), ("inject", "token_map", "blend"), ()]
+)
 @pytest.mark.parametrize("reweighted", [False, True])
 def test_fold_is_exact(fields, reweighted):
     """P_own V_own + P_source V_source is the unfolded formula, in float64 to the last digits."""
@@ -173,14 +227,35 @@ def test_fold_is_exact(fields, reweighted):
 @pytest.mark.parametrize(
     "fields, match",
     [
-        ({"bias": torch.zeros(2, H, N, L + 1)}, r"bias: expected shape \(2, 2, 5, 7\) or \(2, 2, 1, 7\) or .*8\)"),
-        ({"bias": torch.zeros(2, 1, 1, L).double()}, "bias: expected torch.float16 or .* got torch.float64"),
-        ({"kv_row": torch.zeros(2, dtype=torch.int64)}, r"kv_row: expected shape \(S, M\), M at least 1, got \(2,\)"),
-        ({"kv_row": torch.zeros(2, 1)}, "kv_row: expected torch.int32 or torch.int64, got torch.float32"),
+        (
+            {"bias": torch.zeros(2, H, N, L + 1)},
+            r"bias: expected shape \(2, 2, 5, 7\) or \(2, 2, 1, 7\) or .*8\)",
+        ),
+        (
+            {"bias": torch.zeros(2, 1, 1, L).double()},
+            "bias: expected torch.float16 or .* got torch.float64",
+        ),
+        (
+            {"kv_row": torch.zeros(2, dtype=torch.int64)},
+            r"kv_row: expected shape \(S, M\), M at least 1, got \(2,\)",
+        ),
+        (
+            {"kv_row": torch.zeros(2, 1)},
+            "kv_row: expected torch.int32 or torch.int64, got torch.float32",
+        ),
         ({"own_value": torch.ones(2)}, "own_value: expected as many keys as queries, 5, got 7"),
-        ({"own_value": torch.ones(2, dtype=torch.int64)}, "own_value: expected torch.float32 or torch.bool"),
-        ({"reweight": torch.ones(2, H + 1, L)}, r"reweight: expected shape \(2, 7\) or \(2, 2, 7\), got \(2, 3, 7\)"),
-        ({"bias": torch.zeros(1, 1, 1, L), "reweight": torch.ones(2, L)}, "expected one number of rows"),
+        (
+            {"own_value": torch.ones(2, dtype=torch.int64)},
+            "own_value: expected torch.float32 or torch.bool",
+        ),
+        (
+            {"reweight": torch.ones(2, H + 1, L)},
+            r"reweight: expected shape \(2, 7\) or \(2, 2, 7\), got \(2, 3, 7\)",
+        ),
+        (
+            {"bias": torch.zeros(1, 1, 1, L), "reweight": torch.ones(2, L)},
+            "expected one number of rows",
+        ),
     ],
 )
 def test_bad_fields_are_refused(fields, match):
@@ -190,7 +265,10 @@ def test_bad_fields_are_refused(fields, match):
 
 def test_what_cross_attention_does_not_take():
     for name, x in (("kv_row", torch.zeros(2, 1, dtype=torch.int64)), ("own_value", torch.ones(2))):
-        with pytest.raises(ValueError, match=f"{name}: cross_attention does not take it; attention.. does, and impl='sdpa'"):
+        with pytest.raises(
+            ValueError,
+            match=f"{name}: cross_attention does not take it; attention.. does, and impl='sdpa'",
+        ):
             ops.cross_attention(*qkv(), **{name: x})
 
 
@@ -202,14 +280,25 @@ def test_bad_folded_values_are_refused():
         ({"folded": ops.Folded(own, source)}, "got V_source without one"),
         ({"folded": ops.Folded(None, None)}, "this source, 'inject'"),
         ({"folded": ops.Folded(None, source), "source_row": row}, "this source, 'inject'"),
-        ({"folded": ops.Folded(own, None), "inject": torch.zeros(2, H, N, L)}, "this source, 'inject'"),
+        (
+            {"folded": ops.Folded(own, None), "inject": torch.zeros(2, H, N, L)},
+            "this source, 'inject'",
+        ),
         ({"folded": ops.Folded(own[:, :, 1:], None)}, r"expected values of shape \(3, 2, 7, 16\)"),
-        ({"folded": ops.Folded(own, source), "source_row": row, **tables}, "expected no token_map, blend"),
+        (
+            {"folded": ops.Folded(own, source), "source_row": row, **tables},
+            "expected no token_map, blend",
+        ),
     ):
         with pytest.raises(ValueError, match=f"folded: .*{match}"):
             ops.cross_attention(q, k, v, **given)
-    wrong = {"folded": ops.Folded(own.to("meta"), source[:1].to("meta")), "source_row": row.to("meta")}
-    with pytest.raises(ValueError, match=r"v_source: expected \(2, 2, 7, 16\), torch.float32, got \(1, 2, 7, 16\)"):
+    wrong = {
+        "folded": ops.Folded(own.to("meta"), source[:1].to("meta")),
+        "source_row": row.to("meta"),
+    }
+    with pytest.raises(
+        ValueError, match=r"v_source: expected \(2, 2, 7, 16\), torch.float32, got \(1, 2, 7, 16\)"
+    ):
         ops.cross_attention(*(x.to("meta") for x in (q, k, v)), **wrong)
     for given, match in (
         ({}, "expected a token_map, blend or reweight, got none"),
@@ -218,7 +307,9 @@ def test_bad_folded_values_are_refused():
         ({"source": "inject", "blend": torch.ones(2, L + 1)}, "blend: expected shape"),
     ):
         with pytest.raises(ValueError, match=match):
-            ops.fold_values(v.to("meta"), **{n: x.to("meta") if n == "blend" else x for n, x in given.items()})
+            ops.fold_values(
+                v.to("meta"), **{n: x.to("meta") if n == "blend" else x for n, x in given.items()}
+            )
 
 
 def test_importing_the_ops_imports_neither_triton_nor_minisd():

@@ -68,20 +68,38 @@ TABLES = {
 }
 CALLS = {
     "attention": (1, lambda: ops.attention(*[heads(130, 40)] * 3)),
-    "attention, all fields": (1, lambda: ops.attention(
-        *[heads(130, 40)] * 3, ROW, bias=torch.zeros(S, 1, 1, 260), kv_row=ROW[:, None].expand(-1, 2),
-        own_value=torch.ones(S), scale=1.0,
-    )),
+    "attention, all fields": (
+        1,
+        lambda: ops.attention(
+            *[heads(130, 40)] * 3,
+            ROW,
+            bias=torch.zeros(S, 1, 1, 260),
+            kv_row=ROW[:, None].expand(-1, 2),
+            own_value=torch.ones(S),
+            scale=1.0,
+        ),
+    ),
     "cross_attention": (1, lambda: ops.cross_attention(heads(64, 80), *[heads(L, 80)] * 2)),
-    "refine": (2, lambda: ops.cross_attention(heads(64, 80), *[heads(L, 80)] * 2, source_row=ROW, **TABLES)),
-    "save": (2, lambda: ops.cross_attention(
-        heads(64, 80), *[heads(L, 80)] * 2, save=torch.zeros(S, H, 64, L, dtype=torch.float16),
-        save_mean=torch.zeros(S, 64, L),
-    )),
-    "backward": (3, lambda: torch.ops.minisd_kernels.attention_backward(
-        *[heads(64, 40)] * 2, *[heads(L, 40)] * 2, None, ROW, None, None
-    )),
-}  # fmt: skip
+    "refine": (
+        2,
+        lambda: ops.cross_attention(heads(64, 80), *[heads(L, 80)] * 2, source_row=ROW, **TABLES),
+    ),
+    "save": (
+        2,
+        lambda: ops.cross_attention(
+            heads(64, 80),
+            *[heads(L, 80)] * 2,
+            save=torch.zeros(S, H, 64, L, dtype=torch.float16),
+            save_mean=torch.zeros(S, 64, L),
+        ),
+    ),
+    "backward": (
+        3,
+        lambda: torch.ops.minisd_kernels.attention_backward(
+            *[heads(64, 40)] * 2, *[heads(L, 40)] * 2, None, ROW, None, None
+        ),
+    ),
+}
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import minisd
+from minisd.models import ops
 
 PROMPT = "a red circle"
 OPTIONS = {"steps": 3, "progress": False}
@@ -331,3 +332,65 @@ def test_null_text_in_another_thread_changes_nothing(drawn, attention):
     assert set(seen) == {attention} and drawn.unet.attention == attention
     alone = minisd.null_text(drawn, inversion, inner_steps=3, progress=False).uncond
     assert torch.equal(uncond, alone)
+
+
+def test_what_is_watched_or_wrapped_is_asked_at_every_step(sd):
+    """Hooks on the layers that project text and time, too, and a wrapper whose scale is ramped."""
+    calls = {"to_q": 0, "to_k": 0, "time": 0}
+    site = sd.unet.get_submodule(sd.unet.sites("cross")[0])
+    layers = {"to_q": site.to_q, "to_k": site.to_k, "time": sd.unet.time_embedding.linear_1}
+
+    def count(name):
+        return lambda *_: calls.update({name: calls[name] + 1})
+
+    hooks = [layer.register_forward_hook(count(name)) for name, layer in layers.items()]
+    sd.txt2img("a red circle", steps=3, progress=False)
+    for hook in hooks:
+        hook.remove()
+    assert calls == {"to_q": 3, "to_k": 3, "time": 3}
+
+    class Scaled(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer, self.scale = layer, 1.0
+
+        def forward(self, x):
+            return self.scale * self.layer(x)
+
+    def latents(ramp):
+        last = []
+        site.to_v = Scaled(layers_to_v)
+
+        def on_step(x, step):
+            last.append(x)
+            site.to_v.scale *= ramp
+
+        sd.txt2img("a red circle", steps=3, progress=False, on_step=on_step)
+        site.to_v = layers_to_v
+        return last[-1]
+
+    layers_to_v = site.to_v
+    assert (latents(0.5) - latents(1.0)).abs().max() > 1e-4
+
+
+def test_forward_mode_derivatives_are_those_of_torch(sd):
+    layer = sd.unet.time_embedding.linear_1
+    x = torch.randn(3, layer.in_features)
+    ours = torch.func.jvp(lambda x: ops.linear(layer, x), (x,), (torch.ones_like(x),))[1]
+    theirs = torch.func.jvp(layer, (x,), (torch.ones_like(x),))[1]
+    assert theirs.abs().max() > 0
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_predictor_follows_the_models_dtype(sd):
+    """Embeddings made in float32 serve a model that is bfloat16 now, and back."""
+    uncond, cond = sd.encode_prompt([""]), sd.encode_prompt(["a red circle"])
+    predict, step = minisd.cfg(sd.network, uncond, cond), next(iter(minisd.DDIM(sd.schedule, 3)))
+    x = sd.noise(0)
+    with torch.no_grad():
+        before, _ = predict(x, step)
+        sd.to(dtype=torch.bfloat16)
+        half, _ = predict(x.bfloat16(), step)
+        sd.to(dtype=torch.float32)
+    assert half.dtype == torch.bfloat16
+    assert ((half.float() - before).norm() / before.norm()).item() < 0.1

@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_map, tree_unflatten
 
 from ..models import ops
@@ -24,25 +24,33 @@ WARM_UP = 3  # calls before the capture: they compile kernels, fill caches, choo
 class GraphedUNet:
     """The UNet by CUDA graphs: called as the UNet is, with the same results.
 
-    Under gradients it is the UNet itself, and where a module has hooks, because a graph calls no
-    Python. A graph is of one choice of attention, of the modules, and of the place of the weights:
-    new values in place are seen, new tensors and modules cost a new graph.
+    Under gradients it is the UNet itself, and where a module has hooks, a forward of its own or a
+    class that is neither torch's nor minisd's (LoRA), as a graph calls no Python. A graph is of
+    one choice of attention, of the modules, and of the place of weights and buffers: new values in
+    place are seen, new tensors and modules cost a new graph.
     """
 
     def __init__(self, unet: UNet):
         self.unet = unet
         self.prepare, self.prepare_times = unet.prepare, unet.prepare_times
-        self.replay = Replay()
+        self.replay = CUDAGraphs()
 
     def __call__(
         self, x: Tensor, t: Tensor, context: Any, edits: Mapping[str, Any] | None = None
     ) -> Tensor:
         modules = tuple(self.unet.modules())
-        if torch.is_grad_enabled() or any(map(ops.is_hooked, modules)):
+        if torch.is_grad_enabled() or not all(map(is_known, modules)):
             return self.unet(x, t, context, edits)
-        places = tuple(p.data_ptr() for p in self.unet.parameters())
+        tensors = *self.unet.parameters(), *self.unet.buffers()
+        places = tuple(x.data_ptr() for x in tensors)
         key = (self.unet.attention, modules, places)
         return self.replay(key, self.unet, x, t, context, edits)
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether a call of the module does nothing but what its class in torch or minisd says."""
+    own = type(module).__module__.startswith(("torch.nn.modules.", "minisd."))
+    return own and "forward" not in module.__dict__ and not ops.is_hooked(module)
 
 
 class Captured(NamedTuple):
@@ -95,7 +103,7 @@ class Inputs(NamedTuple):
         return tree_unflatten(leaves, self.spec)
 
 
-class Replay:
+class CUDAGraphs:
     """Calls functions of tensors by replaying a CUDA graph of them.
 
         replay(key, function, *inputs) == function(*inputs)
@@ -138,13 +146,13 @@ class Replay:
             buffers = [x if saves else x.clone() for x, saves in pairs]
         arguments = inputs.with_tensors(buffers)
         before = [x.clone() if saves else None for x, saves in pairs]
-        replay, outputs = self.record(lambda: function(*arguments), inputs.tensors[0].device)
+        replay, outputs = self.record_graph(lambda: function(*arguments), inputs.tensors[0].device)
         for (x, _), old in zip(pairs, before):
             if old is not None:
                 x.copy_(old)  # the warm-up has written there
         return Captured(buffers, replay, outputs)
 
-    def record(
+    def record_graph(
         self, run: Callable[[], Any], device: torch.device
     ) -> tuple[Callable[[], None], Any]:
         """(a function that replays `run`, the tensors in which its results then are)."""

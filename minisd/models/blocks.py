@@ -7,7 +7,6 @@ that of latent diffusion, Rombach et al. 2022, https://arxiv.org/abs/2112.10752.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..engine import bands
 from . import ops
 
 
@@ -47,11 +46,8 @@ class ResnetBlock(nn.Module):
         if time is not None:
             h = ops.add(time[:, :, None, None], h)
         h = ops.norm_silu_conv(self.norm2, self.conv2, h, in_place=True)
-        if self.conv_shortcut is None:
-            return ops.add(x, h)
-        if bands.is_large(x):
-            return bands.add_conv(self.conv_shortcut, x, h)
-        return ops.add(ops.conv2d(self.conv_shortcut, x), h)
+        shortcut = self.conv_shortcut
+        return ops.add(x, h) if shortcut is None else ops.add_conv(shortcut, x, h)
 
 
 class Downsample(nn.Module):
@@ -78,8 +74,5 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        twice = (2 * x.shape[-2], 2 * x.shape[-1])
-        size = twice if size is None else size
-        if bands.is_large(x, 2) and tuple(size) == twice:
-            return bands.upsample_conv(self.conv, x)
-        return ops.conv2d(self.conv, F.interpolate(x, size=size, mode="nearest"))
+        size = (2 * x.shape[-2], 2 * x.shape[-1]) if size is None else size
+        return ops.upsample_conv(self.conv, x, size)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 from ..engine import bands
@@ -63,6 +64,9 @@ def is_hooked(layer: Layer) -> bool:
 def by_onednn(layer: Layer, kind: type, x: Tensor) -> bool:
     """Whether oneDNN may be called with this layer's parameters in place of layer(x)."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or not is_plain(layer, kind):
+        return False
+    # Forward-mode derivatives and torch.func: oneDNN's operators know neither.
+    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     weight = layer.weight
     if x.dtype != weight.dtype or weight.device != x.device or not onednn_computes(x.dtype):
@@ -137,6 +141,21 @@ def norm_silu_conv(norm: Layer, conv: Layer, x: Tensor, in_place: bool = False) 
     if bands.is_large(x) and is_plain(norm, nn.GroupNorm) and is_plain(conv, nn.Conv2d):
         return bands.norm_silu_conv(norm, conv, x, in_place)
     return conv2d(conv, group_norm_silu(norm, x))
+
+
+def upsample_conv(conv: Layer, x: Tensor, size: tuple[int, int]) -> Tensor:
+    """conv(x enlarged to `size`, each position the nearest), large images in bands."""
+    twice = (2 * x.shape[2], 2 * x.shape[3])
+    if bands.is_large(x, 2) and tuple(size) == twice and is_plain(conv, nn.Conv2d):
+        return bands.upsample_conv(conv, x)
+    return conv2d(conv, F.interpolate(x, size=size, mode="nearest"))
+
+
+def add_conv(conv: Layer, x: Tensor, h: Tensor) -> Tensor:
+    """conv(x) + h for a 1x1 convolution, in the memory of h where it may; large images in bands."""
+    if bands.is_large(x) and is_plain(conv, nn.Conv2d):
+        return bands.add_conv(conv, x, h)
+    return add(conv2d(conv, x), h)
 
 
 def geglu(x: Tensor) -> Tensor:

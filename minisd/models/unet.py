@@ -363,6 +363,7 @@ class UNet(nn.Module):
         names = {name: type(module) for name, module in self.named_modules()}
         self._sites = tuple(name for name, kind in names.items() if kind is Attention)
         self._resnets = tuple(name for name, kind in names.items() if kind is ResnetBlock)
+        self._time_widths = [self.resnet(name).conv1.out_channels for name in self._resnets]
 
     @property
     def attention(self) -> Implementation:
@@ -410,21 +411,39 @@ class UNet(nn.Module):
             h, w = (h + 1) // 2, (w + 1) // 2
         return h, w
 
-    def prepare(self, context: Tensor) -> Context:
+    def prepare(self, context: Tensor) -> Context | Tensor:
         """Project the text to keys and values of every cross site, once per prompt.
 
-        context (R, L, cross_attention_dim) -> {site: (k, v)}, each (R, heads, L, head_dim);
-        `forward` takes it in place of the context. It is of the weights of now.
+        context (R, L, cross_attention_dim) -> {site: (k, v)}, each (R, heads, L, head_dim), of
+        today's weights; `forward` takes it in place of the context. Where somebody watches or
+        changes a layer that projects (hooks, LoRA), it is the context itself: every call projects.
         """
+        sites = [self.site(name) for name in self.sites("cross")]
+        layers = [layer for site in sites for layer in (site.to_k, site.to_v)]
+        plain = all(ops.is_plain(layer, nn.Linear) for layer in layers)
+        return self.keys_and_values(context) if plain else context
+
+    def keys_and_values(self, context: Tensor) -> Context:
+        """{cross site: (k, v)} of a context (R, L, cross_attention_dim)."""
         expect.shape("context", context, "R", "L", self.config.cross_attention_dim)
+        context = context.to(self.conv_in.weight.dtype)
         return {name: self.site(name).project(context) for name in self.sites("cross")}
 
     def prepare_times(self, t: Tensor) -> Tensor:
         """Project times to what they add at every resnet, for all steps at once.
 
-        t: integers (n,) -> (n, T), the channels of all resnets side by side; `forward` takes rows
-        of it in place of t. It is of the weights of now.
+        t: integers (n,) -> (n, T), the channels of all resnets side by side, of today's weights;
+        `forward` takes rows of it in place of t. Where somebody watches or changes a layer that
+        projects, it is t itself.
         """
+        layers = [self.resnet(name).time_emb_proj for name in self._resnets]
+        layers += [self.time_embedding.linear_1, self.time_embedding.linear_2]
+        hooked = ops.is_hooked(self.time_embedding)
+        plain = not hooked and all(ops.is_plain(layer, nn.Linear) for layer in layers)
+        return self.time_table(t) if plain else t
+
+    def time_table(self, t: Tensor) -> Tensor:
+        """What the times t (n,) add at all resnets, side by side: (n, T)."""
         config, dtype = self.config, self.conv_in.weight.dtype
         channels, freq_shift = config.block_out_channels[0], config.freq_shift
         sinusoids = timestep_embedding(t, channels, config.flip_sin_to_cos, freq_shift)
@@ -488,18 +507,19 @@ class UNet(nn.Module):
     def times(self, x: Tensor, t: Tensor) -> dict[str, Tensor]:
         """{resnet: what the time adds to its channels, (1 or B, channels)}."""
         expect.shape("x", x, "B", self.config.in_channels, "h", "w")
-        widths = [self.resnet(name).conv1.out_channels for name in self._resnets]
+        widths = self._time_widths
         shapes = ((), *((n, *row) for n in (1, len(x)) for row in ((), (sum(widths),))))
         if not (torch.is_tensor(t) and t.shape in shapes):
             got = tuple(t.shape) if torch.is_tensor(t) else f"{t!r:.80}"
             expected = f"a tensor, 0-d or with one value for each latent, ({len(x)},)"
             raise ValueError(f"t: got {got}, expected {expected}")
-        table = self.prepare_times(t.reshape(-1)) if t.ndim < 2 else t
+        table = self.time_table(t.reshape(-1)) if t.ndim < 2 else t
         return dict(zip(self._resnets, table.split(widths, dim=1)))
 
     def texts(self, x: Tensor, context: Tensor | Context) -> Context:
         """{cross site: (keys, values)}, prepared if they are not."""
-        context = context if isinstance(context, Mapping) else self.prepare(context)
+        if not isinstance(context, Mapping):
+            context = self.keys_and_values(context)
         rows = next(iter(context.values()))[0].shape[0]
         if rows % len(x):
             got = f"{rows} rows for {len(x)} latents"
