@@ -37,7 +37,8 @@ LARGEST_MAP = (
 )
 MAPS_AT_ONCE = 2**26  # numbers of a map, half a GB in float64, that are compared at a time
 
-# What the design asks for, as ratios of time. Rival / ours, at least; edited / plain, at most; eager / ours, at least.
+# What the design asks for, as ratios of time. Rival / ours, at least; edited / plain, at most;
+# eager / ours, at least.
 MUST_SELF = {(4096, 40): 1.15, (1024, 80): 1.0, (256, 160): 0.95, (64, 160): 0.95}
 MUST_CROSS = 1.5
 MUST_EDIT = {
@@ -305,10 +306,12 @@ def is_cross(N: int, L: int) -> bool:
 def table(result: dict) -> str:
     """The Markdown table of a result file."""
     lines = [
-        f"{result['device']}, torch {result['torch']}, triton {result['triton']}, commit {result['commit'][:12]}; "
+        f"{result['device']}, torch {result['torch']}, triton {result['triton']}, commit "
+        f"{result['commit'][:12]}; "
         f"`{result['command']}`",
         "",
-        "| B | N | L | D | dtype | form | ms | quartiles | TFLOP/s | of peak | MB | rival | ratio | of plain "
+        "| B | N | L | D | dtype | form | ms | quartiles | TFLOP/s | of peak | MB | "
+        "rival | ratio | of plain "
         "| error/budget |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -320,8 +323,10 @@ def table(result: dict) -> str:
             "minisd" if row["form"] == "plain" else "minisd plain", {"ms": float("nan")}
         )["ms"]
         lines.append(
-            f"| {row['B']} | {row['N']} | {row['L']} | {row['D']} | {row['dtype']} | {row['form']} | {t['ms']:.4f} "
-            f"| {t['low']:.4f} - {t['high']:.4f} | {t['tflops']:.0f} | {t['of_peak']:.2f} | {t['bytes'] / 1e6:.1f} "
+            f"| {row['B']} | {row['N']} | {row['L']} | {row['D']} | {row['dtype']} | "
+            f"{row['form']} | {t['ms']:.4f} "
+            f"| {t['low']:.4f} - {t['high']:.4f} | {t['tflops']:.0f} | {t['of_peak']:.2f} | "
+            f"{t['bytes'] / 1e6:.1f} "
             f"| {name} | {ratio:.2f} | {t['ms'] / plain:.2f} | {row['error_over_budget']:.2f} |"
         )
     return "\n".join(lines)

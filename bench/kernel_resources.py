@@ -1,7 +1,8 @@
 """Compile the kernels ahead of time, no GPU needed: what each costs on the card, and whether its
 code is right.
 
-    python -m bench.kernel_resources [--arch 90 ...] [--matrix] [--json FILE] [--dump ptx,sass DIR] [--list-forms]
+    python -m bench.kernel_resources [--arch 90 ...] [--matrix] [--json FILE]
+                                     [--dump ptx,sass DIR] [--list-forms]
 
 The kernels' own launch functions run with a stand-in for the driver, so what is compiled is what a
 launch on that card would compile: same tiles, flags and alignment facts, by the ptxas that Triton
@@ -370,8 +371,10 @@ HEADER = (
 
 def line(r: dict) -> str:
     return (
-        f"{r['arch']:>4} {r['form']:<18}{r['head_dim']:>4}{r['queries']:>6}{r['keys']:>5} {r['dtype']:<9}"
-        f"{r['warps']:>5}{r['registers']:>5}{r['stack']:>6}{r['spills']:>6}{r['shared'] / 1024:>11.1f}"
+        f"{r['arch']:>4} {r['form']:<18}{r['head_dim']:>4}{r['queries']:>6}{r['keys']:>5} "
+        f"{r['dtype']:<9}"
+        f"{r['warps']:>5}{r['registers']:>5}{r['stack']:>6}{r['spills']:>6}"
+        f"{r['shared'] / 1024:>11.1f}"
         f"{r['wgmma']:>6}{r['mma']:>5}{r['instructions']:>6}{r['ctas']:>7}{r['occupancy']:>10.2f}"
     )
 

@@ -6,9 +6,10 @@ descriptor from a register that nothing has written, or that holds something els
 Triton's interpreter is right, the results on a card are wrong. So the listing of nvdisasm is looked
 at:
 
-    unwritten(code)            reads of registers that no instruction before has written, by data flow over the
-                               control-flow graph
-    wrong_descriptors(code, ptx)   wgmma descriptors that the PTX does not know, as far as both are constants
+    unwritten(code)                reads of registers that no instruction before has written, by
+                                   data flow over the control-flow graph
+    wrong_descriptors(code, ptx)   wgmma descriptors that the PTX does not know, as far as both are
+                                   constants
 
 A uniform register (UR) has to be written on every path that leads to a read. Of a vector register
 (R) it is enough that some path writes it: a value that only one branch defines and only the same
@@ -231,8 +232,9 @@ def unwritten(code: list[Instruction]) -> list[str]:
     return found
 
 
-# Descriptors of wgmma: two 64-bit numbers that say where a factor lies in shared memory, and how. Both listings are
-# evaluated as far as constants go, with None for a word that is none: an address that a loop moves, for example.
+# Descriptors of wgmma: two 64-bit numbers that say where a factor lies in shared memory, and how.
+# Both listings are evaluated as far as constants go, with None for a word that is none: an address
+# that a loop moves, for example.
 
 SHARED = 0x400  # where ptxas puts a kernel's shared memory; CTA 0 of its cluster adds nothing
 WORD = 0xFFFFFFFF

@@ -14,8 +14,9 @@ import triton.language as tl
 from .launch import Launch
 from .tiles import arch, dot, head, load, store, strides, table_strides, unit, zeros
 
-# Columns of V to a program, and keys to a step; keys of the result to a program. Fewer than 64 of these, because on
-# sm_100 Triton turns float32 products of 64 rows or more, of numbers that were halves, into TF32, "ieee" or not.
+# Columns of V to a program, and keys to a step; keys of the result to a program. Fewer than 64 of
+# these, because on sm_100 Triton turns float32 products of 64 rows or more, of numbers that were
+# halves, into TF32, "ieee" or not.
 STEP, ROWS = 16, 32
 
 

@@ -19,7 +19,8 @@ def group_norm_silu(
 ) -> Tensor:
     """silu(GroupNorm(x)), for images in channels_last memory.
 
-        y = silu((x - mean) / sqrt(var + eps) * weight + bias), mean and var over a group of channels of one image
+        y = silu((x - mean) / sqrt(var + eps) * weight + bias)
+        mean and var over a group of channels of one image
 
     x: (batch, channels, height, width), channels_last, float16, bfloat16 or float32; weight, bias:
     (channels,), the same dtypes. Returns x's shape, dtype and memory format. ValueError: shapes,
@@ -90,7 +91,8 @@ def check(x: Tensor, channels: int, *parameters: Tensor) -> None:
             raise ValueError(f"{name}: expected a tensor on {x.device} like x, got {y.device}")
         if y is not x and (y.shape != (channels,) or y.stride() != (1,)):
             raise ValueError(
-                f"{name}: expected contiguous shape ({channels},), got {tuple(y.shape)}, {y.stride()}"
+                f"{name}: expected contiguous shape ({channels},), got {tuple(y.shape)}, "
+                f"{y.stride()}"
             )
     if torch.is_grad_enabled() and any(y.requires_grad for y in (x, *parameters)):
         raise RuntimeError(NO_BACKWARD)
@@ -127,7 +129,8 @@ def run(name: str, empty, x: Tensor, *args) -> Tensor:
 
     if x.device.type != "cuda" and not triton.knobs.runtime.interpret:
         raise ValueError(
-            f"the Triton kernels need a CUDA device, got {x.device}; torch.nn.functional runs everywhere"
+            f"the Triton kernels need a CUDA device, got {x.device}; torch.nn.functional runs "
+            f"everywhere"
         )
     out = empty(x)
     with torch.cuda.device_of(x):

@@ -1,8 +1,10 @@
 """GroupNorm with SiLU on channels_last memory, LayerNorm and GEGLU, each without an intermediate
 result in memory.
 
-    group_norm_silu: y = silu((x - mean) / sqrt(var + eps) * weight + bias), mean and var over a group of one image
-    layer_norm:      y = (x - mean) / sqrt(var + eps) * weight + bias, mean and var over the last dimension
+    group_norm_silu: y = silu((x - mean) / sqrt(var + eps) * weight + bias)
+                     mean and var over a group of one image
+    layer_norm:      y = (x - mean) / sqrt(var + eps) * weight + bias
+                     mean and var over the last dimension
     geglu:           y = h * gelu(gate), where x = [h, gate]; the exact GELU, gate * Phi(gate)
 
 Offsets are 64-bit before anything is multiplied, and the dimension of a grid that may be long is

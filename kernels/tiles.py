@@ -153,12 +153,14 @@ class Tile(NamedTuple):
 
 ALL = 256  # a STEP: the whole head
 
-# (op, numbers, matrix instructions, up to this width of a head) -> Tile; the first row that fits. What is said of
-# registers is the compiler's word (python -m bench.kernel_resources), what is said of times was measured on an H200.
+# (op, numbers, matrix instructions, up to this width of a head) -> Tile; the first row that fits.
+# What is said of registers is the compiler's word (python -m bench.kernel_resources), what is said
+# of times was measured on an H200.
 TABLE = (
-    # wgmma and tcgen05 take 64 rows at a time, and their operands from shared memory, of which there are 227 KiB.
-    # "attention, many": enough programs to fill a large card with twice as many queries each.
-    # 167 us at N 4096, D 40, against 187 of a head cut into 32 + 8 and 176 with two stages
+    # wgmma and tcgen05 take 64 rows at a time, and their operands from shared memory, of which
+    # there are 227 KiB. "attention, many": enough programs to fill a large card with twice as many
+    # queries each. 167 us at N 4096, D 40, against 187 of a head cut into 32 + 8 and 176 with two
+    # stages
     ("attention, many", "half", "warpgroup", 128, Tile(128, 64, ALL, 8, 3)),
     ("attention", "half", "warpgroup", 64, Tile(64, 64, ALL, 4, 3)),
     (
@@ -183,7 +185,8 @@ TABLE = (
         256,
         Tile(64, 0, 64, 8, 3),
     ),  # with 4 warps P' @ token_map spills
-    # mma.sync works from registers. All of these fit into 99 KiB, what sm_86, sm_89 and sm_120 have.
+    # mma.sync works from registers. All of these fit into 99 KiB, what sm_86, sm_89 and sm_120
+    # have.
     ("attention", "half", "mma", 64, Tile(64, 64, ALL, 4, 2)),
     (
         "attention",
@@ -195,15 +198,18 @@ TABLE = (
     ("attention", "half", "mma", 256, Tile(64, 32, 32, 8, 2)),
     ("cross_attention", "half", "mma", 256, Tile(64, 0, 32, 4, 1)),
     ("cross_attention_save", "half", "mma", 256, Tile(64, 0, 32, 8, 1)),  # with 4 warps it spills
-    # More than 128 keys, long prompts: a map of so many takes the registers. No wgmma, which needs 64 rows.
+    # More than 128 keys, long prompts: a map of so many takes the registers. No wgmma, which needs
+    # 64 rows.
     ("cross_attention, wide", "half", "any", 256, Tile(16, 0, 32, 4, 1)),
     ("cross_attention_save, wide", "half", "any", 256, Tile(32, 0, 32, 8, 1)),
-    # A bias is one more tile of scores in registers: with half the warps two terms spill, and are miscompiled.
+    # A bias is one more tile of scores in registers: with half the warps two terms spill, and are
+    # miscompiled.
     ("attention, bias", "half", "warpgroup", 256, Tile(64, 64, ALL, 8, 2)),
     ("cross_attention, bias", "half", "warpgroup", 256, Tile(64, 0, 64, 8, 3)),
     ("attention, bias", "half", "mma", 256, Tile(64, 32, 32, 8, 2)),
     ("cross_attention, bias", "half", "mma", 256, Tile(64, 0, 32, 8, 1)),
-    # float32 products are multiply-adds, and a thread needs whole rows and columns of both factors in registers.
+    # float32 products are multiply-adds, and a thread needs whole rows and columns of both factors
+    # in registers.
     ("attention", "single", "any", 256, Tile(16, 16, 16, 4, 1)),
     (
         "cross_attention",

@@ -49,8 +49,10 @@ def pick(own: Tool | None, bundled: Tool, newer: Tool | None, cuda: str | None) 
     found = max(candidates, key=lambda tool: number(tool.version))
     if number(found.version) < OLDEST:
         raise RuntimeError(
-            f"the Triton kernels for sm_90 need ptxas {'.'.join(map(str, OLDEST))} or newer, got {found.version} "
-            f"({found.path}); set TRITON_PTXAS_PATH to the ptxas of a newer CUDA toolkit before the first launch"
+            f"the Triton kernels for sm_90 need ptxas {'.'.join(map(str, OLDEST))} or newer, "
+            f"got {found.version} "
+            f"({found.path}); set TRITON_PTXAS_PATH to the ptxas of a newer CUDA toolkit "
+            f"before the first launch"
         )
     return found
 
@@ -71,4 +73,5 @@ def choose(arch: int) -> None:
     found = pick(own, current, newer, torch.version.cuda)
     if found != current:
         nvidia.ptxas = found.path
-        compiler.get_ptxas_version.cache_clear()  # part of the key of Triton's cache of compiled kernels
+        # part of the key of Triton's cache of compiled kernels
+        compiler.get_ptxas_version.cache_clear()

@@ -143,7 +143,8 @@ def sampled_cross_cases(dtypes=DTYPES):
                 else:
                     batch, n = B, draw.choice(QUERIES)
             layout = draw.choice(("heads inside", "heads inside", "plain", "gaps", "transposed"))
-            name = f"{source}-{'+'.join(mix + saves) or 'bare'}-{str(dtype)[6:]}-B{batch}-H{heads}-N{n}-L{keys}-D{d}"
+            size = f"B{batch}-H{heads}-N{n}-L{keys}-D{d}"
+            name = f"{source}-{'+'.join(mix + saves) or 'bare'}-{str(dtype)[6:]}-{size}"
             case = (
                 source,
                 mix,

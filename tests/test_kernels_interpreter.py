@@ -5,7 +5,8 @@ file runs itself: in the ordinary test session `test_in_its_own_process` starts 
 file and test_kernels_{fused,fields, gradients,diffusers}.py with the variable set, and shows its
 report if it fails; everything else in the file is only collected there. By hand:
 
-    TRITON_INTERPRET=1 python -m pytest tests/test_kernels_{interpreter,fused,fields,gradients,diffusers}.py
+    cd tests; TRITON_INTERPRET=1 python -m pytest \\
+        test_kernels_{interpreter,fused,fields,gradients,diffusers}.py
 
 Not tested here: TF32, which the interpreter does not model (test_kernels_compiled.py). Its bfloat16
 is mended first: its tl.dot multiplies the bit patterns, and its conversions cut off instead of

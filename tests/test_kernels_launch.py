@@ -123,7 +123,8 @@ import re
 found = {}
 for name, text in last.items():
     found[name] = [line.strip() for line in text.splitlines()
-                   if re.search(r"arith.muli .*i32", line) and not re.search(r"%c(16|32|64|128)_i32|%cst", line)]
+                   if re.search(r"arith.muli .*i32", line)
+                   and not re.search(r"%c(16|32|64|128)_i32|%cst", line)]
 print(json.dumps(found))
 """)
     assert len(products) == 10 and not sum(products.values(), []), products

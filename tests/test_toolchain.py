@@ -54,7 +54,8 @@ def test_the_ptxas_that_is_picked(own, bundled, blackwell, cuda, version):
 )
 def test_without_any_that_was_looked_at_nothing_is_launched(own, bundled, blackwell):
     own = own and Tool(OWN, own)
-    match = rf"need ptxas 12.8 or newer, got 1\d\.\d \({OWN if own else '/triton'}.*set TRITON_PTXAS_PATH"
+    place = OWN if own else "/triton"
+    match = rf"need ptxas 12.8 or newer, got 1\d\.\d \({place}.*set TRITON_PTXAS_PATH"
     with pytest.raises(RuntimeError, match=match):
         pick(own, Tool(BUNDLED, bundled), blackwell and newer(blackwell), "12.4")
 
