@@ -105,6 +105,7 @@ SHAPES = {  # those that no method before has had
 }
 
 
+@pytest.mark.full
 def test_compile_is_one_graph_for_every_method(folder):
     """One for each set of shapes (SHAPES), the same at all steps and whenever it is called again.
 

@@ -30,6 +30,7 @@ from bench.kernel_resources import (
 )
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.full
 
 
 @pytest.fixture(scope="module")
