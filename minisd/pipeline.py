@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from . import expect
-from .checkpoints import load as checkpoint
+from .checkpoints.load import load_parts, locate
 from .drawing import Drawing, Options, as_list, memory_for
 from .engine.network import Network, network
 from .models.attention import IMPLEMENTATIONS, Implementation
@@ -323,14 +323,14 @@ def load(
         raise ValueError(f"attention is {attention!r}, expected {expected}")
     if graph and where.type != "cuda":
         raise ValueError(f"graph=True replays CUDA graphs and needs a CUDA device, got {where}")
-    found = checkpoint.locate(
+    found = locate(
         source,
         variant=variant,
         revision=revision,
         local_files_only=local_files_only,
         tokenizer=tokenizer,
     )
-    sd = StableDiffusion(*checkpoint.load_parts(found, where, kind), compile=compile, graph=graph)
+    sd = StableDiffusion(*load_parts(found, where, kind), compile=compile, graph=graph)
     auto: Implementation = "triton" if where.type == "cuda" else "sdpa"
     sd.unet.attention = auto if attention == "auto" else attention
     return sd

@@ -51,7 +51,7 @@ def test_a_picture_of_one_colour_is_wrong():
     for tensor in (sd.vae.decoder.conv_out.weight, sd.vae.decoder.conv_out.bias):
         tensor.zero_()
     assert [*check.check_image(sd, False)] == [
-        (False, "a picture in 3 steps: standard deviation 0.000")
+        (False, "an image in 3 steps: standard deviation 0.000")
     ]
 
 

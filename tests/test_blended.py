@@ -324,7 +324,7 @@ CLEAR = Image.new("RGBA", (40, 24), (255, 255, 255, 200))
         (np.ones((24, 40, 3), bool), r"shape \(24, 40, 3\), expected \(height, width\)"),
         (np.ones((0, 40), bool), r"shape \(0, 40\)"),
         (None, r"shape \(\), expected"),
-        (__file__, "test_blended.py cannot be read as a picture"),
+        (__file__, "test_blended.py cannot be read as an image"),
     ],
 )
 def test_masks_that_are_refused(sd, mask, message):

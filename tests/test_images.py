@@ -130,12 +130,12 @@ def test_one_pixel(tmp_path):
         (
             "cut.png",
             png(64, 64, 8, 2, [os.urandom(192) for _ in range(64)])[:9000],
-            "cannot be read as a picture",
+            "cannot be read as an image",
         ),
-        ("no pixels.png", png(9, 9, 8, 2), "cannot be read as a picture"),
-        ("cut.jpg", None, "cannot be read as a picture"),
-        ("cut.webp", None, "cannot be read as a picture"),
-        ("cut.gif", None, "cannot be read as a picture"),
+        ("no pixels.png", png(9, 9, 8, 2), "cannot be read as an image"),
+        ("cut.jpg", None, "cannot be read as an image"),
+        ("cut.webp", None, "cannot be read as an image"),
+        ("cut.gif", None, "cannot be read as an image"),
         ("float.tif", None, "mode F has no known white"),
         ("deep.tif", None, "mode I has no known white"),
         ("huge.png", png(20000, 20000, 1, 0), "is too large: expected at most 89,478,485 pixels"),
@@ -163,5 +163,5 @@ def test_what_is_no_picture_is_refused_in_one_line(tmp_path, name, data, message
 def test_missing_files_and_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.png"):
         read_image(tmp_path / "none.png")
-    with pytest.raises(ValueError, match="cannot be read as a picture"):
+    with pytest.raises(ValueError, match="cannot be read as an image"):
         read_image(tmp_path)

@@ -558,7 +558,7 @@ def test_check(tmp_path, capsys):
     )  # the vocabulary is not CLIP's
     assert (
         "unet/diffusion_pytorch_model.safetensors of weights/README.md" in out
-        and "a picture in 3 steps" in out
+        and "an image in 3 steps" in out
     )
 
     broken = Path(shutil.copytree(SHAPES, tmp_path / "broken"))

@@ -222,9 +222,9 @@ def test_animations_are_refused_in_words(frames, tmp_path, monkeypatch):
         ValueError, match="a.avi: expected a name that ends in .webp, .png, .gif, .mp4"
     ):
         animate(frames, "a.avi")
-    with pytest.raises(ValueError, match=r"expected pictures of one size, got \[\]"):
+    with pytest.raises(ValueError, match=r"expected images of one size, got \[\]"):
         animate([], tmp_path / "a.gif")
-    with pytest.raises(ValueError, match="expected pictures of one size"):
+    with pytest.raises(ValueError, match="expected images of one size"):
         animate([*frames, Image.new("RGB", (3, 3))], tmp_path / "a.gif")
     for how, message in (
         ({"fps": 0}, "fps is 0, expected a number from 0.1 to 1000"),

@@ -119,7 +119,7 @@ def test_contact_sheet():
         contact_sheet([pictures[0], Image.new("RGB", (1, 1))])
     with pytest.raises(ValueError, match="columns is 0, expected a whole number, at least 1"):
         contact_sheet([Image.new("RGB", (8, 8))], columns=0)
-    with pytest.raises(ValueError, match="1 captions for 3 pictures"):
+    with pytest.raises(ValueError, match="1 captions for 3 images"):
         contact_sheet(pictures, ["a"])
 
 

@@ -127,7 +127,7 @@ def check_image(sd: "StableDiffusion", is_v1_4: bool) -> Iterator[Finding]:
     image, values = acceptance(sd)
     spread = image.float().std().item()
     fine = bool(image.isfinite().all()) and spread > 0.01
-    yield fine, f"a picture in 3 steps: standard deviation {spread:.3f}"
+    yield fine, f"an image in 3 steps: standard deviation {spread:.3f}"
     if is_v1_4:
         expected = torch.tensor(ACCEPTANCE, dtype=torch.float32, device="cpu")
         off, most = (values - expected).abs().max().item(), TOLERANCE[sd.dtype]

@@ -1,11 +1,11 @@
-"""Convolutions of large pictures in bands of rows, so that no more of what they read exists at a
+"""Convolutions of large images in bands of rows, so that no more of what they read exists at a
 time than a band.
 
     y = conv(silu(norm(x)))     and     y = conv(upsample(x)),     conv 3x3
 
 At 1024x1024 the decoder's activations have a gigabyte each, and without bands four of them are
 alive at once. A band is computed with one row more on either side, whose own results are dropped,
-and the norm's mean and variance are those of the whole picture: the sums are the same as without
+and the norm's mean and variance are those of the whole image: the sums are the same as without
 bands, so there are no seams and nothing to blend, unlike in a tiled decoding. models/ops.py and
 models/blocks.py ask `is_large`; smaller images, and gradients, are computed at once.
 """

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils import checkpoint as activation_checkpoint
 
 from .. import expect
 from . import ops
@@ -251,7 +251,8 @@ class Block(nn.Module):
 
 def recomputed(layer: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """layer(*arguments), computed once more in the backward pass in place of kept activations."""
-    return checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
+    keep = activation_checkpoint.checkpoint
+    return keep(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 class DownBlock(Block):

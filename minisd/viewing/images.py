@@ -34,7 +34,7 @@ def read_image(path: str | Path) -> Image.Image:
         ) from error
     except Exception as error:  # Pillow's decoders raise many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} cannot be read as a picture: {reason}") from error
+        raise ValueError(f"{path} cannot be read as an image: {reason}") from error
 
 
 def to_tensor(images: list[Image.Image], height: int, width: int) -> Tensor:
@@ -51,7 +51,7 @@ def to_pil(image: Tensor) -> list[Image.Image]:
     """
     if not image.isfinite().all():
         raise ArithmeticError(
-            f"the picture has NaN or infinite values in {image.dtype}; try another dtype"
+            f"the image has NaN or infinite values in {image.dtype}; try another dtype"
         )
     values = (255 * (image.float() / 2 + 0.5).clamp(0, 1)).round().to(torch.uint8)
     return [Image.fromarray(each) for each in values.permute(0, 2, 3, 1).cpu().numpy()]
@@ -78,7 +78,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     )
     if image.mode in ("I", "F") and not sixteen:
         raise ValueError(
-            f"a picture of mode {image.mode} has no known white; convert it to 8 bits or I;16"
+            f"an image of mode {image.mode} has no known white; convert it to 8 bits or I;16"
         )
     image = ImageOps.exif_transpose(image)
     if sixteen:

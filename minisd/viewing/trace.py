@@ -5,7 +5,7 @@
     animate(trace.images, "process.webp")
     animate(trace.render(latent_rgb), "latents.webp")
 
-A view is a function z (B, C, h, w) -> B pictures: `sd.decode`, the linear map of `fit_preview(sd)`,
+A view is a function z (B, C, h, w) -> B images: `sd.decode`, the linear map of `fit_preview(sd)`,
 or `latent_rgb`.
 """
 
@@ -40,9 +40,9 @@ class Trace:
     """Keeps what the latents were after each `every`-th step: a callback that changes nothing.
 
     every: 5 for the 5th, 10th, ... step and the last, or the indices of steps, [0, 12, 24]. view:
-    how latents are shown, None for `sd.decode`. folder: also write each picture there at once, as
+    how latents are shown, None for `sd.decode`. folder: also write each image there at once, as
     step_INDEX_tTIMESTEP.png. steps: the `Step`s kept; latents: x (B, C, h, w) after each, on the
-    CPU; images: a picture of each, in which those of a batch stand side by side; files: what was
+    CPU; images: an image of each, in which those of a batch stand side by side; files: what was
     written.
     """
 
@@ -86,7 +86,7 @@ class Trace:
         return [self.show(x.to(self.sd.device), view) for x in self.latents]
 
     def show(self, x: Tensor, view: View) -> Image.Image:
-        """The pictures of a batch side by side, each as large as decoded."""
+        """The images of a batch side by side, each as large as decoded."""
         width, height = (side * self.sd.vae.factor for side in (x.shape[3], x.shape[2]))
         strip = Image.new("RGB", (len(x) * width, height))
         for i, image in enumerate(view(x)):
@@ -95,13 +95,13 @@ class Trace:
 
 
 def latent_rgb(z: Tensor) -> list[Image.Image]:
-    """The first three channels of latents as red, green and blue, -3 to 3 as 0 to 255: pictures of
+    """The first three channels of latents as red, green and blue, -3 to 3 as 0 to 255: images of
     h x w pixels."""
     return to_pil(z[:, :3] / 3)
 
 
 class Preview(NamedTuple):
-    """A linear look at latents z (B, C, h, w): pictures of h x w pixels, rgb = conv3x3(z, weight) +
+    """A linear look at latents z (B, C, h, w): images of h x w pixels, rgb = conv3x3(z, weight) +
     bias in [-1, 1]."""
 
     weight: Tensor  # (3, C, 3, 3)
@@ -122,9 +122,9 @@ def fit_preview(sd: "StableDiffusion", images: Any = None) -> Preview:
         x = z and (z + sqrt(3) noise) / 2,   z = encode(image)
         rgb = decode(x) averaged over factor x factor pixels
 
-    The noisy half makes it fair to the first steps as well. images: pictures as for
+    The noisy half makes it fair to the first steps as well. images: images as for
     `sd.encode_image`; None: eight of random rectangles, 16 latents wide, whose coding and decoding
-    costs about as much as decoding one 512 x 512 picture. The fit is as good as the decoder is
+    costs about as much as decoding one 512 x 512 image. The fit is as good as the decoder is
     linear: test_trace.py has the correlations for the bundled model.
     """
     z = sd.encode_image(rectangles(8, 16 * sd.vae.factor) if images is None else images)
@@ -145,27 +145,27 @@ def rectangles(n: int, side: int) -> Tensor:
     where: Any = {"generator": torch.Generator("cpu").manual_seed(0), "device": "cpu"}
     colours = 2 * torch.randint(2, (n, 17, 3, 1, 1), dtype=torch.float32, **where) - 1
     corners = torch.randint(side + 1, (n, 16, 2, 2), dtype=torch.int64, **where).sort(dim=2).values
-    pictures = colours[:, 0].repeat(1, 1, side, side)
-    for picture, own, boxes in zip(pictures, colours[:, 1:], corners.tolist()):
+    images = colours[:, 0].repeat(1, 1, side, side)
+    for image, own, boxes in zip(images, colours[:, 1:], corners.tolist()):
         for colour, ((top, left), (bottom, right)) in zip(own, boxes):
-            picture[:, top:bottom, left:right] = colour
-    return pictures
+            image[:, top:bottom, left:right] = colour
+    return images
 
 
 def animate(
     frames: Sequence[Image.Image], path: str | Path, fps: float = 10.0, hold: float = 1.0
 ) -> None:
-    """Write pictures of one size as an animation: .webp, .png (animated) or .gif, shown endlessly,
+    """Write images of one size as an animation: .webp, .png (animated) or .gif, shown endlessly,
     or .mp4.
 
-    fps: pictures per second, 0.1 to 1000; hold: seconds that the last one is shown longer. .mp4
+    fps: images per second, 0.1 to 1000; hold: seconds that the last one is shown longer. .mp4
     needs the extra "video".
     """
     check_animation(path)
     expect.number("fps", fps, 0.1, 1000)
     expect.number("hold", hold, 0)
     if not frames or len({frame.size for frame in frames}) != 1:
-        raise ValueError(f"expected pictures of one size, got {[frame.size for frame in frames]}")
+        raise ValueError(f"expected images of one size, got {[frame.size for frame in frames]}")
     options = FORMATS[Path(path).suffix.lower()]
     with atomic_write(path) as part:
         if options:

@@ -1,10 +1,10 @@
-"""Looking at attention: where in the picture the words are, and what the self-attention holds
+"""Looking at attention: where in the image the words are, and what the self-attention holds
 apart.
 
     heatmap          draw a prompt and keep its mean cross-attention maps, one per word
-    word_sheet       the picture under each word's map, the word below
+    word_sheet       the image under each word's map, the word below
     components       principal components of the self-attention, from recorded q and k
-    contact_sheet    pictures side by side, a caption below each
+    contact_sheet    images side by side, a caption below each
 
 Sources: Hertz et al. 2022 (arXiv 2208.01626), figure 4; Tang et al. 2022 (DAAM, arXiv 2210.04885)
 for overlaid words.
@@ -156,9 +156,9 @@ def contact_sheet(
     Pictures smaller than 128 pixels are shown in whole multiples of their size.
     """
     if not images or len({image.size for image in images}) != 1:
-        raise ValueError(f"expected pictures of one size, got {[image.size for image in images]}")
+        raise ValueError(f"expected images of one size, got {[image.size for image in images]}")
     if captions is not None and len(captions) != len(images):
-        raise ValueError(f"got {len(captions)} captions for {len(images)} pictures")
+        raise ValueError(f"got {len(captions)} captions for {len(images)} images")
     columns = min(len(images), 8) if columns is None else columns
     expect.whole_number("columns", columns, 1)
     zoom = math.ceil(128 / max(images[0].size))
