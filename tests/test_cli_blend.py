@@ -52,7 +52,7 @@ def test_blend(minisd_command):
 
 
 def test_blend_with_traces(minisd_command, here):
-    trace = ["--trace", "steps", "--trace-every=1", "--trace-f", "gif", "--trace-p"]
+    trace = ["--trace", "steps", "--trace-every=1", "--trace-format", "gif", "--trace-preview"]
     given = ["-o", "b.png", *TINY, "--", "in.png", "mask.png", "--trace"]
     assert minisd_command("blend", *trace, *given)[0] == 0
     names = sorted(path.name[:9] for path in (here / "steps").glob("step_*.png"))
@@ -105,7 +105,10 @@ BLEND, ERASE = ["blend", "in.png", "mask.png", "a"], ["erase", "a", "b"]
         ([*BLEND, "--no-paste-back", "--feather", "3"], "not allowed with argument --no-paste"),
         ([*BLEND, "--guidance", "1", "--negative", "b"], "--negative: it has no effect at"),
         (["erase", "a", ""], "got the concepts [''], expected at least one text, each saying"),
+        ([*BLEND, "--no-paste-back", "--feather", "0"], "not allowed with argument --no-paste"),
         ([*ERASE, "--threshold", "0.5"], "--threshold: expected --sega with it"),
+        ([*ERASE, "--threshold", "0.9"], "--threshold: expected --sega with it"),  # the default
+        ([*ERASE, "--warmup", "10"], "--warmup: expected --sega with it"),
         ([*ERASE, "--sega"], "--warmup 10: expected less than --steps 3, or nothing is erased"),
         ([*ERASE, "--erase-scale", "1,inf"], "--erase-scale: got inf, expected a finite number"),
         (["erase", "a"], "the following arguments are required: concept"),

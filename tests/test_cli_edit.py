@@ -165,6 +165,10 @@ def test_heatmap(minisd_command, here):
             "--threshold: expected --local-blend with it",
         ),
         (
+            ["edit", SOURCE, SWAP, "--threshold", "0.3"],  # its default
+            "--threshold: expected --local-blend with it",
+        ),
+        (
             ["edit", SOURCE, SWAP, "--local-blend", ""],
             "argument --local-blend: got '', expected at least one",
         ),

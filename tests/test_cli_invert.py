@@ -176,6 +176,14 @@ def test_a_size_and_the_sheet(command, here):
             "--steps: p.safetensors was inverted in 3 steps",
         ),
         (
+            ["edit", SOURCE, SWAP, "--image", "p.safetensors", "--steps", "50"],  # the default
+            "--steps: p.safetensors was inverted in 3 steps",
+        ),
+        (
+            ["invert", "photo.png", SOURCE, "--seed", "0"],
+            "--seed: an inverted image is drawn from its own noise",
+        ),
+        (
             ["invert", "direct.safetensors", SWAP],
             "by minisd edit --image direct.safetensors SOURCE TARGET",
         ),

@@ -75,10 +75,7 @@ def blend(args: Namespace, call: Call) -> None:
         how = {"feather": feather, "paste_back": paste_back}
         return blend(sd, image, mask, prompt, strength, **how, **options)
 
-    def told(seed: int) -> dict[str, str]:
-        return {"prompt": prompt, **files, "arguments": line_again(call.argv, seed)}
-
-    draw(request, run, told)
+    draw(request, run, telling(prompt, files, call))
 
 
 def erase(args: Namespace, call: Call) -> None:
@@ -94,10 +91,12 @@ def erase(args: Namespace, call: Call) -> None:
     def run(sd: StableDiffusion, options: Options) -> list[Image.Image]:
         return erase_concepts(sd, image, prompt, concepts, strength, scale, guide=guide, **options)
 
-    def told(seed: int) -> dict[str, str]:
-        return {"prompt": prompt, **files, "arguments": line_again(call.argv, seed)}
+    draw(request, run, telling(prompt, files, call))
 
-    draw(request, run, told)
+
+def telling(prompt: str, files: dict[str, str], call: Call) -> Callable[[int], dict[str, str]]:
+    """What the PNG of each seed tells, of both commands."""
+    return lambda seed: {"prompt": prompt, **files, "arguments": line_again(call.argv, seed)}
 
 
 def guide_of(args: Namespace, call: Call) -> Callable[..., Any]:

@@ -59,7 +59,7 @@ def add_commands(command: AddCommand) -> None:
 def add_edit_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("source", help="the prompt of the image that is edited")
-    targets = "prompts to edit it to; none with --reweight: the source prompt itself"
+    targets = "prompts to edit it to, right after SOURCE; none with --reweight: that itself"
     add("target", nargs="*", help=targets)
     when = "FRACTION of the steps, START:END, or WORD=... for a word of the target (repeat)"
     cross = f"take the source's cross-attention: {when}; without it, 0.8"

@@ -13,7 +13,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from .. import __version__
 from . import blend, draw, edit, info, invert, models
@@ -34,10 +34,12 @@ def main(
         sys.stdout.reconfigure(errors="backslashreplace")
     args = argparse.Namespace(debug=False)
     try:
-        build_parser().parse_args(argv, args)
+        parser = build_parser()
+        parser.parse_args(argv, args)
+        given = typed(parser, args, argv)
         with warnings.catch_warnings():
             warnings.showwarning = show_warning
-            args.run(args, call_of(args, argv, before_writing))
+            args.run(args, Call(args.command, argv, given, before_writing))
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("\nminisd: interrupted", file=sys.stderr)
@@ -54,12 +56,18 @@ def main(
     return 0
 
 
-def call_of(
-    args: argparse.Namespace, argv: Sequence[str], before_writing: Callable[[], object]
-) -> Call:
-    default = args.parser.get_default
-    given = {name for name, value in vars(args).items() if value != default(name)}
-    return Call(args.command, argv, frozenset(given), before_writing)
+def typed(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, argv: Sequence[str]
+) -> frozenset[str]:
+    """The names of the arguments that argv holds, be it with their default values.
+
+    Parses argv, of which `parser` made `args`, a second time, now with a default that nothing typed
+    is: an object of its own, and a list, which options that may be repeated append to a copy of.
+    """
+    untyped: list[object] = []
+    args.parser.set_defaults(**dict.fromkeys(vars(args), untyped))
+    again = vars(parser.parse_args(argv))
+    return frozenset(name for name, value in again.items() if value is not untyped)
 
 
 def one_line(error: Exception | Warning) -> str:
@@ -90,7 +98,14 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line."""
+    """argparse with errors of one line, and options by their full names only.
+
+    A line that draws an image again (output.line_again) leaves options out: it could not tell
+    --sa, short for one of them in one command, from --sa, short for another in the next.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")

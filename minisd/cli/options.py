@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..editing.tables import Interval
 
 SAMPLERS = ("dpm++", "dpm++ linspace", "ddim")  # drawing.SAMPLERS
-DTYPES = ("float16", "bfloat16", "float32", "auto")
+DTYPES = ("float16", "bfloat16", "float32", "float64", "auto")  # pipeline.DTYPES and auto
 ANIMATIONS = ("webp", "png", "gif", "mp4")  # trace.FORMATS
 SOURCE = "bundled name, Hub repo id or sd-v1-4 or sd-v1-5, folder or .safetensors file"
 
@@ -25,7 +25,7 @@ SOURCE = "bundled name, Hub repo id or sd-v1-4 or sd-v1-5, folder or .safetensor
 class Call:
     """What is known of this run of the command beside the values of its options.
 
-    given            names of the options that are not at their defaults
+    given            names of the arguments that were typed, be it with their default values
     before_writing   called before the first file is written
     """
 

@@ -179,7 +179,7 @@ def line_again(argv: Sequence[str], seed: int | None, place: str = "-o") -> str:
     seeds only this one (None: the image is drawn from noise of its own). place: the option that
     says where that image goes.
     """
-    known = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    known = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
     for names in (*PLACES, *TRACES, *OWN):
         known.add_argument(*names)
     known.add_argument("--trace-preview", action="store_true")
