@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, get_args
 
 import torch
@@ -60,19 +61,21 @@ class Drawing:
     negative_prompt   what guidance leads away from, one for all prompts or one for each; it has no
                       effect at guidance 1, where no unconditional half is computed
     uncond            its embedding in place of the text: (1 or B, L, D), or a list with one for
-                      each step (null-text inversion makes one)
+                      each of `steps` (null-text inversion makes one)
     steps             1 to 1000, of the sampler's full schedule
     guidance          scale of classifier-free guidance; 1: none, twice as fast
     sampler           "dpm++": DPM-Solver++ 2M on Karras' noise levels; "dpm++ linspace": on the
                       schedule's own; "ddim"
-    seed              image i is drawn with seed + i, whatever the batch; a list gives each its seed
+    seed              image i is drawn with seed + i, whatever the batch; a list, or any
+                      other sequence, gives each its seed
     num_images        of each prompt; those of the first prompt come first
     height, width     in pixels, multiples of vae.factor; None: the model's own, or the image's
     latents           noise (B, C, h, w) in place of the seed's
     on_step           called with (x, step) after each step, and may return new latents
     progress          a bar on stderr
 
-    ValueError for values that do not fit, an unknown option is a TypeError.
+    ValueError for values that do not fit; an unknown option, or a prompt that is no text, is a
+    TypeError.
     """
 
     negative_prompt: str | Sequence[str] = ""
@@ -97,13 +100,28 @@ class Drawing:
             raise ValueError(f"sampler is {self.sampler!r}, expected one of {expected}")
         if self.uncond is not None and self.negative_prompt != "":
             raise ValueError("got negative_prompt and uncond, expected one of them")
+        if isinstance(self.uncond, (list, tuple)) and len(self.uncond) != self.steps:
+            got = f"uncond is a list of {len(self.uncond)} entries"
+            raise ValueError(f"{got}, expected one for each of {self.steps} steps")
+        if not (self.on_step is None or callable(self.on_step)):
+            raise ValueError(f"on_step is {self.on_step!r:.80}, expected a function (x, step)")
 
     @classmethod
-    def of(cls, options: Options, *, without: Collection[str] = (), **defaults: Any) -> Drawing:
+    def of(
+        cls,
+        options: Options,
+        *,
+        without: Collection[str] = (),
+        beside: Collection[str] = (),
+        **defaults: Any,
+    ) -> Drawing:
         """From a method's options. defaults: where the method's are others.
 
-        without: the options that have no effect on the method: ValueError if one is given.
+        without: the options that have no effect on the method: ValueError if one is given. beside:
+        the method's own, which the TypeError for an unknown one names too.
         """
+        own = [name for name in Options.__annotations__ if name not in without]
+        check_names("option", set(options) - set(without), [*own, *beside])
         given: dict[str, Any] = {**defaults, **options}
         for name in without:
             if name in options:
@@ -172,9 +190,27 @@ class Drawing:
         return tqdm(sampler, disable=not self.progress)
 
 
+def seeds(seed: int | Sequence[int], rows: int | None = None) -> list[int]:
+    """The seed of each row, as torch takes it: seed + i, or the i-th of a sequence.
+
+    rows: None is 1, or as many as the sequence has. ValueError for what is no seed.
+    """
+    given: Any = seed
+    if isinstance(seed, Integral):
+        given = [int(seed) + i for i in range(rows or 1)]
+    listed = isinstance(given, Sequence) and not isinstance(given, str) and len(given) > 0
+    if listed and rows not in (None, len(given)):
+        raise ValueError(f"got {len(given)} seeds for {rows} images, expected one for each")
+    if not (listed and all(isinstance(s, Integral) and -(2**63) <= int(s) < 2**64 for s in given)):
+        expected = "a whole number or a list of them, at least one, from -2**63 to 2**64 - 1"
+        raise ValueError(f"got seeds {given!r:.80}, expected {expected}")
+    return [int(s) for s in given]
+
+
 def embed(sd: StableDiffusion, prompts: Sequence[str]) -> Tensor:
     """(B, L, D). Each text once and alone: in a batch, BLAS may give equal texts other last
     bits."""
+    prompts = as_list(prompts)
     rows = {text: sd.encode_prompt([text]) for text in dict.fromkeys(prompts)}
     return torch.cat([rows[text] for text in prompts])
 
@@ -223,6 +259,18 @@ def memory_for(what: str, x: Tensor, factor: int = 1) -> Iterator[None]:
 
 
 def as_list(texts: str | Sequence[str]) -> list[str]:
+    """A text as a list of one, a list as it is; TypeError for anything that is no text."""
     if not isinstance(texts, Sequence):
-        raise TypeError(f"got {texts!r}, expected a text or a list of texts")
-    return [texts] if isinstance(texts, str) else list(texts)
+        raise TypeError(f"got {texts!r:.80}, expected a text or a list of texts")
+    listed = [texts] if isinstance(texts, str) else list(texts)
+    for text in listed:
+        if not isinstance(text, str):
+            raise TypeError(f"got {text!r:.80} as one of the texts, expected a str")
+    return listed
+
+
+def check_names(what: str, given: Collection[str], known: Collection[str]) -> None:
+    """TypeError for names of options that are not known."""
+    if unknown := sorted(set(given) - set(known)):
+        named = ", ".join(map(repr, unknown))
+        raise TypeError(f"got the {what} {named}, expected {', '.join(known)}")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import expect
 from .checkpoints.load import load_parts, locate
-from .drawing import Drawing, Options, as_list, memory_for
+from .drawing import Drawing, Options, as_list, memory_for, seeds
 from .engine.network import Network, network
 from .models.attention import IMPLEMENTATIONS, Implementation
 from .models.clip import CLIPTextModel
@@ -156,22 +156,13 @@ class StableDiffusion:
     ) -> Tensor:
         """x_T ~ N(0, 1), (B, C, height / factor, width / factor); in pixels, None: the model's own.
 
-        Row i is drawn with seed + i, whatever the batch (None: one row); a list gives each row its
-        seed. Drawn on the CPU in float32, so that it is the same on every device.
+        Row i is drawn with seed + i, whatever the batch (None: one row); a sequence gives each row
+        its seed. Drawn on the CPU in float32, so that it is the same on every device.
         """
         if batch is not None:
             expect.whole_number("batch", batch, 1)
-        seeds: Any = seed
-        if isinstance(seed, Integral):
-            seeds = [int(seed) + i for i in range(batch or 1)]
-        if not (isinstance(seeds, (list, tuple)) and seeds and all(map(is_seed, seeds))):
-            expected = "a whole number or a list of them, at least one, from -2**63 to 2**64 - 1"
-            raise ValueError(f"got seeds {seeds!r}, expected {expected}")
-        if batch not in (None, len(seeds)):
-            got = f"{len(seeds)} seeds for {batch} images"
-            raise ValueError(f"got {got}, expected one for each")
         shape = (1, self.unet.config.in_channels, *self.latent_size(height, width))
-        generators = [torch.Generator("cpu").manual_seed(int(s)) for s in seeds]
+        generators = [torch.Generator("cpu").manual_seed(each) for each in seeds(seed, batch)]
         rows = [
             torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
             for generator in generators
@@ -372,8 +363,3 @@ def unchanged(image: ImageInput, pixels: Tensor, drawing: Drawing) -> list[Image
     """The images themselves where no step is run; resized, as `pixels` are, if a size is given."""
     own_size = drawing.height is None and drawing.width is None
     return as_given(image) if own_size else to_pil(pixels)
-
-
-def is_seed(value: object) -> bool:
-    """Whether torch takes it as a seed: a whole number from -2**63 to 2**64 - 1."""
-    return isinstance(value, Integral) and -(2**63) <= int(value) < 2**64

@@ -308,7 +308,7 @@ CLEAR = Image.new("RGBA", (40, 24), (255, 255, 255, 200))
         (Image.new("F", (40, 24)), "mode F has no known white"),
         (
             box(24, 40, 2, 2, 9, 9),
-            "the mask has 24 x 40 pixels, the picture 40 x 24, expected the same proportions",
+            "the mask has 24 x 40 pixels, the image 40 x 24, expected the same proportions",
         ),
         (
             box(right=10),

@@ -377,7 +377,7 @@ def test_a_bad_file_is_refused(saved):
     changes = {
         "missing .'z'.": {"z": None},
         "unknown .'y'.": {"y": tensors["z"].clone()},
-        "not finite .'z'.": {"z": tensors["z"].long()},
+        r"of another dtype .'z: torch.int64'.": {"z": tensors["z"].long()},
         "not finite .'latents'.": {"latents": tensors["latents"] * torch.nan},
         r"trajectory: got \(3, .*, expected a tensor \(4, 2, 4, 8, 8\)": {
             "trajectory": tensors["trajectory"][1:].contiguous()
@@ -390,7 +390,9 @@ def test_a_bad_file_is_refused(saved):
         r"uncond: got \(3, 2, 0, 24\), expected a tensor \(3, 2, L, D\)": {
             "uncond": torch.zeros(3, 2, 0, 24)
         },
-        "not finite .'latents'": {"latents": tensors["latents"].to(torch.float8_e4m3fn)},
+        "of another dtype .'latents: torch.float8_e4m3fn'": {
+            "latents": tensors["latents"].to(torch.float8_e4m3fn)
+        },
         "not finite .'trajectory'": {"trajectory": tensors["trajectory"] / 0},
         "unknown .'snapshot.٣'": {"snapshot.٣": tensors["latents"].clone()},
     }

@@ -153,7 +153,9 @@ def test_a_save_that_fails_leaves_the_older_file(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("no space left")
 
-    kept = Recording(SOURCE, 1, (1, 1), torch.zeros(1, dtype=torch.int64), {})
+    kept = Recording(
+        SOURCE, 1, (1, 1), torch.zeros(1, dtype=torch.int64), {"a.p": torch.zeros(1, 1, 1, 1, 1)}
+    )
     kept.save(tmp_path / "maps.safetensors")
     monkeypatch.setattr("minisd.checkpoints.bundle.save_file", disk_is_full)
     with pytest.raises(OSError, match="no space left"):

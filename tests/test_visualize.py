@@ -164,4 +164,5 @@ def test_components(sd):
     ):
         components(sd, recording, (5, 5))
     with pytest.raises(ValueError, match="grid None was recorded"):
-        components(sd, Recording(PROMPT, 3, (8, 8), recording.t, {}))
+        maps = {"a.p": torch.zeros(3, 1, 2, 64, 77)}
+        components(sd, Recording(PROMPT, 3, (8, 8), recording.t, maps))

@@ -30,7 +30,7 @@ from PIL import Image
 from torch import Tensor
 
 from .. import expect
-from ..drawing import Drawing, Options, as_list
+from ..drawing import Drawing, Options, as_list, seeds
 from ..pipeline import ImageInput, unchanged
 from ..sampling.guidance import cfg
 from ..sampling.samplers import Step
@@ -121,11 +121,8 @@ class Background:
 
 def noises(drawing: Drawing, sd: "StableDiffusion", rows: int) -> tuple[Tensor, Tensor]:
     """The noise that the images start from, and the noise of their backgrounds."""
-    start, seed = drawing.noise(sd, rows), drawing.seed
-    seeds: Any = seed
-    if isinstance(seed, int):
-        seeds = [seed + i for i in range(rows)]
-    others = [(each + BACKGROUND_SEED) % 2**63 for each in seeds]
+    start = drawing.noise(sd, rows)
+    others = [(seed + BACKGROUND_SEED) % 2**63 for seed in seeds(drawing.seed, rows)]
     return start, sd.noise(others, rows, drawing.height, drawing.width)
 
 
@@ -178,14 +175,14 @@ def read_array(values: Mask) -> Mask:
 
 
 def check_proportions(sizes: list[tuple[int, int]], masks: list[Mask]) -> None:
-    """ValueError unless the pictures have one size, and each mask its proportions (to within a
+    """ValueError unless the images have one size, and each mask its proportions (to within a
     pixel of the mask)."""
     if len(set(sizes)) > 1:
-        raise ValueError(f"got pictures of the sizes {sorted(set(sizes))}, expected one size")
+        raise ValueError(f"got images of the sizes {sorted(set(sizes))}, expected one size")
     width, height = sizes[0]
     for h, w in (mask.shape for mask in masks):
         if abs(w * height - h * width) > max(width, height):
-            got = f"the mask has {w} x {h} pixels, the picture {width} x {height}"
+            got = f"the mask has {w} x {h} pixels, the image {width} x {height}"
             raise ValueError(f"{got}, expected the same proportions")
 
 

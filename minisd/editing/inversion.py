@@ -51,7 +51,7 @@ FORMAT, FIELDS = (
 )
 TENSORS = ("latents", "z", "trajectory", "uncond", "losses")
 NEEDED = {
-    "null-text": ("uncond", "losses"),
+    "null-text": ("guidance", "uncond", "losses"),
     "negative-prompt": ("uncond",),
     "direct": ("trajectory",),
 }
@@ -79,7 +79,7 @@ class Inversion:
     latents           (B, C, h, w) at the level of the first step that runs, x_T with skip 0
     z                 (B, C, h, w) the images' latents
     method            one of METHODS
-    guidance          the scale that null-text was made for; None: any
+    guidance          the scale that null-text was made for, which needs one; None: any
     trajectory        (steps - skip + 1, B, C, h, w), from `latents` to `z`: entry i - skip is what
                       step i starts from
     uncond            (B, L, D), or one for each step, (steps, B, L, D); None: the caller's
@@ -128,13 +128,15 @@ class Inversion:
         }
         for name, x in self.tensors().items():
             expect.shape(name, x, *others.get(name, tuple(self.z.shape)))
+            if name != "uncond" and x.dtype != torch.float32:
+                raise ValueError(f"{name}: got {x.dtype}, expected torch.float32")
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors that there are, by name."""
         return {name: x for name in TENSORS if (x := getattr(self, name)) is not None}
 
     def __len__(self) -> int:
-        """B, the number of pictures."""
+        """B, the number of images."""
         return len(self.prompts)
 
     def __getitem__(self, i: int) -> "Inversion":
@@ -306,7 +308,7 @@ def redraw_latents(
     """The latents z (B, C, h, w) of `redraw`, float32: to compare them with `inversion.z`."""
     inversion.check(sd)
     own = 1.0 if inversion.guidance is None else inversion.guidance
-    drawing = Drawing.of(options, without=INVERTED, guidance=own)
+    drawing = Drawing.of(options, without=INVERTED, steps=inversion.steps, guidance=own)
     prompts = list(inversion.prompts) if prompt is None else as_list(prompt)
     expect.rows("images", images=len(inversion), prompts=len(prompts))
     back = inversion.after()

@@ -1,7 +1,7 @@
 """Local blend: after each step, take the source's latent wherever the edited objects are not.
 
 Source: google/prompt-to-prompt and Avrahami et al. 2022 (blended diffusion); the published code
-reads five 16 x 16 layers of a 512 x 512 picture, this one whatever maps it is given, at any size
+reads five 16 x 16 layers of a 512 x 512 image, this one whatever maps it is given, at any size
 and for any number of targets.
 """
 

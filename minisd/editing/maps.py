@@ -37,7 +37,8 @@ class Maps:
                   default itself
 
     sums: {site: (S, N, L) float32}, set to zero on the first step that runs, or where a step's
-    index is not above that of the step before.
+    index is below that of the step before. count: the steps that were added, each once however
+    often its edits were asked for.
     """
 
     def __init__(
@@ -90,14 +91,14 @@ class Maps:
     def open(self, step: Step) -> Mapping[str, Tensor]:
         """The sums that this step adds to, zero at the first step of a run; none from `until`
         on."""
-        if step.first or step.index <= self.last:
-            self.count = 0
+        if step.first or step.index < self.last:
+            self.count, self.last = 0, -1
             for total in self.sums.values():
                 total.zero_()  # in their memory, which a CUDA graph writes to
-        self.last = step.index
+        again, self.last = step.index == self.last, step.index
         if step.index >= int(self.until * self.steps):
             return {}
-        self.count += 1
+        self.count += not again
         return self.sums
 
     def mean(self, grid: tuple[int, int] | None = None) -> Tensor:

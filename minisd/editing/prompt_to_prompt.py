@@ -27,6 +27,7 @@ Source: Hertz et al. 2022, "Prompt-to-Prompt Image Editing with Cross Attention 
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
@@ -36,7 +37,7 @@ from PIL import Image
 from torch import Tensor
 
 from .. import expect
-from ..drawing import Drawing, Options, chain
+from ..drawing import Drawing, Options, as_list, chain, check_names
 from ..models.attention import AttentionEdit
 from ..sampling.guidance import cfg
 from ..sampling.samplers import Step
@@ -200,7 +201,7 @@ def all_prompts(source: str, targets: Sequence[str], reweight: Any) -> list[str]
             expected = "at least one target prompt, or reweight for the source prompt itself"
             raise ValueError(f"got no target, expected {expected}")
         targets = [source] * (len(reweight) if isinstance(reweight, list) else 1)
-    return [source, *targets]
+    return as_list([source, *targets])
 
 
 def stack(*edits: PromptToPrompt) -> PromptToPrompt:
@@ -271,6 +272,10 @@ def edit_prompt(
 def blend_arguments(given: Sequence[str] | Mapping[str, Any], drawing: Drawing) -> dict[str, Any]:
     """The arguments of LocalBlend; a list, which has an entry for each prompt, for each image."""
     named = dict(given) if isinstance(given, Mapping) else {"words": given}
+    _, *known = inspect.signature(LocalBlend).parameters  # all but the maps
+    check_names("argument of local_blend", named, known)
+    if "words" not in named:
+        raise TypeError(f"local_blend has no words: got {', '.join(named)}")
     return {n: drawing.each(v) if isinstance(v, list) else v for n, v in named.items()}
 
 
@@ -290,7 +295,7 @@ def split(options: Mapping[str, Any]) -> tuple[Drawing, dict[str, Any]]:
     known = EditOptions.__annotations__
     edit = {name: value for name, value in options.items() if name in known}
     how: Any = {name: value for name, value in options.items() if name not in edit}
-    return Drawing.of(how, steps=50, sampler="ddim"), edit
+    return Drawing.of(how, beside=known, steps=50, sampler="ddim"), edit
 
 
 def shared_noise(drawing: Drawing, sd: "StableDiffusion", prompts: Sequence[str]) -> Tensor:

@@ -8,6 +8,8 @@ Hertz et al. 2022 (arXiv 2208.01626), algorithm 1.
 """
 
 import math
+import re
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
@@ -39,7 +41,8 @@ class Recording:
 
     t: (steps,) the timesteps that ran, -1 where none did. maps: {"SITE.p": (steps, 1, H, N, L)} of
     cross-attention, {"SITE.q", "SITE.k": (steps, 1, H, N, D)} of self-attention, on the CPU. z:
-    (1, C, h, w) the latent that was drawn, for sd.decode; None before the run has ended.
+    (1, C, h, w) the latent that was drawn, for sd.decode; None before the run has ended. There is
+    at least one map.
     """
 
     prompt: str
@@ -57,7 +60,11 @@ class Recording:
         for side in sides:
             expect.whole_number("size", side, 1)
         expect.shape("t", self.t, self.steps)
+        if not self.maps:
+            raise ValueError("the recording has no map, expected at least one: choose sites")
         for name, x in self.maps.items():
+            if not re.fullmatch(MAPS, name):
+                raise ValueError(f"got the map {name!r:.80}, expected SITE.p, SITE.q or SITE.k")
             expect.shape(name, x, self.steps, 1, "H", "N", "L")
             site, kind = name.rsplit(".", 1)
             if kind == "p":
@@ -71,6 +78,22 @@ class Recording:
                 raise ValueError(f"{site}.q and .k: got {got}, expected the same shape")
         if self.z is not None:
             expect.shape("z", self.z, 1, "C", *self.size)
+
+    def check(self, sd: "StableDiffusion") -> None:
+        """ValueError unless it is one of this model's: its sites, their shapes, its channels."""
+        cross, own = sd.unet.sites("cross"), sd.unet.sites("self")
+        shapes = map_shapes(sd, self.size, cross, own)
+        for name, x in self.maps.items():
+            if name not in shapes:
+                expected = f"names like {cross[0]}.p and {own[0]}.q"
+                raise ValueError(f"the model has no site for the map {name}, expected {expected}")
+            if tuple(x.shape[1:]) != shapes[name]:
+                got = f"{name} has the shape {tuple(x.shape[1:])} in each step"
+                why = "it was made with another model"
+                raise ValueError(f"{got}, the model's has {shapes[name]}: {why}")
+        if self.z is not None and self.z.shape[1] != sd.unet.config.in_channels:
+            got = f"z has {self.z.shape[1]} channels"
+            raise ValueError(f"{got}, the model's latents have {sd.unet.config.in_channels}")
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, under its name only when it is whole."""
@@ -90,6 +113,21 @@ class Recording:
             return cls(**fields, t=t, maps=tensors, z=z)
         except ValueError as error:
             raise ValueError(f"{path} is no complete {FORMAT}: {error}") from error
+
+
+def map_shapes(
+    sd: "StableDiffusion", size: tuple[int, int], cross: Collection[str], own: Collection[str]
+) -> dict[str, tuple[int, ...]]:
+    """{name of what is recorded: its shape in one step} of these cross- and self-attention sites."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for site in [*cross, *own]:
+        module, queries = sd.unet.site(site), math.prod(sd.unet.grid(site, size))
+        if site in cross:
+            shapes[f"{site}.p"] = (1, module.heads, queries, sd.tokenizer.max_length)
+        else:
+            head_dim = module.to_q.out_features // module.heads
+            shapes[f"{site}.q"] = shapes[f"{site}.k"] = (1, module.heads, queries, head_dim)
+    return shapes
 
 
 class RecorderOptions(TypedDict, total=False):
@@ -134,7 +172,7 @@ class Recorder:
         self.cross_sites = select_sites(sd.unet, "cross", cross_sites, size)
         coarse = coarsest(sd.unet, size) if self_sites is None else self_sites
         self.self_sites = select_sites(sd.unet, "self", coarse, size)
-        shapes = self.shapes(sd, size)
+        shapes = map_shapes(sd, size, self.cross_sites, self.self_sites)
         self.bytes = steps * sum(map(math.prod, shapes.values())) * dtype.itemsize
         if self.bytes > limit:
             counts = (
@@ -157,18 +195,6 @@ class Recorder:
             for name, shape in shapes.items()
         }
 
-    def shapes(self, sd: "StableDiffusion", size: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-        """{name of what is recorded: its shape in one step}."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for site in self.cross_sites + self.self_sites:
-            module, queries = sd.unet.site(site), math.prod(sd.unet.grid(site, size))
-            if site in self.cross_sites:
-                shapes[f"{site}.p"] = (1, module.heads, queries, sd.tokenizer.max_length)
-            else:
-                head_dim = module.to_q.out_features // module.heads
-                shapes[f"{site}.q"] = shapes[f"{site}.k"] = (1, module.heads, queries, head_dim)
-        return shapes
-
     def __call__(self, step: Step) -> dict[str, AttentionEdit]:
         at = self.buffers
         edits = {site: AttentionEdit(save=at[f"{site}.p"]) for site in self.cross_sites}
@@ -190,7 +216,8 @@ class Injection:
 
     The same as `PromptToPrompt(sd, recording.prompt, *targets, steps=recording.steps, ...)`, with
     stored maps instead of a source row: the rows are the targets, `images` of each. edit: its other
-    arguments. ValueError if the sampler's timesteps differ.
+    arguments. ValueError if the recording is another model's, if the sites choose nothing of it, or
+    if the sampler's timesteps differ.
     """
 
     def __init__(
@@ -201,6 +228,7 @@ class Injection:
         images: int = 1,
         **edit: Unpack[EditOptions],
     ):
+        recording.check(sd)
         height, width = (side * sd.vae.factor for side in recording.size)
         p2p = PromptToPrompt(
             sd,
@@ -211,6 +239,10 @@ class Injection:
             width=width,
             **edit,
         )
+        chosen = map_shapes(sd, recording.size, p2p.cross_sites, p2p.self_sites)
+        if not chosen.keys() & recording.maps.keys():
+            has = ", ".join(dict.fromkeys(name.rsplit(".", 1)[0] for name in recording.maps))
+            raise ValueError(f"the sites choose nothing of the recording, which has {has:.200}")
         self.recording, self.p2p, self.sources = recording, p2p.repeated(images), images
         self.prompts, self.dtype, self.device = p2p.prompts[1:], sd.dtype, sd.device
 
@@ -255,7 +287,8 @@ def record(sd: "StableDiffusion", prompt: str, **options: Unpack[RecordOptions])
     names = RecorderOptions.__annotations__
     what: dict[str, Any] = {name: v for name, v in options.items() if name in names}
     how: Any = {name: v for name, v in options.items() if name not in names}
-    drawing = Drawing.of(how, without=("num_images",), steps=50, sampler="ddim")
+    without = ("num_images",)
+    drawing = Drawing.of(how, without=without, beside=names, steps=50, sampler="ddim")
     x = drawing.noise(sd, 1)
     height, width = (side * sd.vae.factor for side in x.shape[2:])
     recorder = Recorder(sd, prompt, drawing.steps, **what, height=height, width=width)
