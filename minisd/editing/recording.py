@@ -118,7 +118,7 @@ class Recording:
 def map_shapes(
     sd: "StableDiffusion", size: tuple[int, int], cross: Collection[str], own: Collection[str]
 ) -> dict[str, tuple[int, ...]]:
-    """{name of what is recorded: its shape in one step} of these cross- and self-attention sites."""
+    """{name of what is recorded: its shape in one step} of these sites of cross, self-attention."""
     shapes: dict[str, tuple[int, ...]] = {}
     for site in [*cross, *own]:
         module, queries = sd.unet.site(site), math.prod(sd.unet.grid(site, size))
