@@ -367,3 +367,13 @@ def test_files_of_masks_that_are_refused(sd, tmp_path):
 def test_arguments_that_are_refused(sd, arguments, message):
     with pytest.raises(ValueError, match=message):
         minisd.blend(sd, **{"image": picture(), "mask": box(), "prompt": "a"} | QUIET | arguments)
+
+
+@pytest.mark.parametrize("seed", [np.int64(3), [np.int64(3), np.int64(4)], range(3, 5)])
+def test_backgrounds_of_any_seed(sd, seed):
+    for mine, other in zip(
+        noises(Drawing(seed=seed, height=24, width=40), sd, 2),
+        noises(Drawing(seed=[3, 4], height=24, width=40), sd, 2),
+        strict=True,
+    ):
+        assert torch.equal(mine, other)

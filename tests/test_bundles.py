@@ -248,3 +248,14 @@ def test_anything_is_read_or_refused(files, format, fields, tensors, left_out):
             return
         loaded.save(path)
         assert load_file(path).keys() == contents.keys()
+
+
+@both
+def test_a_folder_is_named(files, tmp_path, format):
+    assert "cannot be read as safetensors" in refused(KINDS[format], tmp_path)
+
+
+@both
+def test_another_dtype_is_said(files, written, format):
+    told = refused(KINDS[format], written(format, {}, {"z": files[format][2]["z"].int()}))
+    assert "of another dtype ['z: torch.int32'], not finite []" in told

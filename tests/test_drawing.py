@@ -201,10 +201,13 @@ def test_images_of_several_prompts(sd, drawn):
             dict(uncond=torch.zeros(1, 77, 24), negative_prompt="bad"),
             "got negative_prompt and uncond",
         ),
+        (dict(uncond=[torch.zeros(1, 77, 24)] * (STEPS + 1)), "uncond is a list of 4 entries, exp"),
+        (dict(uncond=()), "uncond is a list of 0 entries, expected one for each of 3 steps"),
+        (dict(on_step=5), r"on_step is 5, expected a function \(x, step\)"),
         (dict(negative_prompt=["a", "b", "c", "d"]), "4 negative prompts, expected one for all"),
         (
             dict(on_step=lambda x, step: x[:0]),
-            r"on_step returned \(0, 4, 8, 8\), expected None or latents",
+            r"on_step or after returned \(0, 4, 8, 8\), expected None or latents",
         ),
     ],
 )
@@ -429,3 +432,64 @@ def test_options_are_checked_before_anything_is_drawn(sd, recording, monkeypatch
     for call, _ in CALLS.values():
         with pytest.raises(ValueError, match="guidance is 'x'"):
             call(sd, recording, guidance="x", **QUIET)
+
+
+def test_an_unknown_option_is_named_beside_those_there_are(sd, recording):
+    named = r"^got the option 'stepz', expected negative_prompt, .*, progress"
+    with pytest.raises(TypeError, match=named + "$"):
+        sd.txt2img(SOURCE, stepz=1)
+    with pytest.raises(TypeError, match=named + ", cross_steps, .*, compat$"):
+        minisd.edit_prompt(sd, SOURCE, SWAP, stepz=1)
+    with pytest.raises(TypeError, match=named + ", cross_sites, self_sites, dtype, limit$"):
+        minisd.record(sd, SOURCE, stepz=1)
+    with pytest.raises(TypeError) as caught:
+        minisd.invert(sd, picture(), SOURCE, stepz=1)
+    assert "guidance" not in str(caught.value)  # which has no effect there
+
+
+def test_unknown_arguments_of_a_local_blend(sd):
+    for given, message in (
+        ({"words": "cat", "start_blend": 1}, "'start_blend', expected words, subtract, threshold"),
+        ({"start": 0.2}, "local_blend has no words: got start"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            minisd.edit_prompt(sd, SOURCE, SWAP, local_blend=given, steps=2, **QUIET)
+
+
+def test_what_is_no_text_is_a_type_error(sd):
+    for use, got in (
+        (lambda: minisd.edit_prompt(sd, SOURCE, [SWAP], **QUIET), r"\['a dog on my mat'\]"),
+        (lambda: minisd.PromptToPrompt(sd, SOURCE, 5, steps=2), "5"),
+        (lambda: minisd.seed_baseline(sd, SOURCE, None, **QUIET), "None"),
+        (lambda: sd.txt2img([SOURCE, 5], **QUIET), "5"),
+        (lambda: sd.txt2img(SOURCE, negative_prompt=[b"bad"], **QUIET), "b'bad'"),
+    ):
+        with pytest.raises(TypeError, match=f"got {got} as one of the texts, expected a str"):
+            use()
+
+
+@every
+def test_seeds_of_any_whole_number_and_any_sequence(drawn, call, rows):
+    _, z = drawn(call, num_images=2, seed=[3, 4])
+    for seed in (np.int64(3), range(3, 5), (np.int64(3), np.int64(4))):
+        assert torch.equal(drawn(call, num_images=2, seed=seed)[1], z)
+
+
+def test_a_list_of_redraw_has_the_inversion_s_steps(sd):
+    inversion = minisd.invert(sd, picture(), SOURCE, steps=2, **QUIET)
+    entry = torch.zeros(1, 77, 24)
+    minisd.redraw(sd, inversion, guidance=2.0, uncond=[entry] * 2, **QUIET)
+    with pytest.raises(ValueError, match="uncond is a list of 25 entries, expected one for each"):
+        minisd.redraw(sd, inversion, guidance=2.0, uncond=[entry] * 25, **QUIET)
+
+
+def test_maps_asked_for_twice_in_a_step(sd):
+    """The step counts once, and what the steps before it have added stays."""
+    maps = minisd.editing.maps.Maps(sd, [SOURCE], STEPS)
+    for step in minisd.DDIM(sd.schedule, STEPS):
+        maps(step)
+        edits = maps(step)
+        assert edits.keys() == maps.sums.keys() and maps.count == step.index + 1
+        assert all(total.eq(step.index).all() for total in maps.sums.values())
+        for total in maps.sums.values():
+            total += 1

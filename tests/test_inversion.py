@@ -172,7 +172,9 @@ def test_what_on_step_returns_takes_the_latent_s_place(sd):
     z = redraw_latents(sd, plain, on_step=lambda x, step: torch.zeros_like(x), **QUIET)
     assert z.eq(0).all()
     for run in (redraw, lambda sd, _, **o: invert(sd, picture(3), SOURCE, steps=2, **o)):
-        with pytest.raises(ValueError, match="on_step returned int, expected None or latents"):
+        with pytest.raises(
+            ValueError, match="on_step or after returned int, expected None or latents"
+        ):
             run(sd, plain, on_step=lambda x, step: 3, **QUIET)
 
 
@@ -484,3 +486,17 @@ def test_edict_refuses_a_mixing_that_cannot_be_undone(sd):
     for p in (0.5, 0.0, 1.1):
         with pytest.raises(ValueError, match="p is"):
             edict(sd, picture(), SOURCE, SWAP, p=p, **QUIET)
+
+
+def test_null_text_has_a_guidance_and_latents_are_float32(sd):
+    inversion = invert(sd, picture(8), SOURCE, steps=3, trajectory=True, **QUIET)
+    made = dict(uncond=torch.zeros(1, 77, 24), losses=torch.zeros(3, 1, 1))
+    with pytest.raises(ValueError, match="null-text inversion needs guidance, which is missing"):
+        dataclasses.replace(inversion, method="null-text", **made)
+    dataclasses.replace(inversion, method="null-text", guidance=3.0, **made)
+    for name in ("latents", "z", "trajectory"):
+        for dtype in (torch.float16, torch.float64):
+            with pytest.raises(ValueError, match=f"{name}: got {dtype}, expected torch.float32"):
+                dataclasses.replace(inversion, **{name: getattr(inversion, name).to(dtype)})
+    of_any_kind = dataclasses.replace(inversion, uncond=torch.zeros(1, 77, 24).half())
+    assert of_any_kind.uncond.dtype == torch.float16

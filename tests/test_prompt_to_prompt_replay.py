@@ -1,6 +1,8 @@
 """Two runs, record and replay, against one lockstep run; what is stored, what it takes, what is
 refused."""
 
+from dataclasses import replace
+
 import p2p_model
 import pytest
 import torch
@@ -242,3 +244,37 @@ def test_record_and_replay_of_pictures(sd):
         progress=False,
     )
     assert given[0].tobytes() == none[0].tobytes()
+
+
+def test_a_recording_of_another_model_is_refused(sd):
+    recording = record(sd, SOURCE, steps=2, cross_sites="mid", self_sites="mid", progress=False)
+    names = sorted(recording.maps)
+    assert [name[-2:] for name in names] == [".k", ".q", ".p"]
+    for change in (
+        lambda x: x.repeat(1, 1, 2, 1, 1),  # heads
+        lambda x: x[:, :, :, :-1],  # queries
+        lambda x: x[..., :-1],  # tokens, or the head's width
+    ):
+        for some in (names[:2], names[2:]):
+            maps = {**recording.maps, **{name: change(recording.maps[name]) for name in some}}
+            other = replace(recording, maps=maps)
+            with pytest.raises(ValueError, match="in each step, the model's has .*another model"):
+                Injection(sd, other, SWAP)
+    maps = {f"no.{name}": x for name, x in recording.maps.items()}
+    with pytest.raises(ValueError, match=r"no site for the map no\.mid_block"):
+        replay(sd, replace(recording, maps=maps), SWAP, progress=False)
+    with pytest.raises(ValueError, match="z has 5 channels, the model's latents have 4"):
+        Injection(sd, replace(recording, z=torch.zeros(1, 5, *recording.size)), SWAP)
+    recording.check(sd)
+
+
+def test_a_recording_without_maps_or_of_other_sites_is_refused(sd):
+    recording = record(sd, SOURCE, steps=2, cross_sites="mid", self_sites=[], progress=False)
+    with pytest.raises(ValueError, match="the recording has no map, expected at least one"):
+        replace(recording, maps={})
+    with pytest.raises(ValueError, match="the recording has no map"):
+        record(sd, SOURCE, steps=2, cross_sites=[], self_sites=[], progress=False)
+    with pytest.raises(ValueError, match="got the map 'p', expected SITE.p, SITE.q or SITE.k"):
+        replace(recording, maps={"p": torch.zeros(2, 1, 1, 1, 1)})
+    with pytest.raises(ValueError, match="choose nothing of the recording, which has mid_block"):
+        replay(sd, recording, SWAP, cross_sites="up", progress=False)
