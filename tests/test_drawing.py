@@ -207,7 +207,7 @@ def test_images_of_several_prompts(sd, drawn):
         (dict(negative_prompt=["a", "b", "c", "d"]), "4 negative prompts, expected one for all"),
         (
             dict(on_step=lambda x, step: x[:0]),
-            r"on_step or after returned \(0, 4, 8, 8\), expected None or latents",
+            r"on_step returned \(0, 4, 8, 8\), expected None or latents",
         ),
     ],
 )
