@@ -181,8 +181,8 @@ def folded(
         terms.append((*edit.inject_qk, v_source))
     if first and terms and bias is None and edit.kv_row is None:
         # In one call with the first term: the last bits of a row may depend on the batch.
-        whole = attend(*(torch.cat(pair) for pair in zip(plain_rows, terms.pop(0)[:3])))
-        plain_out, out = whole[:first], [whole[first:]]
+        together = attend(*(torch.cat(pair) for pair in zip(plain_rows, terms.pop(0)[:3])))
+        plain_out, out = together[:first], [together[first:]]
     else:
         plain_out, out = attend(*plain_rows) if first else values[:0], []
     out += [attend(*term) for term in terms]
