@@ -298,7 +298,7 @@ def results(ins: Instruction, state: Words) -> list[int | None]:
         case ("USGXT.U32", [a, width]):
             return [a & (1 << width) - 1]
         case ("ULOP3.LUT", [a, b, c, table, *_]):
-            at = lambda i: table >> ((a >> i & 1) << 2 | (b >> i & 1) << 1 | c >> i & 1) & 1  # noqa: E731
+            at = lambda i: table >> ((a >> i & 1) << 2 | (b >> i & 1) << 1 | c >> i & 1) & 1
             return [sum(at(i) << i for i in range(32))]
     return [None]
 
@@ -437,7 +437,7 @@ def wrong_descriptors(code: list[Instruction], ptx: str) -> list[str]:
     known = Ptx(ptx).descriptors()
     show = lambda words: (
         "registers" if words is None else " ".join("?" if w is None else f"{w:#x}" for w in words)
-    )  # noqa: E731
+    )
     return [
         f"{ins}: A {show(a)}, B {show(b)}"
         for ins, n, a, b in descriptors(code)

@@ -224,9 +224,8 @@ def cross_attention_gradients(
     d_own, d_source = (1 - b) * r * d, (b * r * d) @ M.mT
     ds = through_softmax(own, d_own)
     if source_row is not None:
-        takes = (
-            source_row == torch.arange(S, device=q.device)[:, None]
-        )  # (row, taker): whether it takes the row's map
+        rows = torch.arange(S, dtype=torch.int64, device=q.device)
+        takes = source_row == rows[:, None]  # (row, taker): whether it takes the row's map
         ds = ds + torch.einsum(
             "rt,thnl->rhnl", takes.to(q.dtype), through_softmax(source, d_source)
         )

@@ -183,7 +183,8 @@ class Drawing:
         """The loop, with a progress bar; `after` and then on_step see the latent after each
         step."""
         with memory_for("latents", x):
-            return denoise(x, self.shown(sampler), predict, chain(after, self.on_step))
+            hook = chain(after=after, on_step=self.on_step)
+            return denoise(x, self.shown(sampler), predict, hook)
 
     def shown(self, sampler: Sampler) -> tqdm[Step]:
         """The steps under a progress bar."""
@@ -222,19 +223,19 @@ def sampler_named(name: SamplerName, schedule: NoiseSchedule, steps: int, skip: 
     return DPMpp2M(schedule, steps, skip, karras=name == "dpm++")
 
 
-def chain(*hooks: OnStep | None) -> Callable[[Tensor, Step], Tensor] | None:
+def chain(**hooks: OnStep | None) -> Callable[[Tensor, Step], Tensor] | None:
     """after(x, step): the given ones in turn, where one may return None for x as it is."""
-    given = [hook for hook in hooks if hook is not None]
+    given = [(name, hook) for name, hook in hooks.items() if hook is not None]
 
     def after(x: Tensor, step: Step) -> Tensor:
-        for hook in given:
+        for name, hook in given:
             new = hook(x, step)
             if new is None:
                 continue
             if not (isinstance(new, Tensor) and new.shape == x.shape):
                 got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
                 expected = f"None or latents of shape {tuple(x.shape)}"
-                raise ValueError(f"on_step or after returned {got}, expected {expected}")
+                raise ValueError(f"{name} returned {got}, expected {expected}")
             x = new.to(x)
         return x
 

@@ -245,8 +245,8 @@ class StableDiffusion:
             height = h * factor if height is None else height
             width = w * factor if width is None else width
         sides = (height, width)
-        whole = all(isinstance(side, Integral) for side in sides)
-        if not (whole and all(side > 0 and side % factor == 0 for side in sides)):
+        integers = all(isinstance(side, Integral) for side in sides)
+        if not (integers and all(side > 0 and side % factor == 0 for side in sides)):
             got = f"{width!r} x {height!r}"
             raise ValueError(f"the image is {got} pixels, expected positive multiples of {factor}")
         if height * width > MOST_PIXELS:
@@ -314,14 +314,14 @@ def load(
         raise ValueError(f"attention is {attention!r}, expected {expected}")
     if graph and where.type != "cuda":
         raise ValueError(f"graph=True replays CUDA graphs and needs a CUDA device, got {where}")
-    found = locate(
+    checkpoint = locate(
         source,
         variant=variant,
         revision=revision,
         local_files_only=local_files_only,
         tokenizer=tokenizer,
     )
-    sd = StableDiffusion(*load_parts(found, where, kind), compile=compile, graph=graph)
+    sd = StableDiffusion(*load_parts(checkpoint, where, kind), compile=compile, graph=graph)
     auto: Implementation = "triton" if where.type == "cuda" else "sdpa"
     sd.unet.attention = auto if attention == "auto" else attention
     return sd

@@ -304,7 +304,10 @@ def test_newer_fields_against_float64(names):
     bar = max(2 * (eager - exact).abs().max(), 4 * torch.finfo(q.dtype).eps * exact.abs().max())
     assert (ours - exact).abs().max() <= bar
     untouched = attention(q, k, v, None, "sdpa")
-    assert torch.equal(ours[: R - S], untouched[: R - S]) and not torch.equal(ours, untouched)
+    apart = {"bias", "kv_row"} & set(names)  # calls of their own: last bits may be others
+    bits = {"rtol": 1e-5, "atol": 1e-6} if apart else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(ours[: R - S], untouched[: R - S], **bits)
+    assert not torch.equal(ours, untouched)
 
 
 def test_hidden_keys_and_own_values():

@@ -25,7 +25,7 @@ class Mocked(graphs.CUDAGraphs):
         super().__init__()
         self.captures = 0
 
-    def record_graph(self, run, device):
+    def capture_graph(self, run, device):
         self.captures += 1
         outputs = run()
 

@@ -136,7 +136,8 @@ TEXTS = {
 # What makes the activations that the norms read: layers after a norm, and the biases of those that
 # pass activations on.
 SIZE = re.compile(
-    r"(conv_in|conv1|conv2|time_emb_proj|proj_in|to_out\.0|net\.2|\w+_embedding|out_proj|fc2)\.(weight|bias)$"
+    r"(conv_in|conv1|conv2|time_emb_proj|proj_in|to_out\.0|net\.2|\w+_embedding|out_proj|fc2)"
+    r"\.(weight|bias)$"
     r"|(conv_shortcut|samplers\.0\.conv|proj_out)\.bias$"
 )
 

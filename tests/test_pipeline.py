@@ -343,7 +343,8 @@ def test_decode_gives_pictures_or_a_tensor_that_encode_takes(sd, monkeypatch):
             monkeypatch.context() as patch,
             pytest.raises(ArithmeticError, match="NaN or infinite"),
         ):
-            patch.setattr(sd.vae, "decode", lambda z: torch.full((1, 3, 8, 8), float(bad)))  # noqa: B023
+            broken = torch.full((1, 3, 8, 8), float(bad))
+            patch.setattr(sd.vae, "decode", lambda z, broken=broken: broken)
             sd.decode(z)
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 import minisd
 from minisd import DDIM, Trace, animate, cfg, denoise, fit_preview, latent_rgb
 from minisd.cli import main as cli
+from minisd.cli.options import ANIMATIONS
 
 PROMPT = "a big red circle left of a small blue square on a white background"
 OTHERS = [
@@ -340,9 +341,7 @@ def test_every_command_that_draws_can_be_traced():
         {"trace", "trace_every", "trace_preview", "trace_format"} <= options[name]
         for name in drawing
     )
-    assert set(cli.ANIMATIONS) == {
-        suffix.removeprefix(".") for suffix in minisd.viewing.trace.FORMATS
-    }
+    assert set(ANIMATIONS) == {suffix.removeprefix(".") for suffix in minisd.viewing.trace.FORMATS}
 
 
 @pytest.mark.parametrize(

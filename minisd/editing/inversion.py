@@ -245,7 +245,7 @@ def invert(
     prompts = prompts * (len(z) // len(prompts))
     predict = conditional(sd.network, embed(sd, prompts))
 
-    x, state, path, after = z, None, [z], chain(drawing.on_step)
+    x, state, path, after = z, None, [z], chain(on_step=drawing.on_step)
     with memory_for("latents", z):
         for step in drawing.shown(sampler):
             start = x
@@ -325,7 +325,7 @@ def redraw_latents(
 
     # One order of the memory, one result: files keep none.
     x, state = inversion.latents.to(sd.device).contiguous(), None
-    after = chain(back, drawing.on_step)
+    after = chain(after=back, on_step=drawing.on_step)
     with memory_for("latents", x):
         for step in drawing.shown(sampler):
             eps, state = predict(x.to(sd.dtype), step, state)

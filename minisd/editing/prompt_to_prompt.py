@@ -266,7 +266,8 @@ def edit_prompt(
         blend = LocalBlend(p2p.maps, **blend_arguments(local_blend, drawing))
     uncond, cond = drawing.embed(sd, prompts)
     predict = cfg(sd.network, uncond, cond, drawing.guidance, p2p)
-    return sd.decode(drawing.denoise(x, drawing.make_sampler(sd), predict, chain(after, blend)))
+    both = chain(after=after, local_blend=blend)
+    return sd.decode(drawing.denoise(x, drawing.make_sampler(sd), predict, both))
 
 
 def blend_arguments(given: Sequence[str] | Mapping[str, Any], drawing: Drawing) -> dict[str, Any]:

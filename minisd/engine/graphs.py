@@ -74,19 +74,19 @@ class Inputs(NamedTuple):
     def of(cls, inputs: tuple[Any, ...]) -> "Inputs":
         paths, spec = tree_flatten_with_path(inputs)
         index: dict[int, int] = {}  # a tensor that is there twice has one buffer
-        found = cls([], [], [], [], spec)
+        parts = cls([], [], [], [], spec)
         for path, leaf in paths:
             if not isinstance(leaf, Tensor):
-                found.slots.append(None)
-                found.rest.append(leaf)
+                parts.slots.append(None)
+                parts.rest.append(leaf)
                 continue
             if id(leaf) not in index:
-                index[id(leaf)] = len(found.tensors)
+                index[id(leaf)] = len(parts.tensors)
                 names = [str(getattr(part, "name", "")) for part in path]
-                found.tensors.append(leaf)
-                found.saves.append(any(name.startswith("save") for name in names))
-            found.slots.append(index[id(leaf)])
-        return found
+                parts.tensors.append(leaf)
+                parts.saves.append(any(name.startswith("save") for name in names))
+            parts.slots.append(index[id(leaf)])
+        return parts
 
     def signature(self) -> Hashable:
         """What a graph is captured for: shapes, places, and memory that is written to."""
@@ -123,13 +123,13 @@ class CUDAGraphs:
 
     def __call__(self, key: Hashable, function: Callable[..., Any], *arguments: Any) -> Any:
         inputs = Inputs.of(arguments)
-        whole = key, inputs.signature()
-        captured = self.graphs.pop(whole, None)
+        place = key, inputs.signature()
+        captured = self.graphs.pop(place, None)
         if captured is None:
             captured = self.capture(function, inputs)
             while len(self.graphs) >= KEPT:
                 self.graphs.pop(next(iter(self.graphs)))
-        self.graphs[whole] = captured  # the one used last is last
+        self.graphs[place] = captured  # the one used last is last
         own = [i for i, saves in enumerate(inputs.saves) if not saves]
         # At every call, in few launches: no version number tells of every change of values.
         torch._foreach_copy_([captured.buffers[i] for i in own], [inputs.tensors[i] for i in own])
@@ -146,13 +146,13 @@ class CUDAGraphs:
             buffers = [x if saves else x.clone() for x, saves in pairs]
         arguments = inputs.with_tensors(buffers)
         before = [x.clone() if saves else None for x, saves in pairs]
-        replay, outputs = self.record_graph(lambda: function(*arguments), inputs.tensors[0].device)
+        replay, outputs = self.capture_graph(lambda: function(*arguments), inputs.tensors[0].device)
         for (x, _), old in zip(pairs, before):
             if old is not None:
                 x.copy_(old)  # the warm-up has written there
         return Captured(buffers, replay, outputs)
 
-    def record_graph(
+    def capture_graph(
         self, run: Callable[[], Any], device: torch.device
     ) -> tuple[Callable[[], None], Any]:
         """(a function that replays `run`, the tensors in which its results then are)."""

@@ -115,11 +115,10 @@ def attention(
         flash = L > kernels.MAX_KEYS or edit.kv_row is not None or edit.own_value is not None
         return (kernels.attention if flash else kernels.cross_attention)(q, k, v, **given(edit))
     attend = partial(plain, impl=impl)
-    rows = q[first:], k[first:], v[first:]
-    if saves:  # the map is asked for, of the edited rows
-        edited = reference.cross_attention(*rows, **fields(edit))
-    else:
-        edited = folded(*rows, edit, attend)
+    if not saves:
+        return folded(q, k, v, edit, attend)
+    # The map is asked for, of the edited rows.
+    edited = reference.cross_attention(q[first:], k[first:], v[first:], **fields(edit))
     return torch.cat([attend(q[:first], k[:first], v[:first]), edited]) if first else edited
 
 
@@ -156,30 +155,43 @@ def plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, impl: 
 def folded(
     q: Tensor, k: Tensor, v: Tensor, edit: AttentionEdit, attend: Callable[..., Tensor]
 ) -> Tensor:
-    """The attention of the edited rows in at most two calls of `attend`, without a map.
+    """The edited attention in at most two calls of `attend` over the edited rows, without a map.
 
         out = P_own V_own + P_source V_source
         V_own = (1 - blend) * reweight * V,   V_source = token_map @ (blend * reweight * V)
 
     A row that takes nothing from a source has V_own = V and V_source = 0: it comes out as it would
-    without an edit, to the last bit. q, k, v: (S, H, N or L, D).
+    without an edit, to the last bit. q, k, v: (R, H, N or L, D).
     """
-    own_v, bias, row = v, edit.bias, edit.source_row
+    first = q.shape[0] - number_of_rows(edit)
+    if first == q.shape[0]:
+        return attend(q, k, v)
+    plain_rows = q[:first], k[:first], v[:first]
+    q, k, v = q[first:], k[first:], v[first:]
+    values, bias, row = v, edit.bias, edit.source_row
     if edit.kv_row is not None:
         k, v = reference.joined(k, edit.kv_row), reference.joined(v, edit.kv_row)
     has_source = row is not None or edit.inject is not None or edit.inject_qk is not None
     v_own, v_source = kernels.fold(v, has_source, edit.token_map, edit.blend, edit.reweight)
-    terms = [] if v_own is None else [attend(q, k, v_own, bias)]
-    if edit.inject is not None:
-        terms.append(edit.inject.to(v.dtype) @ v_source)
+
+    terms: list[Any] = [] if v_own is None else [(q, k, v_own, bias)]
+    if row is not None:
+        terms.append((q[row], k[row], v_source, None if bias is None else bias[row]))
     elif edit.inject_qk is not None:
-        terms.append(attend(*edit.inject_qk, v_source))
-    elif row is not None:
-        terms.append(attend(q[row], k[row], v_source, None if bias is None else bias[row]))
-    out = sum(terms[1:], terms[0])
+        terms.append((*edit.inject_qk, v_source))
+    if first and terms and bias is None and edit.kv_row is None:
+        # In one call with the first term: the last bits of a row may depend on the batch.
+        together = attend(*(torch.cat(pair) for pair in zip(plain_rows, terms.pop(0)[:3])))
+        plain_out, out = together[:first], [together[first:]]
+    else:
+        plain_out, out = attend(*plain_rows) if first else values[:0], []
+    out += [attend(*term) for term in terms]
+    if edit.inject is not None:
+        out.append(edit.inject.to(v.dtype) @ v_source)
+    edited = sum(out[1:], out[0])
     if edit.own_value is not None:
-        out = torch.where((edit.own_value != 0)[:, None, None, None], own_v, out)
-    return out
+        edited = torch.where((edit.own_value != 0)[:, None, None, None], values, edited)
+    return torch.cat([plain_out, edited]) if first else edited
 
 
 def number_of_rows(edit: AttentionEdit) -> int:

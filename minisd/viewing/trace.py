@@ -71,8 +71,8 @@ class Trace:
             self.images.append(self.show(x, self.view))
             if self.folder is not None:
                 self.files.append(Path(self.folder) / f"step_{step.index:04}_t{step.t:04}.png")
-                with atomic_write(self.files[-1]) as part:
-                    self.images[-1].save(part, format="PNG")
+                with atomic_write(self.files[-1]) as temporary:
+                    self.images[-1].save(temporary, format="PNG")
         return x
 
     def wants(self, step: Step) -> bool:
@@ -167,14 +167,19 @@ def animate(
     if not frames or len({frame.size for frame in frames}) != 1:
         raise ValueError(f"expected images of one size, got {[frame.size for frame in frames]}")
     options = FORMATS[Path(path).suffix.lower()]
-    with atomic_write(path) as part:
+    with atomic_write(path) as temporary:
         if options:
             durations = [round(1000 / fps)] * (len(frames) - 1) + [round(1000 / fps + 1000 * hold)]
             frames[0].save(
-                part, **options, save_all=True, append_images=frames[1:], duration=durations, loop=0
+                temporary,
+                **options,
+                save_all=True,
+                append_images=frames[1:],
+                duration=durations,
+                loop=0,
             )
         else:
-            write_mp4([*frames, *[frames[-1]] * round(hold * fps)], part, fps)
+            write_mp4([*frames, *[frames[-1]] * round(hold * fps)], temporary, fps)
 
 
 def check_animation(path: str | Path) -> None:
