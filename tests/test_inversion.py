@@ -172,9 +172,7 @@ def test_what_on_step_returns_takes_the_latent_s_place(sd):
     z = redraw_latents(sd, plain, on_step=lambda x, step: torch.zeros_like(x), **QUIET)
     assert z.eq(0).all()
     for run in (redraw, lambda sd, _, **o: invert(sd, picture(3), SOURCE, steps=2, **o)):
-        with pytest.raises(
-            ValueError, match="on_step returned int, expected None or latents"
-        ):
+        with pytest.raises(ValueError, match="on_step returned int, expected None or latents"):
             run(sd, plain, on_step=lambda x, step: 3, **QUIET)
 
 
