@@ -88,10 +88,10 @@ def attention(
     """softmax(q k^T / sqrt(D)) v, with the map edited as `edit` says.
 
     q: (R, H, N, D), k, v: (R, H, L, D) -> (R, H, N, D). impl: "triton", the kernels of
-    minisd_kernels, CUDA and inference only; "sdpa", PyTorch's scaled_dot_product_attention,
-    anywhere and differentiable; "reference", the formula in eager PyTorch. ValueError for an
-    unknown impl and for shapes, dtypes or devices that do not fit; RuntimeError for "triton" under
-    autograd.
+    minisd_kernels, CUDA only; "sdpa", PyTorch's scaled_dot_product_attention, anywhere;
+    "reference", the formula in eager PyTorch. All differentiate. ValueError for an unknown impl and
+    for shapes, dtypes or devices that do not fit; RuntimeError for what "triton" does not
+    differentiate (bias, saved maps, forward mode).
     """
     check_implementation(impl)
     if edit is None:
