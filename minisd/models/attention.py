@@ -69,16 +69,20 @@ class AttentionEdit(NamedTuple):
     save_qk: tuple[Tensor, Tensor] | None = None
 
     def check_rows(self) -> "AttentionEdit":
-        """Self, or ValueError if source_row, or a table (..., S) of it, names a row outside [0, S).
+        """Self, or ValueError if source_row or kv_row names a row outside [0, S).
 
-        It reads values, so it is called once, where an edit is built, and never in the loop over
-        the steps.
+        Either may be a table of many steps, (..., S) and (..., S, M). It reads values, so it is
+        called once, where an edit is built, and never in the loop over the steps.
         """
-        if self.source_row is not None:
-            S = self.source_row.shape[-1]
-            wrong = self.source_row[(self.source_row < 0) | (self.source_row >= S)].tolist()
-            if wrong:
-                raise ValueError(f"source_row: expected values from 0 to {S - 1}, got {wrong}")
+        for name, table, axis in (("source_row", self.source_row, -1), ("kv_row", self.kv_row, -2)):
+            if table is not None:
+                if table.ndim < -axis:
+                    shape = "(..., S)" if axis == -1 else "(..., S, M)"
+                    raise ValueError(f"{name}: expected {shape}, got {tuple(table.shape)}")
+                S = table.shape[axis]
+                wrong = table[(table < 0) | (table >= S)].tolist()
+                if wrong:
+                    raise ValueError(f"{name}: expected values from 0 to {S - 1}, got {wrong}")
         return self
 
 
