@@ -22,11 +22,6 @@ from ..sampling.schedule import NoiseSchedule
 from .mixture import Mixture
 
 
-def schedule() -> NoiseSchedule:
-    """Ho et al. 2020: 1000 timesteps, beta from 1e-4 to 0.02, at the end nothing but noise."""
-    return NoiseSchedule.from_dict({"beta_schedule": "linear", "set_alpha_to_one": True})
-
-
 @dataclass(frozen=True, eq=False)
 class ExactNoise:
     """eps(x, t, context) = -sigma_t d/dx log sum_k context_k N(x; alpha_t m_k, ...)."""

@@ -31,8 +31,9 @@ class NoiseMLP(nn.Module):
         self.register_buffer("alphas_cumprod", schedule.alphas_cumprod.clone())
         waves = 2.0 ** torch.arange(3, **where)
         self.register_buffer("waves", waves)
+        inputs = (dimensions + 1) * (1 + 2 * len(waves)) + components
         self.layers = nn.Sequential(
-            *(nn.Linear((dimensions + 1) * (2 * len(waves) + 1) + components, width, **where), nn.SiLU()),
+            *(nn.Linear(inputs, width, **where), nn.SiLU()),
             *(nn.Linear(width, width, **where), nn.SiLU()),
             *(nn.Linear(width, width, **where), nn.SiLU()),
             nn.Linear(width, dimensions, **where),
@@ -72,7 +73,9 @@ def train(
     expect.whole_number("batch", batch, 1)
     expect.number("unlabelled", unlabelled, 0, 1)
     samples, labels = data.labelled(100_000, seed)
-    contexts = torch.cat([torch.eye(len(data.weights), dtype=torch.float64, device="cpu"), data.weights[None]]).float()
+    contexts = torch.cat(
+        [torch.eye(len(data.weights), dtype=torch.float64, device="cpu"), data.weights[None]]
+    ).float()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
         network = NoiseMLP(schedule, data.dimensions, len(data.weights))

@@ -2,7 +2,7 @@
 level.
 
     p(x)   = sum_k w_k N(x; m_k, s_k^2 I)
-    q_t(x) = sum_k w_k N(x; alpha m_k, (alpha^2 s_k^2 + sigma^2) I)         x_t = alpha x + sigma eps
+    q_t(x) = sum_k w_k N(x; alpha m_k, (alpha^2 s_k^2 + sigma^2) I),    x_t = alpha x + sigma eps
     score  = d/dx log q_t(x) = sum_k r_k(x) (alpha m_k - x) / (alpha^2 s_k^2 + sigma^2)
 
 r_k(x), the share of component k in the density at x. Noise only moves and widens the components, so
