@@ -25,6 +25,9 @@ class NoiseMLP(nn.Module):
     between two modes the score turns about, more sharply than layers alone learn in seconds.
     """
 
+    alphas_cumprod: Tensor
+    waves: Tensor
+
     def __init__(self, schedule: NoiseSchedule, dimensions: int, components: int, width: int = 64):
         super().__init__()
         where: Any = {"dtype": torch.float32, "device": "cpu"}
