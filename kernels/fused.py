@@ -1,31 +1,44 @@
-"""The public fused ops beside attention: `group_norm_silu`, `layer_norm`, `geglu`, checked here,
-computed in norms.py.
+"""The public fused ops beside attention: `group_norm`, `group_norm_silu`, `layer_norm`, `geglu`,
+checked here, computed in norms.py.
 
-As in ops.py: importing this imports torch only, each op is registered with torch.library, and there
-is no backward. minisd's models do not use them: that would need a card on which they are measured
-to be faster than PyTorch's.
+As in ops.py: importing this imports torch only, each op is registered with torch.library, what
+depends on shapes, dtypes and devices alone is done once (`run`), and there is no backward. minisd's
+models use them on CUDA where no gradient is asked for (minisd/models/ops.py).
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .ops import DTYPES
+from .ops import DTYPES, MOST
 
 MAX_WIDTH = 16384  # layer_norm holds whole rows
 
 
-def group_norm_silu(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5
-) -> Tensor:
-    """silu(GroupNorm(x)), for images in channels_last memory.
+def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """GroupNorm(x), for images in channels_last memory.
 
-        y = silu((x - mean) / sqrt(var + eps) * weight + bias)
+        y = (x - mean) / sqrt(var + eps) * weight + bias
         mean and var over a group of channels of one image
 
     x: (batch, channels, height, width), channels_last, float16, bfloat16 or float32; weight, bias:
     (channels,), the same dtypes. Returns x's shape, dtype and memory format. ValueError: shapes,
     dtypes, devices, memory format. RuntimeError: an input needs a gradient. Source: Wu and He 2018.
     """
+    check_images(x, groups, weight, bias)
+    return torch.ops.minisd_kernels.group_norm(x, groups, weight, bias, eps)
+
+
+def group_norm_silu(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5
+) -> Tensor:
+    """silu(group_norm(x, groups, weight, bias, eps)), with the same arguments and errors."""
+    check_images(x, groups, weight, bias)
+    return torch.ops.minisd_kernels.group_norm_silu(x, groups, weight, bias, eps)
+
+
+def check_images(x: Tensor, groups: int, weight: Tensor, bias: Tensor) -> None:
     if x.ndim != 4 or x.numel() == 0:
         raise ValueError(
             f"x: expected (batch, channels, height, width), none of them 0, got {tuple(x.shape)}"
@@ -37,7 +50,6 @@ def group_norm_silu(
             f"x: expected channels_last memory, got strides {x.stride()} for shape {tuple(x.shape)}"
         )
     check(x, x.shape[1], weight, bias)
-    return torch.ops.minisd_kernels.group_norm_silu(x, groups, weight, bias, eps)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -105,6 +117,7 @@ NO_BACKWARD = (
 # Registration, as in ops.py.
 
 SCHEMAS = {
+    "group_norm": "(Tensor x, int groups, Tensor weight, Tensor bias, float eps) -> Tensor",
     "group_norm_silu": "(Tensor x, int groups, Tensor weight, Tensor bias, float eps) -> Tensor",
     "layer_norm": "(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor",
     "geglu": "(Tensor x) -> Tensor",
@@ -121,8 +134,26 @@ def empty_half(x: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
 
 
-def run(name: str, empty, x: Tensor, *args) -> Tensor:
-    """Allocate the output and launch on x's device."""
+KNOWN: dict[tuple, Callable] = {}  # launches by what they are right for
+
+
+def run(name: str, empty: Callable, x: Tensor, *args) -> Tensor:
+    """Allocate the output and launch on x's device; prepared at the first call with such inputs."""
+    facts = [(a.dtype, a.data_ptr() & 15) if isinstance(a, Tensor) else a for a in args]
+    key = (name, x.shape, x.dtype, x.device, x.data_ptr() & 15, *facts)
+    launch = KNOWN.get(key)
+    with torch.cuda.device_of(x):
+        out = empty(x)
+        if launch is None:
+            if len(KNOWN) >= MOST:
+                KNOWN.clear()
+            launch = KNOWN[key] = prepare(name, x, *args, out)
+        launch(x, *args, out)
+    return out
+
+
+def prepare(name: str, x: Tensor, *args) -> Callable:
+    """What launches the op for tensors like these; ValueError without a card."""
     import triton
 
     from . import norms
@@ -132,10 +163,7 @@ def run(name: str, empty, x: Tensor, *args) -> Tensor:
             f"the Triton kernels need a CUDA device, got {x.device}; torch.nn.functional runs "
             f"everywhere"
         )
-    out = empty(x)
-    with torch.cuda.device_of(x):
-        getattr(norms, f"launch_{name}")(x, *args, out)
-    return out
+    return getattr(norms, f"prepare_{name}")(x, *args)
 
 
 def register(name: str, schema: str, empty) -> None:

@@ -335,9 +335,9 @@ def test_the_run_on_a_card_starts_everything_with_options_that_are_known(full, m
         gpu, "run_tests", lambda found, deadline: tests.extend(found) or {gpu.FAILED, gpu.LATE}
     )
     assert gpu.main(["unet", "editing"]) == 0 and not tests
-    in_order = ["bench.editing", "bench.unet"]
+    in_order = ["bench.unet", "bench.editing"]
     assert [command[0] for command in commands] == in_order
-    assert "unet: 0 s" in capsys.readouterr().out
+    assert "unet: passed, 0 s" in capsys.readouterr().out
     commands.clear()
     with pytest.raises(SystemExit):
         gpu.main(["unet", "vae"])
@@ -475,7 +475,7 @@ def test_the_part_in_which_the_time_ends(slow, tmp_path, monkeypatch, capsys):
         clock[0] = 600.0 * ("last" in command)
         return process
 
-    parts = {"attention": ["good"], "editing": ["last"], "txt2img": ["good"]}
+    parts = {"unet": ["good"], "txt2img": ["last"], "editing": ["good"]}
     monkeypatch.setattr(gpu, "commands", lambda full: parts)
     monkeypatch.setattr(harness, "ROOT", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -483,11 +483,11 @@ def test_the_part_in_which_the_time_ends(slow, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     assert gpu.main(list(parts)) == 1
     said = (
-        "not done in time: editing, txt2img\n"
+        "not done in time: txt2img, editing\n"
         if slow
-        else "failed: editing\nnot done in time: txt2img\n"
+        else "failed: txt2img\nnot done in time: editing\n"
     )
-    assert capsys.readouterr().out.endswith("\nattention 0 s, editing 600 s = 600 s\n" + said)
+    assert capsys.readouterr().out.endswith("\nunet 0 s, txt2img 600 s = 600 s\n" + said)
 
 
 def test_collecting_ends_at_the_deadline(tmp_path, monkeypatch, capsys):
