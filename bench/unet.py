@@ -120,6 +120,9 @@ def groups(device: str, compiled: bool) -> list[dict[str, tuple]]:
         my_half | {f"diffusers bf16 {last}": (channels_last, bf16)} | plain,
         mine | {f"diffusers fp32 {last}": (channels_last, fp32)},
     ]
+    if compiled:  # the others are of batch 1
+        together.append(mine | {"OpenVINO fp32": (openvino, fp32)})
+        together.append(my_half | {"OpenVINO bf16": (openvino, bf16)})
     compiled_theirs = partial(channels_last, compile="default")  # tuning takes longer than all else
     also = [
         mine | {"diffusers fp32 compiled": (compiled_theirs, fp32)},
@@ -134,11 +137,15 @@ def table(record: dict) -> str:
     for row in record["rows"]:
         times = row["times"]
         rivals = [name for name in times if not name.startswith("minisd")]
-        heads = [f"batch {row['batch']}", "ms a step", "quartiles", "peak memory"]
+        heads = [f"batch {row['batch']}", "ms a step", "quartiles", "peak memory", "above weights"]
+        errors = any("error" in t for t in times.values())
+        heads += ["error"] * errors
         lines = []
         for name, t in times.items():
             ratios = [f"{times[rival]['ms'] / t['ms']:.2f}" for rival in rivals]
-            lines.append([name, *harness.spread(t), harness.gigabytes(t["bytes"]), *ratios])
+            memory = [harness.gigabytes(t["bytes"]), harness.gigabytes(t.get("above"))]
+            error = [f"{t['error']:.1e}" if "error" in t else "-"] * errors
+            lines.append([name, *harness.spread(t), *memory, *error, *ratios])
         parts.append(harness.markdown([*heads, *(f"x {name}" for name in rivals)], lines))
     return "\n\n".join(parts)
 
@@ -148,6 +155,8 @@ MUST = {  # (ours, theirs): how many times as fast, at least
     ("minisd fp32", "diffusers fp32 channels_last"): 1.03,
     ("minisd bf16", "diffusers fp32"): 1.7,
     ("minisd bf16", "diffusers bf16 channels_last"): 1.1,
+    ("minisd fp32", "OpenVINO fp32"): 1.0,
+    ("minisd bf16", "OpenVINO bf16"): 1.0,
 }
 
 
@@ -171,12 +180,16 @@ def main() -> int:
         together = groups(device, args.compiled and batch == 1 and not args.quick)
         if args.quick:  # small ones fit into memory all at once
             together = [{name: each for group in together for name, each in group.items()}]
+        results: dict[str, torch.Tensor] = {}
         for group in together:
             builders = {
                 name: (function, name, args.device, dtype, batch, args.quick)
                 for name, (function, dtype) in group.items()
             }
-            times = harness.contest(builders, args.device, args.rounds)
+            times = harness.contest(builders, args.device, args.rounds, results)
+            exact = results.get("diffusers fp32")  # of the first group, of the same inputs
+            for name, t in times.items() if exact is not None else ():
+                t["error"] = ((results[name] - exact).norm() / exact.norm()).item()
             rows.append({"batch": batch, "times": times})
             harness.finish("unet", rows, args, table, misses)
     return 0

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .ops import DTYPES, MOST
+from .ops import DTYPES, MOST, call, needs_gradient
 
 MAX_WIDTH = 16384  # layer_norm holds whole rows
 
@@ -26,19 +26,17 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float 
     (channels,), the same dtypes. Returns x's shape, dtype and memory format. ValueError: shapes,
     dtypes, devices, memory format. RuntimeError: an input needs a gradient. Source: Wu and He 2018.
     """
-    check_images(x, groups, weight, bias)
-    return torch.ops.minisd_kernels.group_norm(x, groups, weight, bias, eps)
+    return without_gradient("group_norm", x, groups, weight, bias, eps)
 
 
 def group_norm_silu(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5
 ) -> Tensor:
     """silu(group_norm(x, groups, weight, bias, eps)), with the same arguments and errors."""
-    check_images(x, groups, weight, bias)
-    return torch.ops.minisd_kernels.group_norm_silu(x, groups, weight, bias, eps)
+    return without_gradient("group_norm_silu", x, groups, weight, bias, eps)
 
 
-def check_images(x: Tensor, groups: int, weight: Tensor, bias: Tensor) -> None:
+def check_images(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> None:
     if x.ndim != 4 or x.numel() == 0:
         raise ValueError(
             f"x: expected (batch, channels, height, width), none of them 0, got {tuple(x.shape)}"
@@ -61,11 +59,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     bias: (channels,), the same dtypes. ValueError and RuntimeError as in group_norm_silu. Source:
     Ba et al. 2016.
     """
-    check_rows(x)
-    if x.shape[-1] > MAX_WIDTH:
-        raise ValueError(f"x: expected at most {MAX_WIDTH} channels, got {x.shape[-1]}")
-    check(x, x.shape[-1], weight, bias)
-    return torch.ops.minisd_kernels.layer_norm(x, weight, bias, eps)
+    return without_gradient("layer_norm", x, weight, bias, eps)
 
 
 def geglu(x: Tensor) -> Tensor:
@@ -75,11 +69,21 @@ def geglu(x: Tensor) -> Tensor:
     x: (..., 2 * channels), contiguous, float16, bfloat16 or float32 -> (..., channels). ValueError
     and RuntimeError as in group_norm_silu. Source: Shazeer 2020.
     """
+    return without_gradient("geglu", x)
+
+
+def check_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
+    check_rows(x)
+    if x.shape[-1] > MAX_WIDTH:
+        raise ValueError(f"x: expected at most {MAX_WIDTH} channels, got {x.shape[-1]}")
+    check(x, x.shape[-1], weight, bias)
+
+
+def check_geglu(x: Tensor) -> None:
     check_rows(x)
     if x.shape[-1] % 2:
         raise ValueError(f"x: expected an even last dimension, got {x.shape[-1]}")
     check(x, x.shape[-1])
-    return torch.ops.minisd_kernels.geglu(x)
 
 
 def check_rows(x: Tensor) -> None:
@@ -94,8 +98,7 @@ def check_rows(x: Tensor) -> None:
 
 
 def check(x: Tensor, channels: int, *parameters: Tensor) -> None:
-    """ValueError unless dtypes, devices and the shapes of the parameters fit; RuntimeError under
-    autograd."""
+    """ValueError unless dtypes, devices and the shapes of the parameters fit."""
     for name, y in zip(("x", "weight", "bias"), (x, *parameters)):
         if y.dtype not in DTYPES:
             raise ValueError(f"{name}: expected {' or '.join(map(str, DTYPES))}, got {y.dtype}")
@@ -106,15 +109,28 @@ def check(x: Tensor, channels: int, *parameters: Tensor) -> None:
                 f"{name}: expected contiguous shape ({channels},), got {tuple(y.shape)}, "
                 f"{y.stride()}"
             )
-    if torch.is_grad_enabled() and any(y.requires_grad for y in (x, *parameters)):
-        raise RuntimeError(NO_BACKWARD)
 
 
 NO_BACKWARD = (
     "the fused Triton kernels have no backward; use torch.nn.functional or torch.no_grad()"
 )
 
+
+def without_gradient(name: str, *args) -> Tensor:
+    """The op; RuntimeError where an input needs a gradient."""
+    if needs_gradient(*[x for x in args if isinstance(x, Tensor)]):
+        raise RuntimeError(NO_BACKWARD)
+    return call(getattr(torch.ops.minisd_kernels, name).default, *args)
+
+
 # Registration, as in ops.py.
+
+CHECKS = {
+    "group_norm": check_images,
+    "group_norm_silu": check_images,
+    "layer_norm": check_layer_norm,
+    "geglu": check_geglu,
+}
 
 SCHEMAS = {
     "group_norm": "(Tensor x, int groups, Tensor weight, Tensor bias, float eps) -> Tensor",
@@ -139,9 +155,14 @@ KNOWN: dict[tuple, Callable] = {}  # launches by what they are right for
 
 def run(name: str, empty: Callable, x: Tensor, *args) -> Tensor:
     """Allocate the output and launch on x's device; prepared at the first call with such inputs."""
-    facts = [(a.dtype, a.data_ptr() & 15) if isinstance(a, Tensor) else a for a in args]
-    key = (name, x.shape, x.dtype, x.device, x.data_ptr() & 15, *facts)
+    facts = [
+        (a.shape, a.stride(), a.dtype, a.device, a.data_ptr() & 15) if isinstance(a, Tensor) else a
+        for a in (x, *args)
+    ]
+    key = (name, *facts)
     launch = KNOWN.get(key)
+    if launch is None:
+        CHECKS[name](x, *args)
     with torch.cuda.device_of(x):
         out = empty(x)
         if launch is None:
@@ -172,8 +193,13 @@ def register(name: str, schema: str, empty) -> None:
 
     op = f"minisd_kernels::{name}"
     torch.library.define(op, schema, tags=torch.Tag.pt2_compliant_tag)
+
+    def fake(x, *args):
+        CHECKS[name](x, *args)
+        return empty(x)
+
     torch.library.impl(op, ("CPU", "CUDA"))(lambda x, *args: run(name, empty, x, *args))
-    torch.library.register_fake(op, empty)
+    torch.library.register_fake(op, fake)
     torch.library.register_autograd(op, no_backward)
 
 

@@ -39,6 +39,14 @@ def test_a_step_is_diffusers_step():
         same(ours(), theirs())
 
 
+def test_openvinos_step_is_diffusers_step():
+    pytest.importorskip("openvino", reason='needs minisd[bench]: pip install -e ".[bench]"')
+    arguments = ("cpu", torch.float32, 1, True)
+    [theirs] = unet.theirs("a", *arguments).values()
+    [converted] = unet.openvino("b", *arguments).values()
+    same(converted(), theirs())
+
+
 def test_an_edited_step_is_the_eager_step():
     arguments = ("cpu", torch.float32, True, None)
     ours = editing_speed.ours(
@@ -77,6 +85,9 @@ def test_contenders_take_turns_in_their_own_processes(capsys):
     assert all(t["low"] <= t["ms"] <= t["high"] and t["bytes"] > 50e6 for t in out.values())
     assert all(len(t["samples"]) == 2 for t in out.values())
     assert all(10e6 < t["above"] < 100e6 for t in out.values())
+    results = {}
+    harness.contest({"one": (build, ["a"])}, "cpu", rounds=1, results=results)
+    assert list(results) == ["a"] and results["a"].shape == (3_000_000,)
 
 
 def test_on_a_card_the_first_call_counts_for_the_peak(monkeypatch):
@@ -155,12 +166,15 @@ def test_tables():
     table = unet.table({**RECORD, "rows": [{"batch": 1, "times": times}]})
     assert (
         "a CPU, 2 threads" in table
-        and "| minisd fp32 | 2000 | 1900 - 2100 | 3.40 GB | 1.50 |" in table
+        and "| minisd fp32 | 2000 | 1900 - 2100 | 3.40 GB | 0.50 GB | 1.50 |" in table
     )
+    wrong = {"minisd fp32": {**TIMES, "error": 3.21e-6}, "OpenVINO fp32": TIMES}
+    table = unet.table({**RECORD, "rows": [{"batch": 1, "times": wrong}]})
+    assert "| 0.50 GB | 3.2e-06 | 1.00 |" in table and "| 0.50 GB | - | 1.00 |" in table
     times["minisd fp32"] = {**TIMES, "ms": 5.2134, "low": 5.1, "high": 87.654}  # as on a card
     alone = {"batch": 1, "times": {"minisd fp32": times["minisd fp32"]}}
     [head, rule, row] = unet.table({**RECORD, "rows": [alone]}).splitlines()[2:]
-    assert row == "| minisd fp32 | 5.213 | 5.1 - 87.65 | 3.40 GB |"  # and no rival
+    assert row == "| minisd fp32 | 5.213 | 5.1 - 87.65 | 3.40 GB | 0.50 GB |"  # no rival
     assert head.count("|") == rule.count("|") == row.count("|")
     table = txt2img.table({**RECORD, "rows": [{"sampler": "ddim", "steps": 2, "times": times}]})
     assert "| ddim, 2 steps | diffusers fp32 | 3 | 1.9 - 2.1 | 3.40 GB |" in table

@@ -326,4 +326,5 @@ def add(x: Tensor, h: Tensor) -> Tensor:
 
 def repeat_rows(x: Tensor, rows: int) -> Tensor:
     """The whole batch of x group after group until it has `rows` rows; x itself if it has them."""
-    return x if x.shape[0] == rows else x.repeat(rows // x.shape[0], *[1] * (x.ndim - 1))
+    # cat keeps the order of memory, Tensor.repeat would not keep channels_last
+    return x if x.shape[0] == rows else torch.cat([x] * (rows // x.shape[0]))
