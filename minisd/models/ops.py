@@ -51,6 +51,7 @@ TOGETHER = 2  # images at a time, where a batch of them would take much memory
 # From so many positions torch's GroupNorm on a CPU cuts a batch among the threads, from so many
 # elements an elementwise function, which computes that many together.
 CUT, ELEMENTS, WIDE = 1024, 2**15, 32
+GELU = "none"  # no approximation: the exact one, by erf
 ROWS = 2048  # tokens of a feed-forward at a time
 
 
@@ -144,7 +145,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, then: str = "none") 
     """
     single = x.numel() == x.shape[-1]
     rows = x.reshape(1, -1).expand(2, -1) if single else x
-    how = "none" if then == "gelu" else ""  # the exact GELU
+    how = GELU if then == "gelu" else ""
     y = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, then, [], how)
     return y[:1].view(*x.shape[:-1], len(weight)) if single else y
 
@@ -293,8 +294,8 @@ def geglu(layer: Layer, x: Tensor) -> Tensor:
         return fused.geglu(x)
     h, gate = x.chunk(2, dim=-1)
     if torch.is_grad_enabled():
-        return h * F.gelu(gate)
-    return F.gelu(gate).mul_(h)
+        return h * F.gelu(gate, approximate=GELU)
+    return F.gelu(gate, approximate=GELU).mul_(h)
 
 
 def by_rows(function: Callable[[Tensor], Tensor], x: Tensor, modules: Iterable[Layer]) -> Tensor:
