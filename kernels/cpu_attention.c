@@ -23,6 +23,7 @@
 #define BLOCK 128             /* keys */
 #define STEP 8                /* keys, or head dims, whose sums are in registers together */
 #define MOST_THREADS 256
+#define SHARE 4000000         /* products of a thread, at least */
 
 #define F32 __attribute__((target("avx512f,avx512dq,avx512bw,fma")))
 #define BF16 __attribute__((target("avx512f,avx512dq,avx512bw,avx512bf16,fma")))
@@ -316,12 +317,14 @@ static void *work(void *argument)
 int minisd_attention(const void *q, const void *k, const void *v, void *out, const int64_t *numbers,
                      float scale)
 {
-    Call call = {q, k, v, out};
+    Call call = {.q = q, .k = k, .v = v, .out = out};
     call.rows = numbers[0], call.heads = numbers[1], call.queries = numbers[2];
     call.keys = numbers[3], call.dim = numbers[4], call.half = numbers[5], call.scale = scale;
     memcpy(call.q_stride, numbers + 7, 12 * sizeof(int64_t)); /* the four lie one after the other */
     int64_t tiles = call.rows * call.heads * ((call.queries + TILE - 1) / TILE);
     int64_t threads = numbers[6] < tiles ? numbers[6] : tiles;
+    int64_t worth = 1 + tiles * TILE * call.keys * call.dim / SHARE; /* starting a thread */
+    if (threads > worth) threads = worth;
     if (threads > MOST_THREADS) threads = MOST_THREADS;
     Share shares[MOST_THREADS];
     pthread_t running[MOST_THREADS];
