@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from minisd_kernels import attention, cross_attention, ops, reference, tuned
+from minisd_kernels import attention, cross_attention, dispatch, reference, saved_map, tuned
 
 from bench import attention as bench, fused, harness, tune
 
@@ -269,8 +269,8 @@ def test_every_launch_asks_for_its_tile(monkeypatch):
     for module, name in (
         (attention, "attention_kernel"),
         (cross_attention, "cross_attention_kernel"),
-        (cross_attention, "cross_attention_save_kernel"),
-        (cross_attention, "mean_kernel"),
+        (saved_map, "cross_attention_save_kernel"),
+        (saved_map, "mean_kernel"),
     ):
         monkeypatch.setattr(module, name, Kernel())
         monkeypatch.setattr(module, "arch", lambda: 90)
@@ -281,12 +281,12 @@ def test_every_launch_asks_for_its_tile(monkeypatch):
         )
         save, mean = torch.empty(1, 2, 64, 77, device="meta"), torch.empty(1, 64, 77, device="meta")
         for name, args in (
-            ("attention", [None] * 5),
+            ("attention", [*[None] * 5, False]),
             ("cross_attention", [None] * 7),
             ("cross_attention_save", [*[None] * 6, save, None, None]),
             ("cross_attention_save", [*[None] * 7, mean, None]),
         ):
-            ops.prepare(name, (q, k, v, *args), q)(q, k, v, *args, q)
+            dispatch.prepare(name, (q, k, v, *args), q)(q, k, v, *args, q)
         return launched[-5:-1]  # the last is the mean's
 
     by_rule = launch_all()
