@@ -122,7 +122,7 @@ def overlaps(x: Tensor) -> bool:
 def check_folded(folded, q: Tensor, v: Tensor, source_row, inject, *others: Tensor | None) -> None:
     """ValueError unless `folded` is of an edit with this source, and nothing else says what it
     says."""
-    if any(x is not None for x in others):
+    if any([x is not None for x in others]):
         raise ValueError(
             "folded: expected no token_map, blend, reweight, save or save_mean beside it"
         )

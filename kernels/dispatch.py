@@ -69,7 +69,7 @@ SCHEMAS = {
 def empty_out(q: Tensor, *args) -> Tensor:
     """The output, uninitialised; of the fake kernels too, so both promise the same strides."""
     B, H, N, D = q.shape
-    return torch.empty_strided(q.shape, (N * H * D, D, H * D, 1), dtype=q.dtype, device=q.device)
+    return q.new_empty_strided(q.shape, (N * H * D, D, H * D, 1))
 
 
 def empty_lse(q: Tensor, *args) -> tuple[Tensor, Tensor]:
@@ -184,23 +184,34 @@ def run(name: str, args: tuple):
     """
     tensors, numbers = args[: TENSORS[name]], args[TENSORS[name] :]
     facts = [
-        x if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15)
+        x if x is None else (x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() & 15)
         for x in tensors
     ]
     key = (name, numbers, *facts)
-    launch = KNOWN.get(key)
+    launch, device = KNOWN.get(key), args[0].get_device()  # -1: the interpreter's CPU
     if launch is None:
         CHECKS[name](*args)
         refuse_cpu(args[0])
-    with torch.cuda.device_of(args[0]):
-        out = EMPTY[name](*args)
-        if launch is None:
-            if len(KNOWN) >= MOST:
-                KNOWN.clear()
-            launch = KNOWN[key] = prepare(name, args, out)
-        launch(*args, out)
+    if device < 0 or device == torch.cuda.current_device():
+        out = launched(key, launch, args)
+    else:
+        with torch.cuda.device(device):
+            out = launched(key, launch, args)
     if name == "cross_attention_save":  # by pointer, which caches by version do not see
         torch.autograd.graph.increment_version([x for x in args[-3:-1] if x is not None])
+    return out
+
+
+def launched(key: tuple, launch: Callable | None, args: tuple):
+    """The op's output, computed on the current device; without a launch, one is prepared and
+    kept."""
+    name = key[0]
+    out = EMPTY[name](*args)
+    if launch is None:
+        if len(KNOWN) >= MOST:
+            KNOWN.clear()
+        launch = KNOWN[key] = prepare(name, args, out)
+    launch(*args, out)
     return out
 
 
