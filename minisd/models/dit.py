@@ -369,7 +369,7 @@ class DiT(Denoiser):
         impl = self.attention if attention is None else check_implementation(attention)
         time = self.embed_times(t.reshape(-1)) if t.ndim < 2 else t  # (1 or B, d)
         tokens = self.pos_embed(x)
-        tokens = tokens + self.positions(h // p, w // p).to(tokens.dtype)
+        tokens = tokens + self.positions(h // p, w // p).to(self.dtype)
         tokens, vector, cross = self.conditioned(x, tokens, time, context)
         c = Conditions(vector, cross, self.known(edits), impl)
         for block in self.transformer_blocks:
