@@ -8,7 +8,7 @@ Rombach et al. 2022, https://arxiv.org/abs/2112.10752.
 from collections.abc import Sequence
 from dataclasses import fields
 from numbers import Integral
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from PIL import Image
@@ -68,7 +68,7 @@ class Latents:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the parts; what was compiled or captured is made anew."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return {each.name: getattr(self, each.name) for each in fields(cast(Any, self))}
 
     @torch.no_grad()
     def encode_image(
