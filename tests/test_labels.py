@@ -9,6 +9,7 @@ import tiny
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 from oracle_dit import Published, diffusers_pair
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_ddpm import DIT
 
@@ -111,7 +112,7 @@ def test_a_label_is_drawn_alone_as_in_a_batch(pair):
     alone, together = {}, {}
     dit.generate(7, seed=6, on_step=final(alone), **how)
     images = dit.generate([3, 7], seed=5, on_step=final(together), **how)
-    torch.testing.assert_close(together["x"][1:], alone["x"], rtol=0, atol=1e-4)
+    assert relative(together["x"][1:], alone["x"]) <= 1e-5
     assert len(images) == 2 and images[0].size == (32, 32)
     wide = dit.generate([1], height=16, width=40, num_images=2, sampler="dpm++", **how)
     assert [image.size for image in wide] == [(40, 16)] * 2
@@ -204,3 +205,49 @@ def test_moving_and_dtypes(pair):
     assert dit.dtype == torch.bfloat16
     [image] = dit.generate([1], steps=2, **HOW)
     assert image.size == (32, 32) and dit.to(dtype="float32").dtype == torch.float32
+
+
+def test_compiled_it_draws_the_same(pair):
+    one, other = (minisd.load_dit(pair[1], device="cpu", compile=c) for c in (False, "eager"))
+    last, compiled = {}, {}
+    for dit, kept in ((one, last), (other, compiled)):
+        dit.generate([3], steps=3, on_step=final(kept), **HOW)
+    assert relative(compiled["x"], last["x"]) <= 1e-5
+
+
+# ---- the command
+
+
+def test_command(pair, minisd_command, draw_again, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = ["dit", "--label", "3", "--model", str(pair[1]), "--steps", "3", "--device", "cpu"]
+    code, out, err = minisd_command(
+        *line, "-n", "2", "--size", "40x16", "--seed", "5", "-o", "a.png"
+    )
+    assert code == 0 and out.split() == ["a-0.png", "a-1.png"], err
+    with Image.open("a-1.png") as image:
+        told, drawn = image.text, image.copy()
+    assert drawn.size == (40, 16)
+    expected = {"label": "3", "seed": "6", "sampler": "ddpm", "guidance": "4.0", "steps": "3"}
+    assert expected.items() <= told.items()
+    assert draw_again("a-1.png") == ["again.png"]
+    with Image.open("again.png") as image:
+        assert image.tobytes() == drawn.tobytes()
+    dit = minisd.load_dit(pair[1], device="cpu")
+    [alone] = dit.generate(3, seed=6, steps=3, width=40, height=16, **HOW)
+    assert alone.tobytes() == drawn.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--negative-prompt", "blurry"], "--negative-prompt: a DiT takes a label and no text"),
+        (["--label", "11"], "label is 11, expected a whole number from 0 to 10"),
+        (["--label", "-1"], "got -1, expected at least 0"),
+    ],
+)
+def test_command_refuses(pair, minisd_command, more, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = ["dit", "--label", "3", "--model", str(pair[1]), "--steps", "1", "--device", "cpu"]
+    code, _, err = minisd_command(*line, *more)
+    assert code == 2 and message in err and not list(tmp_path.iterdir())
