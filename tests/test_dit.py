@@ -1,6 +1,7 @@
 """DiT equals diffusers' model (compat) and an independent rewrite of the published formulas, every
 parameter random; its four conditionings, its sizes, its cost and its start."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,6 +11,7 @@ from oracle_dit import KINDS, Published, diffusers_pair
 from tiny import randomise
 from torch.utils.flop_counter import FlopCounterMode
 
+import minisd
 from minisd import AttentionEdit, DiT, DiTConfig
 from minisd.models.dit import SIZES, drop_labels, named_config
 
@@ -358,3 +360,26 @@ def test_bad_inputs():
     assert set(SIZES) == {"S", "B", "L", "XL"}
     with pytest.raises(ValueError, match="got 'M/2', expected one of S, B, L, XL"):
         named_config("M/2")
+
+
+# ---- in place of the UNet
+
+
+def test_what_edits_a_unet_edits_a_dit():
+    """Prompt-to-prompt with a local blend, heat maps and erasure, by a DiT that takes the text."""
+    sd = minisd.load("shapes", device="cpu")
+    dit = random_dit(cross_attention_dim=128, num_embeds_ada_norm=None, out_channels=4)
+    own = replace(sd, unet=dit)
+    how = dict(steps=3, sampler="ddim", height=32, width=32, progress=False)
+    prompts = ["a red circle", "a blue circle"]
+    plain = own.txt2img(prompts, seed=[0, 0], **how)
+    source, target = minisd.edit_prompt(own, *prompts, local_blend=["red", "blue"], **how)
+    drawn, same, edited = (
+        torch.tensor(list(image.tobytes())) for image in (plain[0], source, target)
+    )
+    assert (drawn - same).abs().max() <= 1 and (edited - same).abs().max() > 1
+    images, maps = minisd.heatmap(own, prompts[0], **how)
+    word = maps.word("circle")
+    assert word.shape[-2:] == (4, 4) and word.min() >= 0 and len(images) == 1
+    [image] = minisd.erase_concepts(own, None, prompts[0], ["circle"], **how)
+    assert image.size == (32, 32)
