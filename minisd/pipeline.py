@@ -68,14 +68,6 @@ class StableDiffusion(Latents):
         attention = f"{self.unet.attention} attention"
         return f"StableDiffusion({size / 1e6:.0f} M parameters, {what}, {attention})"
 
-    @property
-    def device(self) -> torch.device:
-        return self.unet.conv_in.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.unet.conv_in.weight.dtype
-
     def to(
         self,
         device: torch.device | str | None = None,

@@ -113,14 +113,14 @@ def test_perplexity():
 
 
 def test_it_learns(record_property):
-    """150 steps on four flat images: the error falls to a third, and several rows are in use."""
+    """80 steps on four flat images: the error falls to a third, and several rows are in use."""
     torch.manual_seed(0)
     vq = VQModel(VQConfig(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4))
     vq.quantize = type(vq.quantize)(16, 3)
     x = torch.tensor([-0.8, -0.2, 0.4, 0.9])[:, None, None, None].expand(-1, 3, 8, 8).contiguous()
-    optimizer = torch.optim.AdamW(vq.parameters(), 3e-3)
+    optimizer = torch.optim.AdamW(vq.parameters(), 5e-3)
     errors = []
-    for _ in range(150):
+    for _ in range(80):
         loss, ids = vq_loss(vq, x)
         optimizer.zero_grad()
         loss.backward()
