@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from .labels import LabelDiffusion as LabelDiffusion, load_dit as load_dit
     from .models.attention import Attention as Attention, AttentionEdit as AttentionEdit
     from .models.clip import CLIPTextConfig as CLIPTextConfig, CLIPTextModel as CLIPTextModel
-    from .models.dit import DiT as DiT, DiTConfig as DiTConfig
+    from .models.dit import DiT as DiT
+    from .models.dit_config import DiTConfig as DiTConfig
     from .models.tokenizer import CLIPTokenizer as CLIPTokenizer
     from .models.unet import UNet as UNet, UNetConfig as UNetConfig
     from .models.vae import AutoencoderKL as AutoencoderKL, VAEConfig as VAEConfig
@@ -88,7 +89,7 @@ _HOME = {  # public name -> module that defines it
     "CLIPTextModel": "models.clip",
     "CLIPTextConfig": "models.clip",
     "DiT": "models.dit",
-    "DiTConfig": "models.dit",
+    "DiTConfig": "models.dit_config",
     "CLIPTokenizer": "models.tokenizer",
     "UNet": "models.unet",
     "UNetConfig": "models.unet",

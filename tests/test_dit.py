@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import minisd
 from minisd import AttentionEdit, DiT, DiTConfig
-from minisd.models.dit import SIZES, drop_labels, named_config
+from minisd.models.dit import drop_labels
+from minisd.models.dit_config import SIZES, named_config
 
 BAR = 2e-6
 TINY = dict(sample_size=8, num_layers=3, num_attention_heads=3, attention_head_dim=8)

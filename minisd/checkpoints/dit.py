@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from ..models.dit import DiT, DiTConfig
+from ..models.dit import DiT
+from ..models.dit_config import DiTConfig
 from ..models.vae import AutoencoderKL, VAEConfig
 from ..sampling.schedule import NoiseSchedule
 from .load import PICKLES, WHY_NO_PICKLES, _config, _json, _named, load_tensors

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..models.clip import CLIPTextConfig
-from ..models.dit import DiTConfig
+from ..models.dit_config import DiTConfig
 from ..models.unet import CROSS_DOWN, CROSS_UP, PLAIN_DOWN, PLAIN_UP, UNetConfig
 from ..models.vae import VAEConfig
 
