@@ -85,7 +85,8 @@ class Latents:
         """
         x = self.pixels(image, height, width)
         with memory_for("images", x):
-            mean, logvar = self.vae.encode(x)
+            moments = [self.vae.encode(row) for row in x.split(1)]  # as in decode
+        mean, logvar = (torch.cat(each) for each in zip(*moments))
         if generator is not None:
             noise = torch.randn(
                 mean.shape, generator=generator, device=generator.device, dtype=torch.float32

@@ -83,7 +83,10 @@ class StableDiffusion(Latents):
     @torch.no_grad()
     def encode_prompt(self, prompts: str | Sequence[str]) -> Tensor:
         """Text encoder's last hidden states, (B, 77, D). Longer prompts are cut, with a warning."""
-        return self.text_encoder(self.tokenizer(as_list(prompts)).to(self.device))
+        ids = self.tokenizer(as_list(prompts)).to(self.device)
+        # On a CPU one by one: so a text's bits are the same whatever stands beside it.
+        some = ids.split(1 if self.device.type == "cpu" else len(ids))
+        return torch.cat([self.text_encoder(each) for each in some])
 
     def txt2img(self, prompt: str | Sequence[str], **options: Unpack[Options]) -> list[Image.Image]:
         """Draw prompt(s), num_images of each. options: see `minisd.drawing.Drawing`."""
