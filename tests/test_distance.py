@@ -62,6 +62,16 @@ def test_the_interval_covers_the_true_distance():
     assert 33 <= covered
 
 
+def test_mixed_sets_tell_a_difference_from_none():
+    """With fewer samples than features the distance is far from 0, of equal distributions, too."""
+    rng = RNG(7)
+    a, b, other = rng.normal(size=(30, 40)), rng.normal(size=(25, 40)), rng.normal(size=(25, 40))
+    low, high = distance.mixed(a, b, 60, 0)
+    assert low > 10 and low < frechet(a, b) < high
+    assert frechet(a, other + 0.7) > distance.mixed(a, other + 0.7, 60, 0)[1]
+    assert distance.mixed(a, b, 60, 0) == (low, high) != distance.mixed(a, b, 60, 1)
+
+
 def test_the_features_are_those_of_the_packages_network():
     model = pytest.importorskip("efficientnet_lite_pytorch")
     weights = features.load_weights()
@@ -156,6 +166,7 @@ def test_the_command_names_the_features_as_what_they_are(folders, capsys, monkey
     out = capsys.readouterr().out
     value = frechet(given["a"], given["b"])
     assert f"Frechet distance in EfficientNet-Lite0 features: {value:.4g} (95 %:" in out
+    assert "the same where A and B are mixed: " in out
     assert "FID" not in out and "pairs" not in out
 
 
