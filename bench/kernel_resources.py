@@ -498,6 +498,9 @@ def main(argv=None) -> int:
         dump[1].mkdir(parents=True, exist_ok=True)
     cases = matrix if args.matrix else suite
     wanted = [[case for case in cases(arch) if args.only in case.form] for arch in args.arch]
+    if not any(wanted):
+        print(f"nothing to look at: no form contains {args.only!r}")
+        return 1
     together = [
         of_arch[i : i + TOGETHER] for of_arch in wanted for i in range(0, len(of_arch), TOGETHER)
     ]
