@@ -169,6 +169,8 @@ def test_derivatives_graphs_and_fakes():
     torch.testing.assert_close(compiled(q, k, v), attention(q, k, v))
     assert len(graphs) == 1 and "scaled_dot_product_attention" in graphs[0]
     torch._dynamo.reset()
+    meta = [x.to("meta") for x in (q, k, v)]
+    assert attention(*meta).shape == q.shape
     with FakeTensorMode() as mode:
         fake = [mode.from_tensor(x) for x in (q, k, v)]
         strides = attention(*fake).stride()
