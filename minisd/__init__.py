@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .editing.recording import Recording as Recording, record as record, replay as replay
     from .models.attention import Attention as Attention, AttentionEdit as AttentionEdit
     from .models.clip import CLIPTextConfig as CLIPTextConfig, CLIPTextModel as CLIPTextModel
+    from .models.features import FeatureEdit as FeatureEdit
     from .models.tokenizer import CLIPTokenizer as CLIPTokenizer
     from .models.unet import UNet as UNet, UNetConfig as UNetConfig
     from .models.vae import AutoencoderKL as AutoencoderKL, VAEConfig as VAEConfig
@@ -81,6 +82,7 @@ _HOME = {  # public name -> module that defines it
     "Attention": "models.attention",
     "CLIPTextModel": "models.clip",
     "CLIPTextConfig": "models.clip",
+    "FeatureEdit": "models.features",
     "CLIPTokenizer": "models.tokenizer",
     "UNet": "models.unet",
     "UNetConfig": "models.unet",

@@ -503,7 +503,7 @@ def test_attention_is_set_everywhere(pair, monkeypatch):
 def test_unet_errors(pair):
     _, ours = pair
     x, t, context = torch.randn(2, 4, 8, 8), torch.tensor(1), torch.randn(2, 5, 24)
-    with pytest.raises(ValueError, match="no attention site is called attn7"):
+    with pytest.raises(ValueError, match="no site is called 'attn7'"):
         ours(x, t, context, {"attn7": AttentionEdit()})
     with pytest.raises(ValueError, match="multiple of the latents' rows"):
         ours(x, t, context[:1])
