@@ -150,7 +150,7 @@ def cross_attention(
         if save is not None or save_mean is not None:
             p = torch.where(is_own, torch.eye(p.shape[-1], dtype=p.dtype, device=p.device), p)
 
-    if save is not None:
+    if save is not None:  # in place, so that under gradients the buffer carries them
         save.copy_(p)
     if save_mean is not None:
         save_mean.add_(p.float().mean(dim=1))

@@ -90,11 +90,13 @@ def attention(
 
     q: (R, H, N, D), k, v: (R, H, L, D) -> (R, H, N, D). impl: "triton", the kernels of
     minisd_kernels, CUDA only; "sdpa", PyTorch's scaled_dot_product_attention, anywhere;
-    "reference", the formula in eager PyTorch. All differentiate. ValueError for an unknown impl and
+    "reference", the formula in eager PyTorch. Under autocast all compute in its dtype. All
+    differentiate, and a map saved under gradients carries them. ValueError for an unknown impl and
     for shapes, dtypes or devices that do not fit; RuntimeError for what "triton" does not
-    differentiate (bias, saved maps, forward mode).
+    differentiate (bias, forward mode).
     """
     check_implementation(impl)
+    q, k, v = kernels.as_autocast(q, k, v)
     if edit is None:
         return plain(q, k, v, impl=impl)
     check(q, k, v, edit)
@@ -113,7 +115,8 @@ def attention(
     if impl == "reference":
         return reference.cross_attention(q, k, v, **fields(edit))
     if impl == "triton" and kernel_takes(edit, L):
-        flash = L > kernels.MAX_KEYS or edit.kv_row is not None or edit.own_value is not None
+        beyond = L > kernels.MAX_KEYS or edit.kv_row is not None or edit.own_value is not None
+        flash = beyond and given(edit).keys() <= FLASH_FIELDS
         return (kernels.attention if flash else kernels.cross_attention)(q, k, v, **given(edit))
     attend = partial(plain, impl=impl)
     if not saves:
@@ -123,13 +126,16 @@ def attention(
     return torch.cat([attend(q[:first], k[:first], v[:first]), edited]) if first else edited
 
 
+FLASH_FIELDS = {"source_row", "bias", "kv_row", "own_value"}  # of kernels.attention, for any L
+
+
 def kernel_takes(edit: AttentionEdit, L: int) -> bool:
     """Whether the Triton kernels take this edit of L keys as it is."""
     if edit.inject_qk is not None:
         return False
-    if given(edit).keys() <= {"source_row", "bias", "kv_row", "own_value"}:
-        return True  # ops.attention, any number of keys
-    return L <= kernels.MAX_KEYS and edit.kv_row is None and edit.own_value is None
+    if given(edit).keys() <= FLASH_FIELDS:
+        return True
+    return L <= kernels.MAX_EDITED_KEYS and edit.kv_row is None and edit.own_value is None
 
 
 def fields(edit: AttentionEdit) -> dict[str, Any]:
@@ -250,7 +256,7 @@ class Attention(nn.Module):
         name: str = "",
     ):
         super().__init__()
-        self.heads, self.name = heads, name
+        self.heads, self.head_dim, self.name = heads, channels // heads, name
         self.features = tuple(f"{name}.{part}" for part in ("q", "k", "v", "out"))
         self.to_q = nn.Linear(channels, channels, bias=qkv_bias)
         self.to_k = nn.Linear(context_channels or channels, channels, bias=qkv_bias)
