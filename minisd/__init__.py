@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .drawing import Drawing as Drawing
     from .editing.blended import blend as blend
+    from .editing.deep_cache import deep_cache as deep_cache
     from .editing.edict import edict as edict
     from .editing.erasure import erase_concepts as erase_concepts
+    from .editing.freeu import freeu as freeu
     from .editing.inversion import (
         Inversion as Inversion,
         direct_inversion as direct_inversion,
@@ -46,6 +48,8 @@ if TYPE_CHECKING:
     from .sampling.loop import denoise as denoise
     from .sampling.samplers import DDIM as DDIM, DPMpp2M as DPMpp2M, Step as Step
     from .sampling.schedule import Level as Level, NoiseSchedule as NoiseSchedule
+    from .viewing.attribution import Attribution as Attribution, attribute as attribute
+    from .viewing.inside import Capture as Capture, capture as capture, patch as patch
     from .viewing.trace import (
         Trace as Trace,
         animate as animate,
@@ -63,8 +67,10 @@ __version__ = "0.2.0"
 _HOME = {  # public name -> module that defines it
     "Drawing": "drawing",
     "blend": "editing.blended",
+    "deep_cache": "editing.deep_cache",
     "edict": "editing.edict",
     "erase_concepts": "editing.erasure",
+    "freeu": "editing.freeu",
     "invert": "editing.inversion",
     "redraw": "editing.inversion",
     "Inversion": "editing.inversion",
@@ -103,6 +109,11 @@ _HOME = {  # public name -> module that defines it
     "DPMpp2M": "sampling.samplers",
     "NoiseSchedule": "sampling.schedule",
     "Level": "sampling.schedule",
+    "attribute": "viewing.attribution",
+    "Attribution": "viewing.attribution",
+    "capture": "viewing.inside",
+    "Capture": "viewing.inside",
+    "patch": "viewing.inside",
     "Trace": "viewing.trace",
     "fit_preview": "viewing.trace",
     "latent_rgb": "viewing.trace",

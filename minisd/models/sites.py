@@ -31,11 +31,22 @@ KINDS: dict[str | None, tuple[str, ...]] = {
 
 
 class Site(NamedTuple):
-    """One place: its kind, how often the latent's sides were halved there, heads of attention."""
+    """One place: how often the latent's sides are halved there, channels, heads of attention."""
 
     kind: str
     halvings: int
-    heads: int | None = None
+    channels: int
+    heads: int = 0  # 0: no attention
+    cross: bool = False  # whether its keys are the text's
+
+    def shape(self, grid: tuple[int, int], tokens: int) -> tuple[int, ...]:
+        """Of one row of what is there; `tokens` of the text are the keys of cross-attention."""
+        (h, w), H = grid, self.heads
+        keys = tokens if self.cross else h * w
+        sizes = {"q": (H, h * w, self.channels // max(H, 1)), "out": (h * w, self.channels)}
+        sizes |= dict.fromkeys("kv", (H, keys, self.channels // max(H, 1)))
+        sizes |= dict.fromkeys(MAPS, (H, h * w, keys))
+        return sizes.get(self.kind, (self.channels, h, w))
 
 
 def sites_of(unet: Any) -> dict[str, Site]:
@@ -45,25 +56,29 @@ def sites_of(unet: Any) -> dict[str, Site]:
     levels.append((unet.mid_block, last, last))
     levels += [(b, last - i, max(last - i - 1, 0)) for i, b in enumerate(unet.up_blocks)]
     sites: dict[str, Site] = {}
+    width = unet.conv_in.out_channels  # of what each layer is given
     for block, inside, after in levels:
-        sites |= {name: Site(kind, inside, n) for name, kind, n in inside_of(block)}
-        sites[block.name] = Site("block", after)
+        attentions = list(block.attentions)
+        for i, resnet in enumerate(block.resnets):
+            if block.name.startswith("up"):
+                skip = resnet.conv1.in_channels - width
+                sites[f"{resnet.name}.skip"] = Site("skip", inside, skip)
+            width = resnet.conv1.out_channels
+            sites[resnet.name] = Site("resnet", inside, width)
+            for transformer in attentions[i : i + 1]:
+                sites |= dict(inside_of(transformer, inside, width))
+                sites[transformer.name] = Site("transformer", inside, width)
+        sites[block.name] = Site("block", after, width)
     return sites
 
 
-def inside_of(block: Any) -> Iterator[tuple[str, str, int | None]]:
-    """(name, kind, heads) of the places inside a block, in forward order."""
-    attentions = list(block.attentions)
-    for i, resnet in enumerate(block.resnets):
-        if block.name.startswith("up"):
-            yield f"{resnet.name}.skip", "skip", None
-        yield resnet.name, "resnet", None
-        for transformer in attentions[i : i + 1]:
-            for inner in transformer.transformer_blocks:
-                for attention, kind in ((inner.attn1, "self"), (inner.attn2, "cross")):
-                    *before, out = attention.features
-                    for name in before:
-                        yield name, name[-1], attention.heads
-                    yield attention.name, kind, attention.heads
-                    yield out, "out", attention.heads
-            yield transformer.name, "transformer", None
+def inside_of(transformer: Any, halvings: int, channels: int) -> Iterator[tuple[str, Site]]:
+    """(name, Site) of its attentions, in forward order."""
+    for block in transformer.transformer_blocks:
+        for attention, kind in ((block.attn1, "self"), (block.attn2, "cross")):
+            place = Site(kind, halvings, channels, attention.heads, kind == "cross")
+            *before, out = attention.features
+            for name in before:
+                yield name, place._replace(kind=name[-1])
+            yield attention.name, place
+            yield out, place._replace(kind="out")

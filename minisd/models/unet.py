@@ -306,7 +306,7 @@ class MidBlock(Block):
 
 
 class UpBlock(Block):
-    """A skip joins before each layer; then `size`, the resolution of the skip that comes next."""
+    """A skip joins before each layer from `first` on; then `size`, the next skip's resolution."""
 
     def __init__(
         self,
@@ -322,9 +322,12 @@ class UpBlock(Block):
         super().__init__(config, widths, channels, heads, len(widths) if cross else 0, name)
         self.upsamplers = nn.ModuleList(last)
 
-    def forward(self, x: Tensor, skips: list[Tensor], size: torch.Size, c: Conditioning) -> Tensor:
-        for i, resnet in enumerate(self.resnets):
-            skip = c.feature(f"{resnet.name}.skip", ops.repeat_rows(skips.pop(0), x.shape[0]))
+    def forward(
+        self, x: Tensor, skips: list[Tensor], size: torch.Size, c: Conditioning, first: int = 0
+    ) -> Tensor:
+        for i in range(first, len(self.resnets)):
+            name = f"{self.resnets[i].name}.skip"
+            skip = c.feature(name, ops.repeat_rows(skips.pop(0), x.shape[0]))
             x = torch.cat([x, skip], dim=1)
             x = recomputed(self.layer, i, x, c) if c.recompute else self.layer(i, x, c)
         for upsample in self.upsamplers:
@@ -373,6 +376,8 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
         self._sites = sites_of(self)
+        layer = "attentions.0" if config.up_block_types[-1] == CROSS_UP else "resnets.0"
+        self.deep = f"up_blocks.{last}.{layer}"  # the last feature that comes from below
         self._resnets = self.sites("resnet")
         self._time_widths = [self.resnet(name).conv1.out_channels for name in self._resnets]
 
@@ -422,10 +427,17 @@ class UNet(nn.Module):
 
     def heads(self, site: str) -> int:
         """The heads of an attention site, and of its q, k, v and out; ValueError for others."""
-        heads = self.place(site).heads
-        if heads is None:
+        if (heads := self.place(site).heads) == 0:
             raise ValueError(f"{site} is no attention and has no heads")
         return heads
+
+    def shape(self, site: str, size: Size | None = None, tokens: int = 77) -> tuple[int, ...]:
+        """Of one row of what is at a site: (C, h, w); of an attention (heads, queries, keys), its
+        q, k and v (heads, queries or keys, head_dim), its output (queries, C).
+
+        size: of the latents, by default config.sample_size. tokens: the keys of cross-attention.
+        """
+        return self.place(site).shape(self.grid(site, size), tokens)
 
     def place(self, site: str) -> Site:
         """What is known of a site; ValueError if it is not there."""
@@ -493,8 +505,10 @@ class UNet(nn.Module):
         again in the backward pass. Returns (R, out_channels, h, w).
 
         The G groups see the same x and t, so they are one until the first site where they can
-        differ, a cross site or one with an edit; from there on the rows are repeated. ValueError
-        for an unknown site, for shapes that do not fit, and for a save with recompute.
+        differ, a cross site or one with an edit; from there on the rows are repeated. Where the
+        only edit injects a stored feature in all rows at `self.deep`, nothing below it is computed
+        (DeepCache). ValueError for an unknown site, for shapes that do not fit, and for a save with
+        recompute.
         """
         impl = self.attention if attention is None else check_implementation(attention)
         recompute = recompute and torch.is_grad_enabled()
@@ -504,6 +518,11 @@ class UNet(nn.Module):
         c = Conditioning(times, texts, edits, impl, recompute, rows)
 
         x = ops.conv2d(self.conv_in, x)
+        x = self.outermost(x, c) if self.is_shallow(c) else self.whole(x, c)
+        return ops.norm_silu_conv(self.conv_norm_out, self.conv_out, x)
+
+    def whole(self, x: Tensor, c: Conditioning) -> Tensor:
+        """All blocks."""
         skips = [x]
         for down in self.down_blocks:
             x, new = down(x, c)
@@ -512,7 +531,22 @@ class UNet(nn.Module):
         for up in self.up_blocks:
             joining = [skips.pop() for _ in up.resnets]
             x = up(x, joining, skips[-1].shape[2:] if skips else x.shape[2:], c)
-        return ops.norm_silu_conv(self.conv_norm_out, self.conv_out, x)
+        return x
+
+    def is_shallow(self, c: Conditioning) -> bool:
+        """Whether nothing of what is below `self.deep` is used."""
+        edit: Any = c.edits.get(self.deep)
+        only = edit is not None and len(c.edits) == 1
+        return only and edit.inject is not None and len(edit.inject) == c.rows
+
+    def outermost(self, x: Tensor, c: Conditioning) -> Tensor:
+        """What is left of all blocks: the layers whose skips join after `self.deep`."""
+        down, up = self.down_blocks[0], self.up_blocks[-1]
+        skips = [x]
+        for i in range(len(up.resnets) - 2):
+            skips.append(down.layer(i, skips[-1], c))
+        x = c.feature(self.deep, x)  # replaced by what is injected, of the same shape
+        return up(x, skips[::-1], x.shape[2:], c, first=1)
 
     def site(self, name: str) -> Attention:
         """The attention site of that name."""
