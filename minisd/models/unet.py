@@ -150,7 +150,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(channels, 2 * inner)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.geglu(ops.linear(self.proj, x))
+        return ops.geglu(self.proj, x)
 
 
 class FeedForward(nn.Module):
@@ -164,7 +164,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         geglu, identity, last = self.net
-        return ops.linear(last, identity(geglu(x)))
+        return ops.by_rows(lambda x: ops.linear(last, identity(geglu(x))), x, self.modules())
 
 
 class TransformerBlock(nn.Module):
@@ -189,11 +189,11 @@ class TransformerBlock(nn.Module):
         if any(site in c.edits for site in (attn1.name, *attn1.features)):
             x = ops.repeat_rows(x, c.rows)
         edit: Any = c.edits.get(attn1.name)
-        x = ops.add(x, attn1(self.norm1(x), None, edit, c.attention, c.edits))
+        x = ops.add(x, attn1(ops.layer_norm(self.norm1, x), None, edit, c.attention, c.edits))
         x = ops.repeat_rows(x, c.rows)
         edit, kv = c.edits.get(attn2.name), c.context[attn2.name]
-        x = ops.add(x, attn2(self.norm2(x), kv, edit, c.attention, c.edits))
-        return ops.add(x, self.ff(self.norm3(x)))
+        x = ops.add(x, attn2(ops.layer_norm(self.norm2, x), kv, edit, c.attention, c.edits))
+        return ops.add(x, self.ff(ops.layer_norm(self.norm3, x)))
 
 
 class Transformer(nn.Module):
@@ -215,7 +215,7 @@ class Transformer(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, c: Conditioning) -> Tensor:
-        tokens = ops.conv2d(self.proj_in, self.norm(x)).flatten(2).transpose(1, 2)
+        tokens = ops.conv2d(self.proj_in, ops.group_norm(self.norm, x)).flatten(2).transpose(1, 2)
         for block in self.transformer_blocks:
             tokens = block(tokens, c)  # (rows, h*w, channels)
         out = ops.conv2d(self.proj_out, tokens.transpose(1, 2).unflatten(2, x.shape[2:]))
