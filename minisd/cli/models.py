@@ -77,6 +77,7 @@ def fetch(args: Namespace, call: Call) -> None:
         expected = f"owner/name, or {', '.join(sources.SHORT_NAMES)}"
         raise ValueError(f"{args.repo!r} is no Hub repo: expected {expected}")
     to = None if args.to is None else Path(args.to)
+    call.before_writing()
     print(sources.download(repo, args.variant, args.revision, to=to))
 
 
