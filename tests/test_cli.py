@@ -665,7 +665,10 @@ def test_checkpoint_errors_of_many_lines_show_the_first(minisd_command, original
     )
     code, _, err = minisd_command("txt2img", "a", "--model", "broken")
     assert code == 2 and re.fullmatch(
-        r"minisd: error: \d+ tensors do not fit the models: \(\d+ more lines with --debug\)\n", err
+        r"minisd: error: unet, broken/unet/diffusion_pytorch_model.safetensors: misshapen down_"
+        r"blocks[\w.]+attn2.to_[kv].weight, got \(16, 24\), expected \(16, 32\); in all \d+ "
+        r"tensors do not fit the models \(\d+ more lines with --debug\)\n",
+        err,
     )
 
 

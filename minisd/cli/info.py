@@ -30,7 +30,7 @@ def add_commands(command: AddCommand) -> None:
 
 def info(args: Namespace, call: Call) -> None:
     path = Path(args.target)
-    if path.suffix.lower() == ".png" or (path.is_file() and path.suffix != ".safetensors"):
+    if path.suffix.lower() == ".png" or (path.is_file() and path.suffix.lower() != ".safetensors"):
         print_image(args.target)
     else:
         print_model(ModelRequest.of(args, args.target, local_files_only=True))
@@ -76,9 +76,9 @@ def command_of(chunks: Mapping[str, str]) -> list[str]:
 
 def print_model(request: ModelRequest) -> None:
     """Configs, files and parameter counts of a model, from its headers; nothing is downloaded."""
+    from ..checkpoints.header import read_header
     from ..checkpoints.load import MODELS
     from ..checkpoints.sources import CheckpointError
-    from ..checkpoints.tensor_file import read_header
 
     checkpoint = request.locate()
     total = 0
