@@ -160,10 +160,7 @@ def test_variant_files(original, tmp_path):
     assert_same_weights(load(tmp_path, variant="fp16"), load(original))
     message = refusal(tmp_path)
     assert "diffusion_pytorch_model.safetensors is missing" in message
-    assert (
-        "beside it: diffusion_pytorch_model.fp16.safetensors" in message
-        and "variant fp16 takes" in message
-    )
+    assert message.endswith("; variant fp16 takes diffusion_pytorch_model.fp16.safetensors")
     assert "diffusion_pytorch_model.fp16.safetensors is missing" in refusal(
         original, variant="fp16"
     )
@@ -334,7 +331,7 @@ def test_attention_is_chosen_at_load(original):
         (
             "unet",
             {"norm_num_groups": 0},
-            "norm_num_groups: got 0, expected 16 numbers at most, 1 to 1000000",
+            "norm_num_groups: got 0, expected 1 to 1000000",
         ),
         ("vae", {"block_out_channels": None}, "vae/config.json"),
         ("text_encoder", {"num_attention_heads": 5}, "5 heads do not divide hidden_size 24"),

@@ -640,7 +640,7 @@ def test_choices_are_those_of_the_pipeline():
             "in.png carries no settings: minisd did not draw it, or they were stripped",
         ),
         (["info", "none.png"], "No such file or directory: 'none.png'"),
-        (["info", "file"], "file is neither an image nor a .safetensors file"),
+        (["info", "file"], "file is neither a PNG image nor a .safetensors file"),
         (
             ["info", "tiny", "--variant", "fp16"],
             "diffusion_pytorch_model.fp16.safetensors is missing",

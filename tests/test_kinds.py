@@ -236,4 +236,4 @@ def test_a_copy_is_not_changed_by_what_is_written_into_its_files(folder):
     with open(folder / TEXT, "r+b") as file:
         file.truncate(100)
     [image] = copied.txt2img("a red circle", steps=1, progress=False)
-    assert image.size == (128, 128)
+    assert image.size == (64, 64)

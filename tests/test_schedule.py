@@ -47,7 +47,7 @@ def test_sd14_numbers():
         {},
         {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
         {"num_train_timesteps": 37},
-        {"trained_betas": [0.1, 0.2, 0.05, 0.3]},
+        {"num_train_timesteps": 4, "trained_betas": [0.1, 0.2, 0.05, 0.3]},
     ],
 )
 def test_tables_equal_diffusers(change):
@@ -162,3 +162,10 @@ def test_solver_options_of_the_file_are_ignored():
     assert torch.equal(
         NoiseSchedule.from_dict(config).alphas_cumprod, NoiseSchedule.from_dict(SD14).alphas_cumprod
     )
+
+
+@pytest.mark.parametrize("config", [{"a": 2}, {"clip_sample": False, "skip_prk_steps": True}])
+def test_a_config_of_something_else_is_refused(config):
+    with pytest.raises(ValueError, match="expected some of .*'beta_end'.*'num_train_timesteps'"):
+        NoiseSchedule.from_dict(config)
+    assert len(NoiseSchedule.from_dict({})) == 1000

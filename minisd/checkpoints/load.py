@@ -246,9 +246,7 @@ def _why_no_weights(folder: Path, path: Path) -> str:
     """What to say of a weights file that a folder does not have."""
     is_part = folder.name in MODELS and (folder / "config.json").is_file()
     if is_part and not (folder / folder.name).is_dir():
-        return (
-            f"{folder} is a part of a model in diffusers layout: give its folder, {folder.parent}"
-        )
+        return f"{folder} is a part of a model: give the folder of all parts, {folder.parent}"
     place = path.parent if path.parent.is_dir() else folder
     beside = sorted(p.name for p in place.glob("*") if p.name != "config.json")
     told = f"{path} is missing; {place} has {', '.join(beside[:20]) or 'nothing'}"
@@ -362,7 +360,7 @@ def _expect_size(path: Path, most: int) -> None:
 
 def _vocabulary(folder: Path) -> CLIPTokenizer:
     for path in folder.glob("*"):
-        if path.name in (*VOCABULARY_FILES, "tokenizer.json"):
+        if path.name in (*VOCABULARY_FILES, "tokenizer.json", "added_tokens.json"):
             _expect_size(path, MAX_VOCABULARY)
     return CLIPTokenizer.from_folder(folder)
 
@@ -380,7 +378,7 @@ def _config(part: Part, path: Path) -> Config:
     def read(path: Path) -> Config:
         config = MODELS[part][1].from_dict(_json(path))
         for name, value in dataclasses.asdict(config).items():
-            values = value if isinstance(value, tuple) else (value,)
+            values = value if type(value) is tuple else (value,)
             most = LIMITS.get(name, LIMITS.get(f"{part}.{name}", LIMIT))
             least = 0 if name == "freq_shift" else 1
             numbers = [number for number in values if type(number) in (int, float)]
@@ -388,10 +386,11 @@ def _config(part: Part, path: Path) -> Config:
                 least <= n <= most if type(n) is int else 0 < n <= most for n in numbers
             )
             if not ok or len(values) > LONGEST:
-                raise ValueError(
-                    f"{name}: got {value!r:.80}, expected {LONGEST} numbers at most, "
-                    f"{least} to {most}"
-                )
+                several = f"{LONGEST} numbers at most, each " if type(value) is tuple else ""
+                bounds = f"{least} to {most}"
+                if any(type(number) is float for number in numbers):
+                    bounds = f"more than 0 and at most {most}"
+                raise ValueError(f"{name}: got {value!r:.80}, expected {several}{bounds}")
         return config
 
     return _named(path, read)
@@ -507,9 +506,8 @@ def _told(checkpoint: Checkpoint, faults: Mapping[Part, list[str]]) -> str:
     """The first fault in the first line, then all of them if there are more."""
     part, path = (first := next(iter(faults))), checkpoint.files[first]
     kind = kind_of_tensors({name: entry.shape for name, entry in read_header(path).items()})
-    is_other = (
-        kind is not None and kind != f"a {part.replace('_', ' ').replace('unet', 'UNet')} alone"
-    )
+    own = {"unet": "a UNet", "vae": "a VAE"}.get(part, f"a {part.replace('_', ' ')}")
+    is_other = kind is not None and kind != f"{own} alone"
     total = sum(map(len, faults.values()))
     told = f"{part}, {path}: " + (f"it is {kind}" if is_other else faults[part][0])
     if total == 1:

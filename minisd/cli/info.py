@@ -44,11 +44,14 @@ def print_image(path: str) -> None:
     """
     from PIL import Image, UnidentifiedImageError
 
+    from ..files import expect_file
+
+    expect_file(path)
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             chunks: dict[str, str] = dict(getattr(image, "text", {}))
     except (UnidentifiedImageError, SyntaxError) as error:
-        raise ValueError(f"{path} is neither an image nor a .safetensors file") from error
+        raise ValueError(f"{path} is neither a PNG image nor a .safetensors file") from error
     if not chunks.get("version", "").startswith("minisd "):
         why = "minisd did not draw it, or they were stripped"
         raise ValueError(f"{path} carries no settings: {why}")

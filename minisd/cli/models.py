@@ -126,14 +126,19 @@ def deadline(seconds: float | None) -> Iterator[None]:
     if not hasattr(signal, "setitimer"):
         raise ValueError("--deadline: this system has no timer for it")
 
+    class Late(BaseException):
+        """No Exception, which the library takes for a connection that broke, and tries again."""
+
     def late(*_: object) -> None:
-        kept = "what came is kept, and the next fetch goes on from there"
-        raise TimeoutError(f"not all of it came in {seconds:g} seconds; {kept}")
+        raise Late
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # and again, if a library takes it for its own
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
+    except Late:
+        kept = "what came is kept, and the next fetch goes on from there"
+        raise TimeoutError(f"not all of it came in {seconds:g} seconds; {kept}") from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
