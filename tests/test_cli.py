@@ -657,6 +657,40 @@ def test_errors_are_one_line_and_exit_code_2(minisd_command, here, arguments, me
     assert files(here) == before
 
 
+WITHOUT_EFFECT = [  # each at its default where it has one
+    (["txt2img", "a", "--trace-every", "1"], "--trace-every: expected --trace DIR with it"),
+    (["txt2img", "a", "--trace-format", "webp"], "--trace-format: expected --trace DIR with it"),
+    (["txt2img", "a", "--trace-preview"], "--trace-preview: expected --trace DIR with it"),
+    (["txt2img", "a", "--guidance", "1", "--negative", ""], "it has no effect at --guidance 1"),
+    (
+        ["blend", "in.png", "in.png", "a", "--feather", "0", "--no-paste-back"],
+        "--feather: it has no",
+    ),
+    (["erase", "a", "b", "--strength", "0.3"], "--strength: expected --image with it"),
+    (["erase", "a", "b", "--threshold", "0.9"], "--threshold: expected --sega with it"),
+    (["erase", "a", "b", "--warmup", "10"], "--warmup: expected --sega with it"),
+    (["erase", "a", "b", "--momentum", "0.1"], "--momentum: expected --sega with it"),
+    (["edit", "a", "b", "--threshold", "0.3"], "--threshold: expected --local-blend with it"),
+    (["edit", "a", "b", "--subtract", "a"], "--subtract: expected --local-blend with it"),
+    (["edit", "a", "b", "--inversion", "direct"], "--inversion: expected --image with it"),
+    (["edit", "a", "b", "--refine", "0"], "--refine: expected --image with it"),
+    (["edit", "a", "b", "--sweep", "0,1", "--cross-steps", "0.8"], "--sweep: expected one target"),
+    (["edit", "a", "b", "--image", "in.png", "--seed", "0"], "--seed: an inverted image is drawn"),
+    (["invert", "in.png", "a", "--seed", "0"], "--seed: an inverted image is drawn from its own"),
+    (["info", "in.png", "--variant", "fp16"], "--variant: it is for models"),
+    (["info", "in.png", "--tokenizer", "a"], "--tokenizer: it is for models"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WITHOUT_EFFECT, ids=range(len(WITHOUT_EFFECT)))
+def test_options_without_effect_are_noticed(minisd_command, here, arguments, message):
+    write_image("in.png")
+    model = [] if arguments[0] == "info" else ["--model", "tiny", "--device", "cpu"]
+    code, out, err = minisd_command(*arguments, *model)
+    assert (code, out) == (2, "") and message in err and err.count("\n") == 1
+    assert files(here) == ["in.png"]
+
+
 def test_checkpoint_errors_of_many_lines_show_the_first(minisd_command, original, here):
     shutil.copytree(original, here / "broken")
     config = here / "broken/unet/config.json"

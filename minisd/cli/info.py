@@ -31,6 +31,7 @@ def add_commands(command: AddCommand) -> None:
 def info(args: Namespace, call: Call) -> None:
     path = Path(args.target)
     if path.suffix.lower() == ".png" or (path.is_file() and path.suffix.lower() != ".safetensors"):
+        call.refuse("it is for models", "variant", "revision", "tokenizer")
         print_image(args.target)
     else:
         print_model(ModelRequest.of(args, args.target, local_files_only=True))
