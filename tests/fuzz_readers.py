@@ -247,6 +247,9 @@ def whole_images():
             with contextlib.suppress(OSError, KeyError, ValueError):  # no such mode in the format
                 Image.new(mode, (9, 7), one).save(buffer, kind)
                 files.append(buffer.getvalue())
+            if mode == "L" and kind == "PNG":
+                Image.new(mode, (9, 7), "white").save(white := io.BytesIO(), kind)
+                files.append(white.getvalue())  # a mask
     return [data for data in files if data]
 
 
@@ -268,7 +271,8 @@ def make_mask(rng):
         return make_image(rng)
     kinds = [np.uint8, np.float32, np.float64, bool, np.int64, np.float16]
     shape = [rng.randint(0, 3) for _ in range(rng.randint(0, 4))]
-    values = np.full(shape, rng.choice([0, 1, 0.5, 255, -1, 2]))
+    shape = rng.choice([shape, [3, 2]])
+    values = np.full(shape, rng.choice([0, 1, 1, 0.5, 255, -1, 2]))
     if rng.random() < 0.2:
         values = values * float("nan")
     with np.errstate(invalid="ignore"):
@@ -289,20 +293,29 @@ def commands():
 
 
 def make_line(rng):
+    """A command with its arguments, options with values that fit, and odd words anywhere."""
+    odd = ["a cat", "-1", "--", "", "1", "0.5", "nan", "2**64", "a=2", "0.2:0.6", "64x64", "x"]
+    odd += ["1e400", "9" * 5000, "٣", "a,b", ",", "=", "../x", "\udcff", "-", "dpm++", "0,0.5,1"]
     name = rng.choice([*COMMANDS, "nothing"])
-    words = ["a cat", "-1", "--", "", "1", "0.5", "nan", "2**64", "a=2", "0.2:0.6", "64x64", "x"]
-    words += ["1e400", "9" * 5000, "٣", "a,b", ",", "=", "../x", "\udcff", "-", "dpm++", "0,0.5,1"]
-    options = list(COMMANDS[name]._option_string_actions) if name in COMMANDS else ["--x"]
-    options = [each for each in options if each not in ("-h", "--help")]
     line = [name]
-    for _ in range(rng.randint(0, 8)):
-        line.append(rng.choice(rng.choice([options, words])))
-        if rng.random() < 0.2:
-            line[-1] += "=" + rng.choice(words)
+    actions = ACTIONS.get(name, [])
+    for action in rng.sample(actions, len(actions)):
+        fits = [*(action.choices or ()), str(action.default), "1", "0.5", "64x64", "a=1"]
+        value = rng.choice(odd if rng.random() < 0.1 else fits)
+        if not action.option_strings:
+            line.append(value)
+        elif rng.random() < 0.1:
+            option = rng.choice(action.option_strings)
+            line += [option] if action.nargs == 0 else [option, value]
+    if rng.random() < 0.3:
+        line.insert(rng.randint(1, len(line)), rng.choice(odd))
     return as_bytes(line)
 
 
 COMMANDS = commands()
+ACTIONS = {
+    name: [a for a in parser._actions if a.dest != "help"] for name, parser in COMMANDS.items()
+}
 PARSER = cli.build_parser()
 
 

@@ -268,25 +268,27 @@ def test_colours_of_a_profile_become_srgb(tmp_path, columns, power, mode):
     got = read_image(path)
     bar = 6 if mode == "JPEG" else 2
     assert got.mode == "RGB" and np.abs(values(got) - expected).max() <= bar
-    assert np.abs(values(got) - values_in).max() > 20  # it is another image than without
+    assert np.abs(values(got) - values_in).max() > 9  # it is another image than without
     assert "icc_profile" not in got.info
 
 
 def test_grey_of_a_profile(tmp_path):
     grey = colours(channels=1)[..., 0]
-    Image.fromarray(grey).save(tmp_path / "a.png", icc_profile=grey_profile(1.0))
-    expected = encoded(grey / 255.0)[..., None]
-    assert np.abs(values(read_image(tmp_path / "a.png")) - expected).max() <= 1
+    Image.fromarray(grey).save(tmp_path / "a.png", icc_profile=grey_profile(1.8))
+    expected = encoded((grey / 255.0) ** 1.8)[..., None]
+    assert np.abs(values(read_image(tmp_path / "a.png")) - expected).max() <= 2
     alpha = np.stack([grey, np.full_like(grey, 255)], -1)
-    Image.fromarray(alpha, "LA").save(tmp_path / "b.png", icc_profile=grey_profile(1.0))
-    assert np.abs(values(read_image(tmp_path / "b.png")) - expected).max() <= 1
+    Image.fromarray(alpha, "LA").save(tmp_path / "b.png", icc_profile=grey_profile(1.8))
+    assert np.abs(values(read_image(tmp_path / "b.png")) - expected).max() <= 2
 
 
 def test_inks_of_a_profile(tmp_path):
     """Pure inks and their overprints are points of the table; ink k is darker than none."""
     ink = np.array(np.meshgrid(*[[0, 1]] * 4, indexing="ij")).reshape(4, 16).T
     lightness = np.prod(1 - 0.6 * ink, axis=1)
-    lab = np.stack([255 * lightness, 128 + 60 * (ink[:, 1] - ink[:, 0]), 128 + 60 * ink[:, 2]], -1)
+    lightness[ink[:, 3] == 1] = 0  # black is black: no black point is to be matched
+    lab = np.stack([255 * lightness, 128 + 20 * (ink[:, 1] - ink[:, 0]), 128 + 20 * ink[:, 2]], -1)
+    lab[lightness == 0, 1:] = 128
     image = Image.frombytes("CMYK", (16, 1), (255 * ink).astype(np.uint8).tobytes())
     image.save(tmp_path / "a.tif", icc_profile=cmyk_profile(lab.round()))
     L, a, b = (lab.round() * [100 / 255, 1, 1] - [0, 128, 128]).T
@@ -356,9 +358,10 @@ def test_pipes_and_devices_do_not_hang(tmp_path):
     for name in ("a.png", "a.safetensors"):
         os.mkfifo(tmp_path / name)
     code = "import minisd; from minisd.viewing.images import read_image as r"
+    code += "\nfrom minisd.editing.blended import read_mask as mask"
     calls = [
         f"r({str(tmp_path / 'a.png')!r})",
-        f"minisd.read_mask({str(tmp_path / 'a.png')!r})",
+        f"mask({str(tmp_path / 'a.png')!r})",
         f"minisd.Inversion.load({str(tmp_path / 'a.safetensors')!r})",
         f"minisd.load({str(tmp_path / 'a.safetensors')!r})",
         "r('/dev/zero')",
@@ -378,7 +381,7 @@ def test_pipes_and_devices_do_not_hang(tmp_path):
     ("text", "shown"),
     [
         ("a red circle", ["a red circle"]),
-        ("Zürich éà", ["Zürich éà"]),
+        ("a \u200b circle", [r"a \u200b circle"]),
         ("雪 dog", [r"\u96ea dog"]),
         ("🎨", [r"\U0001f3a8"]),
         ("日本", [r"\u65e5\u672c"]),

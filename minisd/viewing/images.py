@@ -19,7 +19,7 @@ from ..files import expect_file
 
 # Of Pillow's formats those in which people keep images, none of which runs another program, as EPS
 # does Ghostscript.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "TIFF", "BMP", "PPM", "ICO", "JPEG2000", "AVIF")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "ICO", "JPEG2000", "AVIF")
 
 
 def read_image(path: str | Path) -> Image.Image:
