@@ -221,12 +221,14 @@ def read_a_png(data, folder):
 
 
 def make_bundle(rng):
-    about = changed(rng, {"a": [1, 2], "b": "text"})
-    sizes = [[rng.randint(0, 3) for _ in range(rng.randint(0, 3))] for _ in range(3)]
-    names = rng.sample(["x", "y.0", "z", "other"], rng.randint(0, 3))
-    kinds = [torch.float32, torch.float16, torch.int64, torch.bool]
-    tensors = {name: torch.zeros(size).to(rng.choice(kinds)) for name, size in zip(names, sizes)}
-    whole = save(tensors, {rng.choice(["format", "format", "other"]): json.dumps(about)})
+    about = {"a": [1, 2], "b": "text"}
+    about = changed(rng, about) if rng.random() < 0.5 else about
+    kinds = {"x": torch.float32, "z": torch.int64}
+    for name in rng.sample(["y.0", "y.1", "other"], rng.choice([0, 0, 1, 2])):
+        kinds[name] = rng.choice([torch.float32, torch.float16, torch.int64, torch.bool])
+    sizes = [[rng.randint(0, 3) for _ in range(rng.randint(0, 3))] for _ in kinds]
+    tensors = {name: torch.zeros(size).to(kind) for (name, kind), size in zip(kinds.items(), sizes)}
+    whole = save(tensors, {rng.choice(["format"] * 5 + ["other"]): json.dumps(about)})
     return damaged(rng, whole) if rng.random() < 0.4 else whole
 
 

@@ -11,8 +11,10 @@ import soak
 only_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
-def test_a_part_of_the_fuzz_of_every_reader():
+def test_a_part_of_the_fuzz_of_every_reader(record_property):
     figures, failures = fuzz_readers.run(3000, seed=1, keep=False)
+    record_property("fuzz of every reader: inputs", sum(figures.values()))
+    record_property("fuzz of every reader: failures", len(failures))
     assert failures == [] and sum(figures.values()) == 3000
     for reader in fuzz_readers.READERS:  # each is tried, and refuses some
         assert figures[f"{reader} refused"] > 10, figures
