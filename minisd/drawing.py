@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeGuard, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -226,7 +226,7 @@ def seeds(seed: int | Sequence[int], rows: int | None = None) -> list[int]:
     return [int(s) for s in given]
 
 
-def is_seed(value: object) -> bool:
+def is_seed(value: object) -> TypeGuard[int]:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 

@@ -194,7 +194,7 @@ def random_config(rng):
         "sigma_max": rng.choice([None, None, 14.6]),
         "timestep_type": rng.choice(["discrete", "discrete", "continuous"]),
     }
-    kept = rng.sample(sorted(some), rng.randint(6, len(some)))
+    kept = rng.sample(sorted(some), rng.randint(2, 9))
     return {key: some[key] for key in kept} | {"clip_sample": False}
 
 

@@ -12,10 +12,10 @@ only_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 def test_a_part_of_the_fuzz_of_every_reader(record_property):
-    figures, failures = fuzz_readers.run(3000, seed=1, keep=False)
+    figures, failures = fuzz_readers.run(2000, seed=1, keep=False)
     record_property("fuzz of every reader: inputs", sum(figures.values()))
     record_property("fuzz of every reader: failures", len(failures))
-    assert failures == [] and sum(figures.values()) == 3000
+    assert failures == [] and sum(figures.values()) == 2000
     for reader in fuzz_readers.READERS:  # each is tried, and refuses some
         assert figures[f"{reader} refused"] > 10, figures
     read = [reader for reader in fuzz_readers.READERS if figures.get(f"{reader} read", 0) > 10]
@@ -29,9 +29,10 @@ FOUND = [
 ]
 
 
-@pytest.mark.parametrize(("reader", "path"), FOUND, ids=lambda each: getattr(each, "name", each))
-def test_what_the_fuzz_found(reader, path, tmp_path):
-    fuzz_readers.read_or_refused(reader, path.read_bytes(), tmp_path)
+def test_what_the_fuzz_found(tmp_path):
+    for reader, path in FOUND:
+        (tmp_path / reader).mkdir(exist_ok=True)
+        fuzz_readers.read_or_refused(reader, path.read_bytes(), tmp_path / reader)
 
 
 @pytest.mark.full
