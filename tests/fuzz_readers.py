@@ -235,7 +235,7 @@ def make_bundle(rng):
 def read_a_bundle(data, folder):
     (folder / "a.safetensors").write_bytes(data)
     known = read_bundle(
-        folder / "a.safetensors", "format", ["a", "b"], ["x"], r"y\.\d", integers=["z"]
+        folder / "a.safetensors", "format", ["a", "b"], ["x"], r"y\.\d|z", integers=["z"]
     )
     assert set(known[0]) == {"a", "b"} and "x" in known[1]
 
