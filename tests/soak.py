@@ -73,7 +73,7 @@ def draw(share, seed):
         order = random.Random(seed).sample(range(total), total)
         for done, i in enumerate(order):
             if i >= images:
-                blend = {"words": ["circle"]} if i % 2 else None
+                blend = {"words": ("circle",)} if i % 2 else None
                 minisd.edit_prompt(
                     sd, RED, BLUE, steps=2, seed=i, local_blend=blend, progress=False
                 )
