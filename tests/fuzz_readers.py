@@ -326,6 +326,8 @@ def read_a_line(data, folder):
     with contextlib.redirect_stderr(io.StringIO()) as err:
         try:
             args = PARSER.parse_args(line)
+        except OSError as error:  # of a folder's name, which main tells in one line
+            raise ValueError from error
         except SystemExit as stop:
             assert stop.code == 2 and err.getvalue().count("\n") == 1
             raise ValueError from stop
