@@ -251,3 +251,12 @@ def test_command_refuses(pair, minisd_command, more, message, tmp_path, monkeypa
     line = ["dit", "--label", "3", "--model", str(pair[1]), "--steps", "1", "--device", "cpu"]
     code, _, err = minisd_command(*line, *more)
     assert code == 2 and message in err and not list(tmp_path.iterdir())
+
+
+def test_the_steps_can_be_watched(pair, minisd_command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = ["dit", "--label", "3", "--model", str(pair[1]), "--steps", "3", "--device", "cpu"]
+    code, _, err = minisd_command(*line, "--trace", "steps", "--trace-preview", "-o", "a.png")
+    assert code == 0, err
+    names = sorted(path.name for path in (tmp_path / "steps").iterdir())
+    assert names[:2] == ["images.webp", "latents.webp"] and len(names) == 5
