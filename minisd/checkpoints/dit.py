@@ -8,6 +8,7 @@ itself are pickles (.pt), which are not read; both are under CC-BY-NC 4.0, for n
 
 import dataclasses
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -17,9 +18,18 @@ from ..models.dit import DiT
 from ..models.dit_config import DiTConfig
 from ..models.vae import AutoencoderKL, VAEConfig
 from ..sampling.schedule import NoiseSchedule
-from .load import PICKLES, WHY_NO_PICKLES, _config, _json, _named, load_tensors
-from .names import rename_diffusers
-from .sources import CheckpointError, Source, _fetch, hub_repo
+from .load import (
+    PICKLES,
+    WHY_NO_PICKLES,
+    Checkpoint,
+    _config,
+    _json,
+    _named,
+    _tokenizer,
+    load_tensors,
+)
+from .names import Config, rename_diffusers
+from .sources import CheckpointError, Part, Source, _fetch, hub_repo, weights_file
 from .tensor_file import FLOATS, Entry, read_header, read_tensors
 
 PUBLISHED = "facebook/DiT-XL-2-256"
@@ -69,6 +79,9 @@ def locate_dit(
             kind = "a DiT has transformer/, vae/ and scheduler/, with .safetensors files"
             raise CheckpointError(f"{folder / path} is missing: {kind}")
     config = _named(folder / CONFIGS[0], lambda path: _dit_config(_json(path), compat))
+    if config.num_embeds_ada_norm is None:
+        why = "its DiT takes a text: minisd.load, and --model of the other commands, take it"
+        raise CheckpointError(f"{folder} is for no labels, {why}")
     vae_config = cast(VAEConfig, _config("vae", folder / CONFIGS[1]))
     if vae_config.latent_channels != config.in_channels:
         got = f"its VAE has latents of {vae_config.latent_channels} channels"
@@ -79,17 +92,43 @@ def locate_dit(
     return DiTCheckpoint(config, vae_config, schedule, files)
 
 
-def _dit_config(values: dict[str, Any], compat: str) -> DiTConfig:
-    """transformer/config.json, refused where its numbers are absurd or it takes no labels."""
+def _dit_config(values: dict[str, Any], compat: str = "published") -> DiTConfig:
+    """transformer/config.json, refused where its numbers are absurd."""
     config = DiTConfig.from_dict(values | {"compat": compat})
     for name, value in dataclasses.asdict(config).items():
         for number in value if type(value) is tuple else (value,):
             most = LIMITS.get(name, LIMIT)
             if type(number) is int and not 1 <= number <= most:
                 raise ValueError(f"{name}: got {number}, expected 1 to {most}")
-    if config.num_embeds_ada_norm is None:
-        raise ValueError("num_embeds_ada_norm: got None, expected the number of labels")
     return config
+
+
+def text_checkpoint(
+    folder: Path, variant: str | None, tokenizer: Source | None, local_files_only: bool
+) -> Checkpoint:
+    """Of a folder in which transformer/, a DiT that takes a text, is in the place of unet/."""
+    network = Path(weights_file("unet", variant)).name
+    files: dict[Part, Path] = {
+        "unet": folder / "transformer" / network,
+        "vae": folder / weights_file("vae", variant),
+        "text_encoder": folder / weights_file("text_encoder", variant),
+    }
+    dit = _named(files["unet"].parent / "config.json", lambda path: _dit_config(_json(path)))
+    if dit.num_embeds_ada_norm is not None:
+        why = "its DiT takes labels: minisd.load_dit and `minisd dit` take it"
+        raise CheckpointError(f"{folder} is for no texts, {why}")
+    for path in files.values():
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing")
+    configs: dict[Part, Config] = {"unet": dit}
+    for part in ("vae", "text_encoder"):
+        configs[part] = _config(part, files[part].parent / "config.json")
+    path = folder / "scheduler" / "scheduler_config.json"
+    scheduler = _named(path, _json)
+    schedule = _named(path, lambda _: NoiseSchedule.from_dict(scheduler))
+    own, why = folder / "tokenizer", f"{folder} has no tokenizer/"
+    read_tokenizer = partial(_tokenizer, tokenizer, own, why, local_files_only)
+    return Checkpoint(configs, scheduler, schedule, read_tokenizer, files, rename_diffusers)
 
 
 def load_dit_parts(

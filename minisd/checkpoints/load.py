@@ -24,6 +24,8 @@ import torch
 from torch import nn
 
 from ..models.clip import CLIPTextConfig, CLIPTextModel
+from ..models.dit import DiT
+from ..models.dit_config import DiTConfig
 from ..models.tokenizer import CLIPTokenizer
 from ..models.unet import UNet, UNetConfig
 from ..models.vae import AutoencoderKL, VAEConfig
@@ -203,10 +205,15 @@ def from_folder(
     """A checkpoint in diffusers' folder layout; variant "fp16" takes *.fp16.safetensors.
 
     Where it has no text_encoder/ or no tokenizer/, that of openai/clip-vit-large-patch14 is taken:
-    Stable Diffusion v1 was trained with that encoder, frozen.
+    Stable Diffusion v1 was trained with that encoder, frozen. With transformer/ in place of unet/
+    the network is a DiT.
     """
-    has_encoder = (folder / "text_encoder").is_dir()
     expect_pipeline(folder, folder)
+    if (folder / "transformer").is_dir():
+        from .dit import text_checkpoint  # which builds on this module
+
+        return text_checkpoint(folder, variant, tokenizer, local_files_only)
+    has_encoder = (folder / "text_encoder").is_dir()
     paths = {part: folder / weights_file(part, variant) for part in MODELS}
     if variant is not None and any(path.is_file() for path in paths.values()):
         for part in [part for part, path in paths.items() if not path.is_file()]:
@@ -480,7 +487,8 @@ def build_models(
     for part, (model, _) in MODELS.items():
         try:
             with torch.device("meta"):
-                modules[part] = model(checkpoint.configs[part])
+                config = checkpoint.configs[part]
+                modules[part] = DiT(config) if isinstance(config, DiTConfig) else model(config)
         except (ValueError, RuntimeError, ZeroDivisionError) as error:
             # Its numbers go together with no architecture.
             raise CheckpointError(f"{part}: its config makes no model: {error}") from error
