@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         sega as sega,
     )
     from .sampling.loop import denoise as denoise
+    from .sampling.perturbed import pag as pag
     from .sampling.samplers import DDIM as DDIM, DPMpp2M as DPMpp2M, Step as Step
     from .sampling.schedule import Level as Level, NoiseSchedule as NoiseSchedule
     from .viewing.trace import (
@@ -94,6 +95,7 @@ _HOME = {  # public name -> module that defines it
     "sega": "sampling.guidance",
     "Guidance": "sampling.guidance",
     "denoise": "sampling.loop",
+    "pag": "sampling.perturbed",
     "Step": "sampling.samplers",
     "DDIM": "sampling.samplers",
     "DPMpp2M": "sampling.samplers",

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ..pipeline import StableDiffusion
 
 Pair = tuple[Tensor, Tensor]  # 2 x (B, C, h, w) float64
-WITHOUT = ("uncond", "sampler", "seed", "num_images", "latents", "on_step")
+WITHOUT = ("uncond", "rule", "sampler", "seed", "num_images", "latents", "on_step")
 
 
 @torch.no_grad()

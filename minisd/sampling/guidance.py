@@ -35,6 +35,7 @@ from .samplers import Step
 if TYPE_CHECKING:  # guidance is given the network and imports no model
     from ..models.attention import AttentionEdit
 
+Scales = float | Sequence[float]  # of all images, or a list with one for each
 Embeddings = Tensor | Sequence[Tensor]  # (1 or B, L, D), or one such tensor for each step
 Edits = Callable[[Step], "Mapping[str, AttentionEdit]"]  # step -> {site name: AttentionEdit}
 
@@ -74,10 +75,13 @@ class Guidance:
         run = self.prepared(x, step, Run() if state is None else state)
         context = self.context(len(x), step) if run.context is None else run.context
         t = run.times[step.t] if run.times else _time(step, x)
-        edits = {} if self.edits is None else self.edits(step)
-        eps = self.network(x, t, context, edits).chunk(len(self.groups))
+        eps = self.network(x, t, context, self.edits_of(x, step)).chunk(len(self.groups))
         out, momentum = self.combined(eps, step, run.momentum)
         return out, run._replace(momentum=momentum)
+
+    def edits_of(self, x: Tensor, step: Step) -> Mapping[str, AttentionEdit]:
+        """{site: edit} of this step, for latents x."""
+        return {} if self.edits is None else self.edits(step)
 
     def combined(
         self, eps: Sequence[Tensor], step: Step, momentum: Tensor | None
@@ -121,7 +125,7 @@ def cfg(
     network: Callable[..., Tensor],
     uncond: Embeddings,
     cond: Tensor,
-    scale: float = 7.5,
+    scale: Scales = 7.5,
     edits: Edits | None = None,
 ) -> Guidance:
     """Classifier-free guidance, eps = u + scale (c - u). With scale 1 there is no u to compute.
@@ -129,11 +133,10 @@ def cfg(
     cond: (B, L, D) or (1, L, D).  uncond: the same, or a list with one such tensor per step of the
     full schedule (entry step.index is used; null-text inversion makes such a list).
     """
-    expect.number("guidance scale", scale)
-    if scale == 1:
+    if check_scales("guidance scale", scale) == 1:
         return conditional(network, cond, edits)
     groups = [("uncond", uncond), ("cond", cond)]
-    return Guidance(network, groups, _guided(scale), edits)
+    return Guidance(network, groups, _guided(scale, cond), edits)
 
 
 def erase(
@@ -141,7 +144,7 @@ def erase(
     uncond: Embeddings,
     cond: Tensor,
     concepts: Tensor,
-    scale: float = 7.5,
+    scale: Scales = 7.5,
     erase_scale: float | Sequence[float] = 10.0,
     edits: Edits | None = None,
 ) -> Guidance:
@@ -151,12 +154,11 @@ def erase(
     concepts: (n, L, D), each for every latent, or (n, B, L, D).  erase_scale: w, one weight for all
     or one each.
     """
-    expect.number("guidance scale", scale)
-    weights = _weights(erase_scale, concepts)
+    weights, guided = _weights(erase_scale, concepts), _guided(scale, cond)
 
     def combine(u: Tensor, *concepts_and_c: Tensor) -> Tensor:
         *of_concepts, c = concepts_and_c
-        eps = u + scale * (c - u)
+        eps = guided(u, c)
         for w, e in zip(weights, of_concepts):
             eps = eps - w * (e - u)
         return eps
@@ -169,7 +171,7 @@ def sega(
     uncond: Embeddings,
     cond: Tensor,
     concepts: Tensor,
-    scale: float = 7.5,
+    scale: Scales = 7.5,
     erase_scale: float | Sequence[float] = 10.0,
     threshold: float = 0.9,
     warmup: int = 10,
@@ -187,13 +189,12 @@ def sega(
     warmup counts in the full schedule, as step.index does. A negative weight leads towards a
     concept.
     """
-    expect.number("guidance scale", scale)
     weights = _weights(erase_scale, concepts)
     expect.number("threshold", threshold, 0, 1)
     expect.whole_number("warmup", warmup, 0)
     expect.number("momentum", momentum)
     expect.number("beta", beta, 0, 1)
-    groups, guided = _with_concepts(uncond, cond, concepts), _guided(scale)
+    groups, guided = _with_concepts(uncond, cond, concepts), _guided(scale, cond)
     return Sega(network, groups, guided, edits, weights, threshold, warmup, momentum, beta)
 
 
@@ -227,8 +228,32 @@ class Sega(Guidance):
         return out, self.beta * v + (1 - self.beta) * g
 
 
-def _guided(scale: float) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda u, c: u + scale * (c - u)
+def check_scales(name: str, scale: Scales, images: int | None = None) -> Scales:
+    """The scale or the scales; ValueError for what is no number, or a list that has not one for
+    each image."""
+    if not isinstance(scale, (list, tuple)):
+        expect.number(name, scale)
+        return scale
+    for each in scale:
+        expect.number(name, each)
+    if not scale or images not in (None, len(scale)):
+        each_of = "image, at least one" if images is None else f"of {images} images"
+        raise ValueError(f"{name} is a list of {len(scale)}, expected one for each {each_of}")
+    return scale
+
+
+def _guided(scale: Scales, cond: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """u + scale (c - u), each image with its own scale if there is a list of them."""
+    check_scales("guidance scale", scale)
+    if not isinstance(scale, Sequence):
+        return lambda u, c: u + scale * (c - u)
+    each = torch.tensor(scale, dtype=torch.float32, device=cond.device)[:, None, None, None]
+
+    def guided(u: Tensor, c: Tensor) -> Tensor:
+        check_scales("guidance scale", scale, len(u))
+        return u + (each * (c - u)).to(u)  # the product in float32, as with a number
+
+    return guided
 
 
 def _quantile(x: Tensor, q: float) -> Tensor:
