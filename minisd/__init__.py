@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .drawing import Drawing as Drawing
+    from .editing.attend_and_excite import attend_and_excite as attend_and_excite
     from .editing.blended import blend as blend
+    from .editing.daam import daam as daam
+    from .editing.diffedit import diffedit as diffedit
     from .editing.edict import edict as edict
     from .editing.erasure import erase_concepts as erase_concepts
     from .editing.inversion import (
@@ -20,14 +23,18 @@ if TYPE_CHECKING:
         redraw as redraw,
     )
     from .editing.local_blend import LocalBlend as LocalBlend
+    from .editing.long_prompts import long_prompt as long_prompt
     from .editing.maps import Maps as Maps
+    from .editing.masactrl import masactrl as masactrl
     from .editing.null_text import null_text as null_text
+    from .editing.perturbed import pag as pag
     from .editing.prompt_to_prompt import (
         PromptToPrompt as PromptToPrompt,
         edit_prompt as edit_prompt,
         seed_baseline as seed_baseline,
     )
     from .editing.recording import Recording as Recording, record as record, replay as replay
+    from .editing.regional import regional as regional
     from .models.attention import Attention as Attention, AttentionEdit as AttentionEdit
     from .models.clip import CLIPTextConfig as CLIPTextConfig, CLIPTextModel as CLIPTextModel
     from .models.tokenizer import CLIPTokenizer as CLIPTokenizer
@@ -42,7 +49,6 @@ if TYPE_CHECKING:
         sega as sega,
     )
     from .sampling.loop import denoise as denoise
-    from .sampling.perturbed import pag as pag
     from .sampling.samplers import DDIM as DDIM, DPMpp2M as DPMpp2M, Step as Step
     from .sampling.schedule import Level as Level, NoiseSchedule as NoiseSchedule
     from .viewing.trace import (
@@ -61,7 +67,13 @@ __version__ = "0.2.0"
 
 _HOME = {  # public name -> module that defines it
     "Drawing": "drawing",
+    "attend_and_excite": "editing.attend_and_excite",
     "blend": "editing.blended",
+    "daam": "editing.daam",
+    "diffedit": "editing.diffedit",
+    "long_prompt": "editing.long_prompts",
+    "masactrl": "editing.masactrl",
+    "regional": "editing.regional",
     "edict": "editing.edict",
     "erase_concepts": "editing.erasure",
     "invert": "editing.inversion",
@@ -95,7 +107,7 @@ _HOME = {  # public name -> module that defines it
     "sega": "sampling.guidance",
     "Guidance": "sampling.guidance",
     "denoise": "sampling.loop",
-    "pag": "sampling.perturbed",
+    "pag": "editing.perturbed",
     "Step": "sampling.samplers",
     "DDIM": "sampling.samplers",
     "DPMpp2M": "sampling.samplers",

@@ -376,6 +376,7 @@ HOW = {
     "uncond": torch.zeros(1, 77, 24),
     "steps": 2,
     "guidance": 2.0,
+    "rule": minisd.pag,
     "sampler": "ddim",
     "seed": 1,
     "num_images": 2,
@@ -388,7 +389,10 @@ HOW = {
 WITHOUT = {
     "invert": (
         lambda sd, r, **o: minisd.invert(sd, picture(), SOURCE, **{"steps": 2} | QUIET | o),
-        {"negative_prompt", "uncond", "guidance", "sampler", "seed", "num_images", "latents"},
+        {
+            *("negative_prompt", "uncond", "guidance", "rule"),
+            *("sampler", "seed", "num_images", "latents"),
+        },
     ),
     "redraw": (
         lambda sd, r, **o: minisd.redraw(
@@ -398,7 +402,7 @@ WITHOUT = {
     ),
     "edict": (
         lambda sd, r, **o: minisd.edict(sd, picture(), SOURCE, SWAP, **{"steps": 2} | QUIET | o),
-        {"uncond", "sampler", "seed", "num_images", "latents", "on_step"},
+        {"uncond", "rule", "sampler", "seed", "num_images", "latents", "on_step"},
     ),
     "record": (
         lambda sd, r, **o: minisd.record(sd, SOURCE, **{"steps": 2} | QUIET | o),

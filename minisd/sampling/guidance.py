@@ -23,7 +23,7 @@ Sources: Ho & Salimans 2022 (arXiv 2207.12598); erase is the negation of Liu et 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -112,6 +112,17 @@ class Guidance:
             got = ", ".join(f"{name} {tuple(part.shape)}" for (name, _), part in named)
             raise ValueError(f"the texts differ in shape: {got}, expected one (L, D) for all")
         return torch.cat(parts)
+
+
+def with_edits(predict: Predict, make: Callable[[Sequence[str]], Edits]) -> Guidance:
+    """The guidance with edits of the rows of all its groups: make(their names).
+
+    ValueError for what is no `Guidance`, or has edits already.
+    """
+    if not isinstance(predict, Guidance) or predict.edits is not None:
+        got = f"{type(predict).__name__}"
+        raise ValueError(f"the rule made a {got}, expected a Guidance without edits")
+    return replace(predict, edits=make([name for name, _ in predict.groups]))
 
 
 def conditional(

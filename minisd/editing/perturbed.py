@@ -11,25 +11,42 @@ Source: Ahn et al. 2024, "Self-Rectifying Diffusion Sampling with Perturbed-Atte
 (arXiv 2403.17377): the mid block, s = 3.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import expect
-from .guidance import Edits, Embeddings, Guidance, Scales, cfg
-from .samplers import Step
-
-if TYPE_CHECKING:
-    from ..models.attention import AttentionEdit
+from ..models.attention import AttentionEdit
+from ..sampling.guidance import Edits, Embeddings, Guidance, Scales, cfg
+from ..sampling.samplers import Step
 
 MID = ("mid_block.attentions.0.transformer_blocks.0.attn1",)
 # (2 B,) bool, True in the disturbed rows -> {site: what disturbs them}
 Disturb = Callable[[Tensor], Mapping[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Perturbed(Guidance):
+    """See `perturbed`. The edits that disturb stand beside those of the conditional rows."""
+
+    disturb: Disturb = lambda rows: {}
+
+    def edits_of(self, x: Tensor, step: Step) -> Mapping[str, Any]:
+        B = len(x)
+        rows = torch.arange(2 * B, dtype=torch.int64, device=x.device)
+        mine, own = dict(self.disturb(rows < B)), dict(super().edits_of(x, step))
+        for site in mine.keys() & own.keys():
+            own_rows = own[site].source_row
+            if own_rows is None or any(x is not None for x in own[site][1:]):
+                raise ValueError(
+                    f"{site} is edited and disturbed, expected one of them: other sites"
+                )
+            wide = torch.cat([rows[:B], own_rows + B])  # of the conditional rows among all 2 B
+            mine[site] = mine[site]._replace(source_row=wide)
+        return own | mine
 
 
 def pag(
@@ -47,7 +64,6 @@ def pag(
     p: the map of the self-attention `sites` is the identity, out = V. The other arguments are
     those of `cfg`.
     """
-    from ..models.attention import AttentionEdit
 
     def disturb(rows: Tensor) -> Mapping[str, AttentionEdit]:
         return dict.fromkeys(sites, AttentionEdit(own_value=rows))
@@ -79,24 +95,3 @@ def perturbed(
         return plain.combine(*u, c) + perturbed_scale * (c - p)
 
     return Perturbed(network, groups, combine, edits, disturb)
-
-
-@dataclass(frozen=True, eq=False)
-class Perturbed(Guidance):
-    """See `perturbed`. The edits that disturb stand beside those of the conditional rows."""
-
-    disturb: Disturb = lambda rows: {}
-
-    def edits_of(self, x: Tensor, step: Step) -> Mapping[str, Any]:
-        B = len(x)
-        rows = torch.arange(2 * B, dtype=torch.int64, device=x.device)
-        mine, own = dict(self.disturb(rows < B)), dict(super().edits_of(x, step))
-        for site in mine.keys() & own.keys():
-            own_rows = own[site].source_row
-            if own_rows is None or any(x is not None for x in own[site][1:]):
-                raise ValueError(
-                    f"{site} is edited and disturbed, expected one of them: other sites"
-                )
-            wide = torch.cat([rows[:B], own_rows + B])  # of the conditional rows among all 2 B
-            mine[site] = mine[site]._replace(source_row=wide)
-        return own | mine
