@@ -84,20 +84,27 @@ def draw(
     request: DrawRequest,
     run: Callable[[StableDiffusion, Options], Sequence[Image.Image]],
     told: Callable[[int], Mapping[str, object]],
+    prompts: Sequence[str] = (),
 ) -> None:
-    """Draw one image with each seed, run(sd, options) -> [image], and write each when it is done.
+    """Draw the images of each seed, run(sd, options), and write them when they are done.
 
-    One by one, not as a batch: each can be drawn again alone, bit for bit, by the command that
-    `minisd info` prints. told: seed -> what its PNG tells beside what all of them tell.
+    One seed at a time, not as a batch: each can be drawn again alone, bit for bit, by the command
+    that `minisd info` prints. told: seed -> what its PNGs tell beside what all of them tell.
+    prompts: one for each image of a seed, which its PNG tells, too; without them it is one image.
     """
-    paths = output_paths(request.output, len(request.seeds))
+    each = max(len(prompts), 1)
+    paths = output_paths(request.output, len(request.seeds) * each)
     telling = [told(seed) for seed in request.seeds]
     sd = load_model(request)
-    for seed, path, own in zip(request.seeds, paths, telling):
+    for i, (seed, own) in enumerate(zip(request.seeds, telling)):
+        files = paths[i * each : (i + 1) * each]
         with tracing(request, sd, seed) as on_step:
-            [image] = run(sd, request.options_of(seed, on_step))
-            write_png(path, image, text_chunks(request, sd, seed, image, own))
-        print(path)
+            images = run(sd, request.options_of(seed, on_step))
+            for n, (path, image) in enumerate(zip(files, images, strict=True)):
+                tells = {"prompt": prompts[n], **own} if prompts else own
+                write_png(path, image, text_chunks(request, sd, seed, image, tells))
+        for path in files:
+            print(path)
 
 
 @contextmanager

@@ -55,8 +55,8 @@ def attend_and_excite(
     expect.whole_number("refinements", refinements, 0)
     x = drawing.noise(sd, drawing.num_images)
     uncond, cond = drawing.embed(sd, [prompt])
-    pixels = (side * sd.vae.factor for side in x.shape[2:])
-    maps = Maps(sd, [prompt] * len(x), drawing.steps, None, *pixels)
+    height, width = (side * sd.vae.factor for side in x.shape[2:])
+    maps = Maps(sd, [prompt] * len(x), drawing.steps, height=height, width=width)
     columns = [maps.columns(word) for word in as_list(words)]
     plan = drawing.make_sampler(sd)
     last = int(until * drawing.steps)

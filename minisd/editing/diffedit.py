@@ -14,7 +14,7 @@ Source: Couairon et al. 2022 (arXiv 2210.11427): 10 noises at half of the schedu
 inversion up to 0.8.
 """
 
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from PIL import Image
@@ -23,7 +23,7 @@ from torch import Tensor
 from .. import expect
 from ..drawing import Drawing, Options, embed
 from ..pipeline import ImageInput
-from ..sampling.guidance import conditional
+from ..sampling.guidance import Guidance
 from ..sampling.samplers import DDIM, Step
 from .inversion import invert
 
@@ -46,15 +46,13 @@ def difference_mask(
 ) -> Tensor:
     """(B, 1, h, w) bool: where the two prompts disagree about the latents z (B, C, h, w) of
     images."""
-    expect.whole_number("noises", noises, 1)
-    expect.number("threshold", threshold, 0, 1)
-    texts = embed(sd, [source, target])
+    texts = zip(("source", "target"), embed(sd, [source, target]).split(1))
+    apart = Guidance(sd.network, list(texts), lambda ours, theirs: theirs - ours)
     step = next(iter(DDIM(sd.schedule, 2)))  # from half of the schedule
     d = torch.zeros((), dtype=torch.float32, device=z.device)
     for noise in sd.noise(seed, noises, *(side * sd.vae.factor for side in z.shape[2:])):
         x = (step.now.alpha * z.float() + step.now.sigma * noise.float()).to(sd.dtype)
-        ours, theirs = (conditional(sd.network, text)(x, step)[0] for text in texts.split(1))
-        d = d + (theirs.float() - ours.float()).abs().mean(1, keepdim=True)
+        d = d + apart(x, step)[0].float().abs().mean(1, keepdim=True)
     d = d.minimum(3 * d.mean((1, 2, 3), keepdim=True))
     return d > threshold * d.amax((1, 2, 3), keepdim=True)
 
@@ -74,13 +72,14 @@ def diffedit(
 
     strength: the image is inverted over the last int(steps * strength) steps. noises, threshold:
     of the mask. options: see `minisd.drawing.Drawing` (here steps=50); seed is the mask's first.
-    Costs 2 * noises + int(steps * strength) calls without guidance beside the drawing.
+    Costs noises calls of both prompts and int(steps * strength) of one beside the drawing.
     """
     drawing = Drawing.of(options, without=WITHOUT, steps=50, sampler="ddim")
-    expect.whole_number("seed", drawing.seed, 0)
-    expect.number("strength", strength, 0, 1)
+    expect.whole_number("seed", drawing.seed, -(2**63), 2**64 - noises)
+    expect.whole_number("noises", noises, 1)
+    expect.number("threshold", threshold, 0, 1)
     plan = drawing.make_sampler(sd, strength)
-    size = {"height": drawing.height, "width": drawing.width, "progress": drawing.progress}
+    size: Any = {"height": drawing.height, "width": drawing.width, "progress": drawing.progress}
     there = invert(sd, image, source, skip=plan.skip, trajectory=True, steps=drawing.steps, **size)
     path: Tensor = there.trajectory  # type: ignore[assignment]
     how = {"noises": noises, "threshold": threshold, "seed": drawing.seed}
