@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import expect
+from .sampling.ddpm import DDPM
 from .sampling.guidance import Embeddings, Predict, cfg, check_scales
 from .sampling.loop import denoise
 from .sampling.samplers import DDIM, DPMpp2M, Sampler, Step
@@ -31,7 +32,7 @@ from .sampling.schedule import NoiseSchedule
 if TYPE_CHECKING:
     from .pipeline import StableDiffusion
 
-SamplerName = Literal["dpm++", "dpm++ linspace", "ddim"]
+SamplerName = Literal["dpm++", "dpm++ linspace", "ddim", "ddpm"]
 SAMPLERS = get_args(SamplerName)
 T = TypeVar("T")
 Rule = Callable[..., Predict]
@@ -70,7 +71,8 @@ class Drawing:
     rule              how the text and the negative one make one prediction: `cfg`, or one like it
                       (`pag`), called as rule(network, uncond, cond, guidance, edits)
     sampler           "dpm++": DPM-Solver++ 2M on Karras' noise levels; "dpm++ linspace": on the
-                      schedule's own; "ddim"
+                      schedule's own; "ddim"; "ddpm": ancestral, with noise of the image's seed at
+                      every step, where the method takes it
     seed              image i is drawn with seed + i, whatever the batch; a list, or any
                       other sequence, gives each its seed
     num_images        of each prompt; those of the first prompt come first
@@ -147,10 +149,21 @@ class Drawing:
             return self
         return replace(self, num_images=len(seeds(self.seed)))
 
-    def make_sampler(self, sd: StableDiffusion, strength: float = 1.0) -> Sampler:
-        """The sampler, of whose steps the last int(steps * strength) run (diffusers' rule)."""
+    def make_sampler(
+        self, sd: StableDiffusion, strength: float = 1.0, rows: int | None = None
+    ) -> Sampler:
+        """The sampler, of whose steps the last int(steps * strength) run (diffusers' rule).
+
+        rows: of which each has its own noise at each step; None: the method is for samplers without
+        noise, and ValueError for "ddpm".
+        """
         expect.number("strength", strength, 0, 1)
         skip = self.steps - int(self.steps * strength)
+        if self.sampler == "ddpm":
+            if rows is None:
+                known = ", ".join(name for name in SAMPLERS if name != "ddpm")
+                raise ValueError(f"sampler is 'ddpm', expected one without noise here: {known}")
+            return DDPM(sd.schedule, self.steps, skip, seed=tuple(seeds(self.seed, rows)))
         return sampler_named(self.sampler, sd.schedule, self.steps, skip)
 
     def noise(self, sd: StableDiffusion, rows: int) -> Tensor:

@@ -58,7 +58,7 @@ def attend_and_excite(
     height, width = (side * sd.vae.factor for side in x.shape[2:])
     maps = Maps(sd, [prompt] * len(x), drawing.steps, height=height, width=width)
     columns = [maps.columns(word) for word in as_list(words)]
-    plan = drawing.make_sampler(sd)
+    plan = drawing.make_sampler(sd, rows=len(x))
     last = int(until * drawing.steps)
     goals = {int(share * drawing.steps): goal for share, goal in REFINED.items()}
 

@@ -82,7 +82,7 @@ def diffedit(
     size: Any = {"height": drawing.height, "width": drawing.width, "progress": drawing.progress}
     there = invert(sd, image, source, skip=plan.skip, trajectory=True, steps=drawing.steps, **size)
     path: Tensor = there.trajectory  # type: ignore[assignment]
-    how = {"noises": noises, "threshold": threshold, "seed": drawing.seed}
+    how: Any = {"noises": noises, "threshold": threshold, "seed": drawing.seed}
     mask = difference_mask(sd, there.z.to(sd.device), source, target, **how)
 
     def after(x: Tensor, step: Step) -> Tensor:

@@ -69,7 +69,7 @@ def long_prompt(
             return lambda step: everywhere
 
         predict = with_edits(predict, edits)
-    return sd.decode(drawing.denoise(x, drawing.make_sampler(sd), predict))
+    return sd.decode(drawing.denoise(x, drawing.make_sampler(sd, rows=len(x)), predict))
 
 
 def parse(prompt: str) -> tuple[str, list[tuple[int, int, float]]]:

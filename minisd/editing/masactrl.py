@@ -64,5 +64,10 @@ def masactrl(
         at = [AttentionEdit(kv_row=rows[:, None]) for rows in (own, source_row)]
         return lambda step: dict.fromkeys(sites[first:], at[step.index >= start])
 
-    z = drawing.denoise(x, drawing.make_sampler(sd), with_edits(predict, edits), chain(after=after))
+    z = drawing.denoise(
+        x,
+        drawing.make_sampler(sd, rows=drawing.num_images),
+        with_edits(predict, edits),
+        chain(after=after),
+    )
     return sd.decode(z)

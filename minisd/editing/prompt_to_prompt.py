@@ -267,7 +267,8 @@ def edit_prompt(
     uncond, cond = drawing.embed(sd, prompts)
     predict = drawing.rule(sd.network, uncond, cond, drawing.guidance, p2p)
     both = chain(after=after, local_blend=blend)
-    return sd.decode(drawing.denoise(x, drawing.make_sampler(sd), predict, both))
+    sampler = drawing.make_sampler(sd, rows=drawing.num_images)
+    return sd.decode(drawing.denoise(x, sampler, predict, both))
 
 
 def blend_arguments(given: Sequence[str] | Mapping[str, Any], drawing: Drawing) -> dict[str, Any]:
@@ -292,7 +293,8 @@ def seed_baseline(
     x = shared_noise(drawing, sd, prompts)
     uncond, cond = drawing.embed(sd, prompts)
     predict = drawing.rule(sd.network, uncond, cond, drawing.guidance)
-    return sd.decode(drawing.denoise(x, drawing.make_sampler(sd), predict))
+    sampler = drawing.make_sampler(sd, rows=drawing.num_images)
+    return sd.decode(drawing.denoise(x, sampler, predict))
 
 
 def split(options: Mapping[str, Any]) -> tuple[Drawing, dict[str, Any]]:

@@ -52,7 +52,7 @@ def regional(
     predict = drawing.rule(
         sd.network, uncond.repeat(1, len(texts), 1), cond, drawing.guidance, lambda step: edits
     )
-    return sd.decode(drawing.denoise(x, drawing.make_sampler(sd), predict))
+    return sd.decode(drawing.denoise(x, drawing.make_sampler(sd, rows=len(x)), predict))
 
 
 def region_bias(inside: Tensor, grid: tuple[int, int], length: int, rows: int) -> Tensor:

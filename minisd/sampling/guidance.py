@@ -138,16 +138,20 @@ def cfg(
     cond: Tensor,
     scale: Scales = 7.5,
     edits: Edits | None = None,
+    channels: int | None = None,
 ) -> Guidance:
     """Classifier-free guidance, eps = u + scale (c - u). With scale 1 there is no u to compute.
 
     cond: (B, L, D) or (1, L, D).  uncond: the same, or a list with one such tensor per step of the
-    full schedule (entry step.index is used; null-text inversion makes such a list).
+    full schedule (entry step.index is used; null-text inversion makes such a list).  channels: only
+    the first ones are guided, the others are c's (DiT guides 3 of 4, and never its variance).
     """
+    if channels is not None:
+        expect.whole_number("channels", channels, 1)
     if check_scales("guidance scale", scale) == 1:
         return conditional(network, cond, edits)
     groups = [("uncond", uncond), ("cond", cond)]
-    return Guidance(network, groups, _guided(scale, cond), edits)
+    return Guidance(network, groups, _guided(scale, cond, channels), edits)
 
 
 def erase(
@@ -253,16 +257,22 @@ def check_scales(name: str, scale: Scales, images: int | None = None) -> Scales:
     return scale
 
 
-def _guided(scale: Scales, cond: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """u + scale (c - u), each image with its own scale if there is a list of them."""
+def _guided(
+    scale: Scales, cond: Tensor, channels: int | None = None
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """u + scale (c - u), in the first channels alone if they are counted, and each image with its
+    own scale if there is a list of them."""
     check_scales("guidance scale", scale)
-    if not isinstance(scale, Sequence):
-        return lambda u, c: u + scale * (c - u)
-    each = torch.tensor(scale, dtype=torch.float32, device=cond.device)[:, None, None, None]
+    each: Any = scale
+    if isinstance(scale, Sequence):
+        each = torch.tensor(scale, dtype=torch.float32, device=cond.device)[:, None, None, None]
 
     def guided(u: Tensor, c: Tensor) -> Tensor:
         check_scales("guidance scale", scale, len(u))
-        return u + (each * (c - u)).to(u)  # the product in float32, as with a number
+        own, rest = c[:, :channels], c[:, channels:] if channels else c[:, :0]
+        u = u[:, :channels]
+        eps = u + (each * (own - u)).to(u)  # a list's product is float32, as a number's is inside
+        return torch.cat([eps, rest], dim=1) if channels else eps
 
     return guided
 
