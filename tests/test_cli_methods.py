@@ -75,10 +75,10 @@ def test_commands_draw_what_the_functions_draw(sd, minisd_command, draw_again, n
 
 
 def test_two_seeds_of_several_images(sd, minisd_command):
-    arguments = ["masactrl", "a cat", "a dog", "-n", "2", "-o", "x.png"]
+    arguments = ["masactrl", "a cat", "a dog", "--start", "1", "-n", "2", "-o", "x.png"]
     code, out, _ = minisd_command(*arguments, *TINY)
     assert code == 0 and out.split() == [f"x-{i}.png" for i in range(4)]
-    expected = minisd.masactrl(sd, "a cat", "a dog", **HOW | {"seed": 5})
+    expected = minisd.masactrl(sd, "a cat", "a dog", start=1, **HOW | {"seed": 5})
     assert [Image.open(f"x-{i}.png").tobytes() for i in (2, 3)] == [e.tobytes() for e in expected]
     assert Image.open("x-3.png").text["prompt"] == "a dog"
 
@@ -88,7 +88,7 @@ def test_two_seeds_of_several_images(sd, minisd_command):
     [
         (["masactrl", "a cat"], "the following arguments are required: target"),
         (["masactrl", "a", "b", "--start", "3"], "start is 3, expected a whole number from 0 to 2"),
-        (["masactrl", "a", "b", "--first", "9"], "first is 9, expected a whole number from 0 to"),
+        (["masactrl", "a", "b", "--start", "0", "--first", "9"], "first is 9, expected a whole"),
         (["excite", "a cat", "bird"], "the word 'bird' is not in the prompt"),
         (["excite", "a cat", "cat", "--until", "2"], "until is 2.0, expected a number from 0 to 1"),
         (["regional", "a"], "the following arguments are required: --region"),

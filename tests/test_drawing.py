@@ -2,6 +2,7 @@
 same in each; what draws returns images, whatever the options."""
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import p2p_model
@@ -390,7 +391,7 @@ HOW = {
     "uncond": torch.zeros(1, 77, 24),
     "steps": 2,
     "guidance": 2.0,
-    "rule": minisd.pag,
+    "rule": partial(minisd.pag, sites=["up_blocks.1.attentions.0.transformer_blocks.0.attn1"]),
     "sampler": "ddim",
     "seed": 1,
     "num_images": 2,

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from oracle import difference
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import minisd
 from minisd.editing.diffedit import difference_mask
@@ -43,7 +45,7 @@ def compare(record_property):
         error = difference(ours, theirs)
         record_property(f"{method} against its formula, relative", error)
         assert error <= BAR
-        assert plain is None or difference(plain, theirs) > 100 * BAR
+        assert plain is None or difference(plain, theirs) > 10 * BAR
 
     return check
 
@@ -69,11 +71,11 @@ def plainly(i, site, q, k, v):
 
 def test_masactrl(both, compare):
     reference, sd = both
-    ours = minisd.masactrl(sd, SOURCE, TARGET, start=2, **HOW)
+    ours = minisd.masactrl(sd, SOURCE, TARGET, start=1, **HOW)
 
     def attend(i, site, q, k, v):
         late = site.startswith(("up_blocks.0.attentions.1", "up_blocks.1"))  # self sites 4, 5, 6
-        if not (late and site.endswith("attn1") and i >= 2):
+        if not (late and site.endswith("attn1") and i >= 1):
             return oracle.plain(q, k, v)
         out = []
         for source, target in ((0, 1), (2, 3)):  # of the uncond rows, of the cond rows
@@ -123,7 +125,8 @@ def test_daam(both, compare):
 
 def test_diffedit(both, compare):
     reference, sd = both
-    ours = minisd.diffedit(sd, image(), SOURCE, TARGET, noises=3, strength=0.6, **HOW)
+    how = {"steps": STEPS, "seed": 3, "progress": False}
+    ours = minisd.diffedit(sd, image(), SOURCE, TARGET, noises=3, strength=0.6, **how)
     scheduler = oracle.ddim(tiny.SCHEDULER, STEPS)
     abar, z = scheduler.alphas_cumprod, sd.encode_image(image())
     source, target = sd.encode_prompt([SOURCE, TARGET]).split(1)
@@ -143,9 +146,9 @@ def test_diffedit(both, compare):
     found = difference_mask(sd, z, SOURCE, TARGET, noises=3, seed=3)
     assert torch.equal(found, mask) and 0 < mask.sum() < 64
 
-    path, x, low = [z], z, 1  # from timestep 1 on, whose level is also the image's
+    path, x = [z], z
     for t in (1, 201, 401):
-        now, after = abar[max(t - 200, 0)], abar[t]
+        now, after = abar[max(t - 200, 0)], abar[t]  # of timestep 0 the image itself
         e = eps(x, t, source)
         x = after**0.5 * (x - (1 - now) ** 0.5 * e) / now**0.5 + (1 - after) ** 0.5 * e
         path.insert(0, x)
@@ -157,7 +160,6 @@ def test_diffedit(both, compare):
     compare("DiffEdit", ours, x)
     assert (ours - z)[~mask.expand_as(ours)].abs().max() <= 1e-4  # the inverted latent, to the end
     assert (ours - z)[mask.expand_as(ours)].abs().max() > 0.1
-    assert low == 1
 
 
 def half(side, right=False):
@@ -358,3 +360,48 @@ def test_attend_and_excite_of_several_images(both):
     assert torch.equal(
         minisd.attend_and_excite(sd, SOURCE, ["cat"], until=0.0, **HOW), sd.txt2img(SOURCE, **HOW)
     )
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation returns."""
+
+    found = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                self.found = max(self.found, x.numel())
+        return out
+
+
+def at_4096_positions(sd):
+    """Each method but the one with gradients, one step of an image of 64 x 64 latents."""
+    how = {"height": 256, "width": 256, "steps": 1, "progress": False}
+    given = image().resize((256, 256))
+    return {
+        "PAG": lambda: sd.txt2img(SOURCE, rule=minisd.pag, **how),
+        "MasaCtrl": lambda: minisd.masactrl(sd, SOURCE, TARGET, start=0, first=0, **how),
+        "DiffEdit": lambda: minisd.diffedit(
+            sd, given, SOURCE, TARGET, strength=1.0, noises=1, steps=1, progress=False
+        ),
+        "regional": lambda: minisd.regional(sd, SOURCE, {"a cat": half(256)}, **how),
+        "long": lambda: minisd.long_prompt(sd, LONG, "bias", **how),
+        "DAAM": lambda: minisd.daam(minisd.heatmap(sd, SOURCE, **how)[1]),
+    }
+
+
+@pytest.mark.parametrize("name", list(at_4096_positions(None)))
+def test_no_method_forms_a_map_of_all_positions(pair, monkeypatch, name):
+    """4096 x 4096 elements would be one head's; reference attention, which forms them, is seen."""
+    _, sd = pair
+    monkeypatch.setattr(sd, "decode", lambda z: [z], raising=False)
+    sd.unet.attention = "sdpa"
+    with Largest() as largest:
+        at_4096_positions(sd)[name]()
+    assert largest.found < 4096**2
+    if name == "PAG":
+        sd.unet.attention = "reference"
+        with Largest() as largest:
+            at_4096_positions(sd)[name]()
+        assert largest.found >= 4096**2
