@@ -1,6 +1,6 @@
 """The `minisd` command: its parser, its errors and its exit codes.
 
-    main -> draw, edit, invert, blend, methods, models, info, toy (the commands) -> output -> options
+    main -> the commands (draw, edit, invert, blend, methods, models, info, toy) -> output, options
 
 A command is a function of what argparse read and a `Call`; it turns them into requests (options.py)
 and does the rest from these. torch is imported inside the commands, so that `minisd --help` and
