@@ -18,7 +18,7 @@ START = """
 import json, torch, triton
 from triton.runtime.jit import JITFunction
 from bench.kernel_resources import CompileOnly
-from minisd_kernels import norms, ops, toolchain
+from minisd_kernels import dispatch, norms, toolchain
 
 toolchain.choose = lambda arch: None
 triton.runtime.driver.set_active(CompileOnly(80))
@@ -37,8 +37,8 @@ def empty(*shape, dtype=torch.float16):
 
 def launch(name, *args):
     # as the first call of an op does
-    out = ops.EMPTY[name](*args)
-    ops.prepare(name, args, out)(*args, out)
+    out = dispatch.EMPTY[name](*args)
+    dispatch.prepare(name, args, out)(*args, out)
 """
 
 
@@ -65,7 +65,7 @@ for i in range(4):
     edit = source[i], None, token_map[i], blend[i], reweight[i]
     assert all(x.is_contiguous() for x in edit if x is not None)
     aligned.add(tuple(x.storage_offset() * 4 % 16 == 0 for x in edit if x is not None))
-    launch('attention', q, q, q, source[i], *[None] * 4)
+    launch('attention', q, q, q, source[i], *[None] * 4, False)
     launch('cross_attention', q, k, k, *edit, None, None)
     launch('cross_attention_save', q, k, k, *edit, None, save, mean[i], None)
 assert len(aligned) == 2, aligned
@@ -88,7 +88,7 @@ def test_more_than_65535_rows_or_heads_are_launched():
 for B, H in ((65536, 2), (2, 65536)):
     q, k = empty(B, H, 64, 8), empty(B, H, 5, 8)
     row, blend = empty(1, dtype=torch.int32), empty(1, 5, dtype=torch.float32)
-    launch('attention', q, q, q, *[None] * 5)
+    launch('attention', q, q, q, *[None] * 5, False)
     launch('cross_attention', q, k, k, row, None, None, blend, *[None] * 3)
     launch('cross_attention_save', q, k, k, *[None] * 7, empty(1, 64, 5, dtype=torch.float32), None)
 x = empty(65536, 64, 4, 4).to(memory_format=torch.channels_last)
@@ -112,7 +112,7 @@ def keep(self, *args, grid, **kwargs):
 JITFunction.run = keep
 q, k = empty(4, 2, 64, 40), empty(4, 2, 77, 40)
 maps, mean = empty(2, 2, 64, 77), empty(2, 64, 77, dtype=torch.float32)
-launch('attention', q, q, q, *[None] * 5)
+launch('attention', q, q, q, *[None] * 5, False)
 launch('cross_attention', q, k, k, None, maps, None, empty(2, 77, dtype=torch.float32), *[None] * 3)
 launch('cross_attention_save', q, k, k, *[None] * 6, maps, mean, None)
 x = empty(2, 1024, 9, 9).to(memory_format=torch.channels_last)
