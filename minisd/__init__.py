@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from .drawing import Drawing as Drawing
     from .editing.attend_and_excite import attend_and_excite as attend_and_excite
     from .editing.blended import blend as blend
-    from .editing.deep_cache import deep_cache as deep_cache
     from .editing.daam import daam as daam
+    from .editing.deep_cache import deep_cache as deep_cache
     from .editing.diffedit import diffedit as diffedit
     from .editing.edict import edict as edict
     from .editing.erasure import erase_concepts as erase_concepts

@@ -79,7 +79,7 @@ class Guidance:
         out, momentum = self.combined(eps, step, run.momentum)
         return out, run._replace(momentum=momentum)
 
-    def edits_of(self, x: Tensor, step: Step) -> Mapping[str, AttentionEdit]:
+    def edits_of(self, x: Tensor, step: Step) -> SiteEdits:
         """{site: edit} of this step, for latents x."""
         return {} if self.edits is None else self.edits(step)
 
