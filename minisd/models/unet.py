@@ -518,20 +518,18 @@ class UNet(nn.Module):
         c = Conditioning(times, texts, edits, impl, recompute, rows)
 
         x = ops.conv2d(self.conv_in, x)
-        x = self.outermost(x, c) if self.is_shallow(c) else self.whole(x, c)
+        if self.is_shallow(c):
+            x = self.outermost(x, c)
+        else:
+            skips = [x]
+            for down in self.down_blocks:
+                x, new = down(x, c)
+                skips += new
+            x = self.mid_block(x, c)
+            for up in self.up_blocks:
+                joining = [skips.pop() for _ in up.resnets]
+                x = up(x, joining, skips[-1].shape[2:] if skips else x.shape[2:], c)
         return ops.norm_silu_conv(self.conv_norm_out, self.conv_out, x)
-
-    def whole(self, x: Tensor, c: Conditioning) -> Tensor:
-        """All blocks."""
-        skips = [x]
-        for down in self.down_blocks:
-            x, new = down(x, c)
-            skips += new
-        x = self.mid_block(x, c)
-        for up in self.up_blocks:
-            joining = [skips.pop() for _ in up.resnets]
-            x = up(x, joining, skips[-1].shape[2:] if skips else x.shape[2:], c)
-        return x
 
     def is_shallow(self, c: Conditioning) -> bool:
         """Whether nothing of what is below `self.deep` is used."""

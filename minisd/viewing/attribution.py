@@ -104,11 +104,7 @@ def attribute(
     expect.whole_number("batch", batch, 1)
     x = drawing.noise(sd, 1)
     size = (x.shape[2], x.shape[3])
-    inside, whole = read_mask(region), tuple(side * sd.vae.factor for side in size)
-    if inside.shape != whole:
-        raise ValueError(f"the region is {inside.shape}, expected the image's {whole}")
-    if inside.all():
-        raise ValueError("the region is the whole image, expected a part of it")
+    inside = read_region(region, tuple(side * sd.vae.factor for side in size))
     if unknown := sorted(set(by) - set(AXES)):
         raise ValueError(f"by: got {unknown}, expected some of {AXES}")
     every: dict[str, Sequence[Any]] = {
@@ -140,6 +136,16 @@ def attribute(
         found.sort(key=lambda pair: -pair[0].inside)
         found[SHOWN:] = [(effect, image) for effect, _ in found[SHOWN:]]  # the others' are let go
     return Attribution([e for e, _ in found], image, [i for _, i in found[:SHOWN]])
+
+
+def read_region(region: Any, whole: tuple[int, ...]) -> Any:
+    """Where the region is, (height, width); ValueError unless it is a part of the image."""
+    inside = read_mask(region)
+    if inside.shape != whole:
+        raise ValueError(f"the region is {inside.shape}, expected the image's {whole}")
+    if inside.all():
+        raise ValueError("the region is the whole image, expected a part of it")
+    return inside
 
 
 def tokens_of(sd: "StableDiffusion", prompt: str) -> list[tuple[int, str]]:
