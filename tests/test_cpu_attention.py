@@ -140,6 +140,8 @@ def test_where_it_is_chosen():
     assert not chosen(*(x.double() for x in (q, k, v))) and not chosen(q.half(), k.half(), v.half())
     assert not chosen(q[..., :12], k[..., :12], v[..., :12])
     assert not chosen(*(x.mT.contiguous().mT for x in (q, k, v)))
+    wide = tensors(1, 1, 3, 3, 512, torch.float32)
+    assert cpu.takes(*wide) and not chosen(*wide)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not chosen(q, k, v)
     needing = v.clone().requires_grad_()
@@ -167,6 +169,8 @@ def test_derivatives_graphs_and_fakes():
     torch.testing.assert_close(compiled(q, k, v), attention(q, k, v))
     assert len(graphs) == 1 and "scaled_dot_product_attention" in graphs[0]
     torch._dynamo.reset()
+    meta = [x.to("meta") for x in (q, k, v)]
+    assert attention(*meta).shape == q.shape
     with FakeTensorMode() as mode:
         fake = [mode.from_tensor(x) for x in (q, k, v)]
         strides = attention(*fake).stride()
