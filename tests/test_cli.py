@@ -522,6 +522,10 @@ def test_the_model_is_v1_4_where_none_is_named():
         "invert",
         "blend",
         "erase",
+        "masactrl",
+        "excite",
+        "regional",
+        "diffedit",
         "export",
     }
     assert {parser.get_default("model") for parser in taking.values()} == {"sd-v1-4"}
@@ -726,7 +730,7 @@ def test_an_option_has_the_name_that_it_has_in_python():
     from minisd.editing.prompt_to_prompt import EditOptions
 
     [commands] = [a.choices for a in build_parser()._actions if isinstance(a.choices, dict)]
-    python_only = {"uncond", "latents", "on_step", "progress", "self_sites", "map_sites"}
+    python_only = {"rule", "uncond", "latents", "on_step", "progress", "self_sites", "map_sites"}
     drawing = set(Options.__annotations__) - python_only - {"height", "width"} | {"size"}
     expected = {
         "txt2img": drawing,

@@ -82,6 +82,7 @@ def erase(args: Namespace, call: Call) -> None:
     from ..editing.erasure import erase_concepts
     from ..viewing.images import read_image
 
+    call.refuse("erasure has a rule of guidance of its own", "pag")
     request = DrawRequest.of(args, call, negative_at_1=True)
     image = None if args.image is None else read_image(args.image)
     files = {} if args.image is None else file_chunks(image=args.image)

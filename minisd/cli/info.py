@@ -16,8 +16,9 @@ from .output import AGAIN
 
 # The text chunks of a PNG that are options of the command, under the option's name.
 OPTIONS = (
-    *("negative", "strength", "model", "variant", "revision", "tokenizer"),
-    *("seed", "size", "steps", "guidance", "sampler", "dtype", "device"),
+    *("weights", "negative", "strength", "model", "variant", "revision", "tokenizer"),
+    *("seed", "size", "steps", "guidance", "pag", "freeu", "seg", "deep-cache"),
+    *("sampler", "dtype", "device"),
 )
 
 
