@@ -1,11 +1,11 @@
-"""Does each method on attention do what it is for? Scored by pixels on the bundled model.
+"""Does each method on attention or features do what it is for? Scored by pixels, on `shapes`.
 
     python -m bench.methods [--n 50] [--only NAME ...] [--json bench/results/cpu/methods.json]
 
 Of each method n scenes, each drawn with the method and without it from the same noise: what counts
 as right is said in METHODS, and bench/scorer.py reads it from the pixels. Beside that: the lines of
 code of its file (without docstrings, comments and imports), how far it is from its formula on eager
-maps (tests/test_methods.py), and its time and memory over plain drawing of the same rows at 4096
+maps (the tests in ORACLES), and its time and memory over plain drawing of the same rows at 4096
 positions. Where a method is no better than doing nothing, the table says so.
 """
 
@@ -40,6 +40,8 @@ from minisd.viewing.visualize import contact_sheet
 
 SEED, STEPS = 4001, 12
 HOW = {"steps": STEPS, "progress": False}
+FREEU = (1.1, 1.2), (0.9, 0.9)  # b, s: the published ones are Stable Diffusion's
+ORACLES = ("test_methods", "test_perturbed", "test_feature_methods")
 SIDE = 256  # pixels, of the measurement of time and memory: 4096 positions
 Trial = list[tuple[str, Image.Image, bool]]  # what is drawn, the image, whether it is right
 
@@ -71,10 +73,10 @@ def two(rng: random.Random) -> Description:
 # the trials: [without the method, with it]
 
 
-def pag(sd, rng, seed) -> Trial:
+def perturbing(rule, sd, rng, seed) -> Trial:
     """Without a text and without guidance: one or two things, each whole, on a background."""
     how = HOW | {"guidance": 1, "seed": seed}
-    images = [sd.txt2img("", rule=rule, **how)[0] for rule in (minisd.cfg, minisd.pag)]
+    images = [sd.txt2img("", rule=each, **how)[0] for each in (minisd.cfg, rule)]
 
     def right(image: Image.Image) -> bool:
         found = read(image)
@@ -82,6 +84,41 @@ def pag(sd, rng, seed) -> Trial:
         return 1 <= len(found.objects) <= 2 and whole and found.background is not None
 
     return [("no text, no guidance", image, right(image)) for image in images]
+
+
+def freeu(sd, rng, seed) -> Trial:
+    """Two things, with little guidance."""
+    said = two(rng)
+    edits = minisd.freeu(sd.unet, b=FREEU[0], s=FREEU[1])
+    how = HOW | {"steps": 8, "guidance": 1.5, "seed": seed}
+    rules = (minisd.cfg, partial(minisd.cfg, edits=edits))
+    images = [sd.txt2img(str(said), rule=rule, **how)[0] for rule in rules]
+    return [(str(said), image, is_all(image, said)) for image in images]
+
+
+def deep_cache(sd, rng, seed) -> Trial:
+    """Two things: as right as in full, in less time."""
+    said = two(rng)
+    rules = (minisd.cfg, partial(minisd.deep_cache, unet=sd.unet))
+    images = [sd.txt2img(str(said), rule=rule, seed=seed, **HOW)[0] for rule in rules]
+    return [(str(said), image, is_all(image, said)) for image in images]
+
+
+def plug_and_play(sd, rng, seed) -> Trial:
+    """One of two things in another colour; both in their places."""
+    said, edited = two(rng), rng.randrange(2)
+    things = list(said.things)
+    used = [each.colour for each in things]
+    colour = rng.choice([c for c in scenes.COLOURS if c not in used])
+    things[edited] = replace(things[edited], colour=colour)
+    target = replace(said, things=tuple(things))
+    pair, prompts = Pair("colour swap", said, target, edited, seed), (str(said), str(target))
+    source, alone = minisd.seed_baseline(sd, *prompts, **HOW | {"seed": seed})
+    images = [alone, minisd.plug_and_play(sd, *prompts, **HOW | {"seed": seed})[1]]
+    figures = [measure(pair, source, each) for each in images]
+    kept = [min(f["other_iou"] or 0, f["edited_iou"] or 0) > 0.8 for f in figures]
+    right = [bool(f["right"] and ok) for f, ok in zip(figures, kept)]
+    return [(f"{said} / {target}", each, ok) for each, ok in zip(images, right)]
 
 
 def masactrl(sd, rng, seed) -> Trial:
@@ -223,7 +260,19 @@ class Method:
 
 
 METHODS = [
-    Method("PAG", "perturbed", "PAG", pag, "whole things, without a text"),
+    Method(
+        "PAG", "perturbed", "PAG", partial(perturbing, minisd.pag), "whole things, without a text"
+    ),
+    Method("SEG", "smoothed", "SEG", partial(perturbing, minisd.seg), "the same"),
+    Method("FreeU", "freeu", "FreeU", freeu, "two things, all attributes, little guidance"),
+    Method(
+        "Plug-and-Play",
+        "plug_and_play",
+        "Plug-and-Play",
+        plug_and_play,
+        "the new colour, both things in their places",
+    ),
+    Method("DeepCache", "deep_cache", "DeepCache", deep_cache, "two things, all attributes"),
     Method("MasaCtrl", "masactrl", "MasaCtrl", masactrl, "its own place, the source's background"),
     Method(
         "Attend-and-Excite",
@@ -274,10 +323,10 @@ def lines_of(path: Path) -> int:
 
 
 def oracle_errors() -> dict[str, float]:
-    """{method: the greatest relative error} of tests/test_methods.py and test_perturbed.py."""
+    """{method: the greatest relative error} of the tests in ORACLES."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        tests = [f"tests/{name}.py" for name in ("test_methods", "test_perturbed")]
+        tests = [f"tests/{name}.py" for name in ORACLES]
         command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *tests]
         subprocess.run(command, cwd=harness.ROOT, check=True, stdout=sys.stderr)
         worst: dict[str, float] = {}
@@ -306,6 +355,13 @@ def costs(sd) -> dict[str, tuple[Callable, Callable]]:
     words = {"refinements": 0, **how}
     return {
         "PAG": (partial(drawn, rule=minisd.pag), partial(drawn, rule=undisturbed)),
+        "SEG": (partial(drawn, rule=minisd.seg), partial(drawn, rule=undisturbed)),
+        "FreeU": (partial(drawn, rule=partial(minisd.cfg, edits=minisd.freeu(sd.unet))), drawn),
+        "Plug-and-Play": (
+            partial(minisd.plug_and_play, sd, one, two, **how),
+            partial(minisd.seed_baseline, sd, one, two, **how),
+        ),
+        "DeepCache": (partial(drawn, rule=partial(minisd.deep_cache, unet=sd.unet)), drawn),
         "MasaCtrl": (
             partial(minisd.masactrl, sd, one, two, start=0, **how),
             partial(minisd.seed_baseline, sd, one, two, **how),
