@@ -30,6 +30,7 @@ from .sampling.samplers import DDIM, DPMpp2M, Sampler, Step
 from .sampling.schedule import NoiseSchedule
 
 if TYPE_CHECKING:
+    from .latents import Latents
     from .pipeline import StableDiffusion
 
 SamplerName = Literal["dpm++", "dpm++ linspace", "ddim", "ddpm"]
@@ -149,9 +150,7 @@ class Drawing:
             return self
         return replace(self, num_images=len(seeds(self.seed)))
 
-    def make_sampler(
-        self, sd: StableDiffusion, strength: float = 1.0, rows: int | None = None
-    ) -> Sampler:
+    def make_sampler(self, sd: Latents, strength: float = 1.0, rows: int | None = None) -> Sampler:
         """The sampler, of whose steps the last int(steps * strength) run (diffusers' rule).
 
         rows: of which each has its own noise at each step; None: the method is for samplers without
@@ -166,7 +165,7 @@ class Drawing:
             return DDPM(sd.schedule, self.steps, skip, seed=tuple(seeds(self.seed, rows)))
         return sampler_named(self.sampler, sd.schedule, self.steps, skip)
 
-    def noise(self, sd: StableDiffusion, rows: int) -> Tensor:
+    def noise(self, sd: Latents, rows: int) -> Tensor:
         """x_T (rows, C, h, w): the given latents, or else the seed's noise.
 
         ValueError for latents of another number or another size than height x width pixels.
@@ -179,7 +178,7 @@ class Drawing:
             raise ValueError(f"the latents are {got}, expected a tensor of floats (B, C, h, w)")
         if height is None and width is None:
             height, width = (side * sd.vae.factor for side in x.shape[-2:])
-        expected = (rows, sd.unet.config.in_channels, *sd.latent_size(height, width))
+        expected = (rows, sd.channels, *sd.latent_size(height, width))
         if tuple(x.shape) != expected:
             raise ValueError(f"the latents have shape {tuple(x.shape)}, expected {expected}")
         return x.to(sd.device, sd.dtype)

@@ -518,7 +518,7 @@ def test_unet_errors(pair):
     for wrong in (context[..., :5], context[0], context[:, :0], "a cat"):
         with pytest.raises(ValueError, match=r"context: got .*, expected a tensor \(R, L, 24\)"):
             ours(x, t, wrong)
-    with pytest.raises(ValueError, match='"self", "cross" or None, got \'both\''):
+    with pytest.raises(ValueError, match="kind is 'both', expected one of None"):
         ours.sites("both")
 
 

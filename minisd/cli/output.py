@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from .lines import as_chunk
@@ -116,19 +116,21 @@ def load_model(request: DrawRequest) -> StableDiffusion:
 
 def draw(
     request: DrawRequest,
-    run: Callable[[StableDiffusion, Options], Sequence[Image.Image]],
+    run: Callable[[Any, Options], Sequence[Image.Image]],
     told: Callable[[int], Mapping[str, object]],
     prompts: Sequence[str] = (),
+    load: Callable[[DrawRequest], Any] = load_model,
 ) -> None:
     """Draw the images of each seed, run(sd, options), and write them when they are done.
 
     One seed at a time, not as a batch: each can be drawn again alone, bit for bit, by the command
     that `minisd info` prints. told: seed -> what its PNGs tell beside what all of them tell.
     prompts: one for each image of a seed, which its PNG tells, too; without them it is one image.
+    load: what gives the model, sd.
     """
     each = max(len(prompts), 1)
     places = output_places(request.output, len(request.seeds) * each)
-    sd = load_model(request)
+    sd = load(request)
     for i, seed in enumerate(request.seeds):
         own, written = told(seed), []
         with tracing(request, sd, seed) as on_step:
