@@ -1,11 +1,11 @@
-"""Does each method on attention or features do what it is for? Scored by pixels, on `shapes`.
+"""Does each method on attention do what it is for? Scored by pixels on the bundled model.
 
     python -m bench.methods [--n 50] [--only NAME ...] [--json bench/results/cpu/methods.json]
 
 Of each method n scenes, each drawn with the method and without it from the same noise: what counts
 as right is said in METHODS, and bench/scorer.py reads it from the pixels. Beside that: the lines of
 code of its file (without docstrings, comments and imports), how far it is from its formula on eager
-maps (the tests in ORACLES), and its time and memory over plain drawing of the same rows at 4096
+maps (tests/test_methods.py), and its time and memory over plain drawing of the same rows at 4096
 positions. Where a method is no better than doing nothing, the table says so.
 """
 
@@ -31,19 +31,21 @@ from tqdm import tqdm
 
 import minisd
 from bench import harness
-from bench.editing import Pair, alike, measure, other
+from bench.editing import Pair, alike, measure
 from bench.scorer import judge, read
 from minisd.editing.perturbed import perturbed
 from minisd.training import scenes
 from minisd.training.scenes import Description, Thing
 from minisd.viewing.visualize import contact_sheet
 
-SEED, STEPS = 4001, 12
+SEED, STEPS, EACH = 4001, 10, 5
 HOW = {"steps": STEPS, "progress": False}
-FREEU = (1.1, 1.2), (0.9, 0.9)  # b, s: the published ones are Stable Diffusion's
+FREEU = (1.2, 1.2), (1.0, 1.0)  # b, s; the published ones are Stable Diffusion's
 ORACLES = ("test_methods", "test_perturbed", "test_feature_methods")
+PARTS = ("error", "score", "cost")
 SIDE = 256  # pixels, of the measurement of time and memory: 4096 positions
-Trial = list[tuple[str, Image.Image, bool]]  # what is drawn, the image, whether it is right
+Scored = list[tuple[Image.Image, bool]]  # EACH images, and whether each is right
+Trial = tuple[str, Scored, Scored]  # what is drawn, without the method, with it
 
 
 def thing(rng: random.Random, **fixed) -> Thing:
@@ -56,10 +58,6 @@ def background(rng: random.Random) -> str:
     return rng.choice(list(scenes.BACKGROUNDS))
 
 
-def is_all(image: Image.Image, said: Description) -> bool:
-    return judge(read(image), said)["all"]
-
-
 def two(rng: random.Random) -> Description:
     """A held-out caption of two things that differ in shape and colour."""
     while True:
@@ -70,118 +68,118 @@ def two(rng: random.Random) -> Description:
                 return said
 
 
-# the trials: [without the method, with it]
+def of_seed(seed: int) -> dict:
+    """EACH images, drawn with seeds of their own."""
+    return HOW | {"seed": EACH * seed, "num_images": EACH}
+
+
+def judged(
+    text: str, without: list[Image.Image], drawn: list[Image.Image], right: Callable
+) -> Trial:
+    before, after = ([(each, bool(right(each))) for each in some] for some in (without, drawn))
+    return text, before, after
+
+
+def has(said: Description, *names: str) -> Callable[[Image.Image], bool]:
+    """Whether an image has these attributes of the description."""
+
+    def right(image: Image.Image) -> bool:
+        found = judge(read(image), said)
+        return all(found[name] for name in names)
+
+    return right
+
+
+# the trials
 
 
 def perturbing(rule, sd, rng, seed) -> Trial:
     """Without a text and without guidance: one or two things, each whole, on a background."""
-    how = HOW | {"guidance": 1, "seed": seed}
-    images = [sd.txt2img("", rule=each, **how)[0] for each in (minisd.cfg, rule)]
+    how = of_seed(seed) | {"guidance": 1}
 
     def right(image: Image.Image) -> bool:
         found = read(image)
         whole = all(each.shape and each.colour and each.size for each in found.objects)
         return 1 <= len(found.objects) <= 2 and whole and found.background is not None
 
-    return [("no text, no guidance", image, right(image)) for image in images]
+    images = (sd.txt2img("", rule=each, **how) for each in (minisd.cfg, rule))
+    return judged("no text, no guidance", *images, right)
 
 
 def freeu(sd, rng, seed) -> Trial:
     """Two things, with little guidance."""
-    said = two(rng)
-    edits = minisd.freeu(sd.unet, b=FREEU[0], s=FREEU[1])
-    how = HOW | {"steps": 8, "guidance": 1.5, "seed": seed}
-    rules = (minisd.cfg, partial(minisd.cfg, edits=edits))
-    images = [sd.txt2img(str(said), rule=rule, **how)[0] for rule in rules]
-    return [(str(said), image, is_all(image, said)) for image in images]
+    said, how = two(rng), of_seed(seed) | {"guidance": 1.5}
+    rules = (minisd.cfg, partial(minisd.cfg, edits=minisd.freeu(sd.unet, *FREEU)))
+    images = (sd.txt2img(str(said), rule=rule, **how) for rule in rules)
+    return judged(str(said), *images, has(said, "all"))
 
 
 def deep_cache(sd, rng, seed) -> Trial:
     """Two things: as right as in full, in less time."""
-    said = two(rng)
+    said, how = two(rng), of_seed(seed) | {"steps": 2 * STEPS}
     rules = (minisd.cfg, partial(minisd.deep_cache, unet=sd.unet))
-    images = [sd.txt2img(str(said), rule=rule, seed=seed, **HOW)[0] for rule in rules]
-    return [(str(said), image, is_all(image, said)) for image in images]
+    images = (sd.txt2img(str(said), rule=rule, **how) for rule in rules)
+    return judged(str(said), *images, has(said, "all"))
 
 
 def plug_and_play(sd, rng, seed) -> Trial:
-    """One of two things in another colour; both in their places."""
+    """One of two things in another colour, and both in their places."""
     said, edited = two(rng), rng.randrange(2)
-    things = list(said.things)
-    used = [each.colour for each in things]
+    used, things = [each.colour for each in said.things], list(said.things)
     colour = rng.choice([c for c in scenes.COLOURS if c not in used])
     things[edited] = replace(things[edited], colour=colour)
-    target = replace(said, things=tuple(things))
-    pair, prompts = Pair("colour swap", said, target, edited, seed), (str(said), str(target))
-    source, alone = minisd.seed_baseline(sd, *prompts, **HOW | {"seed": seed})
-    images = [alone, minisd.plug_and_play(sd, *prompts, **HOW | {"seed": seed})[1]]
-    figures = [measure(pair, source, each) for each in images]
-    kept = [min(f["other_iou"] or 0, f["edited_iou"] or 0) > 0.8 for f in figures]
-    right = [bool(f["right"] and ok) for f, ok in zip(figures, kept)]
-    return [(f"{said} / {target}", each, ok) for each, ok in zip(images, right)]
+    prompts = str(said), str(replace(said, things=tuple(things)))
+    pair = Pair("colour swap", said, replace(said, things=tuple(things)), edited, seed)
+    how = of_seed(seed)
+    alone, drawn = (f(sd, *prompts, **how) for f in (minisd.seed_baseline, minisd.plug_and_play))
+
+    def verdicts(images: list[Image.Image]) -> Scored:
+        figures = [measure(pair, *each) for each in zip(images[:EACH], images[EACH:])]
+        kept = [min(f["other_iou"] or 0, f["edited_iou"] or 0) > 0.8 for f in figures]
+        return [
+            (image, bool(f["right"] and ok)) for image, f, ok in zip(images[EACH:], figures, kept)
+        ]
+
+    return " / ".join(prompts), verdicts(alone), verdicts(drawn)
 
 
 def masactrl(sd, rng, seed) -> Trial:
     """One thing in its own place, which the target says, on the source's background."""
     a, behind, (here, there) = thing(rng), background(rng), rng.sample(list(scenes.POSITIONS), 2)
     source, target = str(Description((a,), here, behind)), f"a {a.shape} {there}"
-    how = HOW | {"seed": seed}
-    images = [
-        minisd.seed_baseline(sd, source, target, **how)[1],
-        minisd.masactrl(sd, source, target, start=1, **how)[1],
-    ]
-    wanted = Description((a,), there, behind)
-
-    def right(image: Image.Image) -> bool:
-        found = judge(read(image), wanted)
-        return all(found[name] for name in ("count", "shape", "place", "background"))
-
-    return [(f"{source} / {target}", image, right(image)) for image in images]
-
-
-def style(sd, rng, seed) -> Trial:
-    """A thing of another shape, of which nothing else is said: all else is the reference's."""
-    a, behind = thing(rng), background(rng)
-    shape = other(scenes.SHAPES, a.shape, rng)
-    reference, prompt = str(Description((a,), None, behind)), f"a {shape}"
-    how = HOW | {"seed": [seed, seed + 1000]}
-    images = [
-        sd.txt2img([reference, prompt], sampler="ddim", **how)[1],
-        minisd.style_aligned(sd, reference, prompt, **how)[1],
-    ]
-    wanted = Description((replace(a, shape=shape),), None, behind)
-    return [(f"{reference} / {prompt}", image, is_all(image, wanted)) for image in images]
+    without = minisd.seed_baseline(sd, source, target, **of_seed(seed))[EACH:]
+    drawn = minisd.masactrl(sd, source, target, start=1, **of_seed(seed))[EACH:]
+    right = has(Description((a,), there, behind), "count", "shape", "place", "background")
+    return judged(f"{source} / {target}", without, drawn, right)
 
 
 def excite(sd, rng, seed) -> Trial:
-    said = two(rng)
-    words = [word for each in said.things for word in (each.colour, each.shape)]
-    how = HOW | {"steps": 10, "guidance": 1.5, "seed": seed}
-    images = [
-        sd.txt2img(str(said), sampler="ddim", **how)[0],
-        minisd.attend_and_excite(sd, str(said), words, scale=5.0, refinements=3, **how)[0],
-    ]
-    return [(str(said), image, is_all(image, said)) for image in images]
+    said, how = two(rng), of_seed(seed) | {"guidance": 1, "sampler": "ddim"}
+    words, gently = [each.shape for each in said.things], {"scale": 1.0, "refinements": 0}
+    without = sd.txt2img(str(said), **how)
+    drawn = minisd.attend_and_excite(sd, str(said), words, **gently, **how)
+    return judged(str(said), without, drawn, has(said, "all"))
 
 
 def diffedit(sd, rng, seed) -> Trial:
-    """A given image, one of whose two things gets another colour; the other stays in its place."""
+    """Given images, one of whose two things gets another colour; all else stays as it is."""
     said, edited = two(rng), rng.randrange(2)
-    scene = scenes.draw(said, rng)
-    image, things = scenes.render(scene, 64), list(said.things)
-    used = [each.colour for each in things]
+    given = [scenes.render(scenes.draw(said, rng), 64) for _ in range(EACH)]
+    used, things = [each.colour for each in said.things], list(said.things)
     colour = rng.choice([c for c in scenes.COLOURS if c not in used])
     things[edited] = replace(things[edited], colour=colour)
     target = replace(said, things=tuple(things))
-    pair = Pair("colour swap", said, target, edited, seed)
-    inversion = minisd.invert(sd, image, str(said), skip=3, **HOW)
-    images = [
-        minisd.redraw(sd, inversion, str(target), guidance=5.0, progress=False)[0],
-        minisd.diffedit(sd, image, str(said), str(target), guidance=5.0, noises=6, **HOW)[0],
-    ]
-    figures = [measure(pair, image, each) for each in images]
-    right = [bool(f["right"] and (f["other_iou"] or 0) > 0.8 and f["psnr"] > 30) for f in figures]
-    return [(f"{said} / {target}", each, ok) for each, ok in zip(images, right)]
+    pair, how = Pair("colour swap", said, target, edited, seed), {"guidance": 5.0}
+    inversion = minisd.invert(sd, given, str(said), skip=STEPS // 5, **HOW)
+    without = minisd.redraw(sd, inversion, str(target), progress=False, **how)
+    drawn = minisd.diffedit(sd, given, str(said), str(target), noises=6, **how, **HOW)
+
+    def verdicts(images: list[Image.Image]) -> Scored:
+        figures = [measure(pair, before, after) for before, after in zip(given, images)]
+        kept = [f["right"] and (f["other_iou"] or 0) > 0.9 and f["psnr"] > 35 for f in figures]
+        return [(image, bool(ok)) for image, ok in zip(images, kept)]
+
+    return f"{said} / {target}", verdicts(without), verdicts(drawn)
 
 
 def regional(sd, rng, seed) -> Trial:
@@ -190,67 +188,62 @@ def regional(sd, rng, seed) -> Trial:
     row, column = rng.randrange(2), rng.randrange(2)
     mask = np.zeros((64, 64), bool)
     mask[32 * row : 32 * row + 32, 32 * column : 32 * column + 32] = True
-    how = HOW | {"seed": seed}
-    images = [
-        sd.txt2img(f"{a} {behind}", **how)[0],
-        minisd.regional(sd, behind, {f"{a} {behind}": mask}, **how)[0],
-    ]
 
     def right(image: Image.Image) -> bool:
         found = read(image).objects
         inside = len(found) == 1 and (found[0].y > 32, found[0].x > 32) == (bool(row), bool(column))
         return inside and (found[0].shape, found[0].colour) == (a.shape, a.colour)
 
-    where = f"{('top', 'bottom')[row]} {('left', 'right')[column]}"
-    return [(f"{a} in the {where} quarter", image, right(image)) for image in images]
+    text, where = f"{a} {behind}", f"{('top', 'bottom')[row]} {('left', 'right')[column]}"
+    without = sd.txt2img(text, **of_seed(seed))
+    drawn = minisd.regional(sd, behind, {text: mask}, **of_seed(seed))
+    return judged(f"{a} in the {where} quarter", without, drawn, right)
 
 
 def long(sd, rng, seed) -> Trial:
     """A caption behind 80 tokens that say no more than its background."""
     said = replace(two(rng), background=background(rng))
     before = f"on a {said.background} background "
-    text, how = before * 20 + str(said), HOW | {"seed": seed}
+    text, how = before * 20 + str(said), of_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is cut
-        images = [sd.txt2img(text, **how)[0], minisd.long_prompt(sd, text, **how)[0]]
-    return [(f"{before}... {said}", image, is_all(image, said)) for image in images]
+        without, drawn = sd.txt2img(text, **how), minisd.long_prompt(sd, text, **how)
+    return judged(f"{before}... {said}", without, drawn, has(said, "all"))
 
 
 def weights(by: str, weight: float, sd, rng, seed) -> Trial:
     """Two colours of one thing: the one that weighs more."""
-    first, second = rng.sample(list(scenes.COLOURS), 2)
-    shape, heavy = rng.choice(scenes.SHAPES), rng.randrange(2)
-    colours, wanted = [first, second], (first, second)[heavy]
-    plain = f"a {first} {second} {shape}"
-    colours[heavy] = f"({wanted}:{weight:g})"
-    text, how = f"a {colours[0]} {colours[1]} {shape}", HOW | {"seed": seed}
-    images = [sd.txt2img(plain, **how)[0], minisd.long_prompt(sd, text, by, **how)[0]]
+    colours, shape, heavy = rng.sample(list(scenes.COLOURS), 2), rng.choice(scenes.SHAPES), seed % 2
+    weighed = [f"({c}:{weight:g})" if i == heavy else c for i, c in enumerate(colours)]
+    plain, text = (f"a {' '.join(words)} {shape}" for words in (colours, weighed))
 
     def right(image: Image.Image) -> bool:
-        return [found.colour for found in read(image).objects] == [wanted]
+        return [found.colour for found in read(image).objects] == [colours[heavy]]
 
-    return [(text, image, right(image)) for image in images]
+    drawn = minisd.long_prompt(sd, text, by, **of_seed(seed))
+    return judged(text, sd.txt2img(plain, **of_seed(seed)), drawn, right)
 
 
 def daam(sd, rng, seed) -> Trial:
     """The greatest value of the map of a thing's shape lies within it; without: any place does."""
     said = two(rng)
-    [image], maps = minisd.heatmap(sd, str(said), **HOW | {"seed": seed})
-    a = said.things[0]
-    inside = np.zeros((64, 64), bool)
-    for found in alike(read(image), a, "shape"):
-        inside |= found.mask
-    at = np.unravel_index(minisd.daam(maps).word(a.shape).argmax().item(), (16, 16))
-    place = [4 * i + 2 for i in at]
-    chance = np.random.default_rng(seed).integers(64, size=2)
-    return [(str(said), image, bool(inside[tuple(where)])) for where in (chance, place)]
+    images, maps = minisd.heatmap(sd, str(said), **of_seed(seed))
+    a, whole, chance = said.things[0], minisd.daam(maps), np.random.default_rng(seed)
+    without, drawn = [], []
+    for i, image in enumerate(images):
+        inside = np.zeros((64, 64), bool)
+        for found in alike(read(image), a, "shape"):
+            inside |= found.mask
+        y, x = divmod(whole.word(a.shape, row=i).argmax().item(), 16)
+        without.append((image, bool(inside[tuple(chance.integers(64, size=2))])))
+        drawn.append((image, bool(inside[4 * y + 2, 4 * x + 2])))
+    return str(said), without, drawn
 
 
 @dataclass(frozen=True)
 class Method:
     """name: of its row. file: that holds it. test: what tests/test_methods.py calls it. trial:
-    (sd, rng, seed) -> [without it, with it]. right: what is scored. cost: 'plain' rows or what it
-    costs beside them."""
+    (sd, rng, seed) -> what is drawn without it and with it. right: what is scored."""
 
     name: str
     file: str
@@ -263,14 +256,16 @@ METHODS = [
     Method(
         "PAG", "perturbed", "PAG", partial(perturbing, minisd.pag), "whole things, without a text"
     ),
-    Method("SEG", "smoothed", "SEG", partial(perturbing, minisd.seg), "the same"),
-    Method("FreeU", "freeu", "FreeU", freeu, "two things, all attributes, little guidance"),
+    Method(
+        "SEG", "smoothed", "SEG", partial(perturbing, minisd.seg), "whole things, without a text"
+    ),
+    Method("FreeU", "freeu", "FreeU", freeu, "two things, little guidance"),
     Method(
         "Plug-and-Play",
         "plug_and_play",
         "Plug-and-Play",
         plug_and_play,
-        "the new colour, both things in their places",
+        "the new colour, both things in place",
     ),
     Method("DeepCache", "deep_cache", "DeepCache", deep_cache, "two things, all attributes"),
     Method("MasaCtrl", "masactrl", "MasaCtrl", masactrl, "its own place, the source's background"),
@@ -338,6 +333,7 @@ def oracle_errors() -> dict[str, float]:
 
 def costs(sd) -> dict[str, tuple[Callable, Callable]]:
     """{method: (it, plain drawing of the same rows)}, 4 steps, latents in place of images."""
+    sd = replace(sd)
     sd.decode = lambda z: z
     how = {"height": SIDE, "width": SIDE, "steps": 4, "sampler": "ddim", "progress": False}
     one, two = "a big red circle on a white background", "a big blue square on a black background"
@@ -393,22 +389,21 @@ def measured(sd, names: list[str], rounds: int) -> dict[str, dict]:
     return found
 
 
-def scored(sd, method: Method, n: int, shown: int) -> tuple[dict, list[Trial]]:
-    """{"without": share right, "with": the same, "n"}, and the first trials."""
+def scored(sd, method: Method, n: int) -> tuple[dict, Trial]:
+    """{"without": share right, "with": the same, "n"}, and the first trial."""
     rng, trials = random.Random(f"{SEED} {method.name}"), []
-    right = np.zeros((n, 2), bool)
-    for i in tqdm(range(n), desc=method.name, file=sys.stderr):
-        trial = method.trial(sd, rng, i)
-        right[i] = [ok for _, _, ok in trial]
-        trials += [trial] if i < shown else []
-    share = right.mean(0)
-    return {"without": float(share[0]), "with": float(share[1]), "n": n}, trials
+    for i in tqdm(range(-(-n // EACH)), desc=method.name, file=sys.stderr):
+        trials.append(method.trial(sd, rng, i))
+    shares = [np.mean([ok for trial in trials for _, ok in trial[way]]).item() for way in (1, 2)]
+    return {"without": shares[0], "with": shares[1], "n": EACH * len(trials)}, trials[0]
 
 
 def table(record: dict) -> str:
     """The Markdown table of a result file."""
     lines = []
     for row in record["methods"]:
+        if not {"error", "score", "cost"} <= row.keys():
+            continue  # not measured whole
         score, cost = row["score"], row["cost"]
         shares = [f"{100 * score[key]:.0f} %" for key in ("without", "with")]
         cells = [f"{row['lines']}", f"{row['error']:.1e}", row["right"], *shares]
@@ -425,35 +420,36 @@ def main(arguments=None):
     add("--model", default="shapes", help="a bundled model or a checkpoint folder")
     add("--n", type=int, default=50, help="scenes for each method (default: 50)")
     add("--only", nargs="*", default=names, choices=names, help="default: all")
+    add("--parts", nargs="*", default=PARTS, choices=PARTS, help="default: all; others stay")
     add("--rounds", type=int, default=5, help="of the measurement of time (default: 5)")
-    add("--json", type=Path, help="write all figures here; methods that are not drawn stay")
+    add("--json", type=Path, help="write all figures here; what is not measured stays")
     add("--sheet", type=Path, help="write a contact sheet here (PNG)")
     args = parser.parse_args(arguments)
 
-    sd, errors, images, captions = minisd.load(args.model, device="cpu"), oracle_errors(), [], []
-    rows = {}
+    rows = {name: {"name": name} for name in names}
     if args.json and args.json.exists():
-        rows = {row["name"]: row for row in json.loads(args.json.read_text())["methods"]}
-    for method in METHODS:
-        if method.name in args.only:
-            score, trials = scored(sd, method, args.n, shown=3)
-            lines = lines_of(harness.ROOT / f"minisd/editing/{method.file}.py")
-            about = {"name": method.name, "lines": lines, "right": method.right}
-            rows[method.name] = about | {"error": errors[method.test], "score": score}
-            for trial in trials:
-                images += [image for _, image, _ in trial]
-                captions += [
-                    f"{way}: {text}" for way, (text, _, _) in zip(("without", "with"), trial)
-                ]
-    for name, cost in measured(sd, args.only, args.rounds).items():
-        rows[name]["cost"] = cost
+        rows |= {row["name"]: row for row in json.loads(args.json.read_text())["methods"]}
+    sd, chosen = minisd.load(args.model, device="cpu"), [m for m in METHODS if m.name in args.only]
+    errors = oracle_errors() if "error" in args.parts else {}
+    found = measured(sd, args.only, args.rounds) if "cost" in args.parts else {}
+    images, captions = [], []
+    for method in chosen:
+        row, lines = rows[method.name], harness.ROOT / f"minisd/editing/{method.file}.py"
+        row |= {"lines": lines_of(lines), "right": method.right}
+        row |= {"error": errors[method.test]} if errors else {}
+        row |= {"cost": found[method.name]} if found else {}
+        if "score" in args.parts:
+            row["score"], (text, *ways) = scored(sd, method, args.n)
+            for way, some in zip(("without", "with"), ways):
+                images += [image for image, _ in some]
+                captions += [f"{way}: {text}"] * EACH
     record = {**harness.provenance("cpu"), "seed": SEED, "steps": STEPS}
-    record["methods"] = [rows[name] for name in names if name in rows]
+    record["methods"] = list(rows.values())
     print(table(record))
     if args.json:
         harness.write(args.json, record)
-    if args.sheet:
-        contact_sheet(images, captions, 6).save(args.sheet)
+    if args.sheet and images:
+        contact_sheet(images, captions, 2 * EACH).save(args.sheet)
 
 
 if __name__ == "__main__":

@@ -514,6 +514,7 @@ def test_the_model_is_v1_4_where_none_is_named():
         for name, parser in commands.items()
         if "--model" in parser._option_string_actions
     }
+    assert taking.pop("dit").get_default("model") == "facebook/DiT-XL-2-256"
     assert set(taking) == {
         "txt2img",
         "img2img",
