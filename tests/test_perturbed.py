@@ -80,7 +80,7 @@ def test_refusals(pair):
     predict = pag(sd.network, uncond, cond, edits=lambda step: {MID[0]: saving})
     with pytest.raises(ValueError, match=f"{MID[0]} is edited and disturbed"):
         denoise(x, DDIM(sd.schedule, 2), predict)
-    with pytest.raises(ValueError, match="no .* site is called"):
+    with pytest.raises(ValueError, match="no site is called"):
         denoise(x, DDIM(sd.schedule, 2), pag(sd.network, uncond, cond, sites=["middle"]))
     with pytest.raises(ValueError, match="scale of the perturbed guidance is '3'"):
         pag(sd.network, uncond, cond, pag_scale="3")

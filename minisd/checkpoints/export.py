@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..files import atomic_folder, write_new
 from ..models.clip import CLIPTextConfig
+from ..models.dit_config import DiTConfig
 from ..models.tokenizer import CLIPTokenizer
 from ..models.unet import UNetConfig
 from ..models.vae import VAEConfig
@@ -48,6 +49,8 @@ def export(
     dtype: float16, bfloat16, float32 or float64; None keeps each file's own. FileExistsError unless
     the folder is new or empty.
     """
+    if isinstance(checkpoint.configs["unet"], DiTConfig):
+        raise CheckpointError("a DiT is not exported: its folder can be copied as it is")
     modules, entries = build_models(checkpoint)
     scheduler = {"_class_name": "DDIMScheduler", "clip_sample": False} | checkpoint.scheduler
     with atomic_folder(folder, last="model_index.json") as temporary:
