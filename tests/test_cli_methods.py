@@ -44,7 +44,7 @@ COMMANDS = {
         lambda sd: minisd.masactrl(sd, "a cat", "a dog", start=1, first=0, **HOW),
     ),
     "plug-and-play": (
-        ["plug-and-play", "a cat", "a dog", "--self-steps", "0.4"],
+        ["pnp", "a cat", "a dog", "--self-steps", "0.4"],
         lambda sd: minisd.plug_and_play(sd, "a cat", "a dog", self_steps=0.4, **HOW),
     ),
     "freeu": (
@@ -117,7 +117,7 @@ def test_two_seeds_of_several_images(sd, minisd_command):
         (["txt2img", "a", "--seg", "2", "--freeu", "1,1"], "not allowed with argument"),
         (["txt2img", "a", "--freeu", "1,2,3"], "got 1,2,3, expected as many factors of each"),
         (["txt2img", "a", "--freeu", "1,1,1,1,1,1"], "expected as many of both, 1 to 2"),
-        (["plug-and-play", "a", "b", "--self-steps", "2"], "self_steps is 2.0, expected a number"),
+        (["pnp", "a", "b", "--self-steps", "2"], "self_steps is 2.0, expected a number"),
         (["excite", "a cat", "bird"], "the word 'bird' is not in the prompt"),
         (["excite", "a cat", "cat", "--until", "2"], "until is 2.0, expected a number from 0 to 1"),
         (["regional", "a"], "the following arguments are required: --region"),

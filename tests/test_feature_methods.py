@@ -135,7 +135,8 @@ def test_plug_and_play_takes_the_sources_feature_and_map(pair, record_property, 
     monkeypatch.setattr(sd, "decode", lambda z: z, raising=False)
     how = {"steps": STEPS, "sampler": "ddim", "seed": 3, "guidance": GUIDANCE, "progress": False}
     prompts = ["a cat", "a dog"]
-    ours = minisd.plug_and_play(sd, *prompts, feature_steps=0.8, self_steps=0.4, **how)
+    parts = {"feature_steps": 0.8, "self_steps": 0.4, "feature": "up_blocks.1.resnets.1"}
+    ours = minisd.plug_and_play(sd, *prompts, **parts, **how)
     scheduler = DDIMScheduler.from_config({**tiny.SCHEDULER, "_class_name": "DDIMScheduler"})
     scheduler.set_timesteps(STEPS)
     x, cond = sd.noise(3).repeat(2, 1, 1, 1), sd.encode_prompt(prompts)
@@ -156,9 +157,7 @@ def test_plug_and_play_takes_the_sources_feature_and_map(pair, record_property, 
     assert error <= BAR
     plain = minisd.seed_baseline(sd, *prompts, **how)
     assert difference(plain[1:], x[1:]) > 100 * BAR and difference(plain[:1], x[:1]) <= BAR
-    two = minisd.plug_and_play(
-        sd, *prompts, feature_steps=0.8, self_steps=0.4, **how | {"num_images": 2}
-    )
+    two = minisd.plug_and_play(sd, *prompts, **parts, **how | {"num_images": 2})
     assert difference(two[::2], ours) <= 1e-5
     for wrong, match in (
         (dict(feature="mid_block"), "feature is 'mid_block', expected a resnet: down_blocks.0"),
@@ -168,6 +167,8 @@ def test_plug_and_play_takes_the_sources_feature_and_map(pair, record_property, 
             minisd.plug_and_play(sd, *prompts, **wrong)
     with pytest.raises(ValueError, match="got no target"):
         minisd.plug_and_play(sd, "a cat")
+    first = minisd.plug_and_play(sd, *prompts, feature="up_blocks.0.resnets.1", **how)
+    assert torch.equal(minisd.plug_and_play(sd, *prompts, **how), first)  # of two up blocks
 
 
 # ---- smoothed-energy guidance

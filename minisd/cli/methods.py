@@ -1,4 +1,4 @@
-"""The commands of the methods on attention: `minisd masactrl`, `plug-and-play`, `excite`,
+"""The commands of the methods on attention: `minisd masactrl`, `pnp`, `excite`,
 `regional`, `diffedit`."""
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def add_commands(command: AddCommand) -> None:
     parser.set_defaults(steps=50, sampler="ddim")
 
     what = "draw a prompt, and others in its layout, by a feature and maps of it (Plug-and-Play)"
-    parser = command("plug-and-play", plug_and_play, what)
+    parser = command("pnp", plug_and_play, what)
     parser.add_argument("source", help="the prompt whose layout is taken")
     parser.add_argument("target", nargs="+", help="the prompts that are drawn in it")
     part = "the part of the steps in which the source's feature is taken"

@@ -29,8 +29,6 @@ from .prompt_to_prompt import shared_noise
 if TYPE_CHECKING:
     from ..pipeline import StableDiffusion
 
-FEATURE = "up_blocks.1.resnets.1"
-
 
 def plug_and_play(
     sd: "StableDiffusion",
@@ -38,20 +36,24 @@ def plug_and_play(
     *targets: str,
     feature_steps: float = 0.8,
     self_steps: float = 0.5,
-    feature: str = FEATURE,
+    feature: str | None = None,
     after: Callable[[Tensor, Step], Tensor] | None = None,
     **options: Unpack[Options],
 ) -> list[Image.Image]:
     """Draw the source prompt and the targets in its layout; num_images of each, the source first.
 
-    feature: the resnet. after, latents: as in `edit_prompt` (`Inversion.edit_options` edits a given
-    image). options: see `minisd.drawing.Drawing` (here steps=50, sampler="ddim").
+    feature: the resnet; None: the second one of the third last up block, Stable Diffusion's
+    up_blocks.1 (of the first, where there are fewer than three). after, latents: as in
+    `edit_prompt` (`Inversion.edit_options` edits a given image). options: see
+    `minisd.drawing.Drawing` (here steps=50, sampler="ddim").
     """
     drawing = Drawing.of(options, steps=50, sampler="ddim").for_each_seed()
     expect.number("feature_steps", feature_steps, 0, 1)
     expect.number("self_steps", self_steps, 0, 1)
     if not targets:
         raise ValueError("got no target, expected at least one prompt beside the source")
+    if feature is None:
+        feature = f"up_blocks.{max(len(sd.unet.up_blocks) - 3, 0)}.resnets.1"
     if feature not in (resnets := sd.unet.sites("resnet")):
         raise ValueError(f"feature is {feature!r}, expected a resnet: {', '.join(resnets)}")
     order = sd.unet.sites("feature")
