@@ -1,5 +1,4 @@
-"""The commands of the methods on attention: `minisd masactrl`, `pnp`, `excite`,
-`regional`, `diffedit`."""
+"""The commands of the methods on attention: `minisd masactrl`, `pnp`, `style`, `excite`, ..."""
 
 from __future__ import annotations
 
@@ -48,6 +47,13 @@ def add_commands(command: AddCommand) -> None:
     parser.add_argument("--feature-steps", type=number, default=0.8, metavar="PART", help=part)
     part = "the part of the steps in which its self-attention is taken"
     parser.add_argument("--self-steps", type=number, default=0.5, metavar="PART", help=part)
+    add_drawing_options(parser, size_help=OWN_SIZE)
+    parser.set_defaults(steps=50, sampler="ddim")
+
+    what = "draw prompts in the manner of the first (StyleAligned)"
+    parser = command("style", style, what)
+    parser.add_argument("reference", help="the prompt that says the manner")
+    parser.add_argument("prompt", nargs="+", help="what else to draw, each from its own noise")
     add_drawing_options(parser, size_help=OWN_SIZE)
     parser.set_defaults(steps=50, sampler="ddim")
 
@@ -105,6 +111,17 @@ def plug_and_play(args: Namespace, call: Call) -> None:
         from ..editing.plug_and_play import plug_and_play
 
         return plug_and_play(sd, *prompts, **how, **options)
+
+    draw(request, run, telling(call), prompts)
+
+
+def style(args: Namespace, call: Call) -> None:
+    request, prompts = DrawRequest.of(args, call), [args.reference, *args.prompt]
+
+    def run(sd: StableDiffusion, options: Options) -> list[Image.Image]:
+        from ..editing.style_aligned import style_aligned
+
+        return style_aligned(sd, *prompts, **options)
 
     draw(request, run, telling(call), prompts)
 
