@@ -57,6 +57,11 @@ def add_commands(command: AddCommand) -> None:
     add_drawing_options(parser, size_help=OWN_SIZE)
     parser.set_defaults(steps=50, sampler="ddim")
 
+    add_single_commands(command)
+
+
+def add_single_commands(command: AddCommand) -> None:
+    """Those that draw or edit one image, not several side by side."""
     what = "draw a prompt so that each of some words is seen (Attend-and-Excite)"
     parser = command("excite", excite, what)
     parser.add_argument("prompt", help="what to draw")
