@@ -48,7 +48,7 @@ def methods(sd):
         "edict": (lambda: minisd.edict(sd, image, *PROMPTS, **options), 0),
         "null-text": (null_text, 1),
     }
-    return drawn | loops(sd)
+    return drawn | loops(sd) | on_attention(sd, options)
 
 
 def loops(sd):
@@ -71,6 +71,24 @@ def loops(sd):
         "uncond for each step": (loop(ddim, minisd.cfg(network, each, cond, 3.0)), 1),
         "sega": (loop(ddim, sega()), 0),
         "sega, elsewhere": (loop(ddim, sega(threshold=0.5)), 0),
+    }
+
+
+def on_attention(sd, options):
+    """The methods on attention edits."""
+    size = sd.unet.config.sample_size * sd.vae.factor
+    mask = torch.zeros(size, size).index_fill(1, torch.arange(size // 2), 1.0)
+    image, long, weighted = image_of(size), f"{PROMPTS[0]} " * 12, "a (red:2.0) circle"
+    word = PROMPTS[0].split()[-1]
+    return {
+        "pag": (lambda: sd.txt2img(PROMPTS, rule=minisd.pag, **options), 1),
+        "masactrl": (lambda: minisd.masactrl(sd, *PROMPTS, start=1, **options), 1),
+        "regional": (lambda: minisd.regional(sd, PROMPTS[0], {PROMPTS[1]: mask}, **options), 1),
+        "long prompt": (lambda: minisd.long_prompt(sd, long, **options), 1),
+        "weights": (lambda: minisd.long_prompt(sd, weighted, "bias", **options), 1),
+        "daam": (lambda: minisd.heatmap(sd, PROMPTS[0], **options)[0], 1),
+        "diffedit": (lambda: minisd.diffedit(sd, image, *PROMPTS, noises=2, **options), 2),
+        "excite": (lambda: minisd.attend_and_excite(sd, PROMPTS[0], word, **options), 0),
     }
 
 

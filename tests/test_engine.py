@@ -93,7 +93,10 @@ LEFT_OUT = (
     "no guidance",
     "inverse",
     "uncond for each step",
-)  # two latents where others here have one
+    # two latents where others here have one; and the methods on attention but PAG, whose compiled
+    # graphs nobody has counted yet
+    *("masactrl", "regional", "long prompt", "weights", "daam", "diffedit", "excite"),
+)
 SHAPES = {  # those that no method before has had
     "dpm++": ["2 latents under guidance"],
     "img2img": ["1 latent under guidance"],
@@ -101,6 +104,9 @@ SHAPES = {  # those that no method before has had
     "erase": ["2 latents, guidance of 3 groups"],
     "replay": ["1 latent under guidance, edited by stored maps"],
     "invert, redraw": ["1 latent without guidance"],  # redraw's are img2img's
+    "freeu": ["2 latents under guidance, features edited"],
+    "deep cache": ["the whole UNet, a feature saved", "its outermost layers"],
+    "pag": ["2 latents, guidance of 3 groups, a group disturbed"],
     "null-text": ["1 latent under guidance, the text as it is"],  # its own calls are not compiled
 }
 
