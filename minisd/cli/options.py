@@ -102,9 +102,14 @@ def add_drawing_options(parser: argparse.ArgumentParser, size_help: str) -> None
     add("--model", default="sd-v1-4", help=SOURCE)
     number_of = "number of images; image i is drawn with seed + i"
     add("-n", "--num-images", type=positive, default=1, metavar="N", help=number_of)
-    add("--seed", type=int, default=0, help="seed of the first image")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the first image, of 32 bits: 0 and 2**32 are one",
+    )
     add("--size", type=size, metavar="WxH", help=size_help)
-    add("--steps", type=positive, default=25, help="steps of the sampler, up to 1000")
+    add("--steps", type=positive, default=25, help="steps of the sampler, up to 1000, ddim 999")
     add("--guidance", type=number, default=7.5, help="guidance scale; 1 is none, and twice as fast")
     dpm = "dpm++ is DPM-Solver++ 2M on Karras' noise levels, ddpm has noise at every step"
     add("--sampler", choices=SAMPLERS, default="dpm++", help=dpm)

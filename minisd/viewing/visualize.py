@@ -181,11 +181,26 @@ def contact_sheet(
 
 
 def wrap(text: str, font: Any, width: int) -> list[str]:
-    """The text in lines that are not wider than `width` pixels, unless a single word is."""
+    """The text in lines that are not wider than `width` pixels, unless a single letter is; what
+    the font has no letter for is escaped, \\u96ea, and shows no empty box."""
     lines: list[str] = []
     for word in text.split():
-        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
+        shown = "".join(c if has_letter(font, c) else ascii(c)[1:-1] for c in word)
+        if lines and font.getlength(f"{lines[-1]} {shown}") <= width:
+            lines[-1] += f" {shown}"
+            continue
+        lines.append("")
+        for letter in shown:
+            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
     return lines
+
+
+def has_letter(font: Any, letter: str) -> bool:
+    """Whether a font draws something of its own for a letter."""
+    try:
+        own, none = font.getmask(letter), font.getmask("\ufffe")  # which stands for no letter
+    except UnicodeEncodeError:  # Pillow's font without FreeType
+        return False
+    return letter.isprintable() and (own.size, bytes(own)) != (none.size, bytes(none))
