@@ -436,11 +436,9 @@ class UNet(Denoiser):
         c = Conditioning(times, texts, edits, impl, recompute, rows)
 
         x = ops.conv2d(self.conv_in, x)
-        x = self.outermost(x, c) if self.is_shallow(c) else self.whole(x, c)
-        return ops.norm_silu_conv(self.conv_norm_out, self.conv_out, x)
-
-    def whole(self, x: Tensor, c: Conditioning) -> Tensor:
-        """All blocks."""
+        if self.is_shallow(c):
+            x = self.outermost(x, c)
+            return ops.norm_silu_conv(self.conv_norm_out, self.conv_out, x)
         skips = [x]
         for down in self.down_blocks:
             x, new = down(x, c)
@@ -449,7 +447,7 @@ class UNet(Denoiser):
         for up in self.up_blocks:
             joining = [skips.pop() for _ in up.resnets]
             x = up(x, joining, skips[-1].shape[2:] if skips else x.shape[2:], c)
-        return x
+        return ops.norm_silu_conv(self.conv_norm_out, self.conv_out, x)
 
     def is_shallow(self, c: Conditioning) -> bool:
         """Whether nothing of what is below `self.deep` is used."""

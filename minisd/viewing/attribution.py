@@ -99,6 +99,7 @@ def attribute(
     drawing; ValueError above it, before anything is drawn. options: see `minisd.drawing.Drawing`,
     for one image.
     """
+    every: dict[str, Any]
     chosen, count = chosen_steps(steps, of_steps)
     drawing = replace(Drawing.of(cast(Options, options), without=("num_images",)), steps=count)
     expect.whole_number("batch", batch, 1)
@@ -111,12 +112,8 @@ def attribute(
         raise ValueError("the region is the whole image, expected a part of it")
     if unknown := sorted(set(by) - set(AXES)):
         raise ValueError(f"by: got {unknown}, expected some of {AXES}")
-    every: dict[str, Sequence[Any]] = {
-        "step": chosen,
-        "site": select_sites(sd.unet, "cross", sites, size),
-        "token": tokens_of(sd, prompt),
-    }
-    every["head"] = range(max(sd.unet.heads(site) for site in every["site"]))
+    every = {"step": chosen, "site": select_sites(sd.unet, "cross", sites, size)}
+    every |= {"head": range(max(map(sd.unet.heads, every["site"]))), "token": tokens_of(sd, prompt)}
     parts = list(product(*(every[axis] if axis in by else [None] for axis in AXES)))
     if not 0 < len(parts) <= most:
         got = f"{len(parts)} parts, each a drawing of {count} steps"
@@ -134,9 +131,7 @@ def attribute(
     for start in range(0, len(parts), batch):
         some = parts[start : start + batch]
         for part, other in zip(some, draw(some)):
-            step, site, head, token = part
-            effect = Effect(step, site, head, token, *effects_of(image, other, inside))
-            found.append((effect, other))
+            found.append((effect_of(part, image, other, inside), other))
         found.sort(key=lambda pair: -pair[0].inside)
         found[SHOWN:] = [(effect, image) for effect, _ in found[SHOWN:]]  # the others' are let go
     return Attribution([e for e, _ in found], image, [i for _, i in found[:SHOWN]])
@@ -181,8 +176,10 @@ def zeroing(sd: "StableDiffusion", every: Any, parts: Sequence[Any]) -> Edits:
     return edits
 
 
-def effects_of(image: Image.Image, other: Image.Image, inside: np.ndarray) -> tuple[float, float]:
+def effect_of(part: Any, image: Image.Image, other: Image.Image, inside: np.ndarray) -> Effect:
     """Mean |other - image| in the region and elsewhere, of colours from 0 to 1."""
     a, b = (to_tensor([i], i.height, i.width)[0].numpy() for i in (image, other))
     apart = np.abs(a - b).mean(0) / 2
-    return float(apart[inside].mean()), float(apart[~inside].mean())
+    step, site, head, token = part
+    within, elsewhere = apart[inside].mean().item(), apart[~inside].mean().item()
+    return Effect(step, site, head, token, within, elsewhere)
