@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .drawing import Drawing as Drawing
     from .editing.blended import blend as blend
+    from .editing.deep_cache import deep_cache as deep_cache
     from .editing.edict import edict as edict
     from .editing.erasure import erase_concepts as erase_concepts
+    from .editing.freeu import freeu as freeu
     from .editing.inversion import (
         Inversion as Inversion,
         direct_inversion as direct_inversion,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from .models.clip import CLIPTextConfig as CLIPTextConfig, CLIPTextModel as CLIPTextModel
     from .models.dit import DiT as DiT
     from .models.dit_config import DiTConfig as DiTConfig
+    from .models.features import FeatureEdit as FeatureEdit
     from .models.tokenizer import CLIPTokenizer as CLIPTokenizer
     from .models.unet import UNet as UNet, UNetConfig as UNetConfig
     from .models.vae import AutoencoderKL as AutoencoderKL, VAEConfig as VAEConfig
@@ -49,6 +52,8 @@ if TYPE_CHECKING:
     from .sampling.loop import denoise as denoise
     from .sampling.samplers import DDIM as DDIM, DPMpp2M as DPMpp2M, Step as Step
     from .sampling.schedule import Level as Level, NoiseSchedule as NoiseSchedule
+    from .viewing.attribution import Attribution as Attribution, attribute as attribute
+    from .viewing.inside import Capture as Capture, capture as capture, patch as patch
     from .viewing.trace import (
         Trace as Trace,
         animate as animate,
@@ -66,8 +71,10 @@ __version__ = "0.2.0"
 _HOME = {  # public name -> module that defines it
     "Drawing": "drawing",
     "blend": "editing.blended",
+    "deep_cache": "editing.deep_cache",
     "edict": "editing.edict",
     "erase_concepts": "editing.erasure",
+    "freeu": "editing.freeu",
     "invert": "editing.inversion",
     "redraw": "editing.inversion",
     "Inversion": "editing.inversion",
@@ -90,6 +97,7 @@ _HOME = {  # public name -> module that defines it
     "CLIPTextConfig": "models.clip",
     "DiT": "models.dit",
     "DiTConfig": "models.dit_config",
+    "FeatureEdit": "models.features",
     "CLIPTokenizer": "models.tokenizer",
     "UNet": "models.unet",
     "UNetConfig": "models.unet",
@@ -111,6 +119,11 @@ _HOME = {  # public name -> module that defines it
     "DPMpp2M": "sampling.samplers",
     "NoiseSchedule": "sampling.schedule",
     "Level": "sampling.schedule",
+    "attribute": "viewing.attribution",
+    "Attribution": "viewing.attribution",
+    "capture": "viewing.inside",
+    "Capture": "viewing.inside",
+    "patch": "viewing.inside",
     "Trace": "viewing.trace",
     "fit_preview": "viewing.trace",
     "latent_rgb": "viewing.trace",

@@ -6,8 +6,8 @@
     sega         the same where e(concept_i) - e(uncond) is largest, late, with momentum
 
 A guidance is groups of text embeddings and one `combine` of the network's answers to them. All
-groups go through the network in one call, group-major with the conditional group LAST, because an
-AttentionEdit addresses the last rows of the batch. The network is any callable
+groups go through the network in one call, group-major with the conditional group LAST, because
+edits address the last rows of the batch. The network is any callable
 
     network(x (B, C, h, w), t (0-d tensor), context (G*B, L, D), edits) -> (G*B, C, h, w)
 
@@ -33,10 +33,10 @@ from .. import expect
 from .samplers import Step
 
 if TYPE_CHECKING:  # guidance is given the network and imports no model
-    from ..models.attention import AttentionEdit
+    from ..models.sites import Edits as SiteEdits
 
 Embeddings = Tensor | Sequence[Tensor]  # (1 or B, L, D), or one such tensor for each step
-Edits = Callable[[Step], "Mapping[str, AttentionEdit]"]  # step -> {site name: AttentionEdit}
+Edits = Callable[[Step], "SiteEdits"]  # step -> {site name: AttentionEdit or FeatureEdit}
 
 
 class Predict(Protocol):
@@ -62,7 +62,7 @@ class Guidance:
     """predict(x, step, state) -> (combine(eps of each group), state), in one call of the network.
 
     groups: [(name, embeddings)], the conditional one last. combine: G tensors (B, C, h, w) -> one.
-    edits: step -> {site: AttentionEdit} of the conditional rows. ValueError for shapes that differ.
+    edits: step -> {site: edit}, of the last rows. ValueError for shapes that differ.
     """
 
     network: Callable[..., Tensor]
