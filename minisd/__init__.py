@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .drawing import Drawing as Drawing
+    from .editing.attend_and_excite import attend_and_excite as attend_and_excite
     from .editing.blended import blend as blend
+    from .editing.daam import daam as daam
     from .editing.deep_cache import deep_cache as deep_cache
+    from .editing.diffedit import diffedit as diffedit
     from .editing.edict import edict as edict
     from .editing.erasure import erase_concepts as erase_concepts
     from .editing.freeu import freeu as freeu
@@ -22,14 +25,18 @@ if TYPE_CHECKING:
         redraw as redraw,
     )
     from .editing.local_blend import LocalBlend as LocalBlend
+    from .editing.long_prompts import long_prompt as long_prompt
     from .editing.maps import Maps as Maps
+    from .editing.masactrl import masactrl as masactrl
     from .editing.null_text import null_text as null_text
+    from .editing.perturbed import pag as pag
     from .editing.prompt_to_prompt import (
         PromptToPrompt as PromptToPrompt,
         edit_prompt as edit_prompt,
         seed_baseline as seed_baseline,
     )
     from .editing.recording import Recording as Recording, record as record, replay as replay
+    from .editing.regional import regional as regional
     from .labels import LabelDiffusion as LabelDiffusion, load_dit as load_dit
     from .models.attention import Attention as Attention, AttentionEdit as AttentionEdit
     from .models.clip import CLIPTextConfig as CLIPTextConfig, CLIPTextModel as CLIPTextModel
@@ -70,8 +77,14 @@ __version__ = "0.2.0"
 
 _HOME = {  # public name -> module that defines it
     "Drawing": "drawing",
+    "attend_and_excite": "editing.attend_and_excite",
     "blend": "editing.blended",
     "deep_cache": "editing.deep_cache",
+    "daam": "editing.daam",
+    "diffedit": "editing.diffedit",
+    "long_prompt": "editing.long_prompts",
+    "masactrl": "editing.masactrl",
+    "regional": "editing.regional",
     "edict": "editing.edict",
     "erase_concepts": "editing.erasure",
     "freeu": "editing.freeu",
@@ -114,6 +127,7 @@ _HOME = {  # public name -> module that defines it
     "sega": "sampling.guidance",
     "Guidance": "sampling.guidance",
     "denoise": "sampling.loop",
+    "pag": "editing.perturbed",
     "Step": "sampling.samplers",
     "DDIM": "sampling.samplers",
     "DPMpp2M": "sampling.samplers",

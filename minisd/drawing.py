@@ -6,7 +6,7 @@ and is then a few lines: embed the texts, choose the noise, run the loop, decode
     drawing = Drawing.of(options)
     uncond, cond = drawing.embed(sd, prompts)
     x = drawing.noise(sd, rows)
-    predict = cfg(sd.network, uncond, cond, drawing.guidance)
+    predict = drawing.rule(sd.network, uncond, cond, drawing.guidance)
     z = drawing.denoise(x, drawing.make_sampler(sd), predict)
 """
 
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from . import expect
 from .sampling.ddpm import DDPM
-from .sampling.guidance import Embeddings, Predict
+from .sampling.guidance import Embeddings, Predict, cfg, check_scales
 from .sampling.loop import denoise
 from .sampling.samplers import DDIM, DPMpp2M, Sampler, Step
 from .sampling.schedule import NoiseSchedule
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 SamplerName = Literal["dpm++", "dpm++ linspace", "ddim", "ddpm"]
 SAMPLERS = get_args(SamplerName)
 T = TypeVar("T")
+Rule = Callable[..., Predict]
 OnStep = Callable[[Tensor, Step], Tensor | None]
 
 
@@ -46,7 +47,8 @@ class Options(TypedDict, total=False):
     negative_prompt: str | Sequence[str]
     uncond: Embeddings | None
     steps: int
-    guidance: float
+    guidance: float | Sequence[float]
+    rule: Rule
     sampler: SamplerName
     seed: int | Sequence[int]
     num_images: int
@@ -66,7 +68,10 @@ class Drawing:
     uncond            its embedding in place of the text: (1 or B, L, D), or a list with one for
                       each of `steps` (null-text inversion makes one)
     steps             1 to 1000, of the sampler's full schedule
-    guidance          scale of classifier-free guidance; 1: none, twice as fast
+    guidance          scale of classifier-free guidance; 1: none, twice as fast; or a list with one
+                      for each image
+    rule              how the text and the negative one make one prediction: `cfg`, or one like it
+                      (`pag`), called as rule(network, uncond, cond, guidance, edits)
     sampler           "dpm++": DPM-Solver++ 2M on Karras' noise levels; "dpm++ linspace": on the
                       schedule's own; "ddim"; "ddpm": ancestral, with noise of the image's seed at
                       every step, where the method takes it
@@ -86,7 +91,8 @@ class Drawing:
     negative_prompt: str | Sequence[str] = ""
     uncond: Embeddings | None = None
     steps: int = 25
-    guidance: float = 7.5
+    guidance: float | Sequence[float] = 7.5
+    rule: Rule = cfg
     sampler: SamplerName = "dpm++"
     seed: int | Sequence[int] = 0
     num_images: int = 1
@@ -98,7 +104,7 @@ class Drawing:
 
     def __post_init__(self) -> None:
         expect.whole_number("steps", self.steps, 1)
-        expect.number("guidance", self.guidance)
+        check_scales("guidance", self.guidance)
         expect.whole_number("num_images", self.num_images, 1)
         if self.sampler not in SAMPLERS:
             expected = ", ".join(map(repr, SAMPLERS))
@@ -108,6 +114,8 @@ class Drawing:
         if isinstance(self.uncond, (list, tuple)) and len(self.uncond) != self.steps:
             got = f"uncond is a list of {len(self.uncond)} entries"
             raise ValueError(f"{got}, expected one for each of {self.steps} steps")
+        if not callable(self.rule):
+            raise ValueError(f"rule is {self.rule!r:.80}, expected a function like cfg")
         if not (self.on_step is None or callable(self.on_step)):
             raise ValueError(f"on_step is {self.on_step!r:.80}, expected a function (x, step)")
 
@@ -136,6 +144,13 @@ class Drawing:
     def at(self, height: int, width: int) -> Drawing:
         """The same at the size of an image that was given."""
         return replace(self, height=height, width=width)
+
+    def for_each_seed(self) -> Drawing:
+        """The same with num_images as many as there are seeds in a list, for methods that draw all
+        prompts from one noise."""
+        if self.num_images > 1 or isinstance(self.seed, Integral):
+            return self
+        return replace(self, num_images=len(seeds(self.seed)))
 
     def make_sampler(self, sd: Latents, strength: float = 1.0, rows: int | None = None) -> Sampler:
         """The sampler, of whose steps the last int(steps * strength) run (diffusers' rule).
@@ -177,6 +192,7 @@ class Drawing:
         """(uncond, cond) of all images, cond (len(prompts) * num_images, L, D)."""
         negatives = as_list(self.negative_prompt)
         expect.rows("prompts", prompts=len(prompts), negative_prompts=len(negatives))
+        check_scales("guidance", self.guidance, len(prompts) * self.num_images)
         cond = self.per_image(embed(sd, prompts), len(prompts))
         if self.uncond is not None:
             return self.uncond, cond

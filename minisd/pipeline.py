@@ -26,7 +26,6 @@ from .models.clip import CLIPTextModel
 from .models.tokenizer import CLIPTokenizer
 from .models.unet import UNet
 from .models.vae import AutoencoderKL
-from .sampling.guidance import cfg
 from .sampling.schedule import NoiseSchedule
 from .viewing.images import as_given, to_pil
 
@@ -94,7 +93,7 @@ class StableDiffusion(Latents):
         plan = drawing.make_sampler(self, rows=len(prompts) * drawing.num_images)
         uncond, cond = drawing.embed(self, prompts)
         x = drawing.noise(self, len(cond))
-        predict = cfg(self.network, uncond, cond, drawing.guidance)
+        predict = drawing.rule(self.network, uncond, cond, drawing.guidance)
         return self.decode(drawing.denoise(x, plan, predict))
 
     def img2img(
@@ -124,7 +123,7 @@ class StableDiffusion(Latents):
             return drawing.each(kept * (len(prompts) // len(kept)))
         uncond, cond = drawing.embed(self, prompts)
         z = drawing.per_image(self.encode_image(pixels), len(prompts))
-        predict = cfg(self.network, uncond, cond, drawing.guidance)
+        predict = drawing.rule(self.network, uncond, cond, drawing.guidance)
         return self.decode(drawing.denoise(plan.start(z, noise), plan, predict))
 
 

@@ -12,7 +12,7 @@ import minisd
 from minisd.models import ops
 
 WORDS = "a red blue big small circle square left of above on white background striped".split()
-SETTINGS = 30  # for each number of threads; 100 were run once (bench/NOTES.md)
+SETTINGS = 30  # for each number of threads
 onednn = pytest.mark.skipif(
     not ops.onednn_computes(torch.float32), reason="no oneDNN for this processor"
 )

@@ -564,6 +564,7 @@ def test_the_model_is_v1_4_where_none_is_named():
         for name, parser in commands.items()
         if "--model" in parser._option_string_actions
     }
+    assert taking.pop("dit").get_default("model") == "facebook/DiT-XL-2-256"
     assert set(taking) == {
         "txt2img",
         "img2img",
@@ -572,6 +573,10 @@ def test_the_model_is_v1_4_where_none_is_named():
         "invert",
         "blend",
         "erase",
+        "masactrl",
+        "excite",
+        "regional",
+        "diffedit",
         "export",
     }
     assert {parser.get_default("model") for parser in taking.values()} == {"sd-v1-4"}
@@ -814,7 +819,7 @@ def test_an_option_has_the_name_that_it_has_in_python():
     from minisd.editing.prompt_to_prompt import EditOptions
 
     [commands] = [a.choices for a in build_parser()._actions if isinstance(a.choices, dict)]
-    python_only = {"uncond", "latents", "on_step", "progress", "self_sites", "map_sites"}
+    python_only = {"rule", "uncond", "latents", "on_step", "progress", "self_sites", "map_sites"}
     drawing = set(Options.__annotations__) - python_only - {"height", "width"} | {"size"}
     expected = {
         "txt2img": drawing,

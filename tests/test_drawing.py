@@ -2,6 +2,7 @@
 same in each; what draws returns images, whatever the options."""
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import p2p_model
@@ -220,6 +221,38 @@ def test_refusals_are_the_same_everywhere(sd, recording, call, rows, wrong, mess
         call(sd, recording, **QUIET, **wrong)
 
 
+@every
+def test_guidance_of_each_image(sd, drawn, call, rows):
+    """Each row as in a batch of its scale; an edited row follows its source, of another one."""
+    scales = [2.5, 7.3, 4.0, 1.0, 5.0, 6.0][: 2 * rows]
+    _, z = drawn(call, num_images=2, seed=7, guidance=scales)
+    edited = call in (CALLS["edit_prompt"][0], CALLS["edit_prompt, all of it"][0])
+    for i in range(2 if edited else 2 * rows):
+        _, alone = drawn(call, num_images=2, seed=7, guidance=scales[i])
+        bar = 1e-5 if scales[i] == 1 else 0  # which a batch without guidance computes alone
+        assert relative(z[i], alone[i]) <= bar, i
+    assert relative(z[-1], drawn(call, num_images=2, seed=7, guidance=2.5)[1][-1]) > 0.01
+
+
+@every
+def test_a_scale_for_each_image_or_none(sd, recording, call, rows):
+    with pytest.raises(ValueError, match=f"list of 9, expected one for each of {rows} images"):
+        call(sd, recording, guidance=[3.0] * 9, **QUIET)
+    with pytest.raises(ValueError, match="guidance is a list of 0, expected one for each image"):
+        call(sd, recording, guidance=[], **QUIET)
+
+
+@pytest.mark.parametrize("name", ["edit_prompt", "seed_baseline", "replay"])
+def test_one_noise_for_all_prompts_of_a_seed(sd, drawn, name):
+    """A list of seeds is a source and its targets for each of them."""
+    call, rows = CALLS[name]
+    images, z = drawn(call, seed=[3, 11])
+    assert len(images) == 2 * rows
+    for i, seed in enumerate((3, 11)):
+        _, alone = drawn(call, seed=seed)
+        assert relative(z[i::2], alone) <= 1e-5
+
+
 # latents
 
 
@@ -360,6 +393,7 @@ HOW = {
     "uncond": torch.zeros(1, 77, 24),
     "steps": 2,
     "guidance": 2.0,
+    "rule": partial(minisd.pag, sites=["up_blocks.1.attentions.0.transformer_blocks.0.attn1"]),
     "sampler": "ddim",
     "seed": 1,
     "num_images": 2,
@@ -372,7 +406,10 @@ HOW = {
 WITHOUT = {
     "invert": (
         lambda sd, r, **o: minisd.invert(sd, picture(), SOURCE, **{"steps": 2} | QUIET | o),
-        {"negative_prompt", "uncond", "guidance", "sampler", "seed", "num_images", "latents"},
+        {
+            *("negative_prompt", "uncond", "guidance", "rule"),
+            *("sampler", "seed", "num_images", "latents"),
+        },
     ),
     "redraw": (
         lambda sd, r, **o: minisd.redraw(

@@ -12,13 +12,13 @@ only_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 def test_a_part_of_the_fuzz_of_every_reader(record_property):
-    figures, failures = fuzz_readers.run(2000, seed=1, keep=False)
+    figures, failures = fuzz_readers.run(1350, seed=1, keep=False)
     record_property("fuzz of every reader: inputs", sum(figures.values()))
     record_property("fuzz of every reader: failures", len(failures))
-    assert failures == [] and sum(figures.values()) == 2000
+    assert failures == [] and sum(figures.values()) == 1350
     for reader in fuzz_readers.READERS:  # each is tried, and refuses some
-        assert figures[f"{reader} refused"] > 10, figures
-    read = [reader for reader in fuzz_readers.READERS if figures.get(f"{reader} read", 0) > 10]
+        assert figures[f"{reader} refused"] > 5, figures
+    read = [reader for reader in fuzz_readers.READERS if figures.get(f"{reader} read", 0) > 5]
     assert len(read) == len(fuzz_readers.READERS), figures
 
 

@@ -436,7 +436,7 @@ def damages(path):
     yield "a web page", b"<!doctype html>"
 
 
-@pytest.mark.parametrize("to", [None, "to"])
+@pytest.mark.parametrize("to", [None, pytest.param("to", marks=pytest.mark.full)])
 def test_fetch_repairs_what_is_damaged_and_says_so(hub, tmp_path, capsys, to):
     argv = ["fetch", "owner/shapes", *(["--to", str(tmp_path / to)] if to else [])]
     assert cli.main(argv) == 0

@@ -49,8 +49,8 @@ def read_bundle(
     finite. integers: tensors of int64; all others are floats. ValueError that names the file and
     everything at fault; FileNotFoundError if there is none.
     """
-    expect_file(path)
     try:
+        expect_file(path)
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get(format, "null"))
             # Copied, not mapped: the file may change.

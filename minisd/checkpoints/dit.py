@@ -6,11 +6,9 @@ so all copies have to be the same, which is checked. The weights that facebookre
 itself are pickles (.pt), which are not read; both are under CC-BY-NC 4.0, for no commercial use.
 """
 
-import dataclasses
 import re
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 
@@ -22,15 +20,14 @@ from .header import Entry, read_header
 from .load import (
     PICKLES,
     WHY_NO_PICKLES,
-    Checkpoint,
     _config,
     _json,
     _named,
-    _tokenizer,
+    dit_config,
     load_tensors,
 )
-from .names import Config, rename_diffusers
-from .sources import CheckpointError, Part, Source, _fetch, hub_repo, weights_file
+from .names import rename_diffusers
+from .sources import CheckpointError, Source, _fetch, hub_repo
 from .tensor_file import FLOATS, read_tensors
 
 PUBLISHED = "facebook/DiT-XL-2-256"
@@ -38,10 +35,6 @@ LICENCE = f"{PUBLISHED} has the weights as safetensors, under CC-BY-NC 4.0: no c
 WEIGHTS = "diffusion_pytorch_model"
 CONFIGS = ("transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
 EMBEDDER = re.compile(r"transformer_blocks\.(\d+)\.norm1\.emb\.(.+)")  # a copy in a block
-# No published config comes near these; what a damaged or hostile one asks for would take all
-# memory.
-LIMITS = {"num_layers": 200, "sample_size": 512, "patch_size": 64, "num_attention_heads": 256}
-LIMIT = 100_000  # of any other number
 
 
 class DiTCheckpoint(NamedTuple):
@@ -79,7 +72,7 @@ def locate_dit(
         if not (folder / path).is_file():
             kind = "a DiT has transformer/, vae/ and scheduler/, with .safetensors files"
             raise CheckpointError(f"{folder / path} is missing: {kind}")
-    config = _named(folder / CONFIGS[0], lambda path: _dit_config(_json(path), compat))
+    config = dit_config(folder / CONFIGS[0], compat)
     if config.num_embeds_ada_norm is None:
         why = "its DiT takes a text: minisd.load, and --model of the other commands, take it"
         raise CheckpointError(f"{folder} is for no labels, {why}")
@@ -91,45 +84,6 @@ def locate_dit(
     schedule = _named(scheduler, lambda path: NoiseSchedule.from_dict(_json(path)))
     files = {part: folder / path for part, path in weights.items()}
     return DiTCheckpoint(config, vae_config, schedule, files)
-
-
-def _dit_config(values: dict[str, Any], compat: str = "published") -> DiTConfig:
-    """transformer/config.json, refused where its numbers are absurd."""
-    config = DiTConfig.from_dict(values | {"compat": compat})
-    for name, value in dataclasses.asdict(config).items():
-        for number in value if type(value) is tuple else (value,):
-            most = LIMITS.get(name, LIMIT)
-            if type(number) is int and not 1 <= number <= most:
-                raise ValueError(f"{name}: got {number}, expected 1 to {most}")
-    return config
-
-
-def text_checkpoint(
-    folder: Path, variant: str | None, tokenizer: Source | None, local_files_only: bool
-) -> Checkpoint:
-    """Of a folder in which transformer/, a DiT that takes a text, is in the place of unet/."""
-    network = Path(weights_file("unet", variant)).name
-    files: dict[Part, Path] = {
-        "unet": folder / "transformer" / network,
-        "vae": folder / weights_file("vae", variant),
-        "text_encoder": folder / weights_file("text_encoder", variant),
-    }
-    dit = _named(files["unet"].parent / "config.json", lambda path: _dit_config(_json(path)))
-    if dit.num_embeds_ada_norm is not None:
-        why = "its DiT takes labels: minisd.load_dit and `minisd dit` take it"
-        raise CheckpointError(f"{folder} is for no texts, {why}")
-    for path in files.values():
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing")
-    configs: dict[Part, Config] = {"unet": dit}
-    for part in ("vae", "text_encoder"):
-        configs[part] = _config(part, files[part].parent / "config.json")
-    path = folder / "scheduler" / "scheduler_config.json"
-    scheduler = _named(path, _json)
-    schedule = _named(path, lambda _: NoiseSchedule.from_dict(scheduler))
-    own, why = folder / "tokenizer", f"{folder} has no tokenizer/"
-    read_tokenizer = partial(_tokenizer, tokenizer, own, why, local_files_only)
-    return Checkpoint(configs, scheduler, schedule, read_tokenizer, files, rename_diffusers)
 
 
 def load_dit_parts(

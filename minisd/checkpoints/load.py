@@ -78,6 +78,10 @@ LIMITS = {
     "num_hidden_layers": 100,
     "unet.sample_size": 512,
     "vae.sample_size": 4096,
+    "transformer.sample_size": 512,
+    "transformer.num_layers": 200,
+    "transformer.patch_size": 64,
+    "transformer.num_attention_heads": 256,
 }
 LIMIT, LONGEST = 1_000_000, 16  # of any other whole number; of a list
 MAX_JSON, MAX_VOCABULARY = 1_000_000, 20_000_000  # bytes of a config, of a file of the vocabulary
@@ -208,12 +212,10 @@ def from_folder(
     Stable Diffusion v1 was trained with that encoder, frozen. With transformer/ in place of unet/
     the network is a DiT.
     """
-    has_encoder = (folder / "text_encoder").is_dir()
     expect_pipeline(folder, folder)
     if (folder / "transformer").is_dir():
-        from .dit import text_checkpoint  # which builds on this module
-
-        return text_checkpoint(folder, variant, tokenizer, local_files_only)
+        return _text_dit(folder, variant, tokenizer, local_files_only)
+    has_encoder = (folder / "text_encoder").is_dir()
     paths = {part: folder / weights_file(part, variant) for part in MODELS}
     if variant is not None and any(path.is_file() for path in paths.values()):
         for part in [part for part, path in paths.items() if not path.is_file()]:
@@ -247,6 +249,34 @@ def from_folder(
     why = f"{folder} has no tokenizer/"
     read_tokenizer = partial(_tokenizer, tokenizer, folder / "tokenizer", why, local_files_only)
     return Checkpoint(configs, scheduler, schedule, read_tokenizer, paths, rename_diffusers)
+
+
+def _text_dit(
+    folder: Path, variant: str | None, tokenizer: Source | None, local_files_only: bool
+) -> Checkpoint:
+    """Of a folder in which transformer/, a DiT that takes a text, is in the place of unet/."""
+    network = Path(weights_file("unet", variant)).name
+    files: dict[Part, Path] = {
+        "unet": folder / "transformer" / network,
+        "vae": folder / weights_file("vae", variant),
+        "text_encoder": folder / weights_file("text_encoder", variant),
+    }
+    dit = dit_config(files["unet"].parent / "config.json")
+    if dit.num_embeds_ada_norm is not None:
+        why = "its DiT takes labels: minisd.load_dit and `minisd dit` take it"
+        raise CheckpointError(f"{folder} is for no texts, {why}")
+    for path in files.values():
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing")
+    configs: dict[Part, Config] = {"unet": dit}
+    for part in ("vae", "text_encoder"):
+        configs[part] = _config(part, files[part].parent / "config.json")
+    path = folder / "scheduler" / "scheduler_config.json"
+    scheduler = _named(path, _json)
+    schedule = _named(path, lambda _: NoiseSchedule.from_dict(scheduler))
+    own, why = folder / "tokenizer", f"{folder} has no tokenizer/"
+    read_tokenizer = partial(_tokenizer, tokenizer, own, why, local_files_only)
+    return Checkpoint(configs, scheduler, schedule, read_tokenizer, files, rename_diffusers)
 
 
 def _why_no_weights(folder: Path, path: Path) -> str:
@@ -381,9 +411,18 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _config(part: Part, path: Path) -> Config:
     """A part's config.json, refused where its numbers are absurd."""
+    return _checked_config(part, path, MODELS[part][1].from_dict)
 
-    def read(path: Path) -> Config:
-        config = MODELS[part][1].from_dict(_json(path))
+
+def dit_config(path: Path, compat: str = "published") -> DiTConfig:
+    """The same of transformer/."""
+    read = lambda values: DiTConfig.from_dict(values | {"compat": compat})
+    return _checked_config("transformer", path, read)
+
+
+def _checked_config(part: str, path: Path, read: Callable[[dict[str, Any]], Any]) -> Any:
+    def checked(path: Path) -> Any:
+        config = read(_json(path))
         for name, value in dataclasses.asdict(config).items():
             values = value if type(value) is tuple else (value,)
             most = LIMITS.get(name, LIMITS.get(f"{part}.{name}", LIMIT))
@@ -400,7 +439,7 @@ def _config(part: Part, path: Path) -> Config:
                 raise ValueError(f"{name}: got {value!r:.80}, expected {several}{bounds}")
         return config
 
-    return _named(path, read)
+    return _named(path, checked)
 
 
 def match_tensors(

@@ -84,6 +84,7 @@ def erase(args: Namespace, call: Call) -> None:
     from ..editing.erasure import erase_concepts
     from ..viewing.images import read_image
 
+    call.refuse("erasure has a rule of guidance of its own", "pag")
     request = DrawRequest.of(args, call, negative_at_1=True)
     if args.image is None:
         call.refuse("expected --image with it", "strength")

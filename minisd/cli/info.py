@@ -16,8 +16,8 @@ from .output import AGAIN
 
 # The text chunks of a PNG that are options of the command, under the option's name.
 OPTIONS = (
-    *("negative", "strength", "model", "variant", "revision", "tokenizer"),
-    *("seed", "size", "steps", "guidance", "sampler", "dtype", "device"),
+    *("weights", "negative", "strength", "model", "variant", "revision", "tokenizer"),
+    *("seed", "size", "steps", "guidance", "pag", "sampler", "dtype", "device"),
 )
 
 

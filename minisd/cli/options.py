@@ -7,6 +7,7 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -111,6 +112,8 @@ def add_drawing_options(parser: argparse.ArgumentParser, size_help: str) -> None
     add("--size", type=size, metavar="WxH", help=size_help)
     add("--steps", type=positive, default=25, help="steps of the sampler, up to 1000, ddim 999")
     add("--guidance", type=number, default=7.5, help="guidance scale; 1 is none, and twice as fast")
+    pag = "perturbed-attention guidance at that scale beside --guidance; 3 is usual"
+    add("--pag", type=number, metavar="SCALE", help=pag)
     dpm = "dpm++ is DPM-Solver++ 2M on Karras' noise levels, ddpm has noise at every step"
     add("--sampler", choices=SAMPLERS, default="dpm++", help=dpm)
     add("--device", help="cpu, cuda, cuda:1, ...; without it, cuda if there is one")
@@ -155,6 +158,7 @@ class DrawRequest:
     """What all commands that draw share.
 
     options   of `minisd.drawing.Drawing`, without the seed of an image, which is one of `seeds`
+    pag       the scale of perturbed-attention guidance, which is the rule in `options`
     output    a .png file or a folder
     """
 
@@ -163,6 +167,7 @@ class DrawRequest:
     device: str | None
     dtype: str | None
     options: Options
+    pag: float | None
     seeds: range
     output: str
     trace: TraceRequest | None
@@ -191,6 +196,10 @@ class DrawRequest:
             "width": width,
             **resolved,
         }
+        if args.pag is not None:
+            from ..editing.perturbed import pag
+
+            options["rule"] = partial(pag, pag_scale=args.pag)
         if options["guidance"] == 1 and not negative_at_1:
             call.refuse("it has no effect at --guidance 1", "negative_prompt")
         model, seeds = (
@@ -198,7 +207,9 @@ class DrawRequest:
             range(args.seed, args.seed + args.num_images),
         )
         trace = TraceRequest.of(args, call)
-        return cls(call, model, args.device, args.dtype, options, seeds, args.output, trace)
+        return cls(
+            call, model, args.device, args.dtype, options, args.pag, seeds, args.output, trace
+        )
 
     def options_of(self, seed: int, on_step: OnStep | None) -> Options:
         """The options of one image."""

@@ -240,6 +240,10 @@ class CLIPTokenizer:
         """Pieces of one text, aligned with encode(text); each word's last piece ends in "</w>"."""
         return self._encode(text).tokens
 
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """(start, end) of the characters of each piece of one text, aligned with encode(text)."""
+        return self._encode(text).offsets
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, a list or a 1-D tensor, without the special tokens.
 

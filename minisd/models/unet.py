@@ -438,15 +438,15 @@ class UNet(Denoiser):
         x = ops.conv2d(self.conv_in, x)
         if self.is_shallow(c):
             x = self.outermost(x, c)
-            return ops.norm_silu_conv(self.conv_norm_out, self.conv_out, x)
-        skips = [x]
-        for down in self.down_blocks:
-            x, new = down(x, c)
-            skips += new
-        x = self.mid_block(x, c)
-        for up in self.up_blocks:
-            joining = [skips.pop() for _ in up.resnets]
-            x = up(x, joining, skips[-1].shape[2:] if skips else x.shape[2:], c)
+        else:
+            skips = [x]
+            for down in self.down_blocks:
+                x, new = down(x, c)
+                skips += new
+            x = self.mid_block(x, c)
+            for up in self.up_blocks:
+                joining = [skips.pop() for _ in up.resnets]
+                x = up(x, joining, skips[-1].shape[2:] if skips else x.shape[2:], c)
         return ops.norm_silu_conv(self.conv_norm_out, self.conv_out, x)
 
     def is_shallow(self, c: Conditioning) -> bool:
