@@ -17,7 +17,8 @@ from .output import AGAIN
 # The text chunks of a PNG that are options of the command, under the option's name.
 OPTIONS = (
     *("weights", "negative", "strength", "model", "variant", "revision", "tokenizer"),
-    *("seed", "size", "steps", "guidance", "pag", "sampler", "dtype", "device"),
+    *("seed", "size", "steps", "guidance", "pag", "freeu", "seg", "deep-cache"),
+    *("sampler", "dtype", "device"),
 )
 
 

@@ -4,7 +4,7 @@ earlier step.
 Every n-th step is computed in full, and saves the last feature that comes from below: the output
 of the first layer of the last up block. The steps between inject it. What is left to compute is
 conv_in, the first layers on the way down, and the layers of the last up block whose skips those are
-(UNet.outermost). It is an approximation: docs/knobs.md says by how much the latents change.
+(UNet.outermost). It is an approximation: docs/knobs.md says how many images it costs.
 
 Source: Ma et al. 2023 (arXiv 2312.00858), the uniform schedule 1:N.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import expect
 from ..models.features import FeatureEdit
 from ..models.unet import UNet
-from ..sampling.guidance import Edits, Embeddings, Guidance, cfg
+from ..sampling.guidance import Edits, Embeddings, Guidance, Scales, cfg
 from ..sampling.samplers import Step
 
 
@@ -47,7 +47,7 @@ def deep_cache(
     network: Callable[..., Tensor],
     uncond: Embeddings,
     cond: Tensor,
-    scale: float = 7.5,
+    scale: Scales = 7.5,
     edits: Edits | None = None,
     *,
     unet: UNet,
