@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from minisd.checkpoints import load as checkpoint, sources
+from minisd.checkpoints import configs, load as checkpoint, sources
 from minisd.checkpoints.bundle import read_bundle
 from minisd.checkpoints.header import read_header
 from minisd.checkpoints.kinds import kind_of_bytes, kind_of_tensors
@@ -113,7 +113,7 @@ def make_config(rng):
 def read_a_config(data, folder):
     part, _, text = data.partition(b"\n")
     (folder / "config.json").write_bytes(text)
-    config = checkpoint._config(part.decode(), folder / "config.json")
+    config = configs.read_config(part.decode(), folder / "config.json")
     with torch.device("meta"):
         try:
             checkpoint.MODELS[part.decode()][0](config)
@@ -142,8 +142,8 @@ def read_a_schedule(data, folder):
     from minisd.sampling.schedule import NoiseSchedule
 
     (folder / "a.json").write_bytes(data)
-    schedule = checkpoint._named(
-        folder / "a.json", lambda path: NoiseSchedule.from_dict(checkpoint._json(path))
+    schedule = configs.named(
+        folder / "a.json", lambda path: NoiseSchedule.from_dict(configs.read_json(path))
     )
     a = schedule.alphas_cumprod
     assert a.isfinite().all() and (a >= 0).all() and (a <= 1).all()
@@ -178,7 +178,7 @@ def read_a_vocabulary(data, folder):
         path.unlink()
     for name, text in json.loads(data).items():
         (folder / name).write_bytes(text.encode("latin-1"))
-    tokenizer = checkpoint._named(folder, checkpoint._vocabulary)
+    tokenizer = configs.named(folder, configs.vocabulary)
     assert tokenizer(["ab ab"]).shape == (1, tokenizer.max_length)
 
 

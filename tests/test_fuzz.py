@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from minisd.checkpoints import load as checkpoint, sources
+from minisd.checkpoints import configs, load as checkpoint, sources
 from minisd.checkpoints.header import read_header
 from minisd.editing.inversion import FORMAT, METHODS, TENSORS, Inversion
 from minisd.models.clip import CLIPTextConfig
@@ -193,7 +193,7 @@ def config_is_read_or_refused(part, values, folder):
     path = folder / "config.json"
     path.write_text(json.dumps(values), encoding="utf-8", errors="surrogatepass")
     try:
-        config = checkpoint._config(part, path)
+        config = configs.read_config(part, path)
         with torch.device("meta"):
             checkpoint.MODELS[part][0](config)
     except checkpoint.CheckpointError as error:
@@ -282,7 +282,7 @@ def vocabulary_is_read_or_refused(vocab, merges, folder):
     (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8", errors="surrogatepass")
     (folder / "merges.txt").write_text(merges, encoding="utf-8", errors="surrogatepass")
     try:
-        tokenizer = checkpoint._named(folder, checkpoint._vocabulary)
+        tokenizer = configs.named(folder, configs.vocabulary)
     except checkpoint.CheckpointError:
         return
     assert tokenizer(["ab ab"]).shape == (1, 77)

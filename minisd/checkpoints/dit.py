@@ -16,16 +16,9 @@ from ..models.dit import DiT
 from ..models.dit_config import DiTConfig
 from ..models.vae import AutoencoderKL, VAEConfig
 from ..sampling.schedule import NoiseSchedule
+from .configs import dit_config, named, read_config, read_json
 from .header import Entry, read_header
-from .load import (
-    PICKLES,
-    WHY_NO_PICKLES,
-    _config,
-    _json,
-    _named,
-    dit_config,
-    load_tensors,
-)
+from .load import PICKLES, WHY_NO_PICKLES, load_tensors
 from .names import rename_diffusers
 from .sources import CheckpointError, Source, _fetch, hub_repo
 from .tensor_file import FLOATS, read_tensors
@@ -76,12 +69,12 @@ def locate_dit(
     if config.num_embeds_ada_norm is None:
         why = "its DiT takes a text: minisd.load, and --model of the other commands, take it"
         raise CheckpointError(f"{folder} is for no labels, {why}")
-    vae_config = cast(VAEConfig, _config("vae", folder / CONFIGS[1]))
+    vae_config = cast(VAEConfig, read_config("vae", folder / CONFIGS[1]))
     if vae_config.latent_channels != config.in_channels:
         got = f"its VAE has latents of {vae_config.latent_channels} channels"
         raise CheckpointError(f"{folder}: {got}, its transformer takes {config.in_channels}")
     scheduler = folder / CONFIGS[2]
-    schedule = _named(scheduler, lambda path: NoiseSchedule.from_dict(_json(path)))
+    schedule = named(scheduler, lambda path: NoiseSchedule.from_dict(read_json(path)))
     files = {part: folder / path for part, path in weights.items()}
     return DiTCheckpoint(config, vae_config, schedule, files)
 

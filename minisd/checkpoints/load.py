@@ -10,7 +10,6 @@ tensor_file.py reads them, names.py says what their tensors are called here.
 """
 
 import dataclasses
-import json
 import math
 import os
 import re
@@ -18,7 +17,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -30,6 +29,7 @@ from ..models.tokenizer import CLIPTokenizer
 from ..models.unet import UNet, UNetConfig
 from ..models.vae import AutoencoderKL, VAEConfig
 from ..sampling.schedule import NoiseSchedule
+from .configs import MODELS, dit_config, from_clip, named, read_config, read_json, read_tokenizer
 from .header import Entry, read_header
 from .kinds import kind_of_channels, kind_of_tensors
 from .names import LDM_PREFIX, Config, rename_diffusers, rename_ldm
@@ -38,24 +38,17 @@ from .sources import (
     INDEX,
     SHORT_NAMES,
     SIZES,
-    VOCABULARY_FILES,
     CheckpointError,
     Part,
     Source,
     bundled,
     download,
     expect_pipeline,
-    fetch_clip,
     hub_repo,
     weights_file,
 )
 from .tensor_file import FLOATS, read_tensors
 
-MODELS: dict[Part, tuple[type[nn.Module], type[Config]]] = {
-    "unet": (UNet, UNetConfig),
-    "vae": (AutoencoderKL, VAEConfig),
-    "text_encoder": (CLIPTextModel, CLIPTextConfig),
-}
 # What a single file of the original layout does not say; the configs' defaults are Stable Diffusion
 # v1's, too.
 SD_V1_SCHEDULE = {
@@ -71,20 +64,6 @@ WHY_NO_PICKLES = (
     "reading one runs whatever code its author put into it; take the .safetensors file of the same "
     "model"
 )
-# No published config comes near these; what a damaged or hostile one asks for would take all
-# memory, or all day.
-LIMITS = {
-    "layers_per_block": 16,
-    "num_hidden_layers": 100,
-    "unet.sample_size": 512,
-    "vae.sample_size": 4096,
-    "transformer.sample_size": 512,
-    "transformer.num_layers": 200,
-    "transformer.patch_size": 64,
-    "transformer.num_attention_heads": 256,
-}
-LIMIT, LONGEST = 1_000_000, 16  # of any other whole number; of a list
-MAX_JSON, MAX_VOCABULARY = 1_000_000, 20_000_000  # bytes of a config, of a file of the vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,14 +78,14 @@ class Checkpoint:
     configs: dict[Part, Config]
     scheduler: dict[str, Any]
     schedule: NoiseSchedule
-    read_tokenizer: Callable[[], CLIPTokenizer]
+    own_tokenizer: Callable[[], CLIPTokenizer]
     files: dict[Part, Path]
     rename: Callable[[Part, str], str | None]
 
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:
         """Read when it is asked for: `minisd info` shows files without a vocabulary, too."""
-        return self.read_tokenizer()
+        return self.own_tokenizer()
 
 
 class Parts(NamedTuple):
@@ -228,7 +207,7 @@ def from_folder(
         if not path.is_file() and (part != "text_encoder" or has_encoder):
             raise CheckpointError(_why_no_weights(folder, path))
     configs = {
-        part: _config(part, path.parent / "config.json")
+        part: read_config(part, path.parent / "config.json")
         for part, path in paths.items()
         if path.is_file()
     }
@@ -239,17 +218,17 @@ def from_folder(
             raise CheckpointError(
                 f"{folder} has no text_encoder/, and its UNet does not go with {CLIP}'s"
             )
-        paths["text_encoder"] = _from_clip(
+        paths["text_encoder"] = from_clip(
             f"{folder} has no text_encoder/", ["model.safetensors"], local_files_only
         )
     unet, vae = cast(UNetConfig, configs["unet"]), cast(VAEConfig, configs["vae"])
     _expect_channels(folder, unet.in_channels, unet.out_channels, vae.latent_channels)
     path = folder / "scheduler" / "scheduler_config.json"
-    scheduler = _named(path, _json)
-    schedule = _named(path, lambda _: NoiseSchedule.from_dict(scheduler))
+    scheduler = named(path, read_json)
+    schedule = named(path, lambda _: NoiseSchedule.from_dict(scheduler))
     why = f"{folder} has no tokenizer/"
-    read_tokenizer = partial(_tokenizer, tokenizer, folder / "tokenizer", why, local_files_only)
-    return Checkpoint(configs, scheduler, schedule, read_tokenizer, paths, rename_diffusers)
+    own_tokenizer = partial(read_tokenizer, tokenizer, folder / "tokenizer", why, local_files_only)
+    return Checkpoint(configs, scheduler, schedule, own_tokenizer, paths, rename_diffusers)
 
 
 def _text_dit(
@@ -271,13 +250,13 @@ def _text_dit(
             raise CheckpointError(f"{path} is missing")
     configs: dict[Part, Config] = {"unet": dit}
     for part in ("vae", "text_encoder"):
-        configs[part] = _config(part, files[part].parent / "config.json")
+        configs[part] = read_config(part, files[part].parent / "config.json")
     path = folder / "scheduler" / "scheduler_config.json"
-    scheduler = _named(path, _json)
-    schedule = _named(path, lambda _: NoiseSchedule.from_dict(scheduler))
+    scheduler = named(path, read_json)
+    schedule = named(path, lambda _: NoiseSchedule.from_dict(scheduler))
     own, why = folder / "tokenizer", f"{folder} has no tokenizer/"
-    read_tokenizer = partial(_tokenizer, tokenizer, own, why, local_files_only)
-    return Checkpoint(configs, scheduler, schedule, read_tokenizer, files, rename_diffusers)
+    own_tokenizer = partial(read_tokenizer, tokenizer, own, why, local_files_only)
+    return Checkpoint(configs, scheduler, schedule, own_tokenizer, files, rename_diffusers)
 
 
 def _why_no_weights(folder: Path, path: Path) -> str:
@@ -334,8 +313,8 @@ def from_single_file(
     configs = {part: config() for part, (_, config) in MODELS.items()}
     wanted = "a folder tokenizer/ with vocab.json and merges.txt"
     why = f"{path} has no vocabulary: put {wanted} beside it"
-    read_tokenizer = partial(
-        _tokenizer, tokenizer, path.parent / "tokenizer", why, local_files_only
+    own_tokenizer = partial(
+        read_tokenizer, tokenizer, path.parent / "tokenizer", why, local_files_only
     )
 
     def rename(part: Part, name: str) -> str | None:
@@ -343,99 +322,7 @@ def from_single_file(
 
     schedule = NoiseSchedule.from_dict(SD_V1_SCHEDULE)
     files = dict.fromkeys(MODELS, path)
-    return Checkpoint(configs, SD_V1_SCHEDULE, schedule, read_tokenizer, files, rename)
-
-
-def _from_clip(why: str, names: list[str], local_files_only: bool) -> Path:
-    """The first of the named files of openai/clip-vit-large-patch14.
-
-    why: what an error says first if they do not come.
-    """
-    try:
-        return fetch_clip(names, local_files_only) / names[0]
-    except CheckpointError as error:
-        raise CheckpointError(f"{why} ({error})") from error
-
-
-def _tokenizer(given: Source | None, own: Path, why: str, local_files_only: bool) -> CLIPTokenizer:
-    """That of the folder that was given, or else of the model's own, or else CLIP's."""
-    folder = own if given is None else Path(given)
-    if given is None and not own.is_dir():
-        folder = _from_clip(why, ["vocab.json", "merges.txt"], local_files_only).parent
-    return _named(folder, _vocabulary)
-
-
-T = TypeVar("T")
-
-
-def _named(path: Path, read: Callable[[Path], T]) -> T:
-    """read(path); whatever is wrong with the file is told under its name."""
-    try:
-        return read(path)
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        KeyError,
-        OverflowError,
-        RecursionError,
-    ) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-
-
-def _expect_size(path: Path, most: int) -> None:
-    if not path.is_file():
-        raise FileNotFoundError("there is no such file")
-    if path.stat().st_size > most:
-        raise ValueError(f"the file has {path.stat().st_size} bytes, expected at most {most}")
-
-
-def _vocabulary(folder: Path) -> CLIPTokenizer:
-    for path in folder.glob("*"):
-        if path.name in (*VOCABULARY_FILES, "tokenizer.json", "added_tokens.json"):
-            _expect_size(path, MAX_VOCABULARY)
-    return CLIPTokenizer.from_folder(folder)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    _expect_size(path, MAX_JSON)
-    if not isinstance(values := json.loads(path.read_text(encoding="utf-8")), dict):
-        raise ValueError(f"expected a JSON object, got {type(values).__name__}")
-    return values
-
-
-def _config(part: Part, path: Path) -> Config:
-    """A part's config.json, refused where its numbers are absurd."""
-    return _checked_config(part, path, MODELS[part][1].from_dict)
-
-
-def dit_config(path: Path, compat: str = "published") -> DiTConfig:
-    """The same of transformer/."""
-    read = lambda values: DiTConfig.from_dict(values | {"compat": compat})
-    return _checked_config("transformer", path, read)
-
-
-def _checked_config(part: str, path: Path, read: Callable[[dict[str, Any]], Any]) -> Any:
-    def checked(path: Path) -> Any:
-        config = read(_json(path))
-        for name, value in dataclasses.asdict(config).items():
-            values = value if type(value) is tuple else (value,)
-            most = LIMITS.get(name, LIMITS.get(f"{part}.{name}", LIMIT))
-            least = 0 if name == "freq_shift" else 1
-            numbers = [number for number in values if type(number) in (int, float)]
-            ok = all(  # NaN is not
-                least <= n <= most if type(n) is int else 0 < n <= most for n in numbers
-            )
-            if not ok or len(values) > LONGEST:
-                several = f"{LONGEST} numbers at most, each " if type(value) is tuple else ""
-                bounds = f"{least} to {most}"
-                if any(type(number) is float for number in numbers):
-                    bounds = f"more than 0 and at most {most}"
-                raise ValueError(f"{name}: got {value!r:.80}, expected {several}{bounds}")
-        return config
-
-    return _named(path, checked)
+    return Checkpoint(configs, SD_V1_SCHEDULE, schedule, own_tokenizer, files, rename)
 
 
 def match_tensors(
