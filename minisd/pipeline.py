@@ -9,7 +9,7 @@ https://arxiv.org/abs/2108.01073.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, Unpack, overload
@@ -19,7 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from . import expect
+from .checkpoints.adapters import Adapters, add_embedding, merge, token_embeddings, unmerge
 from .checkpoints.load import load_parts, locate
+from .checkpoints.sources import Source
 from .drawing import Drawing, Options, as_list, memory_for, seeds
 from .engine.network import Network, network
 from .models.attention import IMPLEMENTATIONS, Implementation
@@ -49,7 +51,7 @@ class StableDiffusion:
     An image is a PIL image, or a tensor (B, 3, H, W) in [-1, 1]; a latent z or x is (B, C, H /
     factor, W / factor), C = unet.config.in_channels (4) and factor = vae.factor (8 in SD v1),
     scaled by vae.config.scaling_factor. compile, graph: how `network` computes the UNet, see
-    `load`.
+    `load`. adapters: what `merge` and `add_embedding` have put in.
     """
 
     tokenizer: CLIPTokenizer
@@ -59,6 +61,7 @@ class StableDiffusion:
     schedule: NoiseSchedule
     compile: bool | str = False
     graph: bool = False
+    adapters: Adapters = field(default_factory=Adapters)
 
     @property
     def network(self) -> Network:
@@ -105,7 +108,35 @@ class StableDiffusion:
     @torch.no_grad()
     def encode_prompt(self, prompts: str | Sequence[str]) -> Tensor:
         """Text encoder's last hidden states, (B, 77, D). Longer prompts are cut, with a warning."""
-        return self.text_encoder(self.tokenizer(as_list(prompts)).to(self.device))
+        return self.text_encoder(token_embeddings(self, self.tokenizer(as_list(prompts))))
+
+    def merge(self, *loras: Source | tuple[Source, float]) -> None:
+        """Add LoRA files to the weights of the UNet and the text encoder, in place.
+
+            W' = W + sum_i weight_i (alpha_i / rank_i) B_i A_i,   computed in float32, rounded once
+
+        loras: files with kohya's, PEFT's or diffusers' names, each alone (weight 1) or with its
+        weight: sd.merge("style.safetensors", ("hat.safetensors", 0.5)). A layer's alpha is the
+        file's; where it says none, its rank. CheckpointError, and nothing changed, for a file that
+        does not fit: DoRA, LyCORIS' other kinds, another model's layers.
+        """
+        given = [each if isinstance(each, tuple) else (each, 1.0) for each in loras]
+        for _, weight in given:
+            expect.number("weight of a LoRA", weight)
+        merge(self, given)
+
+    def unmerge(self) -> None:
+        """Take all LoRAs back: each weight is what it was before the first merge, bit for bit."""
+        unmerge(self)
+
+    def add_embedding(self, path: Source, token: str | None = None) -> str:
+        """Teach the text encoder a new word (textual inversion) -> the word, for use in prompts.
+
+        path: a .safetensors file with one tensor, (D,) or (n, D): diffusers' layout, in which it is
+        called by its word, or A1111's, in which it is called emb_params and the word is the file's
+        name. token: another word. A word of n vectors takes n of the prompt's 75 tokens.
+        """
+        return add_embedding(self, path, token)
 
     @torch.no_grad()
     def encode_image(

@@ -48,7 +48,8 @@ def find_word(tokenizer: CLIPTokenizer, prompt: str, word: str) -> list[int]:
     Case and the punctuation around it do not matter: "cat" finds "Cat,", but not "cats" or
     "tomcat".
     """
-    wanted = tokenizer.encode(word.strip(string.punctuation + string.whitespace) or word)
+    bare = word.strip(string.punctuation + string.whitespace) or word
+    wanted = tokenizer.encode(word if word in tokenizer.added else bare)  # "<my-cat>" as it is
     ids, pieces = tokenizer.encode(prompt)[: tokenizer.max_length - 2], tokenizer.tokenize(prompt)
     # Pieces are cut inside words only, so the pieces of a word stand together, after a piece that
     # ends a word.
