@@ -106,11 +106,14 @@ def cross_attention(
     """ops.cross_attention, differentiable."""
     tables = (token_map, blend, reweight)
     ops.check_cross_attention(q, k, v, source_row, inject, *tables, bias, save, save_mean, scale)
-    if save is not None or save_mean is not None:
-        raise RuntimeError(
-            "save, save_mean: a buffer cannot carry the gradients that an input needs; "
-            "ops.edited_map returns the map"
-        )
+    if save is not None or save_mean is not None:  # in place, so that the buffer carries gradients
+        rows = (save if save is not None else save_mean).shape[0]
+        edit = dict(source_row=source_row, inject=inject, token_map=token_map, blend=blend)
+        p = edited_map(q, k, rows, **edit, reweight=reweight, bias=bias, scale=scale)
+        if save is not None:
+            save.copy_(p)
+        if save_mean is not None:
+            save_mean.add_(p.float().mean(dim=1))
     source = "source_row" if source_row is not None else "inject" if inject is not None else None
     if folded is None and any(x is not None for x in tables):
         folded = fold_values(v, source, *tables)

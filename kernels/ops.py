@@ -119,8 +119,9 @@ def cross_attention(
     Differentiable in all but bias; a map that carries gradients is `edited_map`'s. ValueError:
     shapes, dtypes, devices, more than 256 keys (attention takes any number, `impl="sdpa"` of minisd
     edits and saves such maps), two sources, a token_map or blend without a source, save memory that
-    overlaps, kv_row or own_value (attention takes them). RuntimeError: forward-mode derivatives,
-    save buffers where an input needs a gradient. Source: Hertz et al. 2022 (prompt-to-prompt).
+    overlaps, kv_row or own_value (attention takes them). RuntimeError: forward-mode derivatives.
+    Where an input needs a gradient, P' is `edited_map`'s and the save buffers, written in place,
+    carry it. Source: Hertz et al. 2022 (prompt-to-prompt).
     """
     q, k, v = as_autocast(q, k, v)
     tables = (token_map, blend, reweight)
@@ -208,7 +209,7 @@ def edited_map(
     bias: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """P' of cross_attention as a new tensor that carries gradients: what a save is under gradients.
+    """P' of cross_attention as a new tensor that carries gradients: what a save holds under them.
 
     Arguments as in cross_attention; rows: how many of the last rows where no tensor says so
     (None: all). Returns (S, heads, queries, keys) in q's dtype. The map is formed in PyTorch, as

@@ -150,10 +150,10 @@ def cross_attention(
         if save is not None or save_mean is not None:
             p = torch.where(is_own, torch.eye(p.shape[-1], dtype=p.dtype, device=p.device), p)
 
-    if save is not None:
-        save.copy_(p.detach())
+    if save is not None:  # in place, so that under gradients the buffer carries them
+        save.copy_(p)
     if save_mean is not None:
-        save_mean.add_(p.detach().float().mean(dim=1))
+        save_mean.add_(p.float().mean(dim=1))
     return torch.cat([plain, out])
 
 

@@ -1,6 +1,8 @@
 """The methods of drawing and editing, on a model of any size: what `compile` and `graph` have to
 hold for."""
 
+from functools import partial
+
 import torch
 
 import minisd
@@ -17,10 +19,6 @@ def methods(sd):
     options = dict(steps=4, progress=False)
     size = sd.unet.config.sample_size * sd.vae.factor
     image = image_of(size)
-    cond, uncond, x = sd.encode_prompt(PROMPTS), sd.encode_prompt([""]), sd.noise(3, batch=2)
-
-    def loop(sampler, predict):
-        return lambda: minisd.denoise(x, sampler, predict)
 
     def there_and_back(refine=0):
         inversion = minisd.invert(sd, image, PROMPTS[0], refine=refine, **options)
@@ -35,9 +33,7 @@ def methods(sd):
     edits = dict(reweight={words[1]: 2.0}, local_blend=words)
     recording = minisd.record(sd, PROMPTS[0], **options)
     mask = torch.zeros(size, size).index_fill(1, torch.arange(size // 2), 1.0)
-    each = [uncond * (1 + 0.1 * i) for i in range(4)]
-    ddim = minisd.DDIM(sd.schedule, 4)
-    return {
+    drawn = {
         "dpm++": (lambda: sd.txt2img(PROMPTS, **options), 1),
         "ddim": (lambda: sd.txt2img(PROMPTS, sampler="ddim", **options), 0),
         "no guidance": (lambda: sd.txt2img(PROMPTS, guidance=1, sampler="ddim", **options), 1),
@@ -46,30 +42,35 @@ def methods(sd):
         "blend": (lambda: minisd.blend(sd, image, mask, PROMPTS[0], **options), 0),
         "prompt-to-prompt": (lambda: minisd.edit_prompt(sd, *PROMPTS, **edits, **options), 1),
         "record": (lambda: minisd.record(sd, PROMPTS[0], **options).z, 1),
-        "eta": (
-            loop(minisd.DDIM(sd.schedule, 4, eta=0.7), minisd.cfg(sd.network, uncond, cond, 3.0)),
-            0,
-        ),
-        "inverse": (
-            loop(minisd.DDIM(sd.schedule, 4, inverse=True), minisd.conditional(sd.network, cond)),
-            0,
-        ),
-        "erase": (loop(ddim, minisd.erase(sd.network, uncond, cond, cond[:1])), 1),
-        "erase, less": (
-            loop(ddim, minisd.erase(sd.network, uncond, cond, cond[:1], erase_scale=1.0)),
-            0,
-        ),
-        "uncond for each step": (loop(ddim, minisd.cfg(sd.network, each, cond, 3.0)), 1),
         "replay": (lambda: minisd.replay(sd, recording, PROMPTS[1], progress=False), 1),
-        "sega": (loop(ddim, minisd.sega(sd.network, uncond, cond, cond[:1], warmup=1)), 0),
-        "invert, redraw": (there_and_back, 2),
+        "invert, redraw": (there_and_back, 1),
         "fixed-point inversion": (lambda: there_and_back(refine=1), 0),
         "edict": (lambda: minisd.edict(sd, image, *PROMPTS, **options), 0),
         "null-text": (null_text, 1),
-        "sega, elsewhere": (
-            loop(ddim, minisd.sega(sd.network, uncond, cond, cond[:1], threshold=0.5, warmup=1)),
-            0,
-        ),
+    }
+    return drawn | loops(sd)
+
+
+def loops(sd):
+    """The same of guidance and samplers in a loop of one's own."""
+    cond, uncond, x = sd.encode_prompt(PROMPTS), sd.encode_prompt([""]), sd.noise(3, batch=2)
+    each = [uncond * (1 + 0.1 * i) for i in range(4)]
+    network, ddim = sd.network, minisd.DDIM(sd.schedule, 4)
+    eta, inverse = (minisd.DDIM(sd.schedule, 4, **k) for k in ({"eta": 0.7}, {"inverse": True}))
+    sega = partial(minisd.sega, network, uncond, cond, cond[:1], warmup=1)
+    erased = partial(minisd.erase, network, uncond, cond, cond[:1])
+
+    def loop(sampler, predict):
+        return lambda: minisd.denoise(x, sampler, predict)
+
+    return {
+        "eta": (loop(eta, minisd.cfg(network, uncond, cond, 3.0)), 0),
+        "inverse": (loop(inverse, minisd.conditional(network, cond)), 0),
+        "erase": (loop(ddim, erased()), 1),
+        "erase, less": (loop(ddim, erased(erase_scale=1.0)), 0),
+        "uncond for each step": (loop(ddim, minisd.cfg(network, each, cond, 3.0)), 1),
+        "sega": (loop(ddim, sega()), 0),
+        "sega, elsewhere": (loop(ddim, sega(threshold=0.5)), 0),
     }
 
 

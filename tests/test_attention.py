@@ -233,7 +233,13 @@ def test_unknown_impl_and_rows_are_refused():
         AttentionEdit(
             source_row=torch.tensor([[0, 1], [-1, 0], [0, 3]])
         ).check_rows()  # a table, a row for each step
-    edit = AttentionEdit(source_row=torch.tensor([1, 0]))
+    with pytest.raises(ValueError, match=r"kv_row: expected values from 0 to 1, got \[2\]"):
+        AttentionEdit(kv_row=torch.tensor([[0, 1, 1], [0, 2, 1]])).check_rows()  # S = 2, M = 3
+    with pytest.raises(ValueError, match=r"kv_row: expected values from 0 to 1, got \[-1, 2\]"):
+        AttentionEdit(kv_row=torch.tensor([[[0], [1]], [[-1], [2]]])).check_rows()  # two steps
+    with pytest.raises(ValueError, match=r"kv_row: expected \(\.\.\., S, M\), got \(2,\)"):
+        AttentionEdit(kv_row=torch.tensor([0, 1])).check_rows()
+    edit = AttentionEdit(source_row=torch.tensor([1, 0]), kv_row=torch.tensor([[0, 1], [1, 0]]))
     assert edit.check_rows() is edit
 
 

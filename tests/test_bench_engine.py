@@ -335,10 +335,8 @@ def test_the_run_on_a_card_starts_everything_with_options_that_are_known(full, m
         gpu, "run_tests", lambda found, deadline: tests.extend(found) or {gpu.FAILED, gpu.LATE}
     )
     assert gpu.main(["unet", "editing"]) == 0 and not tests
-    assert [command[:1] for command in commands] == [
-        ["bench.editing"],
-        ["bench.unet"],
-    ]  # in their order
+    in_order = ["bench.editing", "bench.unet"]
+    assert [command[0] for command in commands] == in_order
     assert "unet: 0 s" in capsys.readouterr().out
     commands.clear()
     with pytest.raises(SystemExit):

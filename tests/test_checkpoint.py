@@ -522,51 +522,54 @@ def test_peak_memory_of_loading(original, folder, dtype):
 # CompVis' single file
 
 
+def unet_to_ldm(name, layers):
+    """`to_ldm` of the UNet, of two blocks with attention in the first alone."""
+    resnet = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1"}
+    resnet |= {
+        "norm2": "out_layers.0",
+        "conv2": "out_layers.3",
+        "conv_shortcut": "skip_connection",
+    }
+    plain = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
+    plain |= {
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+    }
+    plain |= {
+        "mid_block.resnets.0": "middle_block.0",
+        "mid_block.attentions.0": "middle_block.1",
+    }
+    plain |= {"mid_block.resnets.1": "middle_block.2"}
+    for new, old in plain.items():
+        name = re.sub(rf"^{re.escape(new)}\.", f"{old}.", name)
+    for block in range(2):
+        for i in range(layers + 1):
+            down, up = 1 + block * (layers + 1) + i, block * (layers + 1) + i
+            name = name.replace(f"down_blocks.{block}.resnets.{i}.", f"input_blocks.{down}.0.")
+            name = name.replace(f"down_blocks.{block}.attentions.{i}.", f"input_blocks.{down}.1.")
+            name = name.replace(f"up_blocks.{block}.resnets.{i}.", f"output_blocks.{up}.0.")
+            name = name.replace(f"up_blocks.{block}.attentions.{i}.", f"output_blocks.{up}.1.")
+        name = name.replace(
+            f"down_blocks.{block}.downsamplers.0.conv.", f"input_blocks.{down}.0.op."
+        )
+        entry = 2 if block == 1 else 1  # after the attention, where the stage has one
+        name = name.replace(
+            f"up_blocks.{block}.upsamplers.0.conv.", f"output_blocks.{up}.{entry}.conv."
+        )
+    for new, old in resnet.items():
+        name = re.sub(
+            rf"^((?:in|out)put_blocks\.\d+\.0|middle_block\.[02])\.{new}\.", rf"\1.{old}.", name
+        )
+    return "model.diffusion_model." + name
+
+
 def to_ldm(part, name, layers=1, depth=3):
     """diffusers' name -> CompVis', from the layout of ldm.modules; checked below against diffusers'
     converter."""
     if part == "text_encoder":
         return "cond_stage_model.transformer.text_model." + name
     if part == "unet":
-        resnet = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1"}
-        resnet |= {
-            "norm2": "out_layers.0",
-            "conv2": "out_layers.3",
-            "conv_shortcut": "skip_connection",
-        }
-        plain = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
-        plain |= {
-            "time_embedding.linear_1": "time_embed.0",
-            "time_embedding.linear_2": "time_embed.2",
-        }
-        plain |= {
-            "mid_block.resnets.0": "middle_block.0",
-            "mid_block.attentions.0": "middle_block.1",
-        }
-        plain |= {"mid_block.resnets.1": "middle_block.2"}
-        for new, old in plain.items():
-            name = re.sub(rf"^{re.escape(new)}\.", f"{old}.", name)
-        for block in range(2):
-            for i in range(layers + 1):
-                down, up = 1 + block * (layers + 1) + i, block * (layers + 1) + i
-                name = name.replace(f"down_blocks.{block}.resnets.{i}.", f"input_blocks.{down}.0.")
-                name = name.replace(
-                    f"down_blocks.{block}.attentions.{i}.", f"input_blocks.{down}.1."
-                )
-                name = name.replace(f"up_blocks.{block}.resnets.{i}.", f"output_blocks.{up}.0.")
-                name = name.replace(f"up_blocks.{block}.attentions.{i}.", f"output_blocks.{up}.1.")
-            name = name.replace(
-                f"down_blocks.{block}.downsamplers.0.conv.", f"input_blocks.{down}.0.op."
-            )
-            entry = 2 if block == 1 else 1  # after the attention, where the stage has one
-            name = name.replace(
-                f"up_blocks.{block}.upsamplers.0.conv.", f"output_blocks.{up}.{entry}.conv."
-            )
-        for new, old in resnet.items():
-            name = re.sub(
-                rf"^((?:in|out)put_blocks\.\d+\.0|middle_block\.[02])\.{new}\.", rf"\1.{old}.", name
-            )
-        return "model.diffusion_model." + name
+        return unet_to_ldm(name, layers)
     name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
     name = name.replace("mid_block.attentions.0.", "mid.attn_1.")
     for new, old in (

@@ -520,7 +520,7 @@ def test_choices_are_those_of_the_pipeline():
         ),
         (
             ["txt2img", "a", "--negative", "b", "--guidance", "1"],
-            "--negative: it has no effect at --guidance 1",
+            "--negative-prompt: it has no effect at --guidance 1",
         ),
         (["txt2img", "a", *TINY, "--device", "meta"], "device 'meta' cannot be used here"),
         (
@@ -673,3 +673,26 @@ def test_images_of_any_mode(minisd_command, mode):
     assert Image.open("out.png").mode == "RGB"
     if mode == "I;16":
         assert (pixels("out.png") == round(40000 / 257)).all()
+
+
+def test_an_option_has_the_name_that_it_has_in_python():
+    """Of a field of Drawing, an argument of PromptToPrompt, heatmap and null_text."""
+    from minisd.cli.main import build_parser
+    from minisd.drawing import Options
+    from minisd.editing.prompt_to_prompt import EditOptions
+
+    [commands] = [a.choices for a in build_parser()._actions if isinstance(a.choices, dict)]
+    python_only = {"uncond", "latents", "on_step", "progress", "self_sites", "map_sites"}
+    drawing = set(Options.__annotations__) - python_only - {"height", "width"} | {"size"}
+    expected = {
+        "txt2img": drawing,
+        "edit": drawing | set(EditOptions.__annotations__) - python_only | {"local_blend"},
+        "heatmap": drawing | {"where", "until"},
+        "invert": drawing | {"refine", "inner_steps"},
+        "blend": drawing | {"strength", "feather"},
+        "erase": drawing | {"strength", "erase_scale", "threshold", "warmup", "momentum"},
+    }
+    for name, names in expected.items():
+        known = {option for a in commands[name]._actions for option in a.option_strings}
+        missing = {"--" + name.replace("_", "-") for name in names} - known
+        assert not missing, f"{name}: {missing}"

@@ -103,7 +103,7 @@ BLEND, ERASE = ["blend", "in.png", "mask.png", "a"], ["erase", "a", "b"]
         ([*BLEND, "--strength", "2"], "strength is 2.0, expected a number from 0 to 1"),
         ([*BLEND, "--feather", "-1"], "feather is -1"),
         ([*BLEND, "--no-paste-back", "--feather", "3"], "not allowed with argument --no-paste"),
-        ([*BLEND, "--guidance", "1", "--negative", "b"], "--negative: it has no effect at"),
+        ([*BLEND, "--guidance", "1", "--negative", "b"], "--negative-prompt: it has no effect at"),
         (["erase", "a", ""], "got the concepts [''], expected at least one text, each saying"),
         ([*BLEND, "--no-paste-back", "--feather", "0"], "not allowed with argument --no-paste"),
         ([*ERASE, "--threshold", "0.5"], "--threshold: expected --sega with it"),

@@ -176,7 +176,10 @@ def test_heatmap(minisd_command, here):
             ["edit", SOURCE, SWAP, "--local-blend", " ,"],
             "argument --local-blend: got ' ,', expected at least one",
         ),
-        (["edit", SOURCE, SWAP, "--sites", ""], "argument --sites: got '', expected at least one"),
+        (
+            ["edit", SOURCE, SWAP, "--sites", ""],
+            "argument --cross-sites/--sites: got '', expected at least one",
+        ),
         (
             ["edit", SOURCE, SWAP, "--sheet", "x.jpg"],
             "--sheet x.jpg: expected a name that ends in .png",

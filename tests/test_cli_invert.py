@@ -160,16 +160,16 @@ def test_a_size_and_the_sheet(command, here):
             "--seed: an inverted image is drawn from its own noise",
         ),
         (
-            ["invert", "photo.png", SOURCE, "--inner", "3"],
-            "--inner: expected --inversion null-text with it",
+            ["invert", "photo.png", SOURCE, "--inner-steps", "3"],
+            "--inner-steps: expected --inversion null-text with it",
         ),
         (
             ["invert", "photo.png", SOURCE, "--negative", "a"],
-            "--negative: it has no effect at --guidance 1",
+            "--negative-prompt: it has no effect at --guidance 1",
         ),
         (
             ["invert", "photo.png", SOURCE, *NPI, "--negative", "a"],
-            "--negative: a negative-prompt inversion has",
+            "--negative-prompt: a negative-prompt inversion has",
         ),
         (
             ["invert", "p.safetensors", SOURCE, "--steps", "9"],
@@ -197,7 +197,7 @@ def test_a_size_and_the_sheet(command, here):
         ),
         (
             ["edit", SOURCE, SWAP, "--image", "null-text.safetensors", "--negative", "a"],
-            "--negative: a null-text inv",
+            "--negative-prompt: a null-text inv",
         ),
         (
             ["edit", SOURCE, SWAP, "--image", "two.safetensors"],

@@ -357,23 +357,25 @@ def test_a_file_is_written_whole_or_not_at_all(saved, monkeypatch):
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+def refused(path, message):
+    with pytest.raises(ValueError, match=message):
+        Inversion.load(path)
+
+
+def parts_of(path):
+    """The tensors, not mapped, and the metadata."""
+    tensors = {name: x.clone() for name, x in load_file(path).items()}
+    return tensors, safe_open(path, "pt").metadata()
+
+
 def test_a_bad_file_is_refused(saved):
     _, path = saved
-    data, tensors = (
-        path.read_bytes(),
-        {name: x.clone() for name, x in load_file(path).items()},
-    )  # not mapped
-    about = safe_open(path, "pt").metadata()
-
-    def refused(message):
-        with pytest.raises(ValueError, match=message):
-            Inversion.load(path)
-
+    data, (tensors, about) = path.read_bytes(), parts_of(path)
     for broken in (data[:-9], data[:40], b"", b"\x89PNG" + bytes(60)):
         path.write_bytes(broken)
-        refused("cannot be read as safetensors")
+        refused(path, "cannot be read as safetensors")
     save_file(tensors, path)
-    refused("a.safetensors holds no minisd_inversion that minisd has saved")
+    refused(path, "a.safetensors holds no minisd_inversion that minisd has saved")
     changes = {
         "missing .'z'.": {"z": None},
         "unknown .'y'.": {"y": tensors["z"].clone()},
@@ -398,7 +400,12 @@ def test_a_bad_file_is_refused(saved):
     }
     for message, change in changes.items():
         save_file({k: v for k, v in (tensors | change).items() if v is not None}, path, about)
-        refused(rf"a.safetensors is no complete minisd_inversion: .*{message}")
+        refused(path, rf"a.safetensors is no complete minisd_inversion: .*{message}")
+
+
+def test_a_bad_file_is_refused_by_what_it_says(saved):
+    _, path = saved
+    tensors, about = parts_of(path)
     texts = {
         "prompts: got 5, expected a tuple of str": {"prompts": 5},
         "prompts: got 'ab', expected a tuple of str": {"prompts": "ab"},
@@ -413,9 +420,9 @@ def test_a_bad_file_is_refused(saved):
     }
     for message, change in texts.items():
         save_file(tensors, path, {FORMAT: json.dumps(json.loads(about[FORMAT]) | change)})
-        refused(f"a.safetensors is no complete minisd_inversion: {message}")
+        refused(path, f"a.safetensors is no complete minisd_inversion: {message}")
     save_file(tensors, path, {FORMAT: "[" * 100_000})
-    refused("a.safetensors cannot be read as safetensors: .*recursion")
+    refused(path, "a.safetensors cannot be read as safetensors: .*recursion")
     with pytest.raises(FileNotFoundError):
         Inversion.load(path.parent / "nothing.safetensors")
 

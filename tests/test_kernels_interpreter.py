@@ -2,11 +2,11 @@
 
 TRITON_INTERPRET must be set before Triton is imported and must not reach the other tests, so this
 file runs itself: in the ordinary test session `test_in_its_own_process` starts one pytest on this
-file and test_kernels_{fused,fields, gradients,diffusers}.py with the variable set, and shows its
-report if it fails; everything else in the file is only collected there. By hand:
+file and test_kernels_{fused,fields,gradients,diffusers,minisd}.py with the variable set, and shows
+its report if it fails; everything else in the file is only collected there. By hand:
 
     cd tests; TRITON_INTERPRET=1 python -m pytest \\
-        test_kernels_{interpreter,fused,fields,gradients,diffusers}.py
+        test_kernels_{interpreter,fused,fields,gradients,diffusers,minisd}.py
 
 Not tested here: TF32, which the interpreter does not model (test_kernels_compiled.py). Its bfloat16
 is mended first: its tl.dot multiplies the bit patterns, and its conversions cut off instead of
@@ -43,7 +43,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED:
 
     def test_in_its_own_process():
-        names = ("fused", "fields", "gradients", "diffusers")
+        names = ("fused", "fields", "gradients", "diffusers", "minisd")
         files = [
             __file__,
             *(str(Path(__file__).with_name(f"test_kernels_{name}.py")) for name in names),

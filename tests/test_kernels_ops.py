@@ -111,16 +111,6 @@ def test_the_registered_ops_check_their_inputs(name):
             DIRECT[name](*(x.to("meta") for x in qkv(L=0)))
 
 
-def test_gradients_into_a_buffer_are_refused():
-    """They would be dropped in silence; edited_map returns the map."""
-    q, k, v = qkv()
-    for name, size in (("save", (2, H, N, L)), ("save_mean", (2, N, L))):
-        with pytest.raises(
-            RuntimeError, match="a buffer cannot carry the gradients .* ops.edited_map"
-        ):
-            ops.cross_attention(q.requires_grad_(), k, v, **{name: torch.zeros(size)})
-
-
 @pytest.mark.parametrize("op", [ops.attention, ops.cross_attention])
 def test_forward_mode_derivatives_are_refused(op):
     """They would be zero in silence: the registered ops know nothing of tangents."""

@@ -9,6 +9,7 @@ draws the latents that diffusers draws.
 import json
 import struct
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import tiny
@@ -160,27 +161,16 @@ def load_half(source, **arguments):
     )
 
 
-@pytest.mark.parametrize(
-    "build", [tiny_pipeline, pytest.param(full_pipeline, marks=pytest.mark.full)]
-)
-def test_every_layout_there_and_back(build, tmp_path, monkeypatch, record_property):
-    small = build is tiny_pipeline
+@contextmanager
+def quietly():
+    """Without the warnings of other libraries' pipelines."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pipe = build(tmp_path, monkeypatch)
-    pipe.scheduler = DDIMScheduler.from_config(tiny.SCHEDULER)
-    pipe.set_progress_bar_config(disable=True)
-    expected, vocabulary = states(pipe), tmp_path / "vocabulary"
+        yield
 
-    # diffusers' own writing, in its variant fp16
-    new = tmp_path / "new"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pipe.save_pretrained(new, variant="fp16")
-    assert_same(load_half(new, variant="fp16", tokenizer=vocabulary), expected)
 
-    # the names of 2022
-    old = tmp_path / "old"
+def write_names_of_2022(folder, new, expected, small):
+    """The layout of the first diffusers: other names in VAE and text encoder, no variant."""
     for part, state in expected.items():
         if part == "vae":
             for now, then in OLD_VAE.items():
@@ -192,79 +182,101 @@ def test_every_layout_there_and_back(build, tmp_path, monkeypatch, record_proper
             state = {f"text_model.{name}": tensor for name, tensor in state.items()}
             state |= {"text_model.embeddings.position_ids": torch.arange(77)[None]}
         if part == "unet" and not small:  # one copy of its 1.7 GB will do
-            (old / part).mkdir(parents=True)
-            (old / weights_file(part, None)).symlink_to(new / weights_file(part, "fp16"))
+            (folder / part).mkdir(parents=True)
+            source = new / weights_file(part, "fp16")
+            (folder / weights_file(part, None)).symlink_to(source)
         else:
-            write_odd(old / weights_file(part, None), state, torch.float32)
-        (old / part / "config.json").write_bytes((new / part / "config.json").read_bytes())
-    (old / "scheduler").mkdir()
-    (old / "scheduler" / "scheduler_config.json").write_text(json.dumps(tiny.SCHEDULER))
-    assert_same(load_half(old, tokenizer=vocabulary), expected)
+            write_odd(folder / weights_file(part, None), state, torch.float32)
+        (folder / part / "config.json").write_bytes((new / part / "config.json").read_bytes())
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(tiny.SCHEDULER))
 
-    # CompVis' single file
+
+def compvis_names(pipe, expected):
+    """The tensors as CompVis' single file calls them, which diffusers' converter turns back."""
     config = {part: model() for part, (_, model) in checkpoint.MODELS.items()}
     original = {}
     for part, state in expected.items():
         for name, tensor in state.items():
             convolution = part == "vae" and ".attentions." in name and tensor.ndim == 2
-            original[to_ldm(part, name, config[part])] = (
-                tensor[:, :, None, None] if convolution else tensor
-            )
+            shaped = tensor[:, :, None, None] if convolution else tensor
+            original[to_ldm(part, name, config[part])] = shaped
     converted = convert_ldm_unet_checkpoint(dict(original), dict(pipe.unet.config))
     assert_same({"unet": converted}, {"unet": expected["unet"]})
     converted = convert_ldm_vae_checkpoint(dict(original), dict(pipe.vae.config))
     assert_same({"vae": converted}, {"vae": expected["vae"]})
-    assert (
-        sum(tensor.shape[2:] == (1, 1) for name, tensor in original.items() if "attn_1" in name)
-        == 8
-    )
+    in_attention = [t for name, t in original.items() if "attn_1" in name]
+    assert sum(tensor.shape[2:] == (1, 1) for tensor in in_attention) == 8
+    return original
+
+
+def exported_again(found, single):
+    """The single file that minisd writes of it: the same header."""
+    again = single.with_name("again.safetensors")
+    export.export_single_file(found, again)
+    header, written = (tensor_file.read_header(path) for path in (single, again))
+    assert {name: entry[:2] for name, entry in header.items()} == {
+        name: entry[:2] for name, entry in written.items()
+    }
+    return again
+
+
+def latents_of_diffusers(folder, x, expected):
+    """What diffusers draws of the exported folder, whose tensors are the expected ones.
+
+    Empties `expected`: 2 GB of the full size.
+    """
+    with quietly():
+        read = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float16)
+    read.set_progress_bar_config(disable=True)
+    assert_same(states(read), expected)
+    expected.clear()
+    read.to(torch.float32)
+    side = 8 * read.vae_scale_factor
+    options = {"num_inference_steps": 2, "guidance_scale": 7.5, "output_type": "latent"}
+    size = {"height": side, "width": side}
+    return read("a red circle", latents=x.clone(), **size, **options).images
+
+
+@pytest.mark.parametrize(
+    "build", [tiny_pipeline, pytest.param(full_pipeline, marks=pytest.mark.full)]
+)
+def test_every_layout_there_and_back(build, tmp_path, monkeypatch, record_property):
+    small = build is tiny_pipeline
+    with quietly():
+        pipe = build(tmp_path, monkeypatch)
+    pipe.scheduler = DDIMScheduler.from_config(tiny.SCHEDULER)
+    pipe.set_progress_bar_config(disable=True)
+    expected, vocabulary = states(pipe), tmp_path / "vocabulary"
+
+    new = tmp_path / "new"  # diffusers' own writing, in its variant fp16
+    with quietly():
+        pipe.save_pretrained(new, variant="fp16")
+    assert_same(load_half(new, variant="fp16", tokenizer=vocabulary), expected)
+
+    old = tmp_path / "old"
+    write_names_of_2022(old, new, expected, small)
+    assert_same(load_half(old, tokenizer=vocabulary), expected)
+
     single = tmp_path / "single.safetensors"
-    write_odd(single, original, torch.float16)
+    write_odd(single, compvis_names(pipe, expected), torch.float16)
     found = checkpoint.locate(single, tokenizer=vocabulary)
     export.export(found, tmp_path / "exported")
     if small:
-        export.export_single_file(found, tmp_path / "again.safetensors")
-        header, again = (
-            tensor_file.read_header(path) for path in (single, tmp_path / "again.safetensors")
-        )
-        assert {name: entry[:2] for name, entry in header.items()} == {
-            name: entry[:2] for name, entry in again.items()
-        }
-        single = tmp_path / "again.safetensors"
-    del pipe, original, converted
+        single = exported_again(found, single)
+    del pipe
 
-    # The export, read by diffusers; and the latents.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        read = StableDiffusionPipeline.from_pretrained(
-            tmp_path / "exported", torch_dtype=torch.float16
-        )
-        read.set_progress_bar_config(disable=True)
-        assert_same(states(read), expected)
-        if not small:
-            del expected  # 2 GB
-        read.to(torch.float32)
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-    size = {"height": 8 * read.vae_scale_factor, "width": 8 * read.vae_scale_factor}
-    options = {
-        "num_inference_steps": 2,
-        "guidance_scale": 7.5,
-        "output_type": "latent",
-        "return_dict": False,
-    }
-    theirs = read("a red circle", latents=x.clone(), **size, **options)[0]
-    del read
+    kept = dict(expected) if small else None
+    theirs = latents_of_diffusers(tmp_path / "exported", x, expected)
     sd = minisd.load(single, device="cpu", dtype="float32", tokenizer=vocabulary)
-    if small:
-        assert_same(sd, expected)
+    if kept:
+        assert_same(sd, kept)
     uncond, cond = sd.encode_prompt(["", "a red circle"]).split(1)
     with torch.no_grad():
-        ours = minisd.denoise(
-            x, minisd.DDIM(sd.schedule, 2), minisd.cfg(sd.unet, uncond, cond, 7.5)
-        )
+        predict = minisd.cfg(sd.unet, uncond, cond, 7.5)
+        ours = minisd.denoise(x, minisd.DDIM(sd.schedule, 2), predict)
     far = difference(ours, theirs)
-    record_property(
-        f"round trip, {build.__name__.split('_')[0]} size, latents: max |difference| / max |ref|",
-        far,
-    )
+    size = build.__name__.split("_")[0]
+    record_property(f"round trip, {size} size, latents: max |difference| / max |ref|", far)
     assert far <= 1e-4

@@ -51,7 +51,8 @@ def add_commands(command: AddCommand) -> None:
     either("--words", type=words, metavar="WORDS", help=only)
     tokens = "one map for each token on one scale, <bos> and <eos> among them"
     either("--tokens", action="store_true", help=tokens)
-    add("--sites", metavar="WHERE", type=sites, help=f"only cross-attention sites {SITES}")
+    only = f"only cross-attention sites {SITES}"
+    add("--where", "--sites", metavar="WHERE", type=sites, help=only)
     add("--until", type=number, default=1.0, help="the mean over this first part of the steps")
     add_drawing_options(parser, size_help="size in pixels; without it the model's own")
 
@@ -69,7 +70,7 @@ def add_edit_options(parser: ArgumentParser) -> None:
     own = "take its self-attention: FRACTION of the steps, or START:END"
     add("--self-steps", metavar="WHEN", type=interval, default=0.4, help=own)
     kind = "words swapped, or added and removed; without it, by the prompts"
-    add("--kind", choices=("replace", "refine"), help=kind)
+    add("--edit", "--kind", choices=("replace", "refine"), help=kind)
     scale = "scale a word's attention (repeat)"
     add("--reweight", metavar="WORD=FACTOR", type=factor, action="append", help=scale)
     near = "change it only near these words, e.g. circle,square"
@@ -78,7 +79,8 @@ def add_edit_options(parser: ArgumentParser) -> None:
     add("--subtract", metavar="WORDS", type=words, help=far)
     share = "with --local-blend: share of the greatest attention"
     add("--threshold", type=number, default=0.3, help=share)
-    add("--sites", metavar="WHERE", type=sites, help=f"only cross-attention sites {SITES}")
+    only = f"only cross-attention sites {SITES}"
+    add("--cross-sites", "--sites", metavar="WHERE", type=sites, help=only)
     published = "the token maps and step counts of the published code"
     add("--compat", choices=("google",), help=published)
     sheet = "write source, seed-only baseline and edit side by side, a row for each target"
@@ -133,8 +135,8 @@ class EditRequest:
         drawing = DrawRequest.of(args, call, **(inverting.options if inverting else {}))
         each = 1 + max(len(targets), 1)
         only_sheets = args.output is None and args.sheet
-        images = [] if only_sheets else output_paths(args.output or ".", args.n * each)
-        sheets = output_paths(args.sheet, args.n, "--sheet") if args.sheet else []
+        images = [] if only_sheets else output_paths(args.output or ".", args.num_images * each)
+        sheets = output_paths(args.sheet, args.num_images, "--sheet") if args.sheet else []
         own = [seed if inverting is None else None for seed in drawing.seeds]
         return cls(
             drawing=drawing,
@@ -164,8 +166,8 @@ class EditRequest:
 def edit_options(args: Namespace) -> EditOptions:
     options: EditOptions = {
         "self_steps": args.self_steps,
-        "edit": args.kind,
-        "cross_sites": args.sites,
+        "edit": args.edit,
+        "cross_sites": args.cross_sites,
         "compat": args.compat,
     }
     if args.sweep:
@@ -182,7 +184,7 @@ def read_inverting(args: Namespace, call: Call) -> InvertRequest | None:
     from ..editing.inversion import Inversion
 
     if args.image is None:
-        call.refuse("expected --image with it", "inversion", "refine", "inner")
+        call.refuse("expected --image with it", "inversion", "refine", "inner_steps")
         return None
     inverting = InvertRequest.of(args, call, "direct")
     if isinstance(image := inverting.image, Inversion):
@@ -293,7 +295,7 @@ def edit_sheet(
 def heatmap(args: Namespace, call: Call) -> None:
     request = DrawRequest.of(args, call)
     prompt, only, tokens = args.prompt, args.words, args.tokens
-    where, until = args.sites, args.until
+    where, until = args.where, args.until
 
     def run(sd: StableDiffusion, options: Options) -> list[Image.Image]:
         from ..editing.alignment import find_word, missing_word

@@ -41,7 +41,7 @@ def add_inversion_options(parser: ArgumentParser, otherwise: Method) -> None:
     refine = "fixed-point iterations of each step of the inversion; without it, 0"
     add("--refine", type=count, metavar="K", help=refine)
     inner = "null-text: steps of Adam for each step at most; without it, 10"
-    add("--inner", type=positive, metavar="N", help=inner)
+    add("--inner-steps", "--inner", type=positive, metavar="N", help=inner)
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class InvertRequest:
     guidance: float
     size: tuple[int, int] | None
     refine: int
-    inner: int
+    inner_steps: int
 
     @classmethod
     def of(cls, args: Namespace, call: Call, otherwise: Method) -> InvertRequest:
@@ -65,7 +65,7 @@ class InvertRequest:
 
         otherwise: the method where none is given.
         """
-        if args.n != 1 or args.sampler != "ddim":
+        if args.num_images != 1 or args.sampler != "ddim":
             why = "an inverted image is drawn by DDIM from its own noise"
             raise ValueError(f"{why}: expected -n 1 and --sampler ddim")
         call.refuse("an inverted image is drawn from its own noise", "seed")
@@ -73,7 +73,7 @@ class InvertRequest:
         request = cls._saved(args, call) if saved else cls._new(args, call, otherwise)
         if request.method in ("null-text", "negative-prompt"):
             why = f"a {request.method} inversion has an unconditional embedding of its own"
-            call.refuse(why, "negative")
+            call.refuse(why, "negative_prompt")
         return request
 
     @classmethod
@@ -83,17 +83,17 @@ class InvertRequest:
         image, method = read_image(args.image), args.inversion or otherwise
         guidance = own_guidance(method) if args.guidance is None else args.guidance
         if method != "null-text":
-            call.refuse("expected --inversion null-text with it", "inner")
+            call.refuse("expected --inversion null-text with it", "inner_steps")
         elif guidance == 1:
             raise ValueError("--guidance 1: null-text has no effect at it, expected another scale")
-        refine, inner = args.refine or 0, args.inner or 10
-        return cls(image, method, args.steps, guidance, args.size, refine, inner)
+        refine, inner_steps = args.refine or 0, args.inner_steps or 10
+        return cls(image, method, args.steps, guidance, args.size, refine, inner_steps)
 
     @classmethod
     def _saved(cls, args: Namespace, call: Call) -> InvertRequest:
         from ..editing.inversion import Inversion
 
-        path, settings = args.image, ("inversion", "refine", "inner", "size")
+        path, settings = args.image, ("inversion", "refine", "inner_steps", "size")
         call.refuse(f"{path} is an inversion already", *settings)
         image = Inversion.load(path)
         if len(image) != 1:
@@ -141,7 +141,7 @@ class InvertRequest:
             width=width,
         )
         if method == "null-text":
-            return null_text(sd, inversion, self.guidance, inner_steps=self.inner)
+            return null_text(sd, inversion, self.guidance, inner_steps=self.inner_steps)
         if method == "negative-prompt":
             return by.negative_prompt_inversion(sd, inversion)
         return by.direct_inversion(inversion) if method == "direct" else inversion
@@ -160,7 +160,7 @@ def invert(args: Namespace, call: Call) -> None:
         if isinstance(inverting.image, Inversion) and inverting.image.prompts != (prompt,):
             edit = f"minisd edit --image {args.image} SOURCE TARGET"
             raise ValueError(f"a direct inversion is edited beside its source, by {edit}")
-        call.refuse("a direct inversion comes back whatever it is", "guidance", "negative")
+        call.refuse("a direct inversion comes back whatever it is", "guidance", "negative_prompt")
     request = DrawRequest.of(args, call, **inverting.options)
     if save is not None:
         check_save(save)

@@ -31,7 +31,7 @@ def add_commands(command: AddCommand) -> None:
     add("--to", metavar="PATH", required=True, help=where)
     one = "one .safetensors file in CompVis' layout"
     add("--single-file", action="store_true", help=one)
-    dtypes = ("float16", "bfloat16", "float32")
+    dtypes = ("float16", "bfloat16", "float32", "float64")
     add("--dtype", choices=dtypes, help="without it, that of the files")
     add_model_options(parser)
 

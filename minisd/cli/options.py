@@ -98,10 +98,10 @@ class ModelRequest:
 def add_drawing_options(parser: argparse.ArgumentParser, size_help: str) -> None:
     add = parser.add_argument
     away = "what guidance leads away from; without it, the empty text"
-    add("--negative", metavar="TEXT", help=away)
+    add("--negative-prompt", "--negative", metavar="TEXT", help=away)
     add("--model", default="sd-v1-4", help=SOURCE)
     number_of = "number of images; image i is drawn with seed + i"
-    add("-n", type=positive, default=1, metavar="N", help=number_of)
+    add("-n", "--num-images", type=positive, default=1, metavar="N", help=number_of)
     add("--seed", type=int, default=0, help="seed of the first image")
     add("--size", type=size, metavar="WxH", help=size_help)
     add("--steps", type=positive, default=25, help="steps of the sampler, up to 1000")
@@ -173,12 +173,12 @@ class DrawRequest:
     ) -> DrawRequest:
         """From what `add_drawing_options` reads. ValueError for options that have no effect.
 
-        negative_at_1: whether --negative has an effect at --guidance 1. resolved: what an inverted
-        image says in place of the options.
+        negative_at_1: whether --negative-prompt has an effect at --guidance 1. resolved: what an
+        inverted image says in place of the options.
         """
         width, height = args.size or (None, None)
         options: Options = {
-            "negative_prompt": args.negative or "",
+            "negative_prompt": args.negative_prompt or "",
             "steps": args.steps,
             "guidance": args.guidance,
             "sampler": args.sampler,
@@ -187,8 +187,11 @@ class DrawRequest:
             **resolved,
         }
         if options["guidance"] == 1 and not negative_at_1:
-            call.refuse("it has no effect at --guidance 1", "negative")
-        model, seeds = ModelRequest.of(args, args.model), range(args.seed, args.seed + args.n)
+            call.refuse("it has no effect at --guidance 1", "negative_prompt")
+        model, seeds = (
+            ModelRequest.of(args, args.model),
+            range(args.seed, args.seed + args.num_images),
+        )
         trace = TraceRequest.of(args, call)
         return cls(call, model, args.device, args.dtype, options, seeds, args.output, trace)
 

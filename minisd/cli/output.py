@@ -24,7 +24,7 @@ AGAIN = "again.png"  # where the command that a PNG keeps draws it
 # The options that change no image, and those of which each image has its own.
 PLACES = (("-o", "--output"), ("--sheet",), ("--save",))
 TRACES = (("--trace",), ("--trace-every",), ("--trace-format",))
-OWN = (("-n",), ("--seed",))
+OWN = (("-n", "--num-images"), ("--seed",))
 
 
 # places

@@ -69,16 +69,20 @@ class AttentionEdit(NamedTuple):
     save_qk: tuple[Tensor, Tensor] | None = None
 
     def check_rows(self) -> "AttentionEdit":
-        """Self, or ValueError if source_row, or a table (..., S) of it, names a row outside [0, S).
+        """Self, or ValueError if source_row or kv_row names a row outside [0, S).
 
-        It reads values, so it is called once, where an edit is built, and never in the loop over
-        the steps.
+        Either may be a table of many steps, (..., S) and (..., S, M). It reads values, so it is
+        called once, where an edit is built, and never in the loop over the steps.
         """
-        if self.source_row is not None:
-            S = self.source_row.shape[-1]
-            wrong = self.source_row[(self.source_row < 0) | (self.source_row >= S)].tolist()
-            if wrong:
-                raise ValueError(f"source_row: expected values from 0 to {S - 1}, got {wrong}")
+        for name, table, axis in (("source_row", self.source_row, -1), ("kv_row", self.kv_row, -2)):
+            if table is not None:
+                if table.ndim < -axis:
+                    shape = "(..., S)" if axis == -1 else "(..., S, M)"
+                    raise ValueError(f"{name}: expected {shape}, got {tuple(table.shape)}")
+                S = table.shape[axis]
+                wrong = table[(table < 0) | (table >= S)].tolist()
+                if wrong:
+                    raise ValueError(f"{name}: expected values from 0 to {S - 1}, got {wrong}")
         return self
 
 
@@ -89,11 +93,13 @@ def attention(
 
     q: (R, H, N, D), k, v: (R, H, L, D) -> (R, H, N, D). impl: "triton", the kernels of
     minisd_kernels, CUDA only; "sdpa", PyTorch's scaled_dot_product_attention, anywhere;
-    "reference", the formula in eager PyTorch. All differentiate. ValueError for an unknown impl and
+    "reference", the formula in eager PyTorch. Under autocast all compute in its dtype. All
+    differentiate, and a map saved under gradients carries them. ValueError for an unknown impl and
     for shapes, dtypes or devices that do not fit; RuntimeError for what "triton" does not
-    differentiate (bias, saved maps, forward mode).
+    differentiate (bias, forward mode).
     """
     check_implementation(impl)
+    q, k, v = kernels.as_autocast(q, k, v)
     if edit is None:
         return plain(q, k, v, impl=impl)
     check(q, k, v, edit)
@@ -101,7 +107,7 @@ def attention(
 
     if edit.save_qk is not None:
         for buffer, x in zip(edit.save_qk, (q, k)):
-            buffer.copy_(x[R - buffer.shape[0] :].detach())
+            buffer.copy_(x[R - buffer.shape[0] :])
     edit = edit._replace(save_qk=None)
     first = R - number_of_rows(edit)
     saves = edit.save is not None or edit.save_mean is not None
@@ -112,7 +118,8 @@ def attention(
     if impl == "reference":
         return reference.cross_attention(q, k, v, **fields(edit))
     if impl == "triton" and kernel_takes(edit, L):
-        flash = L > kernels.MAX_KEYS or edit.kv_row is not None or edit.own_value is not None
+        beyond = L > kernels.MAX_KEYS or edit.kv_row is not None or edit.own_value is not None
+        flash = beyond and given(edit).keys() <= FLASH_FIELDS
         return (kernels.attention if flash else kernels.cross_attention)(q, k, v, **given(edit))
     attend = partial(plain, impl=impl)
     if not saves:
@@ -122,13 +129,16 @@ def attention(
     return torch.cat([attend(q[:first], k[:first], v[:first]), edited]) if first else edited
 
 
+FLASH_FIELDS = {"source_row", "bias", "kv_row", "own_value"}  # of kernels.attention, for any L
+
+
 def kernel_takes(edit: AttentionEdit, L: int) -> bool:
     """Whether the Triton kernels take this edit of L keys as it is."""
     if edit.inject_qk is not None:
         return False
-    if given(edit).keys() <= {"source_row", "bias", "kv_row", "own_value"}:
-        return True  # ops.attention, any number of keys
-    return L <= kernels.MAX_KEYS and edit.kv_row is None and edit.own_value is None
+    if given(edit).keys() <= FLASH_FIELDS:
+        return True
+    return L <= kernels.MAX_EDITED_KEYS and edit.kv_row is None and edit.own_value is None
 
 
 def fields(edit: AttentionEdit) -> dict[str, Any]:
