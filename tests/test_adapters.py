@@ -6,7 +6,6 @@ import json
 import pickle
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -189,7 +188,10 @@ def test_a_file_that_does_not_fit_changes_nothing(sd, tmp_path):
         ({f"{key}.hada_w1_a": torch.ones(3)}, "unexpected"),
         ({f"{key}.lora_up.weight": torch.ones(3, 3)}, r"has B \(3, 3\)"),
         ({"lora_unet_mid_block_x.lora_up.weight": torch.ones(3, 3)}, "unexpected lora_unet_mid"),
-        ({f"{key}.lora_up.weight": torch.full_like(good[f"{key}.lora_up.weight"], torch.nan)}, "NaN"),
+        (
+            {f"{key}.lora_up.weight": torch.full_like(good[f"{key}.lora_up.weight"], torch.nan)},
+            "NaN",
+        ),
     ):
         save_file(good | bad, path)
         with pytest.raises(CheckpointError, match=why):

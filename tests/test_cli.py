@@ -14,7 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import minisd
 from minisd import drawing, pipeline
@@ -133,9 +135,15 @@ def test_img2img_draws_what_the_pipeline_draws(minisd_command):
         ["img2img", "in.png", "a dog", "--strength", "0.9", "-n", "2"],
         ["img2img", "an image.jpg", "a dog", "--size", "32x32", "--negative", "cats"],
         ["img2img", "in.png", "a dog", "--strength", "0"],
+        ["txt2img", "a <cat>", "--lora", "a:b.safetensors", "--lora", "a:b.safetensors:-0.5"],
+        ["img2img", "in.png", "a <cat>", "--embedding", "cat.safetensors"],
     ],
 )
 def test_the_command_that_info_prints_draws_the_same_bits(minisd_command, draw_again, arguments):
+    lora = {"lora_unet_conv_in.lora_up.weight": torch.ones(16, 1, 1, 1)}
+    lora["lora_unet_conv_in.lora_down.weight"] = torch.ones(1, 4, 3, 3)
+    save_file(lora, "a:b.safetensors")
+    save_file({"<cat>": torch.ones(2, 24)}, "cat.safetensors")
     write_image("in.png")
     write_image("an image.jpg")
     code, out, _ = minisd_command(arguments[0], *TINY, "-o", "images/", *arguments[1:])

@@ -15,9 +15,10 @@ from .output import AGAIN
 
 # The text chunks of a PNG that are options of the command, under the option's name.
 OPTIONS = (
-    *("negative", "strength", "model", "variant", "revision", "tokenizer"),
+    *("negative", "strength", "model", "variant", "revision", "tokenizer", "lora", "embedding"),
     *("seed", "size", "steps", "guidance", "sampler", "dtype", "device"),
 )
+REPEATED = ("lora", "embedding")  # one in each line
 
 
 def add_commands(command: AddCommand) -> None:
@@ -63,8 +64,9 @@ def command_of(chunks: Mapping[str, str]) -> list[str]:
         return shlex.split(chunks["arguments"])
     options = []
     for key in OPTIONS:
-        if value := chunks.get(key):
-            options += [f"--{key}={value}"] if value.startswith("-") else [f"--{key}", value]
+        value = chunks.get(key, "")
+        for each in value.splitlines() if key in REPEATED else [value] * bool(value):
+            options += [f"--{key}={each}"] if each.startswith("-") else [f"--{key}", each]
     options += ["-o", AGAIN]
     texts = [chunks[key] for key in ("image", "prompt") if key in chunks]
     dashes = any(text.startswith("-") for text in texts)  # argparse would take them for options

@@ -76,6 +76,9 @@ def load_model(request: DrawRequest) -> StableDiffusion:
         local_files_only=model.local_files_only,
         tokenizer=model.tokenizer,
     )
+    sd.merge(*model.loras)
+    for path in model.embeddings:
+        sd.add_embedding(path)
     request.call.before_writing()
     return sd
 
@@ -154,6 +157,10 @@ def text_chunks(
         "variant": model.variant,
         "revision": model.revision,
         "tokenizer": model.tokenizer,
+        "lora": "\n".join(f"{path}:{weight:g}" for path, weight in model.loras) or None,
+        "lora_sha256": "\n".join(sha for _, sha, _ in sd.adapters.merged) or None,
+        "embedding": "\n".join(model.embeddings) or None,
+        "embedding_sha256": "\n".join(sha for _, sha, _ in sd.adapters.words) or None,
         "seed": seed,
         "size": told.get("size", f"{image.width}x{image.height}"),
         "steps": options["steps"],

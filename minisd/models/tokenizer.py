@@ -251,12 +251,13 @@ class CLIPTokenizer:
 
     def _with_added(self, pieces: Encoding) -> Encoding:
         """Each word that was added as its own ids, all at its place in the text."""
-        first, start = {}, self.first_new
-        for token, count in self.added.items():
-            first[token], start = start, start + count
+        first: dict[str, int] = {}
+        start = self.first_new
+        for word, count in self.added.items():
+            first[word], start = start, start + count
         spread = Encoding([], [], [])
-        known = {self._bpe.token_to_id(token): token for token in self.added}
-        for i, piece, offset in zip(*pieces):
+        known = {self._bpe.token_to_id(word): word for word in self.added}
+        for i, piece, offset in zip(pieces.ids, pieces.tokens, pieces.offsets):
             token = known.get(i)
             count = 1 if token is None else self.added[token]
             if token is not None:
