@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .models.unet import UNet as UNet, UNetConfig as UNetConfig
     from .models.vae import AutoencoderKL as AutoencoderKL, VAEConfig as VAEConfig
     from .pipeline import StableDiffusion as StableDiffusion, load as load
+    from .sampling.ddpm import DDPM as DDPM
     from .sampling.guidance import (
         Guidance as Guidance,
         cfg as cfg,
@@ -88,6 +89,7 @@ _HOME = {  # public name -> module that defines it
     "VAEConfig": "models.vae",
     "load": "pipeline",
     "StableDiffusion": "pipeline",
+    "DDPM": "sampling.ddpm",
     "conditional": "sampling.guidance",
     "cfg": "sampling.guidance",
     "erase": "sampling.guidance",

@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import expect
+from .sampling.ddpm import DDPM
 from .sampling.guidance import Embeddings, Predict
 from .sampling.loop import denoise
 from .sampling.samplers import DDIM, DPMpp2M, Sampler, Step
@@ -31,7 +32,7 @@ from .sampling.schedule import NoiseSchedule
 if TYPE_CHECKING:
     from .pipeline import StableDiffusion
 
-SamplerName = Literal["dpm++", "dpm++ linspace", "ddim"]
+SamplerName = Literal["dpm++", "dpm++ linspace", "ddim", "ddpm"]
 SAMPLERS = get_args(SamplerName)
 T = TypeVar("T")
 OnStep = Callable[[Tensor, Step], Tensor | None]
@@ -65,7 +66,8 @@ class Drawing:
     steps             1 to 1000, of the sampler's full schedule
     guidance          scale of classifier-free guidance; 1: none, twice as fast
     sampler           "dpm++": DPM-Solver++ 2M on Karras' noise levels; "dpm++ linspace": on the
-                      schedule's own; "ddim"
+                      schedule's own; "ddim"; "ddpm": ancestral, with noise of the image's seed at
+                      every step, where the method takes it
     seed              image i is drawn with seed + i, whatever the batch; a list, or any
                       other sequence, gives each its seed
     num_images        of each prompt; those of the first prompt come first
@@ -132,10 +134,21 @@ class Drawing:
         """The same at the size of an image that was given."""
         return replace(self, height=height, width=width)
 
-    def make_sampler(self, sd: StableDiffusion, strength: float = 1.0) -> Sampler:
-        """The sampler, of whose steps the last int(steps * strength) run (diffusers' rule)."""
+    def make_sampler(
+        self, sd: StableDiffusion, strength: float = 1.0, rows: int | None = None
+    ) -> Sampler:
+        """The sampler, of whose steps the last int(steps * strength) run (diffusers' rule).
+
+        rows: of which each has its own noise at each step; None: the method is for samplers without
+        noise, and ValueError for "ddpm".
+        """
         expect.number("strength", strength, 0, 1)
         skip = self.steps - int(self.steps * strength)
+        if self.sampler == "ddpm":
+            if rows is None:
+                known = ", ".join(name for name in SAMPLERS if name != "ddpm")
+                raise ValueError(f"sampler is 'ddpm', expected one without noise here: {known}")
+            return DDPM(sd.schedule, self.steps, skip, seed=tuple(seeds(self.seed, rows)))
         return sampler_named(self.sampler, sd.schedule, self.steps, skip)
 
     def noise(self, sd: StableDiffusion, rows: int) -> Tensor:

@@ -227,7 +227,7 @@ class StableDiffusion:
     def txt2img(self, prompt: str | Sequence[str], **options: Unpack[Options]) -> list[Image.Image]:
         """Draw prompt(s), num_images of each. options: see `minisd.drawing.Drawing`."""
         prompts, drawing = as_list(prompt), Drawing.of(options)
-        plan = drawing.make_sampler(self)
+        plan = drawing.make_sampler(self, rows=len(prompts) * drawing.num_images)
         uncond, cond = drawing.embed(self, prompts)
         x = drawing.noise(self, len(cond))
         predict = cfg(self.network, uncond, cond, drawing.guidance)
@@ -250,10 +250,11 @@ class StableDiffusion:
         (SDEdit).
         """
         prompts, drawing = as_list(prompt), Drawing.of(options)
-        plan = drawing.make_sampler(self, strength)
+        rows = len(prompts) * drawing.num_images
+        plan = drawing.make_sampler(self, strength, rows)
         pixels = self.pixels(image, drawing.height, drawing.width)
         expect.rows("prompts", prompts=len(prompts), images=len(pixels))
-        noise = drawing.at(*pixels.shape[2:]).noise(self, len(prompts) * drawing.num_images)
+        noise = drawing.at(*pixels.shape[2:]).noise(self, rows)
         if len(plan) == 0:
             kept = unchanged(image, pixels, drawing)
             return drawing.each(kept * (len(prompts) // len(kept)))

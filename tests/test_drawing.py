@@ -312,6 +312,20 @@ def test_edict_and_redraw_return_images_too(sd):
         assert all(isinstance(image, Image.Image) for image in images)
 
 
+def test_edict_takes_on_step_and_uncond(sd):
+    def draw(**options):
+        images = minisd.edict(sd, picture(1), SOURCE, SWAP, **{"steps": 5} | QUIET | options)
+        return [image.tobytes() for image in images]
+
+    seen = []
+    plain = draw(on_step=lambda x, step: seen.append((x, step.index)))
+    assert plain == draw() and [index for _, index in seen] == [1, 2, 3, 4]
+    assert [image.tobytes() for image in sd.decode(seen[-1][0].float())] == plain
+    assert draw(on_step=lambda x, step: 0 * x) == draw(on_step=lambda x, step: 0 * x, steps=6)
+    bad = sd.encode_prompt(["bad"])
+    assert draw(uncond=bad) == draw(negative_prompt="bad") != plain
+
+
 def test_record_returns_a_recording_and_its_latent(sd, drawn):
     seen = []
     options = dict(steps=STEPS, seed=4, negative_prompt="bad", guidance=5.0, **QUIET)
@@ -366,7 +380,7 @@ WITHOUT = {
     ),
     "edict": (
         lambda sd, r, **o: minisd.edict(sd, picture(), SOURCE, SWAP, **{"steps": 2} | QUIET | o),
-        {"uncond", "sampler", "seed", "num_images", "latents", "on_step"},
+        {"sampler", "seed", "num_images", "latents"},
     ),
     "record": (
         lambda sd, r, **o: minisd.record(sd, SOURCE, **{"steps": 2} | QUIET | o),

@@ -8,12 +8,19 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionImg2ImgPipeline
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionImg2ImgPipeline,
+)
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.schedulers import scheduling_ddpm
 from PIL import Image
 
 import minisd
 from minisd import drawing
+from minisd.sampling.ddpm import DDPM
 from minisd.viewing.images import to_pil, to_rgb
 
 SCHEDULERS = {
@@ -548,4 +555,39 @@ def test_a_model_without_a_size_of_its_own_wants_to_be_told(sd, monkeypatch):
 
 
 def test_samplers_are_called_by_name():
-    assert set(drawing.SAMPLERS) == set(SCHEDULERS)
+    assert set(drawing.SAMPLERS) == {*SCHEDULERS, "ddpm"}
+
+
+def test_ddpm_equals_diffusers(pair, monkeypatch, record_property):
+    """With the noise of each image's seed, at every step."""
+    pipe, sd = pair
+    seeds = (7, 3)
+    steps = list(DDPM(sd.schedule, 8, seed=seeds))
+    x = sd.noise(seeds, 2, 24, 40)
+    noises = iter([step.noise(x) for step in steps])
+    monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *_, **__: next(noises))
+    pipe.scheduler = DDPMScheduler.from_config(tiny.SCHEDULER)
+    prompts = ["a red circle", "two dogs"]
+    expected = pipe(
+        prompts, latents=x, num_inference_steps=8, height=24, width=40, output_type="latent"
+    ).images
+    last = {}
+    how = dict(steps=8, sampler="ddpm", height=24, width=40, progress=False)
+    sd.txt2img(prompts, seed=seeds, on_step=final(last), **how)
+    error = ((last["x"] - expected).abs().max() / expected.abs().max()).item()
+    record_property("pipeline, DDPM, latents", error)
+    assert error <= 1e-4
+    sd.txt2img(prompts[1], seed=3, on_step=final(alone := {}), **how)
+    torch.testing.assert_close(alone["x"], last["x"][1:], rtol=0, atol=1e-4)
+
+
+def test_ddpm_is_refused_where_no_noise_may_be(sd):
+    for draw in (minisd.heatmap, minisd.record):
+        with pytest.raises(ValueError, match="sampler is 'ddpm', expected one without noise here"):
+            draw(sd, "a", sampler="ddpm", steps=2, progress=False)
+
+
+def test_a_prompt_and_its_edit_have_the_same_noise(sd):
+    how = dict(sampler="ddpm", steps=4, height=16, width=16, progress=False, num_images=2)
+    images = values(minisd.edit_prompt(sd, "a cat", "a cat", **how))
+    assert np.array_equal(images[:2], images[2:]) and not np.array_equal(images[0], images[1])

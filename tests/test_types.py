@@ -32,7 +32,7 @@ REVEALED = [
     f"tuple[{TENSOR}, {TENSOR}]",  # step(x, eps)
     TENSOR,  # denoise
     TENSOR,  # the UNet
-    "Literal['dpm++'] | Literal['dpm++ linspace'] | Literal['ddim']",
+    "Literal['dpm++'] | Literal['dpm++ linspace'] | Literal['ddim'] | Literal['ddpm']",
 ]
 
 

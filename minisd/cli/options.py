@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..drawing import OnStep, Options
     from ..editing.tables import Interval
 
-SAMPLERS = ("dpm++", "dpm++ linspace", "ddim")  # drawing.SAMPLERS
+SAMPLERS = ("dpm++", "dpm++ linspace", "ddim", "ddpm")  # drawing.SAMPLERS
 DTYPES = ("float16", "bfloat16", "float32", "float64", "auto")  # pipeline.DTYPES and auto
 ANIMATIONS = ("webp", "png", "gif", "mp4")  # trace.FORMATS
 SOURCE = "bundled name, Hub repo id or sd-v1-4 or sd-v1-5, folder or .safetensors file"
@@ -109,7 +109,7 @@ def add_drawing_options(parser: argparse.ArgumentParser, size_help: str) -> None
     add("--size", type=size, metavar="WxH", help=size_help)
     add("--steps", type=positive, default=25, help="steps of the sampler, up to 1000")
     add("--guidance", type=number, default=7.5, help="guidance scale; 1 is none, and twice as fast")
-    dpm = "dpm++ is DPM-Solver++ 2M on Karras' noise levels"
+    dpm = "dpm++ is DPM-Solver++ 2M on Karras' noise levels, ddpm has noise at every step"
     add("--sampler", choices=SAMPLERS, default="dpm++", help=dpm)
     add("--device", help="cpu, cuda, cuda:1, ...; without it, cuda if there is one")
     dtype = "without it, float16 on CUDA and float32 elsewhere"

@@ -13,7 +13,7 @@ Every other step begins with y in place of x. Costs two calls of the UNet per st
 float64: undoing the mixing magnifies rounding errors by 1 / p^2 per step.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from .. import expect
-from ..drawing import Drawing, Options, as_list, embed
+from ..drawing import Drawing, Options, as_list, chain, embed
 from ..pipeline import ImageInput
 from ..sampling.guidance import Predict, cfg
 from ..sampling.samplers import DDIM, Step
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ..pipeline import StableDiffusion
 
 Pair = tuple[Tensor, Tensor]  # 2 x (B, C, h, w) float64
-WITHOUT = ("uncond", "sampler", "seed", "num_images", "latents", "on_step")
+WITHOUT = ("sampler", "seed", "num_images", "latents")  # the image is what is drawn from
 
 
 @torch.no_grad()
@@ -41,11 +41,12 @@ def edict_denoise(
     predict: Predict,
     p: float = 0.93,
     dtype: torch.dtype = torch.float32,
+    after: Callable[[Tensor, Step], Tensor] | None = None,
 ) -> Pair:
     """From noise to image.
 
     steps: of DDIM with eta 0. predict(x, step, state) -> (eps, state), of `cfg` or `conditional`,
-    is given x (B, C, h, w) in `dtype`.
+    is given x (B, C, h, w) in `dtype`. after(x, step): the first of the pair after each step.
     """
     (x, y), state = pair, None
     for step in steps:
@@ -54,6 +55,7 @@ def edict_denoise(
         x = p * x + (1 - p) * y
         y = p * y + (1 - p) * x
         x, y = (y, x) if step.index % 2 else (x, y)
+        x = x if after is None else after(x, step)
     return x, y
 
 
@@ -105,7 +107,8 @@ def edict(
 
     The image comes back, but for rounding and the VAE, where target is source. The last
     int(steps * strength) steps are run, both ways. options: steps=50, guidance=3, negative_prompt,
-    height, width and progress of `minisd.drawing.Drawing`. ValueError for what does not fit.
+    uncond, height, width, progress and on_step of `minisd.drawing.Drawing`; on_step sees the first
+    of the pair, on the way to the target. ValueError for what does not fit.
     """
     drawing = Drawing.of(options, without=WITHOUT, steps=50, guidance=3.0)
     expect.number("p", p)
@@ -115,9 +118,13 @@ def edict(
     expect.number("strength", strength, 0, 1)
     plan = DDIM(sd.schedule, drawing.steps, drawing.steps - int(drawing.steps * strength))
     z = sd.encode_image(image, None, drawing.height, drawing.width).double()
-    uncond, pair = embed(sd, as_list(drawing.negative_prompt)), (z, z)
-    runs = (source, edict_invert, replace(plan, inverse=True)), (target, edict_denoise, plan)
-    for prompt, run, way in runs:
-        predict = cfg(sd.network, uncond, embed(sd, [prompt]), drawing.guidance)
-        pair = run(pair, drawing.shown(way), predict, p, sd.dtype)
-    return sd.decode(pair[0].float())
+    uncond = drawing.uncond
+    if uncond is None:
+        uncond = embed(sd, as_list(drawing.negative_prompt))
+    rows = embed(sd, [source, target]).split(1)
+    back, forth = (cfg(sd.network, uncond, cond, drawing.guidance) for cond in rows)
+    inverse = drawing.shown(replace(plan, inverse=True))
+    pair = edict_invert((z, z), inverse, back, p, sd.dtype)
+    after = chain(on_step=drawing.on_step)
+    x, _ = edict_denoise(pair, drawing.shown(plan), forth, p, sd.dtype, after)
+    return sd.decode(x.float())

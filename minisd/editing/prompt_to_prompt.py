@@ -267,7 +267,8 @@ def edit_prompt(
     uncond, cond = drawing.embed(sd, prompts)
     predict = cfg(sd.network, uncond, cond, drawing.guidance, p2p)
     both = chain(after=after, local_blend=blend)
-    return sd.decode(drawing.denoise(x, drawing.make_sampler(sd), predict, both))
+    sampler = drawing.make_sampler(sd, rows=drawing.num_images)
+    return sd.decode(drawing.denoise(x, sampler, predict, both))
 
 
 def blend_arguments(given: Sequence[str] | Mapping[str, Any], drawing: Drawing) -> dict[str, Any]:
@@ -288,7 +289,8 @@ def seed_baseline(
     prompts = [source, *targets]
     x = shared_noise(drawing, sd, prompts)
     predict = cfg(sd.network, *drawing.embed(sd, prompts), drawing.guidance)
-    return sd.decode(drawing.denoise(x, drawing.make_sampler(sd), predict))
+    sampler = drawing.make_sampler(sd, rows=drawing.num_images)
+    return sd.decode(drawing.denoise(x, sampler, predict))
 
 
 def split(options: Mapping[str, Any]) -> tuple[Drawing, dict[str, Any]]:

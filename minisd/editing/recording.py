@@ -125,8 +125,8 @@ def map_shapes(
         if site in cross:
             shapes[f"{site}.p"] = (1, module.heads, queries, sd.tokenizer.max_length)
         else:
-            head_dim = module.to_q.out_features // module.heads
-            shapes[f"{site}.q"] = shapes[f"{site}.k"] = (1, module.heads, queries, head_dim)
+            shape = (1, module.heads, queries, module.head_dim)
+            shapes[f"{site}.q"] = shapes[f"{site}.k"] = shape
     return shapes
 
 

@@ -257,7 +257,7 @@ class Attention(nn.Module):
         qkv_bias: bool = False,
     ):
         super().__init__()
-        self.heads = heads
+        self.heads, self.head_dim = heads, channels // heads
         self.to_q = nn.Linear(channels, channels, bias=qkv_bias)
         self.to_k = nn.Linear(context_channels or channels, channels, bias=qkv_bias)
         self.to_v = nn.Linear(context_channels or channels, channels, bias=qkv_bias)

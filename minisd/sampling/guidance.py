@@ -123,17 +123,21 @@ def cfg(
     cond: Tensor,
     scale: float = 7.5,
     edits: Edits | None = None,
+    channels: int | None = None,
 ) -> Guidance:
     """Classifier-free guidance, eps = u + scale (c - u). With scale 1 there is no u to compute.
 
     cond: (B, L, D) or (1, L, D).  uncond: the same, or a list with one such tensor per step of the
-    full schedule (entry step.index is used; null-text inversion makes such a list).
+    full schedule (entry step.index is used; null-text inversion makes such a list).  channels: only
+    the first ones are guided, the others are c's (DiT guides 3 of 4, and never its variance).
     """
     expect.number("guidance scale", scale)
+    if channels is not None:
+        expect.whole_number("channels", channels, 1)
     if scale == 1:
         return conditional(network, cond, edits)
     groups = [("uncond", uncond), ("cond", cond)]
-    return Guidance(network, groups, _guided(scale), edits)
+    return Guidance(network, groups, _guided(scale, channels), edits)
 
 
 def erase(
@@ -227,8 +231,15 @@ class Sega(Guidance):
         return out, self.beta * v + (1 - self.beta) * g
 
 
-def _guided(scale: float) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda u, c: u + scale * (c - u)
+def _guided(scale: float, channels: int | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+    def combine(u: Tensor, c: Tensor) -> Tensor:
+        if channels is None:
+            return u + scale * (c - u)
+        own, rest = c[:, :channels], c[:, channels:]
+        u = u[:, :channels]
+        return torch.cat([u + scale * (own - u), rest], dim=1)
+
+    return combine
 
 
 def _quantile(x: Tensor, q: float) -> Tensor:

@@ -11,7 +11,7 @@ and DPMSolverMultistepScheduler built from the same scheduler_config.json.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -21,6 +21,25 @@ from torch import Tensor
 
 from .. import expect
 from .schedule import Level, NoiseSchedule
+
+Seed = int | tuple[int, ...]  # of all rows together, or one for each
+
+
+class LearnedRange(NamedTuple):
+    """Between which variances of a step the network chooses, by v, as logarithms.
+
+        log s^2 = f log_most + (1 - f) log_least,      f = (v + 1) / 2
+
+    Nichol and Dhariwal 2021 (arXiv 2102.09672) eq. 15.
+    """
+
+    log_most: float
+    log_least: float
+
+    def deviation(self, v: Tensor) -> Tensor:
+        """s, of v's shape; v from -1, the least, to 1, the most."""
+        f = (_wide(v) + 1) / 2
+        return (0.5 * (f * self.log_most + (1 - f) * self.log_least)).exp()
 
 
 class Coefficients(NamedTuple):
@@ -72,8 +91,9 @@ class Step:
     index counts in the full schedule: skip does not shift it.  first: whether it is the first that
     runs.  times: t of every step of the full schedule, so that what depends on t alone can be
     computed for all steps at once.  k: the coefficients of `advance`.  seed: of the noise of a step
-    that has some, None of one that has none.  Nothing in it changes: a step may be called as often
-    as one likes, at other latents too (fixed-point inversion, EDICT).
+    that has some, None of one that has none.  learned: of a step whose variance the network chooses
+    (DDPM).  Nothing in it changes: a step may be called as often as one likes, at other latents too
+    (fixed-point inversion, EDICT).
     """
 
     index: int
@@ -83,27 +103,47 @@ class Step:
     k: Coefficients
     first: bool
     times: tuple[int, ...]
-    seed: int | None = None
+    seed: Seed | None = None
+    learned: LearnedRange | None = None
 
     def __call__(
         self, x: Tensor, out: Tensor, x0_previous: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(x at level `next`, x0): hand the x0 of one step to the next; see `advance`."""
-        return advance(x, out, x0_previous, self.noise(x), self.k)
+        """(x at level `next`, x0): hand the x0 of one step to the next; see `advance`.
+
+        out: the network's, (B, C, h, w), or (B, 2 C, h, w) of one that also predicts v, which says
+        its variance: a step that is not `learned` needs no v.
+        """
+        out, v = _split(x, out)
+        noise = self.noise(x)
+        if self.learned is not None and noise is not None:
+            if v is None:
+                got = f"the network predicts {out.shape[1]} channels for {x.shape[1]}"
+                raise ValueError(f"{got}, expected twice as many: the variance is to be learned")
+            noise = self.learned.deviation(v) * noise
+        return advance(x, out, x0_previous, noise, self.k)
 
     def noise(self, x: Tensor) -> Tensor | None:
         """The step's noise, of x's shape and on its device: a function of (seed, index) alone.
 
-        Drawn on the CPU in float32, so that it is the same on every device.
+        Drawn on the CPU in float32, so that it is the same on every device. Of several seeds each
+        row has its own; where there are more rows, their groups have the same noise (a prompt and
+        its edits).
         """
         if self.seed is None:
             return None
-        (mixed,) = np.random.SeedSequence([self.seed % 2**64, self.index]).generate_state(
-            1, np.uint64
-        )
-        generator = torch.Generator("cpu").manual_seed(int(mixed))
-        noise = torch.randn(x.shape, generator=generator, dtype=torch.float32, device="cpu")
-        return noise.to(x.device, non_blocking=True)
+        if not isinstance(self.seed, tuple):
+            return self._normal(x.shape, self.seed).to(x.device, non_blocking=True)
+        shape = (1, *x.shape[1:])
+        rows = torch.cat([self._normal(shape, seed) for seed in self.seed])
+        if len(x) % len(rows):
+            raise ValueError(f"got {len(rows)} seeds for {len(x)} rows, expected one for each")
+        return rows.repeat(len(x) // len(rows), 1, 1, 1).to(x.device, non_blocking=True)
+
+    def _normal(self, shape: Sequence[int], seed: int) -> Tensor:
+        mixed = np.random.SeedSequence([seed % 2**64, self.index]).generate_state(1, np.uint64)
+        generator = torch.Generator("cpu").manual_seed(int(mixed[0]))
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -139,10 +179,15 @@ class Sampler:
         times = tuple(t for t, _, _ in plan)
         for index, (t, now, next) in list(enumerate(plan))[self.skip :]:
             k = self.coefficients(now, next, before)
-            yield Step(index, t, now, next, k, index == self.skip, times, self.noise_seed())
+            seed, learned = self.noise_seed(), self.learned(now, next)
+            yield Step(index, t, now, next, k, index == self.skip, times, seed, learned)
             before = now
 
-    def noise_seed(self) -> int | None:
+    def learned(self, now: Level, next: Level) -> LearnedRange | None:
+        """Between what the network chooses the step's variance; None: it does not."""
+        return None
+
+    def noise_seed(self) -> Seed | None:
         """The seed of the steps' noise; None: they have none."""
         return None
 
@@ -194,7 +239,7 @@ class DDIM(Sampler):
         x_eps = math.sqrt(next.sigma**2 - s**2)
         return Coefficients.of_eps(now, c=0.0, x_x=0.0, x_D=next.alpha, x_eps=x_eps, x_noise=s)
 
-    def noise_seed(self) -> int | None:
+    def noise_seed(self) -> Seed | None:
         return self.seed if self.eta else None
 
     def __iter__(self) -> Iterator[Step]:
@@ -251,6 +296,12 @@ class DPMpp2M(Sampler):
             c = math.log(now.ratio / next.ratio) / (2 * h_previous)
         x_x, x_D = next.sigma / now.sigma, next.alpha * (1 - next.ratio / now.ratio)
         return Coefficients.of_eps(now, c=c, x_x=x_x, x_D=x_D, x_eps=0.0)
+
+
+def _split(x: Tensor, out: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What the network predicted of x, and v where it says its variance, too."""
+    C = x.shape[1]
+    return (out[:, :C], out[:, C:]) if out.shape[1] == 2 * C else (out, None)
 
 
 def _wide(x: Tensor) -> Tensor:
