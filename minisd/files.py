@@ -1,8 +1,17 @@
-"""Files and folders that are complete or not there."""
+"""Files and folders that are complete or not there.
 
+What is being written lies in a folder of its own, `.xxxxxxxx.part`, beside where it will be: no two
+threads, processes or containers get the same one. It takes its name when it is complete. Nothing
+that has a name is written into, so a file that another process has mapped stays what it was.
+"""
+
+import errno
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 
 
@@ -11,17 +20,99 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """`with atomic_write(path) as temporary`: write the file `temporary`; then it becomes `path`.
 
     If that fails or is interrupted, nothing is left behind, and an older file of that name is as it
-    was.
+    was; else the new file has the older one's mode. An OSError names `path`.
     """
     target = Path(os.path.realpath(path))  # through a link: replace what it points to
-    # Shortened, because a name may be as long as the system allows.
-    temporary = target.with_name(f".{target.name[:40]}.{os.getpid()}.part")
-    with new_folder(target.parent):
+    with new_folder(target.parent), _unfinished(path, target.parent) as folder:
+        yield (temporary := folder / target.name)
+        if target.exists():
+            shutil.copymode(target, temporary)
         try:
-            yield temporary
             os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            # A file that is a mount point, as in a container, can only be written into.
+            shutil.copyfile(temporary, target)
+
+
+def write_new(names: Iterable[Path], write: Callable[[Path], object]) -> Path:
+    """write(temporary) a file, then give it the first of `names` that is free -> that name.
+
+    names: of one folder. Who takes names from the same series at the same time gets others, for a
+    name is taken together with its file. FileExistsError if none is free.
+    """
+    names = iter(names)
+    first = next(names)
+    with new_folder(first.parent), _unfinished(first, first.parent) as folder:
+        write(temporary := folder / first.name)
+        for path in chain([first], names):
+            with suppress(FileExistsError):
+                _claim(temporary, path)
+                return path
+    raise FileExistsError(f"{first} is there already")
+
+
+def _claim(temporary: Path, path: Path) -> None:
+    """Name a file; FileExistsError if the name is taken."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links: first an empty file, which nobody else gets
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.replace(temporary, path)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str], last: str) -> Iterator[Path]:
+    """`with atomic_folder(path, last) as temporary`: fill the folder `temporary`; then it becomes
+    `path`.
+
+    FileExistsError unless `path` is new or an empty folder. An empty one that is there stays, for
+    it may be a mount point or the working folder: what was written moves into it, the entry named
+    `last` after all others. If that fails or is interrupted, nothing is left behind.
+    """
+    target = Path(os.path.realpath(path))  # through a link, be there something behind it or not
+    is_there = os.path.lexists(target)
+    if is_there and not (target.is_dir() and not any(target.iterdir())):
+        raise FileExistsError(f"{path} is there already, expected a new or an empty folder")
+    place = target if is_there else target.parent
+    with new_folder(place), _unfinished(path, place) as folder:
+        (temporary := folder / "new").mkdir()
+        yield temporary
+        if not is_there:
+            os.rename(temporary, target)
+            return
+        moved: list[Path] = []
+        try:
+            for each in sorted(temporary.iterdir(), key=lambda each: each.name == last):
+                moved.append(target / each.name)
+                os.rename(each, moved[-1])
+        except BaseException:
+            for each in moved:
+                shutil.rmtree(each, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _unfinished(path: str | os.PathLike[str], parent: Path) -> Iterator[Path]:
+    """A new folder in `parent` for what will be `path`; an OSError inside says that, and no name
+    in it."""
+    try:
+        # Cleaned up also where an interrupt comes before `with` has begun.
+        with tempfile.TemporaryDirectory(
+            prefix=".", suffix=".part", dir=parent, ignore_cleanup_errors=True
+        ) as folder:
+            yield Path(folder)
+    except OSError as error:
+        hidden = os.path.join(os.path.abspath(parent), ".")
+        own = error.filename is None or str(error.filename).startswith(hidden)
+        if not own or isinstance(error, FileExistsError):
+            raise
+        if error.errno is None:  # Pillow's own
+            raise OSError(f"{os.fspath(path)} cannot be written: {error}") from error
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 @contextmanager
@@ -33,6 +124,6 @@ def new_folder(folder: Path) -> Iterator[None]:
         yield
     except BaseException:
         for each in new:
-            if each.is_dir() and not any(each.iterdir()):
+            with suppress(OSError):  # it is in use, or was not made
                 each.rmdir()
         raise

@@ -2,7 +2,6 @@
 other tests; and, below pytest's summary, the measured figures."""
 
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -100,7 +99,10 @@ def draw_again(minisd_command):
         code, told, err = minisd_command("info", path)
         assert code == 0, err
         _, line = told.split("\n\nminisd ")
-        code, out, err = minisd_command(*shlex.split(line))
+        # As a shell reads it: the line may hold bash's escapes.
+        words = ["bash", "-c", f"printf '%s\\0' {line.rstrip()}"]
+        words = subprocess.run(words, capture_output=True, check=True).stdout.split(b"\0")[:-1]
+        code, out, err = minisd_command(*map(os.fsdecode, words))
         assert code == 0, f"{line}\n{err}"
         return out.splitlines()
 

@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -122,6 +123,7 @@ def test_img2img_draws_what_the_pipeline_draws(minisd_command):
         ["txt2img", "a cat", "--dtype", "float64"],
         ["txt2img", "--negative=-5 'apples' \"and\" $HOME", "--seed", "-9", "--", "--steps"],
         ["txt2img", "two\nlines; $HOME -- 'quoted'"],
+        ["txt2img", "$'a\x1b[2J\x07\x9b\\', \u202e\xa0", "--negative", "\t\r\x7f1"],
         [
             "txt2img",
             "Zürich, 雪 🎨",
@@ -137,6 +139,8 @@ def test_img2img_draws_what_the_pipeline_draws(minisd_command):
         ["img2img", "in.png", "a dog", "--strength", "0"],
         ["txt2img", "a <cat>", "--lora", "a:b.safetensors", "--lora", "a:b.safetensors:-0.5"],
         ["img2img", "in.png", "a <cat>", "--embedding", "cat.safetensors"],
+        ["img2img", os.fsdecode(b"caf\xe9 '\x1b.png"), "$'a\\303'"],
+        ["blend", os.fsdecode(b"caf\xe9 '\x1b.png"), "in.png", "a dog"],
     ],
 )
 def test_the_command_that_info_prints_draws_the_same_bits(minisd_command, draw_again, arguments):
@@ -146,6 +150,7 @@ def test_the_command_that_info_prints_draws_the_same_bits(minisd_command, draw_a
     save_file({"<cat>": torch.ones(2, 24)}, "cat.safetensors")
     write_image("in.png")
     write_image("an image.jpg")
+    shutil.copy("in.png", b"caf\xe9 '\x1b.png")  # a name that is no UTF-8
     code, out, _ = minisd_command(arguments[0], *TINY, "-o", "images/", *arguments[1:])
     assert code == 0
     path = out.splitlines()[-1]  # of several, the last: it is drawn again without the others
@@ -284,6 +289,44 @@ def test_several_images_and_folders(minisd_command, here):
     )  # the working folder is the default
 
 
+def test_processes_that_draw_into_one_folder_lose_nothing(here):
+    command = [sys.executable, "-m", "minisd", "txt2img", "a", *TINY, "--steps", "1", "-n", "6"]
+    both = [
+        subprocess.Popen([*command, "--seed", seed, "-o", "new"], stdout=-1, stderr=-1, text=True)
+        for seed in ("0", "100")
+    ]
+    printed = [process.communicate()[0].splitlines() for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sorted(printed[0] + printed[1]) == files(here)[1:]  # behind "new" itself
+    for first, paths in zip((0, 100), printed):
+        assert [int(chunks(path)["seed"]) for path in paths] == list(range(first, first + 6))
+
+
+def test_a_name_that_is_no_utf8_is_written_to(minisd_command, here):
+    name = os.fsdecode(b"new\xff/\xe9.png")
+    assert minisd_command("txt2img", "a", *TINY, "-o", name)[0] == 0
+    assert chunks(name)["prompt"] == "a" and os.listdir(os.fsencode(here)) == [b"tiny", b"new\xff"]
+
+
+def test_a_hundred_million_images_begin_at_once(here):
+    """Names and seeds are made as they are needed; a seed that is none is told at once."""
+    command = [sys.executable, "-m", "minisd", "txt2img", "a", *TINY, "-n", "100000000"]
+    process = subprocess.Popen([*command, "-o", "x.png"], stdout=-1, stderr=-1, bufsize=0)
+    start, peak = time.monotonic(), 0
+    while not Path("x-1.png").exists():
+        assert process.poll() is None and time.monotonic() - start < 60
+        time.sleep(0.05)
+        if sys.platform == "linux":
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            peak = max(peak, *map(int, re.findall(r"VmHWM:\s+(\d+)", status)), 0)
+    process.kill()
+    process.communicate()
+    assert peak < 1.5e6  # kB: torch and a tiny model, not 10^8 names
+    last = subprocess.run([*command, "--seed", str(2**64 - 10**8 + 1)], capture_output=True)
+    assert b"expected a whole number or a list of them" in last.stderr
+    assert {"x-0.png", "x-1.png"} <= set(files(here))
+
+
 def test_an_image_is_whole_or_not_there(minisd_command, here, monkeypatch):
     (here / "old.png").write_bytes(b"an older image")
 
@@ -378,7 +421,7 @@ def test_a_reader_that_goes_away_is_no_error():
 
 def test_a_name_may_be_as_long_as_the_system_allows(here):
     name = "n" * 251 + ".png"
-    assert output.output_paths(name, 1) == [Path(name)]
+    assert output.output_places(name, 1).name(0) == Path(name)
     output.write_png(here / name, Image.new("RGB", (8, 8)), {})
     assert files(here) == [name]
 
@@ -408,7 +451,7 @@ def test_info_of_an_image_that_means_ill(minisd_command, here):
     assert (
         code == 0 and r"prompt:          a\x1b[2Jcat" in out and out.replace("\n", "").isprintable()
     )
-    assert out.endswith("\n\nminisd edit 'a cat;' rm -rf '$HOME' '`id`' 'a\\x9bm'\n")
+    assert out.endswith("\n\nminisd edit 'a cat;' rm -rf '$HOME' '`id`' $'a\\302\\233m'\n")
     output.write_png(here / "a.png", Image.new("RGB", (8, 8)), chunks | {"arguments": "edit 'a"})
     assert minisd_command("info", "a.png")[::2] == (2, "minisd: error: No closing quotation\n")
 
@@ -433,9 +476,10 @@ def test_info_of_a_model(minisd_command):
 
 
 def test_modules_of_the_command_import_one_way():
-    """main -> the groups of commands -> output -> options; edit also reads what is inverted."""
+    """main -> the groups of commands -> output -> options, lines; edit also reads what is
+    inverted."""
     folder = Path(cli.__file__).parent
-    ranks = dict(options=0, output=1, invert=2, main=4)
+    ranks = dict(options=0, lines=0, output=1, invert=2, main=4)
     seen = set()
     for path in folder.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -27,7 +27,10 @@ def write_bundle(
     """Write one file, under its name only when it is complete."""
     owned = {name: x.clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
     with atomic_write(path) as temporary:
-        save_file(owned, temporary, {format: json.dumps(dict(fields))})
+        try:
+            save_file(owned, temporary, {format: json.dumps(dict(fields))})
+        except SafetensorError as error:  # a full disk, say
+            raise OSError(str(error)) from error
 
 
 def read_bundle(

@@ -7,7 +7,6 @@ which diffusers and minisd read back.
 
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..files import atomic_write, new_folder
+from ..files import atomic_folder, write_new
 from ..models.clip import CLIPTextConfig
 from ..models.tokenizer import CLIPTokenizer
 from ..models.unet import UNetConfig
@@ -48,29 +47,21 @@ def export(
     dtype: float16, bfloat16, float32 or float64; None keeps each file's own. FileExistsError unless
     the folder is new or empty.
     """
-    folder = Path(folder)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is there already, expected a new or an empty folder")
     modules, entries = build_models(checkpoint)
     scheduler = {"_class_name": "DDIMScheduler", "clip_sample": False} | checkpoint.scheduler
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    with new_folder(folder.parent):
-        try:
-            for part, module in modules.items():
-                path = temporary / weights_file(part, None)
-                config = config_json(part, checkpoint.configs[part], checkpoint.tokenizer)
-                write_json(path.parent / "config.json", config)
-                shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-                tensors = _in_order(checkpoint, part, entries[part], shapes)
-                prefix = "text_model." if part == "text_encoder" else ""
-                written = {prefix + name: shape for name, shape in shapes.items()}
-                write_tensors(path, written, _dtype(dtype, entries[part]), tensors)
-            write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
-            write_json(temporary / "model_index.json", model_index(scheduler))
-            checkpoint.tokenizer.save(temporary / "tokenizer")
-            os.replace(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with atomic_folder(folder, last="model_index.json") as temporary:
+        for part, module in modules.items():
+            path = temporary / weights_file(part, None)
+            config = config_json(part, checkpoint.configs[part], checkpoint.tokenizer)
+            write_json(path.parent / "config.json", config)
+            shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+            tensors = _in_order(checkpoint, part, entries[part], shapes)
+            prefix = "text_model." if part == "text_encoder" else ""
+            written = {prefix + name: shape for name, shape in shapes.items()}
+            write_tensors(path, written, _dtype(dtype, entries[part]), tensors)
+        write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
+        write_json(temporary / "model_index.json", model_index(scheduler))
+        checkpoint.tokenizer.save(temporary / "tokenizer")
 
 
 def export_single_file(
@@ -82,10 +73,10 @@ def export_single_file(
     they are Stable Diffusion v1's, which readers take for granted. FileExistsError if the file is
     there.
     """
-    path = Path(path)
-    if path.suffix != ".safetensors":
+    if Path(path).suffix != ".safetensors":
         raise ValueError(f"{path}: expected a name that ends in .safetensors")
-    if path.exists():
+    target = Path(os.path.realpath(path))
+    if target.exists():
         raise FileExistsError(f"{path} is there already")
     _expect_v1(checkpoint)
     modules, entries = build_models(checkpoint)
@@ -101,8 +92,8 @@ def export_single_file(
         for tensor in _in_order(checkpoint, part, entries[part], module.state_dict())
     )
     of_all = {f"{part}.{name}": entries[part][name] for part in entries for name in entries[part]}
-    with atomic_write(path) as temporary:
-        write_tensors(temporary, shapes, _dtype(dtype, of_all), tensors)
+    kind = _dtype(dtype, of_all)
+    write_new([target], lambda temporary: write_tensors(temporary, shapes, kind, tensors))
 
 
 def _expect_v1(checkpoint: Checkpoint) -> None:

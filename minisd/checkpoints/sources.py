@@ -9,10 +9,13 @@ https://huggingface.co/docs/huggingface_hub/guides/manage-cache for the cache.
 import hashlib
 import os
 import re
+import shutil
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+from ..files import atomic_write
 
 Source = str | os.PathLike[str]
 Part = Literal["unet", "vae", "text_encoder"]
@@ -95,8 +98,8 @@ def download(
     if to is not None:
         for name in (*CONFIGS, *vocabulary, "tokenizer/tokenizer.json"):
             if (folder / name).exists():
-                (to / name).parent.mkdir(parents=True, exist_ok=True)
-                (to / name).write_bytes((folder / name).read_bytes())
+                with atomic_write(to / name) as temporary:
+                    shutil.copyfile(folder / name, temporary)
     weights = [weights_file(part, variant) for part in parts]
     return _fetch(repo, weights, commit, local_files_only, to=to)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .invert import InvertRequest, add_inversion_options
@@ -21,7 +20,15 @@ from .options import (
     sites,
     words,
 )
-from .output import draw, line_again, load_model, output_paths, text_chunks, tracing, write_png
+from .output import (
+    Places,
+    draw,
+    line_again,
+    load_model,
+    output_places,
+    text_chunks,
+    tracing,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -100,11 +107,9 @@ class EditRequest:
     edit          the arguments of `PromptToPrompt`
     local_blend   those of `LocalBlend`
     inverting     the image that is edited, if one is given
-    images        files of one seed after the other, of each the source and the targets; none if
-                  only sheets are asked for
-    sheets        a file for each seed, if they are asked for
-    again, sheet_again
-                  for each seed, the command that draws its images, or its sheet, again
+    images        of one seed after the other, of each the source and the targets; None if only
+                  sheets are asked for
+    sheets        one for each seed, if they are asked for
     """
 
     drawing: DrawRequest
@@ -114,10 +119,8 @@ class EditRequest:
     local_blend: dict[str, Any] | None
     sweep: list[float] | None
     inverting: InvertRequest | None
-    images: list[Path]
-    sheets: list[Path]
-    again: list[str]
-    sheet_again: list[str]
+    images: Places | None
+    sheets: Places | None
 
     @classmethod
     def of(cls, args: Namespace, call: Call) -> EditRequest:
@@ -135,9 +138,8 @@ class EditRequest:
         drawing = DrawRequest.of(args, call, **(inverting.options if inverting else {}))
         each = 1 + max(len(targets), 1)
         only_sheets = args.output is None and args.sheet
-        images = [] if only_sheets else output_paths(args.output or ".", args.num_images * each)
-        sheets = output_paths(args.sheet, args.num_images, "--sheet") if args.sheet else []
-        own = [seed if inverting is None else None for seed in drawing.seeds]
+        images = None if only_sheets else output_places(args.output or ".", args.num_images * each)
+        sheets = output_places(args.sheet, args.num_images, "--sheet") if args.sheet else None
         return cls(
             drawing=drawing,
             source=args.source,
@@ -148,8 +150,6 @@ class EditRequest:
             inverting=inverting,
             images=images,
             sheets=sheets,
-            again=[line_again(call.argv, seed) for seed in own],
-            sheet_again=[line_again(call.argv, seed, "--sheet") for seed in own],
         )
 
     @property
@@ -157,10 +157,9 @@ class EditRequest:
         """Of the images of one seed, the source first."""
         return [self.source, *(self.targets or [self.source])]
 
-    def files(self, i: int) -> list[Path]:
-        """The images of seed i."""
-        each = len(self.prompts)
-        return self.images[i * each : (i + 1) * each]
+    def again(self, seed: int, place: str = "-o") -> str:
+        """The command that draws the images of a seed again, or with place="--sheet" its sheet."""
+        return line_again(self.drawing.call.argv, None if self.inverting else seed, place)
 
 
 def edit_options(args: Namespace) -> EditOptions:
@@ -204,14 +203,15 @@ def edit(args: Namespace, call: Call) -> None:
     for i, seed in enumerate(drawing.seeds):
         with tracing(drawing, sd, seed) as on_step:
             images, sheet = draw_edit(request, sd, drawing.options_of(seed, on_step))
-        for path, image, prompt in zip(request.files(i), images, request.prompts):
-            told = {"source": source, "prompt": prompt, "arguments": request.again[i]}
-            write_png(path, image, text_chunks(drawing, sd, seed, image, told))
-            print(path)
-        if sheet is not None:
-            path, told = request.sheets[i], {"source": source, "arguments": request.sheet_again[i]}
-            write_png(path, sheet, text_chunks(drawing, sd, seed, images[0], told))
-            print(path)
+        if request.images is not None:
+            for j, (image, prompt) in enumerate(zip(images, request.prompts)):
+                told = {"source": source, "prompt": prompt, "arguments": request.again(seed)}
+                chunks = text_chunks(drawing, sd, seed, image, told)
+                print(request.images.write(i * len(images) + j, image, chunks))
+        if request.sheets is not None and sheet is not None:
+            told = {"source": source, "arguments": request.again(seed, "--sheet")}
+            chunks = text_chunks(drawing, sd, seed, images[0], told)
+            print(request.sheets.write(i, sheet, chunks))
 
 
 def check_edit(request: EditRequest, sd: StableDiffusion) -> None:

@@ -10,6 +10,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 
+from .lines import joined, of_chunk
 from .options import AddCommand, Call, ModelRequest, add_model_options
 from .output import AGAIN
 
@@ -53,13 +54,14 @@ def print_image(path: str) -> None:
         why = "minisd did not draw it, or they were stripped"
         raise ValueError(f"{path} carries no settings: {why}")
     settings = [f"{key + ':':16} {value}" for key, value in chunks.items()]
-    told = "\n".join([*settings, "", shlex.join(["minisd", *command_of(chunks)])])
+    told = "\n".join([*settings, "", joined(["minisd", *command_of(chunks)])])
     print(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda control: ascii(control[0])[1:-1], told))
 
 
 def command_of(chunks: Mapping[str, str]) -> list[str]:
     """The command that draws an image again: the line that its PNG keeps, or one made of its
     settings."""
+    chunks = {key: of_chunk(text) for key, text in chunks.items()}
     if "arguments" in chunks:
         return shlex.split(chunks["arguments"])
     options = []

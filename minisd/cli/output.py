@@ -8,10 +8,13 @@ import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import __version__
+from .lines import as_chunk
 from .options import DrawRequest
 
 if TYPE_CHECKING:
@@ -30,28 +33,57 @@ OWN = (("-n", "--num-images"), ("--seed",))
 # places
 
 
-def output_paths(output: str, n: int, option: str = "-o") -> list[Path]:
-    """Where n images go: NAME.png, or NAME-0.png ...; in a folder, the next free minisd-00000.png
-    ..."""
+@dataclass(frozen=True)
+class Places:
+    """Where n images go, in their order.
+
+    path    NAME.png, or, of several, NAME-0.png ...; or a folder
+    names   of a folder: the names there from the first free one on, minisd-00000.png ...; which of
+            them an image gets is known when it is written, for others may be drawing there, too
+    """
+
+    path: Path
+    n: int
+    names: Iterator[Path] | None
+
+    def name(self, i: int) -> Path:
+        path = self.path
+        return path if self.n == 1 else path.with_name(f"{path.stem}-{i}{path.suffix}")
+
+    def write(self, i: int, image: Image.Image, chunks: Mapping[str, object]) -> Path:
+        """Write image i -> its path."""
+        from ..files import write_new
+
+        if self.names is not None:
+            return write_new(self.names, lambda temporary: save_png(temporary, image, chunks))
+        write_png(self.name(i), image, chunks)
+        return self.name(i)
+
+
+def output_places(output: str, n: int, option: str = "-o") -> Places:
+    """Where n images go; ValueError or OSError if they cannot."""
     path = Path(output)
     if output.endswith(("/", os.sep)) or path.is_dir() or not path.suffix:
-        used = [int(p.stem[7:]) for p in path.glob("minisd-*.png") if p.stem[7:].isdecimal()]
-        first = max(used, default=-1) + 1
-        paths = [path / f"minisd-{first + i:05}.png" for i in range(n)]
-    elif path.suffix.lower() != ".png":
+        check_place(option, path / "minisd-00000.png")
+        return Places(path, n, free_names(path))
+    if path.suffix.lower() != ".png":
         raise ValueError(f"{option} {output}: expected a name that ends in .png, or a folder")
-    elif n == 1:
-        paths = [path]
-    else:
-        paths = [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(n)]
-    for path in paths:
-        check_place(option, path)
-    return paths
+    places = Places(path, n, None)
+    check_place(option, places.name(n - 1))  # the longest
+    return places
+
+
+def free_names(folder: Path) -> Iterator[Path]:
+    """minisd-00000.png ... from behind the last that is there when the first is asked for."""
+    stems = [path.stem[7:] for path in folder.glob("minisd-*.png")]
+    first = max((int(stem) for stem in stems if stem.isdecimal()), default=-1) + 1
+    return (folder / f"minisd-{i:05}.png" for i in count(first))
 
 
 def check_place(option: str, path: Path) -> None:
     """OSError if nothing can be written there; before the drawing, which may take minutes."""
-    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    parents = Path(os.path.realpath(path)).parents
+    existing = next(parent for parent in parents if parent.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
         raise PermissionError(f"{option} {path}: {existing} is not a folder that can be written to")
     try:
@@ -64,8 +96,10 @@ def check_place(option: str, path: Path) -> None:
 
 
 def load_model(request: DrawRequest) -> StableDiffusion:
+    from ..drawing import seeds
     from ..pipeline import load
 
+    seeds([request.seeds[0], request.seeds[-1]])  # the last one now, not after all others are drawn
     model = request.model
     sd = load(
         model.source,
@@ -93,13 +127,13 @@ def draw(
     One by one, not as a batch: each can be drawn again alone, bit for bit, by the command that
     `minisd info` prints. told: seed -> what its PNG tells beside what all of them tell.
     """
-    paths = output_paths(request.output, len(request.seeds))
-    telling = [told(seed) for seed in request.seeds]
+    places = output_places(request.output, len(request.seeds))
     sd = load_model(request)
-    for seed, path, own in zip(request.seeds, paths, telling):
+    for i, seed in enumerate(request.seeds):
+        own = told(seed)
         with tracing(request, sd, seed) as on_step:
             [image] = run(sd, request.options_of(seed, on_step))
-            write_png(path, image, text_chunks(request, sd, seed, image, own))
+            path = places.write(i, image, text_chunks(request, sd, seed, image, own))
         print(path)
 
 
@@ -157,7 +191,7 @@ def text_chunks(
         "variant": model.variant,
         "revision": model.revision,
         "tokenizer": model.tokenizer,
-        "lora": "\n".join(f"{path}:{weight:g}" for path, weight in model.loras) or None,
+        "lora": "\n".join(f"{path}:{weight}" for path, weight in model.loras) or None,
         "lora_sha256": "\n".join(sha for _, sha, _ in sd.adapters.merged) or None,
         "embedding": "\n".join(model.embeddings) or None,
         "embedding_sha256": "\n".join(sha for _, sha, _ in sd.adapters.words) or None,
@@ -199,13 +233,17 @@ def line_again(argv: Sequence[str], seed: int | None, place: str = "-o") -> str:
 def write_png(path: Path, image: Image.Image, chunks: Mapping[str, object]) -> None:
     """Write an image with its text chunks: all of it or nothing, under its name only when it is
     complete."""
-    from PIL.PngImagePlugin import PngInfo
-
     from ..files import atomic_write
+
+    with atomic_write(path) as temporary:
+        save_png(temporary, image, chunks)
+
+
+def save_png(path: Path, image: Image.Image, chunks: Mapping[str, object]) -> None:
+    from PIL.PngImagePlugin import PngInfo
 
     text = PngInfo()
     for key, value in chunks.items():
         if value is not None:
-            text.add_text(key, str(value))
-    with atomic_write(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=text)
+            text.add_text(key, as_chunk(str(value)))
+    image.save(path, format="PNG", pnginfo=text)

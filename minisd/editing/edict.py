@@ -116,6 +116,9 @@ def edict(
         expected = "above 0.5, where the mixing can be undone, to 1 (none)"
         raise ValueError(f"p is {p!r}, expected {expected}")
     expect.number("strength", strength, 0, 1)
+    if sd.schedule.prediction != "epsilon":  # back from x' the same v is another line
+        got = f"the model predicts {sd.schedule.prediction}"
+        raise ValueError(f"{got}, expected epsilon: its steps are those that EDICT undoes")
     plan = DDIM(sd.schedule, drawing.steps, drawing.steps - int(drawing.steps * strength))
     z = sd.encode_image(image, None, drawing.height, drawing.width).double()
     uncond = drawing.uncond
