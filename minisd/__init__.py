@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .editing.blended import blend as blend
     from .editing.edict import edict as edict
     from .editing.erasure import erase_concepts as erase_concepts
+    from .editing.inpainting import inpaint as inpaint
     from .editing.inversion import (
         Inversion as Inversion,
         direct_inversion as direct_inversion,
@@ -64,6 +65,7 @@ _HOME = {  # public name -> module that defines it
     "blend": "editing.blended",
     "edict": "editing.edict",
     "erase_concepts": "editing.erasure",
+    "inpaint": "editing.inpainting",
     "invert": "editing.inversion",
     "redraw": "editing.inversion",
     "Inversion": "editing.inversion",

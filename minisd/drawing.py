@@ -164,7 +164,7 @@ class Drawing:
             raise ValueError(f"the latents are {got}, expected a tensor of floats (B, C, h, w)")
         if height is None and width is None:
             height, width = (side * sd.vae.factor for side in x.shape[-2:])
-        expected = (rows, sd.unet.config.in_channels, *sd.latent_size(height, width))
+        expected = (rows, sd.channels, *sd.latent_size(height, width))
         if tuple(x.shape) != expected:
             raise ValueError(f"the latents have shape {tuple(x.shape)}, expected {expected}")
         return x.to(sd.device, sd.dtype)

@@ -49,7 +49,7 @@ class StableDiffusion:
     """The five parts, and the few functions that join them.
 
     An image is a PIL image, or a tensor (B, 3, H, W) in [-1, 1]; a latent z or x is (B, C, H /
-    factor, W / factor), C = unet.config.in_channels (4) and factor = vae.factor (8 in SD v1),
+    factor, W / factor), C = channels (4) and factor = vae.factor (8 in SD v1),
     scaled by vae.config.scaling_factor. compile, graph: how `network` computes the UNet, see
     `load`. adapters: what `merge` and `add_embedding` have put in.
     """
@@ -84,6 +84,11 @@ class StableDiffusion:
         what = f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
         attention = f"{self.unet.attention} attention"
         return f"StableDiffusion({size / 1e6:.0f} M parameters, {what}, {attention})"
+
+    @property
+    def channels(self) -> int:
+        """Of a latent, 4: the VAE's. The UNet of an inpainting model takes more."""
+        return self.vae.config.latent_channels
 
     @property
     def device(self) -> torch.device:
@@ -192,7 +197,7 @@ class StableDiffusion:
         """
         if batch is not None:
             expect.whole_number("batch", batch, 1)
-        shape = (1, self.unet.config.in_channels, *self.latent_size(height, width))
+        shape = (1, self.channels, *self.latent_size(height, width))
         generators = [torch.Generator("cpu").manual_seed(each) for each in seeds(seed, batch)]
         rows = [
             torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")

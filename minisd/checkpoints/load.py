@@ -59,6 +59,7 @@ SD_V1_SCHEDULE = {
     "steps_offset": 1,
     "set_alpha_to_one": False,
 }
+INPAINTING = 9  # channels of an inpainting model's input, the one config that a single file shows
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 WHY_NO_PICKLES = (
     "reading one runs whatever code its author put into it; take the .safetensors file of the same "
@@ -251,6 +252,9 @@ def from_single_file(
             "if it belongs to a folder in diffusers layout, give the folder"
         )
     configs = {part: config() for part, (_, config) in MODELS.items()}
+    first = names.get(LDM_PREFIX["unet"] + "input_blocks.0.0.weight")
+    if first is not None and first.shape[1:2] == (INPAINTING,):
+        configs["unet"] = UNetConfig(in_channels=INPAINTING)
     wanted = "a folder tokenizer/ with vocab.json and merges.txt"
     why = f"{path} has no vocabulary: put {wanted} beside it"
     read_tokenizer = partial(

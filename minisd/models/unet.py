@@ -507,7 +507,9 @@ class UNet(nn.Module):
 
     def times(self, x: Tensor, t: Tensor) -> dict[str, Tensor]:
         """{resnet: what the time adds to its channels, (1 or B, channels)}."""
-        expect.shape("x", x, "B", self.config.in_channels, "h", "w")
+        inpaints = self.config.in_channels > 2 * self.config.out_channels
+        what = "x of an inpainting model (minisd.inpaint draws with it)" if inpaints else "x"
+        expect.shape(what, x, "B", self.config.in_channels, "h", "w")
         widths = self._time_widths
         shapes = ((), *((n, *row) for n in (1, len(x)) for row in ((), (sum(widths),))))
         if not (torch.is_tensor(t) and t.shape in shapes):

@@ -112,8 +112,8 @@ class NoiseSchedule:
         each = betas(config)
         alphas_cumprod = torch.cumprod(1 - (zero_terminal_snr(each) if rescale else each), dim=0)
         first, last = alphas_cumprod[0].item(), alphas_cumprod[-1].item()
-        least = -1.0 if rescale and prediction == "v_prediction" else 1e-30
-        if not (first < 1 and last > least):  # sigma / alpha has to be above 0 and finite
+        lowest = -1.0 if rescale and prediction == "v_prediction" else 1e-30
+        if not (first < 1 and last > lowest):  # sigma / alpha has to be above 0 and finite
             got = f"alphas_cumprod run from {first} to {last}, the network predicts {prediction}"
             raise ValueError(f"{wrong}{got}, expected below 1 and above 0")
         return cls(alphas_cumprod, config.get("steps_offset", 0), to_one, spacing, prediction)
