@@ -529,6 +529,7 @@ def test_the_model_is_v1_4_where_none_is_named():
         "heatmap",
         "invert",
         "blend",
+        "inpaint",
         "erase",
         "export",
     }
