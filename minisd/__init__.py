@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .again import from_recipe as from_recipe
     from .drawing import Drawing as Drawing
     from .editing.blended import blend as blend
     from .editing.edict import edict as edict
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from .models.unet import UNet as UNet, UNetConfig as UNetConfig
     from .models.vae import AutoencoderKL as AutoencoderKL, VAEConfig as VAEConfig
     from .pipeline import StableDiffusion as StableDiffusion, load as load
+    from .recipes import recipe as recipe, save as save
     from .sampling.ddpm import DDPM as DDPM
     from .sampling.guidance import (
         Guidance as Guidance,
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _HOME = {  # public name -> module that defines it
+    "from_recipe": "again",
     "Drawing": "drawing",
     "blend": "editing.blended",
     "edict": "editing.edict",
@@ -92,6 +95,8 @@ _HOME = {  # public name -> module that defines it
     "load": "pipeline",
     "StableDiffusion": "pipeline",
     "DDPM": "sampling.ddpm",
+    "recipe": "recipes",
+    "save": "recipes",
     "conditional": "sampling.guidance",
     "cfg": "sampling.guidance",
     "erase": "sampling.guidance",

@@ -29,11 +29,11 @@ from .models.clip import CLIPTextModel
 from .models.tokenizer import CLIPTokenizer
 from .models.unet import UNet
 from .models.vae import AutoencoderKL
+from .recipes import tell
 from .sampling.guidance import cfg
 from .sampling.schedule import NoiseSchedule
-from .viewing.images import as_given, to_pil, to_tensor
+from .viewing.images import ImageInput as ImageInput, as_given, to_pil, to_tensor
 
-ImageInput = Image.Image | Sequence[Image.Image] | Tensor
 DtypeName = Literal["float16", "bfloat16", "float32", "float64", "auto"]
 DTYPES = {
     "float16": torch.float16,
@@ -52,6 +52,7 @@ class StableDiffusion:
     factor, W / factor), C = channels (4) and factor = vae.factor (8 in SD v1),
     scaled by vae.config.scaling_factor. compile, graph: how `network` computes the UNet, see
     `load`. adapters: what `merge` and `add_embedding` have put in.
+    loaded: what `load` was told.
     """
 
     tokenizer: CLIPTokenizer
@@ -62,6 +63,7 @@ class StableDiffusion:
     compile: bool | str = False
     graph: bool = False
     adapters: Adapters = field(default_factory=Adapters)
+    loaded: dict[str, Any] = field(default_factory=dict)
 
     @property
     def network(self) -> Network:
@@ -210,7 +212,8 @@ class StableDiffusion:
     ) -> Tensor:
         """Image(s) as the VAE takes them, (B, 3, height, width) in [-1, 1].
 
-        PIL images, one or a list, are turned upright, made RGB and resized (Lanczos); without a
+        PIL images, files' names or bytes, and arrays (see `minisd.viewing.images.as_given`), one or
+        a list, are turned upright, made RGB and resized (Lanczos); without a
         size, to that of the first, its sides rounded down to multiples of vae.factor as in
         diffusers. A tensor must have the right size.
         """
@@ -231,12 +234,14 @@ class StableDiffusion:
 
     def txt2img(self, prompt: str | Sequence[str], **options: Unpack[Options]) -> list[Image.Image]:
         """Draw prompt(s), num_images of each. options: see `minisd.drawing.Drawing`."""
+        arguments = dict(locals())
         prompts, drawing = as_list(prompt), Drawing.of(options)
         plan = drawing.make_sampler(self, rows=len(prompts) * drawing.num_images)
         uncond, cond = drawing.embed(self, prompts)
         x = drawing.noise(self, len(cond))
         predict = cfg(self.network, uncond, cond, drawing.guidance)
-        return self.decode(drawing.denoise(x, plan, predict))
+        images = self.decode(drawing.denoise(x, plan, predict))
+        return tell(images, self, "txt2img", arguments, drawing, prompts)
 
     def img2img(
         self,
@@ -254,6 +259,7 @@ class StableDiffusion:
         its own size unless one is given. options: see `minisd.drawing.Drawing`. Meng et al. 2022
         (SDEdit).
         """
+        arguments = dict(locals())
         prompts, drawing = as_list(prompt), Drawing.of(options)
         rows = len(prompts) * drawing.num_images
         plan = drawing.make_sampler(self, strength, rows)
@@ -262,11 +268,13 @@ class StableDiffusion:
         noise = drawing.at(*pixels.shape[2:]).noise(self, rows)
         if len(plan) == 0:
             kept = unchanged(image, pixels, drawing)
-            return drawing.each(kept * (len(prompts) // len(kept)))
+            kept = drawing.each(kept * (len(prompts) // len(kept)))
+            return tell(kept, self, "img2img", arguments, drawing, prompts)
         uncond, cond = drawing.embed(self, prompts)
         z = drawing.per_image(self.encode_image(pixels), len(prompts))
         predict = cfg(self.network, uncond, cond, drawing.guidance)
-        return self.decode(drawing.denoise(plan.start(z, noise), plan, predict))
+        images = self.decode(drawing.denoise(plan.start(z, noise), plan, predict))
+        return tell(images, self, "img2img", arguments, drawing, prompts)
 
     def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """(h, w) of the latents of an image of that many pixels, at most MOST_PIXELS in all.
@@ -358,7 +366,11 @@ def load(
         local_files_only=local_files_only,
         tokenizer=tokenizer,
     )
-    sd = StableDiffusion(*load_parts(checkpoint, where, kind), compile=compile, graph=graph)
+    told = {"variant": variant, "revision": revision, "compile": compile, "graph": graph}
+    told["tokenizer"] = None if tokenizer is None else str(tokenizer)
+    loaded = {"source": str(source), **{name: value for name, value in told.items() if value}}
+    parts = load_parts(checkpoint, where, kind)
+    sd = StableDiffusion(*parts, compile=compile, graph=graph, loaded=loaded)
     auto: Implementation = "triton" if where.type == "cuda" else "sdpa"
     sd.unet.attention = auto if attention == "auto" else attention
     return sd

@@ -242,8 +242,10 @@ def write_png(path: Path, image: Image.Image, chunks: Mapping[str, object]) -> N
 def save_png(path: Path, image: Image.Image, chunks: Mapping[str, object]) -> None:
     from PIL.PngImagePlugin import PngInfo
 
+    from ..recipes import texts
+
     text = PngInfo()
-    for key, value in chunks.items():
+    for key, value in {**texts(image), **chunks}.items():
         if value is not None:
             text.add_text(key, as_chunk(str(value)))
     image.save(path, format="PNG", pnginfo=text)

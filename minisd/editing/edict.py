@@ -24,6 +24,7 @@ from torch import Tensor
 from .. import expect
 from ..drawing import Drawing, Options, as_list, chain, embed
 from ..pipeline import ImageInput
+from ..recipes import tell
 from ..sampling.guidance import Predict, cfg
 from ..sampling.samplers import DDIM, Step
 
@@ -110,6 +111,7 @@ def edict(
     uncond, height, width, progress and on_step of `minisd.drawing.Drawing`; on_step sees the first
     of the pair, on the way to the target. ValueError for what does not fit.
     """
+    arguments = dict(locals())
     drawing = Drawing.of(options, without=WITHOUT, steps=50, guidance=3.0)
     expect.number("p", p)
     if not 0.5 < p <= 1:
@@ -130,4 +132,4 @@ def edict(
     pair = edict_invert((z, z), inverse, back, p, sd.dtype)
     after = chain(on_step=drawing.on_step)
     x, _ = edict_denoise(pair, drawing.shown(plan), forth, p, sd.dtype, after)
-    return sd.decode(x.float())
+    return tell(sd.decode(x.float()), sd, "edict", arguments, drawing, [target])

@@ -22,6 +22,7 @@ from torch import Tensor
 from .. import expect
 from ..drawing import Drawing, Options, as_list
 from ..pipeline import ImageInput, unchanged
+from ..recipes import tell
 from ..sampling.guidance import cfg
 from ..viewing.images import as_given
 from .blended import Mask, check_proportions, paste, read_mask, resized
@@ -72,6 +73,7 @@ def inpaint(
     if (got := sd.unet.config.in_channels) != (expected := 2 * sd.channels + 1):
         why = f"the model's UNet takes {got} channels, an inpainting model's {expected}"
         raise ValueError(f"{why}: expected such a model; `blend` (minisd blend) takes any")
+    arguments = dict(locals())
     prompts, drawing = as_list(prompt), Drawing.of(options)
     masks = [read_mask(each) for each in (mask if isinstance(mask, (list, tuple)) else [mask])]
     plan = drawing.make_sampler(sd, strength)
@@ -85,7 +87,7 @@ def inpaint(
     images = drawing.each(images * (rows // len(images)))
     noise = drawing.at(*pixels.shape[2:]).noise(sd, len(images))
     if len(plan) == 0:
-        return images
+        return tell(images, sd, "inpaint", arguments, drawing, prompts)
 
     known = drawing.per_image(told(sd, pixels, masks), rows)
     x = noise
@@ -93,10 +95,10 @@ def inpaint(
         x = plan.start(drawing.per_image(sd.encode_image(pixels), rows), noise)
     predict = cfg(WithMask(sd.network, known), *drawing.embed(sd, prompts), drawing.guidance)
     drawn = sd.decode(drawing.denoise(x, plan, predict))
-    if not paste_back:
-        return drawn
-    masks = drawing.each(masks * (rows // len(masks)))
-    return [paste(*each, feather) for each in zip(images, drawn, masks)]
+    if paste_back:
+        masks = drawing.each(masks * (rows // len(masks)))
+        drawn = [paste(*each, feather) for each in zip(images, drawn, masks)]
+    return tell(drawn, sd, "inpaint", arguments, drawing, prompts)
 
 
 def told(sd: "StableDiffusion", pixels: Tensor, masks: list[Mask]) -> Tensor:

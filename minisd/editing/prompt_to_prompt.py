@@ -39,6 +39,7 @@ from torch import Tensor
 from .. import expect
 from ..drawing import Drawing, Options, as_list, chain, check_names
 from ..models.attention import AttentionEdit
+from ..recipes import tell
 from ..sampling.guidance import cfg
 from ..sampling.samplers import Step
 from .local_blend import LocalBlend
@@ -253,6 +254,7 @@ def edit_prompt(
     `latents`. To edit a given image: see `Inversion.edit_options`. ValueError for what does not
     fit.
     """
+    arguments = dict(locals())
     drawing, edit = split(options)
     prompts = all_prompts(source, targets, edit.get("reweight"))
     x = shared_noise(drawing, sd, prompts)
@@ -268,7 +270,8 @@ def edit_prompt(
     predict = cfg(sd.network, uncond, cond, drawing.guidance, p2p)
     both = chain(after=after, local_blend=blend)
     sampler = drawing.make_sampler(sd, rows=drawing.num_images)
-    return sd.decode(drawing.denoise(x, sampler, predict, both))
+    images = sd.decode(drawing.denoise(x, sampler, predict, both))
+    return tell(images, sd, "edit_prompt", arguments, drawing, prompts, drawing.num_images)
 
 
 def blend_arguments(given: Sequence[str] | Mapping[str, Any], drawing: Drawing) -> dict[str, Any]:
@@ -285,12 +288,14 @@ def seed_baseline(
     sd: "StableDiffusion", source: str, *targets: str, **options: Unpack[Options]
 ) -> list[Image.Image]:
     """The seed-only baseline of `edit_prompt`: all prompts from the same noise, without an edit."""
+    arguments = dict(locals())
     drawing = Drawing.of(options, steps=50, sampler="ddim")
     prompts = [source, *targets]
     x = shared_noise(drawing, sd, prompts)
     predict = cfg(sd.network, *drawing.embed(sd, prompts), drawing.guidance)
     sampler = drawing.make_sampler(sd, rows=drawing.num_images)
-    return sd.decode(drawing.denoise(x, sampler, predict))
+    images = sd.decode(drawing.denoise(x, sampler, predict))
+    return tell(images, sd, "seed_baseline", arguments, drawing, prompts, drawing.num_images)
 
 
 def split(options: Mapping[str, Any]) -> tuple[Drawing, dict[str, Any]]:
