@@ -29,7 +29,8 @@ ALLOWED = {
     "pipeline": PIPELINE,
     "editing": PIPELINE,
     "training": PIPELINE,
-    "cli": PIPELINE | {"editing", ""},  # "": minisd itself, for __version__
+    "toy": {"expect", "sampling"},
+    "cli": PIPELINE | {"editing", "toy", ""},  # "": minisd itself, for __version__
     "__main__": {"cli"},
 }
 MODULES = {

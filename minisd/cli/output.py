@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 AGAIN = "again.png"  # where the command that a PNG keeps draws it
 # The options that change no image, and those of which each image has its own.
-PLACES = (("-o", "--output"), ("--sheet",), ("--save",))
+PLACES = (("--to",), ("-o", "--output"), ("--sheet",), ("--save",))
 TRACES = (("--trace",), ("--trace-every",), ("--trace-format",))
 OWN = (("-n", "--num-images"), ("--seed",))
 
