@@ -54,6 +54,7 @@ def print_image(path: str) -> None:
     if not chunks.get("version", "").startswith("minisd "):
         why = "minisd did not draw it, or they were stripped"
         raise ValueError(f"{path} carries no settings: {why}")
+    told: Mapping[str, object]
     if "command" in chunks:
         again = joined(["minisd", *command_of(chunks)])
         told = {key: value for key, value in chunks.items() if key not in ("recipe", "parameters")}
