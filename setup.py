@@ -4,7 +4,7 @@ belong to others."""
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 PACKAGES = "models sampling engine editing checkpoints viewing training toy cli".split()
 root = Path(__file__).parent
@@ -29,9 +29,19 @@ setup(
         "minisd_weights",
     ],
     package_dir={"minisd": "minisd", "minisd_kernels": "kernels", "minisd_weights": "weights"},
+    # Attention on a CPU. Without a C compiler it is left out, and PyTorch's is used.
+    ext_modules=[
+        Extension(
+            "minisd_kernels._cpu_attention",
+            ["kernels/cpu_attention.c"],
+            extra_compile_args=["-O3", "-pthread"],
+            extra_link_args=["-pthread"],
+            optional=True,
+        )
+    ],
     package_data={
         "minisd": ["py.typed"],
-        "minisd_kernels": ["*.md", "*.json"],
+        "minisd_kernels": ["*.md", "*.json", "*.c"],
         "minisd_weights": ["*.md", "shapes/*", "shapes/*/*"],
     },
     install_requires=[
@@ -45,6 +55,7 @@ setup(
         "tqdm",
     ],
     extras_require={
+        "bench": ["diffusers", "transformers", "openvino"],
         "video": ["imageio-ffmpeg"],
         "test": [
             "pytest",

@@ -5,8 +5,7 @@ the same run.
 
 The shapes are those of SD v1.x at 512x512. The rivals: PyTorch's own ops, and the same under
 torch.compile. Writes bench/results/<device>/fused.json, of which `python -m bench.report` makes the
-table in kernels/README.md. The models use none of these kernels; this says on which cards they
-might.
+table in kernels/README.md. The models use them on CUDA; this says whether they should on a card.
 """
 
 import argparse

@@ -3,25 +3,28 @@ transformers.
 
     python -m bench.gpu [PART ...] [--full] [--minutes 9.5]
 
-Parts, in this order: tests (the GPU-marked ones), attention, editing, txt2img, unet, fused,
-scaling, startup; all of them unless some are named, so that it can be split over several calls
-where the time of one is limited. Prints what is wrong or misses its target, and the seconds of each
-part. Needs no installation: the checkout is put on the path. What needs something that is not there
-is left out with a line saying so: the tests without pytest, what draws without Pillow, a test file
-or a rival without diffusers.
+Parts, in this order: tests (the GPU-marked ones, in as many processes as there are cores), then the
+tables of the README, unet, txt2img, editing and startup, then attention, fused and scaling; all of
+them unless some are named, so that it can be split over several calls where the time of one is
+limited. Each part writes its results as soon as it has them. Prints what is wrong or misses its
+target, how each part ended and after how many seconds, and in the end what was skipped and why.
+Needs no installation: the checkout is put on the path. What needs something that is not there is
+left out with a line saying so: the tests without pytest, what draws without Pillow, a test file or
+a rival without diffusers.
 
 The whole ends within ten minutes: when --minutes (9.5) are over, what runs is interrupted, and the
 parts that did not end are named; what they had saved stays. On an H200 where nothing has been
 compiled yet all of it should fit, but that is an estimate and was never measured, in minutes: tests
-1.5 - 2.25 (about 260 compiles of a second in four processes), attention 1.5 - 2 (compiles and
-FlexAttention), editing 0.75, txt2img 0.75 (6 processes), unet 1 - 1.5 (12 processes), fused 0.75,
-scaling 0.5, startup 1. --full adds the other dtypes, batches and sizes of the kernels and what
-compiles the whole UNet; it takes as long as it takes, unless --minutes says otherwise.
+1.5 - 2.25 (about 260 compiles of a second, on four cores), unet 1 - 1.5 (12 processes), txt2img
+0.75 (6 processes), editing 0.75, startup 1, attention 1.5 - 2 (compiles and FlexAttention), fused
+0.75, scaling 0.5. --full adds the other dtypes, batches and sizes of the kernels and what compiles
+the whole UNet, diffusers' too; it takes as long as it takes, unless --minutes says otherwise.
 """
 
 import argparse
 import importlib.util
 import math
+import os
 import re
 import signal
 import subprocess
@@ -33,7 +36,7 @@ import torch
 
 from bench import harness
 
-PARTS = ("tests", "attention", "editing", "txt2img", "unet", "fused", "scaling", "startup")
+PARTS = ("tests", "unet", "txt2img", "editing", "startup", "attention", "fused", "scaling")
 NEEDS = {"tests": "pytest"} | dict.fromkeys(
     ("editing", "txt2img", "unet", "scaling", "startup"), "PIL"
 )
@@ -74,9 +77,10 @@ def collect(folder: Path, deadline: float) -> list[str]:
     return tests
 
 
-def run_tests(tests: list[str], deadline: float, processes: int = 4) -> set[str]:
-    """How the tests end, in several processes, because most of their time is compiling, on one core
-    each."""
+def run_tests(tests: list[str], deadline: float, processes: int | None = None) -> set[str]:
+    """How the tests end, in as many processes as there are cores: most of their time is compiling,
+    on one core each."""
+    processes = processes or os.cpu_count() or 1
     running = [
         subprocess.Popen(
             [*PYTEST, *share], cwd=harness.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -157,20 +161,22 @@ def main(argv=None) -> int:
     if not torch.cuda.is_available():
         print("no CUDA device on this machine: nothing to run", file=sys.stderr)
         return 2
-    ends, seconds = {}, {}
+    ends, seconds, skipped = {}, {}, []
     minutes = args.minutes if args.minutes is not None else math.inf if args.full else 9.5
     deadline = time.monotonic() + 60 * minutes
     for part in [part for part in PARTS if part in (args.parts or PARTS)]:
         start = time.monotonic()
         if part in NEEDS and importlib.util.find_spec(NEEDS[part]) is None:
-            print(f"{part} skipped: {NEEDS[part]} is not installed", flush=True)
+            skipped.append(f"{part} skipped: {NEEDS[part]} is not installed")
+            print(skipped[-1], flush=True)
             continue
         if start >= deadline:
             ends[part] = {LATE}
             continue
         ends[part] = run(part, args.full, deadline)
         seconds[part] = time.monotonic() - start
-        print(f"{part}: {seconds[part]:.0f} s", flush=True)
+        print(f"{part}: {', '.join(sorted(ends[part]))}, {seconds[part]:.0f} s", flush=True)
+    print(*skipped, sep="\n", end="\n" if skipped else "")
     print(
         ", ".join(f"{part} {spent:.0f} s" for part, spent in seconds.items()),
         f"= {sum(seconds.values()):.0f} s",

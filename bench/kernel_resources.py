@@ -234,13 +234,15 @@ def launch_fused(case: Case) -> None:
     C, rows, dtype = case.head_dim, case.queries, getattr(torch, case.dtype)
     parameters = empty(C, dtype=dtype), empty(C, dtype=dtype)
     if case.form == "geglu":
-        norms.launch_geglu(empty(rows, 2 * C, dtype=dtype), empty(rows, C, dtype=dtype))
+        arguments = empty(rows, 2 * C, dtype=dtype), empty(rows, C, dtype=dtype)
+        prepare = norms.prepare_geglu
     elif case.form == "layer_norm":
         x = empty(rows, C, dtype=dtype)
-        norms.launch_layer_norm(x, *parameters, 1e-5, x)
+        arguments, prepare = (x, *parameters, 1e-5, x), norms.prepare_layer_norm
     else:
         x = empty(2, C, rows, 1, dtype=dtype)
-        norms.launch_group_norm_silu(x, 32, *parameters, 1e-5, x)
+        arguments, prepare = (x, 32, *parameters, 1e-5, x), norms.prepare_group_norm_silu
+    prepare(*arguments)(*arguments)
 
 
 def launch_attention(case: Case) -> None:

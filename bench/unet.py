@@ -5,9 +5,11 @@
 A step is the UNet on the unconditional and the conditional rows of `batch` latents, guidance and
 the update of DDIM. Contenders have processes of their own, take turns, and compute with the same
 weights. Batches 1, 2 and 8, what is compiled at batch 1 only (that takes minutes each;
---no-compiled: not at all). CPU: float32 and bfloat16, in groups that fit into memory together;
-CUDA: float16, also as a CUDA graph. Writes bench/results/<device>/unet.json, and prints what misses
-its target. `python -m bench.against PATH` compares with another checkout.
+--no-compiled: not at all). CPU: float32 and bfloat16, in groups that fit into memory together, and
+at batch 1 OpenVINO (pip install "minisd[bench]"), which converts diffusers' UNet; CUDA: float16,
+also as a CUDA graph. error: of the step's result against diffusers in float32, relative, the root
+of the mean square. Writes bench/results/<device>/unet.json, and prints what misses its target.
+`python -m bench.against PATH` compares with another checkout.
 """
 
 import sys
@@ -44,24 +46,58 @@ def theirs(
     batch: int,
     small: bool,
     channels_last=False,
-    compile=False,
+    compile=None,
 ):
-    """diffusers' step, as its pipeline writes it."""
+    """diffusers' step, as its pipeline writes it; compile: a mode of torch.compile."""
     unet = models.diffusers_unet(device, dtype, small)
     if channels_last:
         unet.to(memory_format=torch.channels_last)
     if compile:
         unet.fuse_qkv_projections()
-        cpu = torch.device(device).type == "cpu"  # there tuning takes longer than all else here
-        mode = "default" if cpu else "max-autotune"
-        unet = torch.compile(unet, mode=mode, fullgraph=True)
+        unet = torch.compile(unet, mode=compile, fullgraph=True)
     return {name: models.diffusers_step(unet, *inputs(device, dtype, batch, small))}
+
+
+def openvino(name: str, device: str, dtype: torch.dtype, batch: int, small: bool):
+    """The same step, diffusers' UNet converted by OpenVINO: no file in between, the same weights.
+
+    The precision is OpenVINO's hint, the threads are as many as torch's.
+    """
+    import openvino as ov
+
+    unet = models.diffusers_unet(device, torch.float32, small)
+    x, uncond, cond = inputs(device, torch.float32, batch, small)
+    both, context = torch.cat([x, x]), torch.cat([uncond.expand_as(cond), cond])
+
+    class Noise(torch.nn.Module):
+        """What is traced: the UNet without its options."""
+
+        def __init__(self):
+            super().__init__()
+            self.unet = unet
+
+        def forward(self, x, t, context):
+            return self.unet(x, t, encoder_hidden_states=context, return_dict=False)[0]
+
+    example = both, torch.tensor(981), context
+    with torch.no_grad():
+        shapes = [tuple(tensor.shape) for tensor in example]
+        model = ov.convert_model(Noise().eval(), example_input=example, input=shapes)
+    precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
+    options = {"INFERENCE_PRECISION_HINT": precision, "NUM_STREAMS": 1}
+    options["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
+    request = ov.compile_model(model, "CPU", options).create_infer_request()
+
+    def network(both, t, encoder_hidden_states, return_dict):
+        answer = request.infer([both.numpy(), t.numpy(), encoder_hidden_states.numpy()])
+        return [torch.from_numpy(answer[0])]
+
+    return {name: models.diffusers_step(network, x, uncond, cond)}
 
 
 def groups(device: str, compiled: bool) -> list[dict[str, tuple]]:
     """Contenders that are in memory together: name -> (function, dtype)."""
     channels_last = partial(theirs, channels_last=True)
-    compiled_theirs = partial(channels_last, compile=True)
     if device != "cpu":
         half = torch.float16
         together = {
@@ -72,7 +108,8 @@ def groups(device: str, compiled: bool) -> list[dict[str, tuple]]:
         }
         also = {
             "minisd compiled": (partial(ours, compile=True), half),
-            "diffusers compiled": (compiled_theirs, half),
+            "diffusers compiled": (partial(channels_last, compile="max-autotune"), half),
+            "diffusers reduce-overhead": (partial(channels_last, compile="reduce-overhead"), half),
         }
         return [together | also if compiled else together]
     fp32, bf16 = torch.float32, torch.bfloat16
@@ -83,6 +120,10 @@ def groups(device: str, compiled: bool) -> list[dict[str, tuple]]:
         my_half | {f"diffusers bf16 {last}": (channels_last, bf16)} | plain,
         mine | {f"diffusers fp32 {last}": (channels_last, fp32)},
     ]
+    if compiled:  # the others are of batch 1
+        together.append(mine | {"OpenVINO fp32": (openvino, fp32)})
+        together.append(my_half | {"OpenVINO bf16": (openvino, bf16)})
+    compiled_theirs = partial(channels_last, compile="default")  # tuning takes longer than all else
     also = [
         mine | {"diffusers fp32 compiled": (compiled_theirs, fp32)},
         my_half | {"diffusers bf16 compiled": (compiled_theirs, bf16)},
@@ -96,11 +137,15 @@ def table(record: dict) -> str:
     for row in record["rows"]:
         times = row["times"]
         rivals = [name for name in times if not name.startswith("minisd")]
-        heads = [f"batch {row['batch']}", "ms a step", "quartiles", "peak memory"]
+        heads = [f"batch {row['batch']}", "ms a step", "quartiles", "peak memory", "above weights"]
+        errors = any("error" in t for t in times.values())
+        heads += ["error"] * errors
         lines = []
         for name, t in times.items():
             ratios = [f"{times[rival]['ms'] / t['ms']:.2f}" for rival in rivals]
-            lines.append([name, *harness.spread(t), harness.gigabytes(t["bytes"]), *ratios])
+            memory = [harness.gigabytes(t["bytes"]), harness.gigabytes(t.get("above"))]
+            error = [f"{t['error']:.1e}" if "error" in t else "-"] * errors
+            lines.append([name, *harness.spread(t), *memory, *error, *ratios])
         parts.append(harness.markdown([*heads, *(f"x {name}" for name in rivals)], lines))
     return "\n\n".join(parts)
 
@@ -110,6 +155,8 @@ MUST = {  # (ours, theirs): how many times as fast, at least
     ("minisd fp32", "diffusers fp32 channels_last"): 1.03,
     ("minisd bf16", "diffusers fp32"): 1.7,
     ("minisd bf16", "diffusers bf16 channels_last"): 1.1,
+    ("minisd fp32", "OpenVINO fp32"): 1.0,
+    ("minisd bf16", "OpenVINO bf16"): 1.0,
 }
 
 
@@ -133,12 +180,16 @@ def main() -> int:
         together = groups(device, args.compiled and batch == 1 and not args.quick)
         if args.quick:  # small ones fit into memory all at once
             together = [{name: each for group in together for name, each in group.items()}]
+        results: dict[str, torch.Tensor] = {}
         for group in together:
             builders = {
                 name: (function, name, args.device, dtype, batch, args.quick)
                 for name, (function, dtype) in group.items()
             }
-            times = harness.contest(builders, args.device, args.rounds)
+            times = harness.contest(builders, args.device, args.rounds, results)
+            exact = results.get("diffusers fp32")  # of the first group, of the same inputs
+            for name, t in times.items() if exact is not None else ():
+                t["error"] = ((results[name] - exact).norm() / exact.norm()).item()
             rows.append({"batch": batch, "times": times})
             harness.finish("unet", rows, args, table, misses)
     return 0

@@ -1,31 +1,42 @@
-"""The public fused ops beside attention: `group_norm_silu`, `layer_norm`, `geglu`, checked here,
-computed in norms.py.
+"""The public fused ops beside attention: `group_norm`, `group_norm_silu`, `layer_norm`, `geglu`,
+checked here, computed in norms.py.
 
-As in ops.py: importing this imports torch only, each op is registered with torch.library, and there
-is no backward. minisd's models do not use them: that would need a card on which they are measured
-to be faster than PyTorch's.
+As in ops.py: importing this imports torch only, each op is registered with torch.library, what
+depends on shapes, dtypes and devices alone is done once (`run`), and there is no backward. minisd's
+models use them on CUDA where no gradient is asked for (minisd/models/ops.py).
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .ops import DTYPES
+from .ops import DTYPES, MOST, call, needs_gradient
 
 MAX_WIDTH = 16384  # layer_norm holds whole rows
 
 
-def group_norm_silu(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5
-) -> Tensor:
-    """silu(GroupNorm(x)), for images in channels_last memory.
+def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """GroupNorm(x), for images in channels_last memory.
 
-        y = silu((x - mean) / sqrt(var + eps) * weight + bias)
+        y = (x - mean) / sqrt(var + eps) * weight + bias
         mean and var over a group of channels of one image
 
     x: (batch, channels, height, width), channels_last, float16, bfloat16 or float32; weight, bias:
     (channels,), the same dtypes. Returns x's shape, dtype and memory format. ValueError: shapes,
     dtypes, devices, memory format. RuntimeError: an input needs a gradient. Source: Wu and He 2018.
     """
+    return without_gradient("group_norm", x, groups, weight, bias, eps)
+
+
+def group_norm_silu(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5
+) -> Tensor:
+    """silu(group_norm(x, groups, weight, bias, eps)), with the same arguments and errors."""
+    return without_gradient("group_norm_silu", x, groups, weight, bias, eps)
+
+
+def check_images(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> None:
     if x.ndim != 4 or x.numel() == 0:
         raise ValueError(
             f"x: expected (batch, channels, height, width), none of them 0, got {tuple(x.shape)}"
@@ -37,7 +48,6 @@ def group_norm_silu(
             f"x: expected channels_last memory, got strides {x.stride()} for shape {tuple(x.shape)}"
         )
     check(x, x.shape[1], weight, bias)
-    return torch.ops.minisd_kernels.group_norm_silu(x, groups, weight, bias, eps)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -49,11 +59,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     bias: (channels,), the same dtypes. ValueError and RuntimeError as in group_norm_silu. Source:
     Ba et al. 2016.
     """
-    check_rows(x)
-    if x.shape[-1] > MAX_WIDTH:
-        raise ValueError(f"x: expected at most {MAX_WIDTH} channels, got {x.shape[-1]}")
-    check(x, x.shape[-1], weight, bias)
-    return torch.ops.minisd_kernels.layer_norm(x, weight, bias, eps)
+    return without_gradient("layer_norm", x, weight, bias, eps)
 
 
 def geglu(x: Tensor) -> Tensor:
@@ -63,11 +69,21 @@ def geglu(x: Tensor) -> Tensor:
     x: (..., 2 * channels), contiguous, float16, bfloat16 or float32 -> (..., channels). ValueError
     and RuntimeError as in group_norm_silu. Source: Shazeer 2020.
     """
+    return without_gradient("geglu", x)
+
+
+def check_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
+    check_rows(x)
+    if x.shape[-1] > MAX_WIDTH:
+        raise ValueError(f"x: expected at most {MAX_WIDTH} channels, got {x.shape[-1]}")
+    check(x, x.shape[-1], weight, bias)
+
+
+def check_geglu(x: Tensor) -> None:
     check_rows(x)
     if x.shape[-1] % 2:
         raise ValueError(f"x: expected an even last dimension, got {x.shape[-1]}")
     check(x, x.shape[-1])
-    return torch.ops.minisd_kernels.geglu(x)
 
 
 def check_rows(x: Tensor) -> None:
@@ -82,8 +98,7 @@ def check_rows(x: Tensor) -> None:
 
 
 def check(x: Tensor, channels: int, *parameters: Tensor) -> None:
-    """ValueError unless dtypes, devices and the shapes of the parameters fit; RuntimeError under
-    autograd."""
+    """ValueError unless dtypes, devices and the shapes of the parameters fit."""
     for name, y in zip(("x", "weight", "bias"), (x, *parameters)):
         if y.dtype not in DTYPES:
             raise ValueError(f"{name}: expected {' or '.join(map(str, DTYPES))}, got {y.dtype}")
@@ -94,17 +109,31 @@ def check(x: Tensor, channels: int, *parameters: Tensor) -> None:
                 f"{name}: expected contiguous shape ({channels},), got {tuple(y.shape)}, "
                 f"{y.stride()}"
             )
-    if torch.is_grad_enabled() and any(y.requires_grad for y in (x, *parameters)):
-        raise RuntimeError(NO_BACKWARD)
 
 
 NO_BACKWARD = (
     "the fused Triton kernels have no backward; use torch.nn.functional or torch.no_grad()"
 )
 
+
+def without_gradient(name: str, *args) -> Tensor:
+    """The op; RuntimeError where an input needs a gradient."""
+    if needs_gradient(*[x for x in args if isinstance(x, Tensor)]):
+        raise RuntimeError(NO_BACKWARD)
+    return call(getattr(torch.ops.minisd_kernels, name).default, *args)
+
+
 # Registration, as in ops.py.
 
+CHECKS = {
+    "group_norm": check_images,
+    "group_norm_silu": check_images,
+    "layer_norm": check_layer_norm,
+    "geglu": check_geglu,
+}
+
 SCHEMAS = {
+    "group_norm": "(Tensor x, int groups, Tensor weight, Tensor bias, float eps) -> Tensor",
     "group_norm_silu": "(Tensor x, int groups, Tensor weight, Tensor bias, float eps) -> Tensor",
     "layer_norm": "(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor",
     "geglu": "(Tensor x) -> Tensor",
@@ -121,8 +150,31 @@ def empty_half(x: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
 
 
-def run(name: str, empty, x: Tensor, *args) -> Tensor:
-    """Allocate the output and launch on x's device."""
+KNOWN: dict[tuple, Callable] = {}  # launches by what they are right for
+
+
+def run(name: str, empty: Callable, x: Tensor, *args) -> Tensor:
+    """Allocate the output and launch on x's device; prepared at the first call with such inputs."""
+    facts = [
+        (a.shape, a.stride(), a.dtype, a.device, a.data_ptr() & 15) if isinstance(a, Tensor) else a
+        for a in (x, *args)
+    ]
+    key = (name, *facts)
+    launch = KNOWN.get(key)
+    if launch is None:
+        CHECKS[name](x, *args)
+    with torch.cuda.device_of(x):
+        out = empty(x)
+        if launch is None:
+            if len(KNOWN) >= MOST:
+                KNOWN.clear()
+            launch = KNOWN[key] = prepare(name, x, *args, out)
+        launch(x, *args, out)
+    return out
+
+
+def prepare(name: str, x: Tensor, *args) -> Callable:
+    """What launches the op for tensors like these; ValueError without a card."""
     import triton
 
     from . import norms
@@ -132,10 +184,7 @@ def run(name: str, empty, x: Tensor, *args) -> Tensor:
             f"the Triton kernels need a CUDA device, got {x.device}; torch.nn.functional runs "
             f"everywhere"
         )
-    out = empty(x)
-    with torch.cuda.device_of(x):
-        getattr(norms, f"launch_{name}")(x, *args, out)
-    return out
+    return getattr(norms, f"prepare_{name}")(x, *args)
 
 
 def register(name: str, schema: str, empty) -> None:
@@ -144,8 +193,13 @@ def register(name: str, schema: str, empty) -> None:
 
     op = f"minisd_kernels::{name}"
     torch.library.define(op, schema, tags=torch.Tag.pt2_compliant_tag)
+
+    def fake(x, *args):
+        CHECKS[name](x, *args)
+        return empty(x)
+
     torch.library.impl(op, ("CPU", "CUDA"))(lambda x, *args: run(name, empty, x, *args))
-    torch.library.register_fake(op, empty)
+    torch.library.register_fake(op, fake)
     torch.library.register_autograd(op, no_backward)
 
 

@@ -1,7 +1,7 @@
 """GroupNorm with SiLU on channels_last memory, LayerNorm and GEGLU, each without an intermediate
 result in memory.
 
-    group_norm_silu: y = silu((x - mean) / sqrt(var + eps) * weight + bias)
+    group_norm:      y = (x - mean) / sqrt(var + eps) * weight + bias, or with silu silu(y)
                      mean and var over a group of one image
     layer_norm:      y = (x - mean) / sqrt(var + eps) * weight + bias
                      mean and var over the last dimension
@@ -24,6 +24,8 @@ Sources: Wu and He 2018 (GroupNorm), Ba et al. 2016 (LayerNorm), Shazeer 2020 (G
 import torch
 import triton
 import triton.language as tl
+
+from .launch import Launch
 
 
 @triton.jit
@@ -107,9 +109,17 @@ def group_kernel(
 
 @triton.jit
 def apply_kernel(
-    x, statistics, bias, out, positions, channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+    x,
+    statistics,
+    bias,
+    out,
+    positions,
+    channels,
+    SILU: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    """out = silu((x - mean) * scale + bias) of one block of positions and channels of image b."""
+    """out = y or silu(y), y = (x - mean) * scale + bias, of one block of positions and channels."""
     blocks = tl.cdiv(positions, BLOCK_P)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     offs_p = tl.program_id(0) % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -123,7 +133,9 @@ def apply_kernel(
     y = (tl.load(x + offs_x, m_x, 0.0).to(tl.float32) - mean[None, :]) * scale[None, :] + shift[
         None, :
     ]
-    tl.store(out + offs_x, (y * tl.sigmoid(y)).to(out.dtype.element_ty), mask=m_x)
+    if SILU:
+        y = y * tl.sigmoid(y)
+    tl.store(out + offs_x, y.to(out.dtype.element_ty), mask=m_x)
 
 
 @triton.jit
@@ -164,46 +176,48 @@ def geglu_kernel(x, out, rows, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.cons
     tl.store(p_out, y.to(out.dtype.element_ty), mask=m_x)
 
 
-# The launches: plain Python. All checks are done in fused.py.
+# The launches: plain Python, for tensors like these. All checks are done in fused.py.
 
 BLOCK_P, BLOCK_C = 64, 64  # positions and channels of a tile
 
 
-def launch_group_norm_silu(x, groups, weight, bias, eps, out) -> None:
+def prepare_group_norm(x, groups, weight, bias, eps, out, silu=False):
     """x and out: (B, C, h, w) in channels_last memory."""
     B, C, h, w = x.shape
     positions, width = h * w, C // groups
     blocks = triton.cdiv(positions, BLOCK_P)
-    moments = torch.empty(B, blocks, 2, C, dtype=torch.float32, device=x.device)
-    statistics = moments.new_empty(B, 2, C)
-    tiles = (blocks * B, triton.cdiv(C, BLOCK_C))
-    moments_kernel[tiles](x, moments, positions, C, BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_C)
-    group_kernel[(B, groups)](
-        moments,
-        weight,
-        statistics,
-        positions,
-        C,
-        blocks,
-        eps,
-        WIDTH=width,
-        BLOCK_P=BLOCK_P,
-        BLOCK_K=64,
-        BLOCK_W=triton.next_power_of_2(width),
-    )
-    apply_kernel[tiles](x, statistics, bias, out, positions, C, BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_C)
+    tiles, size = (blocks * B, triton.cdiv(C, BLOCK_C)), dict(BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_C)
+    take = Launch(moments_kernel, tiles, (positions, C), **size)
+    block = dict(BLOCK_P=BLOCK_P, BLOCK_K=64, BLOCK_W=triton.next_power_of_2(width))
+    numbers = (positions, C, blocks, eps)
+    combine = Launch(group_kernel, (B, groups), numbers, WIDTH=width, **block)
+    apply = Launch(apply_kernel, tiles, (positions, C), SILU=silu, **size)
+
+    def launch(x, groups, weight, bias, eps, out):
+        room = torch.empty(B * (blocks + 1) * 2 * C, dtype=torch.float32, device=x.device)
+        moments, statistics = room.split((B * blocks * 2 * C, B * 2 * C))
+        take(x, moments)
+        combine(moments, weight, statistics)
+        apply(x, statistics, bias, out)
+
+    return launch
 
 
-def launch_layer_norm(x, weight, bias, eps, out) -> None:
+def prepare_group_norm_silu(*args):
+    return prepare_group_norm(*args, silu=True)
+
+
+def prepare_layer_norm(x, weight, bias, eps, out):
     C = x.shape[-1]
     rows, block_c = x.numel() // C, triton.next_power_of_2(C)
     block_r = max(1, 4096 // block_c)
-    grid = (triton.cdiv(rows, block_r),)
-    layer_norm_kernel[grid](x, weight, bias, out, rows, C, eps, BLOCK_R=block_r, BLOCK_C=block_c)
+    grid, size = (triton.cdiv(rows, block_r),), dict(BLOCK_R=block_r, BLOCK_C=block_c)
+    normalise = Launch(layer_norm_kernel, grid, (rows, C, eps), **size)
+    return lambda x, weight, bias, eps, out: normalise(x, weight, bias, out)
 
 
-def launch_geglu(x, out) -> None:
+def prepare_geglu(x, out):
     C = out.shape[-1]
     rows = out.numel() // C
     grid = (triton.cdiv(rows, 16), triton.cdiv(C, 128))
-    geglu_kernel[grid](x, out, rows, C, BLOCK_R=16, BLOCK_C=128)
+    return Launch(geglu_kernel, grid, (rows, C), BLOCK_R=16, BLOCK_C=128)

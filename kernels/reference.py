@@ -263,12 +263,17 @@ def normalised(x: Tensor, dims, eps: float) -> Tensor:
     return (x - mean) / ((x - mean).square().mean(dims, keepdim=True) + eps).sqrt()
 
 
+def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """GroupNorm(x). x: (batch, channels, height, width); weight, bias: (channels,)."""
+    y = normalised(x.unflatten(1, (groups, -1)), (2, 3, 4), eps).flatten(1, 2)
+    return y * weight[:, None, None] + bias[:, None, None]
+
+
 def group_norm_silu(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5
 ) -> Tensor:
-    """silu(GroupNorm(x)). x: (batch, channels, height, width); weight, bias: (channels,)."""
-    y = normalised(x.unflatten(1, (groups, -1)), (2, 3, 4), eps).flatten(1, 2)
-    y = y * weight[:, None, None] + bias[:, None, None]
+    """silu(group_norm(x, groups, weight, bias, eps))."""
+    y = group_norm(x, groups, weight, bias, eps)
     return y * torch.sigmoid(y)
 
 

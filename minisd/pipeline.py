@@ -115,7 +115,10 @@ class StableDiffusion:
     @torch.no_grad()
     def encode_prompt(self, prompts: str | Sequence[str]) -> Tensor:
         """Text encoder's last hidden states, (B, 77, D). Longer prompts are cut, with a warning."""
-        return self.text_encoder(token_embeddings(self, self.tokenizer(as_list(prompts))))
+        tokens = token_embeddings(self, self.tokenizer(as_list(prompts)))
+        # On a CPU one by one: so a text's bits are the same whatever stands beside it.
+        some = tokens.split(1 if self.device.type == "cpu" else len(tokens))
+        return torch.cat([self.text_encoder(each) for each in some])
 
     def merge(self, *loras: Source | tuple[Source, float]) -> None:
         """Add LoRA files to the weights of the UNet and the text encoder, in place.
@@ -160,7 +163,8 @@ class StableDiffusion:
         """
         x = self.pixels(image, height, width)
         with memory_for("images", x):
-            mean, logvar = self.vae.encode(x)
+            moments = [self.vae.encode(row) for row in x.split(1)]  # as in decode
+        mean, logvar = (torch.cat(each) for each in zip(*moments))
         if generator is not None:
             noise = torch.randn(
                 mean.shape, generator=generator, device=generator.device, dtype=torch.float32

@@ -39,6 +39,14 @@ def test_a_step_is_diffusers_step():
         same(ours(), theirs())
 
 
+def test_openvinos_step_is_diffusers_step():
+    pytest.importorskip("openvino", reason='needs minisd[bench]: pip install -e ".[bench]"')
+    arguments = ("cpu", torch.float32, 1, True)
+    [theirs] = unet.theirs("a", *arguments).values()
+    [converted] = unet.openvino("b", *arguments).values()
+    same(converted(), theirs())
+
+
 def test_an_edited_step_is_the_eager_step():
     arguments = ("cpu", torch.float32, True, None)
     ours = editing_speed.ours(
@@ -77,6 +85,9 @@ def test_contenders_take_turns_in_their_own_processes(capsys):
     assert all(t["low"] <= t["ms"] <= t["high"] and t["bytes"] > 50e6 for t in out.values())
     assert all(len(t["samples"]) == 2 for t in out.values())
     assert all(10e6 < t["above"] < 100e6 for t in out.values())
+    results = {}
+    harness.contest({"one": (build, ["a"])}, "cpu", rounds=1, results=results)
+    assert list(results) == ["a"] and results["a"].shape == (3_000_000,)
 
 
 def test_on_a_card_the_first_call_counts_for_the_peak(monkeypatch):
@@ -155,12 +166,15 @@ def test_tables():
     table = unet.table({**RECORD, "rows": [{"batch": 1, "times": times}]})
     assert (
         "a CPU, 2 threads" in table
-        and "| minisd fp32 | 2000 | 1900 - 2100 | 3.40 GB | 1.50 |" in table
+        and "| minisd fp32 | 2000 | 1900 - 2100 | 3.40 GB | 0.50 GB | 1.50 |" in table
     )
+    wrong = {"minisd fp32": {**TIMES, "error": 3.21e-6}, "OpenVINO fp32": TIMES}
+    table = unet.table({**RECORD, "rows": [{"batch": 1, "times": wrong}]})
+    assert "| 0.50 GB | 3.2e-06 | 1.00 |" in table and "| 0.50 GB | - | 1.00 |" in table
     times["minisd fp32"] = {**TIMES, "ms": 5.2134, "low": 5.1, "high": 87.654}  # as on a card
     alone = {"batch": 1, "times": {"minisd fp32": times["minisd fp32"]}}
     [head, rule, row] = unet.table({**RECORD, "rows": [alone]}).splitlines()[2:]
-    assert row == "| minisd fp32 | 5.213 | 5.1 - 87.65 | 3.40 GB |"  # and no rival
+    assert row == "| minisd fp32 | 5.213 | 5.1 - 87.65 | 3.40 GB | 0.50 GB |"  # no rival
     assert head.count("|") == rule.count("|") == row.count("|")
     table = txt2img.table({**RECORD, "rows": [{"sampler": "ddim", "steps": 2, "times": times}]})
     assert "| ddim, 2 steps | diffusers fp32 | 3 | 1.9 - 2.1 | 3.40 GB |" in table
@@ -335,9 +349,9 @@ def test_the_run_on_a_card_starts_everything_with_options_that_are_known(full, m
         gpu, "run_tests", lambda found, deadline: tests.extend(found) or {gpu.FAILED, gpu.LATE}
     )
     assert gpu.main(["unet", "editing"]) == 0 and not tests
-    in_order = ["bench.editing", "bench.unet"]
+    in_order = ["bench.unet", "bench.editing"]
     assert [command[0] for command in commands] == in_order
-    assert "unet: 0 s" in capsys.readouterr().out
+    assert "unet: passed, 0 s" in capsys.readouterr().out
     commands.clear()
     with pytest.raises(SystemExit):
         gpu.main(["unet", "vae"])
@@ -475,7 +489,7 @@ def test_the_part_in_which_the_time_ends(slow, tmp_path, monkeypatch, capsys):
         clock[0] = 600.0 * ("last" in command)
         return process
 
-    parts = {"attention": ["good"], "editing": ["last"], "txt2img": ["good"]}
+    parts = {"unet": ["good"], "txt2img": ["last"], "editing": ["good"]}
     monkeypatch.setattr(gpu, "commands", lambda full: parts)
     monkeypatch.setattr(harness, "ROOT", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -483,11 +497,11 @@ def test_the_part_in_which_the_time_ends(slow, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     assert gpu.main(list(parts)) == 1
     said = (
-        "not done in time: editing, txt2img\n"
+        "not done in time: txt2img, editing\n"
         if slow
-        else "failed: editing\nnot done in time: txt2img\n"
+        else "failed: txt2img\nnot done in time: editing\n"
     )
-    assert capsys.readouterr().out.endswith("\nattention 0 s, editing 600 s = 600 s\n" + said)
+    assert capsys.readouterr().out.endswith("\nunet 0 s, txt2img 600 s = 600 s\n" + said)
 
 
 def test_collecting_ends_at_the_deadline(tmp_path, monkeypatch, capsys):

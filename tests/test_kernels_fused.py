@@ -125,16 +125,19 @@ if INTERPRETED:
         ],
         ids=str,
     )
-    def test_group_norm_silu(shape, groups, offset, dtype):
+    @pytest.mark.parametrize("silu", [False, True])
+    def test_group_norm(shape, groups, offset, dtype, silu):
         torch.manual_seed(0)
         x = (image(*shape) * torch.linspace(0.1, 3, shape[1])[:, None, None] + offset).to(dtype)
         assert x.is_contiguous(memory_format=torch.channels_last)
 
         def torch_op(x, groups, weight, bias, eps):
-            return F.silu(F.group_norm(x, groups, weight, bias, eps))
+            y = F.group_norm(x, groups, weight, bias, eps)
+            return F.silu(y) if silu else y
 
-        run("group_norm_silu", x, groups, *parameters(shape[1], dtype), 1e-5, torch_op=torch_op)
-        assert fused.group_norm_silu(x, groups, *parameters(shape[1])).stride() == x.stride()
+        name = "group_norm_silu" if silu else "group_norm"
+        run(name, x, groups, *parameters(shape[1], dtype), 1e-5, torch_op=torch_op)
+        assert getattr(fused, name)(x, groups, *parameters(shape[1])).stride() == x.stride()
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize(
@@ -163,10 +166,9 @@ if INTERPRETED:
     def test_opcheck_and_compile():
         x, parts = image(2, 8, 3, 5), parameters(8)
         op = torch.ops.minisd_kernels
+        torch.library.opcheck(op.group_norm.default, (x, 2, *parts, 1e-5))
         torch.library.opcheck(op.group_norm_silu.default, (x, 2, *parts, 1e-5))
-        torch.library.opcheck(
-            op.layer_norm.default, (x.mT.contiguous()[..., :1].reshape(-1, 8), *parts, 1e-5)
-        )
+        torch.library.opcheck(op.layer_norm.default, (torch.randn(10, 8), *parts, 1e-5))
         torch.library.opcheck(op.geglu.default, (torch.randn(3, 8),))
 
         def block(x):
@@ -175,3 +177,37 @@ if INTERPRETED:
 
         compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(x), block(x))
+
+    @torch.no_grad()
+    def test_a_model_on_a_card_takes_them(monkeypatch):
+        """The UNet of minisd as if its tensors were on a card: the same values by the kernels."""
+        from minisd import UNet, UNetConfig
+        from minisd.models import ops
+
+        torch.manual_seed(0)
+        types = dict(
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        )
+        numbers = dict(block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=2)
+        unet = UNet(UNetConfig(**types, **numbers, cross_attention_dim=24, norm_num_groups=4))
+        for p in unet.requires_grad_(False).to(memory_format=torch.channels_last).parameters():
+            p.uniform_(-0.3, 0.3)  # fresh norms would hide what is left out
+        arguments = torch.randn(1, 4, 8, 6), torch.tensor(5), torch.randn(2, 7, 24)
+        plain, taken = unet(*arguments), []
+        for name in ("group_norm", "group_norm_silu", "layer_norm", "geglu"):
+            call = getattr(fused, name)
+            monkeypatch.setattr(
+                fused, name, lambda *a, c=call, n=name, **k: taken.append(n) or c(*a, **k)
+            )
+        monkeypatch.setattr(ops, "has_kernels", lambda device: True)
+        monkeypatch.setattr(ops, "onednn_computes", lambda dtype: False)
+        torch.testing.assert_close(unet(*arguments), plain, atol=1e-5, rtol=1e-4)
+        blocks, resnets = 4, 8
+        counts = {name: taken.count(name) for name in set(taken)}
+        assert counts == {
+            "group_norm": blocks,
+            "group_norm_silu": 2 * resnets + 1,
+            "layer_norm": 3 * blocks,
+            "geglu": blocks,
+        }

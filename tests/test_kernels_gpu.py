@@ -83,6 +83,7 @@ def test_fused_ops(C, side, dtype):
     x = torch.randn(2, C, side, side, device="cuda").to(dtype, memory_format=torch.channels_last)
     rows = torch.randn(2, side * side, 2 * C, device="cuda").to(dtype)
     for name, args in (
+        ("group_norm", (x, C // 10 if C == 320 else 2, weight, bias)),
         ("group_norm_silu", (x, C // 10 if C == 320 else 2, weight, bias)),
         ("layer_norm", (rows[..., :C].contiguous(), weight, bias)),
         ("geglu", (rows,)),

@@ -242,7 +242,7 @@ def test_what_hooks_adapters_and_parametrizations_change_is_drawn(drawn, kind, n
         layer.weight += 0.01
         merged = latents(drawn)
         layer.weight.copy_(kept)
-    torch.testing.assert_close(adapted, merged, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(adapted, merged, rtol=1e-4, atol=5e-6 * merged.abs().max().item())
     assert (adapted - before).abs().max() > 1e-3
 
     class Half(nn.Module):

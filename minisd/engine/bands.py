@@ -24,18 +24,23 @@ BAND = 2**22  # elements of a band
 
 
 def is_large(x: Tensor, factor: int = 1) -> bool:
-    """Whether x (B, C, h, w), with sides `factor` times as long, is to be computed in bands."""
-    return (
-        factor**2 * x.numel() > LARGE.get(x.device.type, LARGE["cuda"])
-        and not torch.is_grad_enabled()
-    )
+    """Whether x (B, C, h, w), with sides `factor` times as long, is to be computed in bands: by the
+    size of one image on a CPU, so that it does not depend on its batch."""
+    images = 1 if x.device.type == "cpu" else len(x)
+    return are_large(x, factor * factor * images / len(x))
+
+
+def are_large(x: Tensor, factor: float = 1) -> bool:
+    """Whether the batch has so many elements, times `factor`, that no copy of all should be."""
+    most = LARGE.get(x.device.type, LARGE["cuda"])
+    return factor * x.numel() > most and not torch.is_grad_enabled()
 
 
 def bands(x: Tensor, factor: int = 1) -> list[slice]:
-    """Slices that cover the rows of x (B, C, h, w), each about BAND elements, or so many once
-    enlarged by `factor`."""
+    """Slices that cover the rows of x (B, C, h, w), each about BAND elements of an image, or so
+    many once enlarged by `factor`."""
     height = x.shape[2]
-    rows = max(1, BAND * height // (factor**2 * x.numel()))
+    rows = max(1, BAND * height * len(x) // (factor**2 * x.numel()))
     return [slice(start, min(start + rows, height)) for start in range(0, height, rows)]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path, tree_map, tree_unflatten
 
 from ..models import ops
@@ -39,18 +39,12 @@ class GraphedUNet:
         self, x: Tensor, t: Tensor, context: Any, edits: Mapping[str, Any] | None = None
     ) -> Tensor:
         modules = tuple(self.unet.modules())
-        if torch.is_grad_enabled() or not all(map(is_known, modules)):
+        if torch.is_grad_enabled() or not all(map(ops.is_known, modules)):
             return self.unet(x, t, context, edits)
         tensors = *self.unet.parameters(), *self.unet.buffers()
         places = tuple(x.data_ptr() for x in tensors)
         key = (self.unet.attention, modules, places)
         return self.replay(key, self.unet, x, t, context, edits)
-
-
-def is_known(module: nn.Module) -> bool:
-    """Whether a call of the module does nothing but what its class in torch or minisd says."""
-    own = type(module).__module__.startswith(("torch.nn.modules.", "minisd."))
-    return own and "forward" not in module.__dict__ and not ops.is_hooked(module)
 
 
 class Captured(NamedTuple):

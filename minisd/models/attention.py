@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
-from minisd_kernels import ops as kernels, reference
+from minisd_kernels import cpu, ops as kernels, reference
 from torch import Tensor, nn
 
 from . import ops
@@ -92,7 +92,8 @@ def attention(
     """softmax(q k^T / sqrt(D)) v, with the map edited as `edit` says.
 
     q: (R, H, N, D), k, v: (R, H, L, D) -> (R, H, N, D). impl: "triton", the kernels of
-    minisd_kernels, CUDA only; "sdpa", PyTorch's scaled_dot_product_attention, anywhere;
+    minisd_kernels, CUDA only; "sdpa", PyTorch's scaled_dot_product_attention, anywhere, or on a CPU
+    without gradients minisd_kernels.cpu, where that was built;
     "reference", the formula in eager PyTorch. Under autocast all compute in its dtype. All
     differentiate, and a map saved under gradients carries them. ValueError for an unknown impl and
     for shapes, dtypes or devices that do not fit; RuntimeError for what "triton" does not
@@ -158,6 +159,8 @@ def plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, impl: 
     if impl == "triton":
         one_pass = k.shape[2] <= kernels.MAX_KEYS
         return (kernels.cross_attention if one_pass else kernels.attention)(q, k, v, bias=bias)
+    if bias is None and ops.is_inference(q, k, v) and cpu.takes(q, k, v):
+        return cpu.attention(q, k, v)  # the same, quicker
     mask = None if bias is None else bias.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, mask)
 

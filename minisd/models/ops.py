@@ -2,26 +2,38 @@
 
 Every function takes the torch module that holds the parameters. Where something is special about it
 (hooks, a LoRA wrapper or another class in its place, a parametrisation, gradients, autocast,
-torch.compile) it is called as any module is, layer(x). Where nothing is, on a CPU:
+torch.compile) it is called as any module is, layer(x). Where nothing is, on CUDA norms and GEGLU
+are the kernels of minisd_kernels.fused, which read channels_last memory as it lies and leave no
+intermediate result there, and on a CPU:
 
 - torch gives a float32 linear layer to MKL, which leaves AVX-512 unused on AMD processors; `linear`
   gives it to oneDNN.
 - oneDNN brings the weights of a 3x3 convolution into an order of its own at every call, which on
-few
-  positions takes as long as the convolution itself. There `conv2d` is one product of the 3x3
+  few positions takes as long as the convolution itself. There `conv2d` is one product of the 3x3
   windows with the weights as they lie in channels_last memory: no copy of weights exists, none can
   be stale.
 - a 1x1 convolution is a linear layer over the channels.
 
 The results are the same up to the order of the sums. docs/benchmarks.md has what it gains.
+
+What an image comes to on a CPU does not depend on its batch, to the last bit. oneDNN's products
+and convolutions have one order of sums for each row, however many there are, but for a single one
+(`product`). What this file chooses it chooses by the size of one image, never of the batch. torch
+cuts a batch among the threads wherever that falls, which changes the order of GroupNorm's sums, and
+computes the last numbers of a cut by other instructions than the rest, which changes the last bits
+of SiLU and GELU: so they get one image at a time, or are part of a product. Texts and decoded
+images are computed one by one (minisd/pipeline.py). tests/test_batch.py compares bits.
 """
 
 import functools
+import importlib.util
 import platform
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from minisd_kernels import fused
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
@@ -30,11 +42,17 @@ from ..engine import bands
 
 Layer = Any  # the nn.Module that holds the parameters, or what somebody put in its place
 
-# Rows (batch x height x width) up to which a 3x3 convolution is one product of windows and weights.
+# Positions (height x width) up to which a 3x3 convolution is one product of windows and weights.
 # Above, oneDNN's convolution is quicker although it reorders the weights: measured on widths of 640
-# to 2560 in each dtype.
-FEW_ROWS = {torch.float32: 512, torch.bfloat16: 128}
-FEWER = 2  # times fewer rows than output channels
+# to 2560 in each dtype, on the two images of a guided step.
+FEW = {torch.float32: 256, torch.bfloat16: 64}
+FEWER = 4  # times fewer positions than output channels
+TOGETHER = 2  # images at a time, where a batch of them would take much memory
+# From so many positions torch's GroupNorm on a CPU cuts a batch among the threads, from so many
+# elements an elementwise function, which computes that many together.
+CUT, ELEMENTS, WIDE = 1024, 2**15, 32
+GELU = "none"  # no approximation: the exact one, by erf
+ROWS = 2048  # tokens of a feed-forward at a time
 
 
 @functools.cache
@@ -55,31 +73,81 @@ def is_plain(layer: Layer, kind: type) -> bool:
     return own and type(weight) is nn.Parameter
 
 
+def is_known(module: nn.Module) -> bool:
+    """Whether a call of the module does nothing but what its class in torch or minisd says."""
+    own = type(module).__module__.startswith(("torch.nn.modules.", "minisd."))
+    return own and "forward" not in module.__dict__ and not is_hooked(module)
+
+
 def is_hooked(layer: Layer) -> bool:
     """Whether a call of the layer calls somebody else, too."""
     hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
     return bool(hooks or layer._backward_pre_hooks or torch_module._has_any_global_hook())
 
 
+def is_inference(*tensors: Tensor) -> bool:
+    """Whether nothing but the values is asked for: no gradient, derivative, graph or autocast."""
+    if torch.compiler.is_compiling():
+        return False
+    # Forward-mode derivatives and torch.func
+    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return not (differentiable or torch.is_autocast_enabled(tensors[0].device.type))
+
+
 def by_onednn(layer: Layer, kind: type, x: Tensor) -> bool:
     """Whether oneDNN may be called with this layer's parameters in place of layer(x)."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or not is_plain(layer, kind):
         return False
-    # Forward-mode derivatives and torch.func: oneDNN's operators know neither.
-    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
     weight = layer.weight
     if x.dtype != weight.dtype or weight.device != x.device or not onednn_computes(x.dtype):
         return False
-    differentiable = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return not (differentiable or torch.is_autocast_enabled("cpu"))
+    return is_inference(x, weight)
+
+
+@functools.cache
+def has_kernels(device: str) -> bool:
+    """Whether the Triton kernels run on a device of that type."""
+    return device == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def by_kernels(x: Tensor, *parameters: Tensor) -> bool:
+    """Whether minisd_kernels.fused may compute something of x."""
+    if torch.compiler.is_compiling() or not has_kernels(x.device.type):
+        return False
+    if x.dtype not in fused.DTYPES or x.numel() == 0:
+        return False
+    alike = all(y.dtype == x.dtype and y.device == x.device for y in parameters)
+    return alike and is_inference(x, *parameters)
+
+
+def norm_by_kernels(norm: Layer, kind: type, x: Tensor) -> bool:
+    """The same of a norm, which must be plain and have its scale and shift."""
+    if torch.compiler.is_compiling() or not has_kernels(x.device.type):
+        return False
+    if not is_plain(norm, kind) or norm.bias is None:
+        return False
+    return by_kernels(x, norm.weight, norm.bias)
 
 
 def linear(layer: Layer, x: Tensor) -> Tensor:
     """y = x W^T + b. x: (..., in) -> (..., out)."""
     if by_onednn(layer, nn.Linear, x):
-        return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
+        return product(x, layer.weight, layer.bias)
     return layer(x)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, then: str = "none") -> Tensor:
+    """x W^T + b by oneDNN, or gelu of it. x: (..., in), weight: (out, in); then: "none", "gelu".
+
+    A single row is computed as the first of two: for one row oneDNN has other code.
+    """
+    single = x.numel() == x.shape[-1]
+    rows = x.reshape(1, -1).expand(2, -1) if single else x
+    how = GELU if then == "gelu" else ""
+    y = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, then, [], how)
+    return y[:1].view(*x.shape[:-1], len(weight)) if single else y
 
 
 def conv2d(layer: Layer, x: Tensor) -> Tensor:
@@ -87,18 +155,28 @@ def conv2d(layer: Layer, x: Tensor) -> Tensor:
     if not (by_onednn(layer, nn.Conv2d, x) and is_usual(layer)):
         return layer(x)
     weight, bias, padding = layer.weight, layer.bias, layer.padding
+    matrix = weight.permute(0, 2, 3, 1).flatten(1)  # (out, kernel * in), a view
     once = layer.stride == layer.dilation == (1, 1)
     if once and layer.kernel_size == (1, 1) and padding == (0, 0):
-        windows = x.permute(0, 2, 3, 1)  # (B, h, w, in)
-    elif once and layer.kernel_size == (3, 3) and padding == (1, 1) and is_few(x, weight):
-        windows = windows_3x3(x)
-    else:  # by oneDNN, whatever torch would choose
-        numbers = list(padding), list(layer.stride), list(layer.dilation), 1
-        op = torch.ops.mkldnn._convolution_pointwise
-        return op(x, weight, bias, *numbers, "none", [], "")
-    matrix = weight.permute(0, 2, 3, 1).flatten(1)  # (out, kernel * in), a view
-    y = torch.ops.mkldnn._linear_pointwise(windows, matrix, bias, "none", [], "")
-    return y.permute(0, 3, 1, 2)  # channels_last memory
+        return product(x.permute(0, 2, 3, 1), matrix, bias).permute(0, 3, 1, 2)
+    if once and layer.kernel_size == (3, 3) and padding == (1, 1) and is_few(x, weight):
+        by_windows = lambda x: product(windows_3x3(x), matrix, bias).permute(0, 3, 1, 2)
+        return by_windows(x) if len(x) <= TOGETHER else in_parts(by_windows, x)
+    numbers = list(padding), list(layer.stride), list(layer.dilation), 1
+    op = torch.ops.mkldnn._convolution_pointwise  # whatever torch would choose
+    return op(x, weight, bias, *numbers, "none", [], "")
+
+
+def in_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x) of a batch of images, TOGETHER of them at a time."""
+    out = None
+    for start in range(0, len(x), TOGETHER):
+        y = function(x[start : start + TOGETHER])
+        if out is None:
+            shape, order = (len(x), *y.shape[1:]), torch.channels_last
+            out = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=order)
+        out[start : start + TOGETHER] = y
+    return cast(Tensor, out)
 
 
 def is_usual(layer: Layer) -> bool:
@@ -109,12 +187,13 @@ def is_usual(layer: Layer) -> bool:
 
 
 def is_few(x: Tensor, weight: Tensor) -> bool:
-    """Whether x (B, C, h, w) has so few positions that bringing the weights in order is what costs.
+    """Whether an image of x (B, C, h, w) has so few positions that bringing the weights in order is
+    what costs.
 
-    The windows are rows x 9 C numbers, the weights out x 9 C: so few rows beside the channels, too.
+    The windows are positions x 9 C numbers, the weights out x 9 C: so few beside the channels, too.
     """
-    rows = x.shape[0] * x.shape[2] * x.shape[3]
-    return rows <= FEW_ROWS[x.dtype] and FEWER * rows <= weight.shape[0]
+    positions = x.shape[2] * x.shape[3]
+    return positions <= FEW[x.dtype] and FEWER * positions <= weight.shape[0]
 
 
 def windows_3x3(x: Tensor) -> Tensor:
@@ -130,16 +209,60 @@ def windows_3x3(x: Tensor) -> Tensor:
 # that is fresh from the system costs five times as much as the arithmetic.
 
 
+def group_norm(norm: Layer, x: Tensor) -> Tensor:
+    """norm(x), on a CPU large images one by one. x: (B, C, h, w)."""
+    if in_channels_last(x) and norm_by_kernels(norm, nn.GroupNorm, x):
+        return fused.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    if not one_by_one(norm, x):
+        return norm(x)
+    out = torch.empty_like(x)
+    for image, y in zip(x.split(1), out.split(1)):
+        y.copy_(norm(image))
+    return out
+
+
+def one_by_one(norm: Layer, x: Tensor) -> bool:
+    """Whether torch's norm and SiLU of a batch x would depend on the batch, and may be split."""
+    if torch.compiler.is_compiling() or len(x) == 1 or x.device.type != "cpu":
+        return False
+    if not is_plain(norm, nn.GroupNorm):
+        return False
+    cut = x.shape[2] * x.shape[3] >= CUT or x.numel() > ELEMENTS or x[0].numel() % WIDE != 0
+    return cut and is_inference(x, norm.weight)
+
+
 def group_norm_silu(norm: Layer, x: Tensor) -> Tensor:
     """silu(norm(x)). x: (B, C, h, w)."""
-    return F.silu(norm(x), inplace=not torch.is_grad_enabled())
+    if in_channels_last(x) and norm_by_kernels(norm, nn.GroupNorm, x):
+        return fused.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    if not one_by_one(norm, x):
+        return F.silu(norm(x), inplace=not torch.is_grad_enabled())
+    out = torch.empty_like(x)
+    for image, y in zip(x.split(1), out.split(1)):
+        torch.ops.aten.silu.out(norm(image), out=y)
+    return out
+
+
+def in_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+def layer_norm(norm: Layer, x: Tensor) -> Tensor:
+    """norm(x) over the last dimension."""
+    over_rows = x.is_contiguous() and norm_by_kernels(norm, nn.LayerNorm, x)
+    if over_rows and norm.normalized_shape == x.shape[-1:] and x.shape[-1] <= fused.MAX_WIDTH:
+        return fused.layer_norm(x, norm.weight, norm.bias, norm.eps)
+    return norm(x)
 
 
 def norm_silu_conv(norm: Layer, conv: Layer, x: Tensor, in_place: bool = False) -> Tensor:
     """conv(silu(norm(x))), large images in bands (engine/bands.py); in_place: x is needed no
     more."""
-    if bands.is_large(x) and is_plain(norm, nn.GroupNorm) and is_plain(conv, nn.Conv2d):
+    plain = is_plain(norm, nn.GroupNorm) and is_plain(conv, nn.Conv2d)
+    if plain and bands.is_large(x):
         return bands.norm_silu_conv(norm, conv, x, in_place)
+    if plain and bands.are_large(x):
+        return in_parts(lambda x: conv2d(conv, group_norm_silu(norm, x)), x)
     return conv2d(conv, group_norm_silu(norm, x))
 
 
@@ -158,12 +281,39 @@ def add_conv(conv: Layer, x: Tensor, h: Tensor) -> Tensor:
     return add(conv2d(conv, x), h)
 
 
-def geglu(x: Tensor) -> Tensor:
-    """h * gelu(gate), x = [h, gate] along the last dimension, the exact (erf) GELU."""
+def geglu(layer: Layer, x: Tensor) -> Tensor:
+    """h * gelu(gate), [h, gate] = layer(x) along the last dimension, the exact (erf) GELU."""
+    if by_onednn(layer, nn.Linear, x):
+        weights, biases = layer.weight.chunk(2), (None, None)
+        if layer.bias is not None:
+            biases = layer.bias.chunk(2)
+        gate = product(x, weights[1], biases[1], "gelu")
+        return gate.mul_(product(x, weights[0], biases[0]))
+    x = linear(layer, x)
+    if x.is_contiguous() and by_kernels(x):
+        return fused.geglu(x)
     h, gate = x.chunk(2, dim=-1)
     if torch.is_grad_enabled():
-        return h * F.gelu(gate)
-    return F.gelu(gate).mul_(h)
+        return h * F.gelu(gate, approximate=GELU)
+    return F.gelu(gate, approximate=GELU).mul_(h)
+
+
+def by_rows(function: Callable[[Tensor], Tensor], x: Tensor, modules: Iterable[Layer]) -> Tensor:
+    """function(x) of every row, the last dimension, by itself: on a CPU some rows at a time, unless
+    somebody watches or has replaced one of the modules that it calls.
+
+    Tensors above 32 MB come fresh from the system at every call, which takes longer than to fill
+    them; smaller ones are in memory that is there already, if not in the cache.
+    """
+    few = torch.compiler.is_compiling() or x.numel() <= ROWS * x.shape[-1]
+    if few or x.device.type != "cpu" or torch.is_grad_enabled():
+        return function(x)
+    if not (is_inference(x) and all(map(is_known, modules))):
+        return function(x)
+    out = torch.empty_like(x)
+    for rows, y in zip(x.flatten(0, -2).split(ROWS), out.flatten(0, -2).split(ROWS)):
+        y.copy_(function(rows))
+    return out
 
 
 def add(x: Tensor, h: Tensor) -> Tensor:
@@ -177,4 +327,5 @@ def add(x: Tensor, h: Tensor) -> Tensor:
 
 def repeat_rows(x: Tensor, rows: int) -> Tensor:
     """The whole batch of x group after group until it has `rows` rows; x itself if it has them."""
-    return x if x.shape[0] == rows else x.repeat(rows // x.shape[0], *[1] * (x.ndim - 1))
+    # cat keeps the order of memory, Tensor.repeat would not keep channels_last
+    return x if x.shape[0] == rows else torch.cat([x] * (rows // x.shape[0]))

@@ -144,7 +144,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(channels, 2 * inner)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.geglu(ops.linear(self.proj, x))
+        return ops.geglu(self.proj, x)
 
 
 class FeedForward(nn.Module):
@@ -158,7 +158,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         geglu, identity, last = self.net
-        return ops.linear(last, identity(geglu(x)))
+        return ops.by_rows(lambda x: ops.linear(last, identity(geglu(x))), x, self.modules())
 
 
 class TransformerBlock(nn.Module):
@@ -184,10 +184,10 @@ class TransformerBlock(nn.Module):
         rows = kv[0].shape[0]
         if self_edit is not None:  # before it, and before the text, the guidance groups are equal
             x = ops.repeat_rows(x, rows)
-        x = ops.add(x, self.attn1(self.norm1(x), None, self_edit, c.attention))
+        x = ops.add(x, self.attn1(ops.layer_norm(self.norm1, x), None, self_edit, c.attention))
         x = ops.repeat_rows(x, rows)
-        x = ops.add(x, self.attn2(self.norm2(x), kv, cross_edit, c.attention))
-        return ops.add(x, self.ff(self.norm3(x)))
+        x = ops.add(x, self.attn2(ops.layer_norm(self.norm2, x), kv, cross_edit, c.attention))
+        return ops.add(x, self.ff(ops.layer_norm(self.norm3, x)))
 
 
 class Transformer(nn.Module):
@@ -208,7 +208,7 @@ class Transformer(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, c: Conditioning) -> Tensor:
-        tokens = ops.conv2d(self.proj_in, self.norm(x)).flatten(2).transpose(1, 2)
+        tokens = ops.conv2d(self.proj_in, ops.group_norm(self.norm, x)).flatten(2).transpose(1, 2)
         for block in self.transformer_blocks:
             tokens = block(tokens, c)  # (rows, h*w, channels)
         out = ops.conv2d(self.proj_out, tokens.transpose(1, 2).unflatten(2, x.shape[2:]))

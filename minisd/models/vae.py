@@ -69,7 +69,7 @@ class SpatialAttention(Attention):
         self.group_norm = nn.GroupNorm(groups, channels, NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # an image, no tokens
-        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, h*w, C)
+        tokens = ops.group_norm(self.group_norm, x).flatten(2).transpose(1, 2)  # (B, h*w, C)
         return ops.add(x, super().forward(tokens).transpose(1, 2).unflatten(2, x.shape[2:]))
 
 

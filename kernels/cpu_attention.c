@@ -1,0 +1,360 @@
+/* softmax(q k^T scale) v on a CPU with AVX-512: one pass over the keys, no map in memory.
+
+   A vector holds 16 queries, a tile TILE of them. So keys and values are read as they lie, a number
+   at a time for all queries of the tile, maxima and sums of a row need no sum across a vector, no
+   head dim has to be padded, and a query's result depends on nothing but its own q and on k and v.
+   Keys come in blocks: scores of a block, their maximum, exp, and the block's share of the output,
+   which is scaled when the maximum grows (Milakov and Gimelshein 2018; Dao et al. 2022).
+
+   float32: all sums in float32. bfloat16: factors are bfloat16, scores, exp and all sums float32.
+   Plain C behind a plain interface; kernels/cpu.py loads it, checks, and falls back on PyTorch. */
+
+#include <stdint.h>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define LANES 16
+#define VECTORS 3             /* of queries in a tile */
+#define TILE (LANES * VECTORS)
+#define BLOCK 128             /* keys */
+#define STEP 8                /* keys, or head dims, whose sums are in registers together */
+#define MOST_THREADS 256
+#define SHARE 4000000         /* products of a thread, at least */
+
+#define F32 __attribute__((target("avx512f,avx512dq,avx512bw,fma")))
+#define BF16 __attribute__((target("avx512f,avx512dq,avx512bw,avx512bf16,fma")))
+#define INLINE static inline __attribute__((always_inline))
+
+typedef struct {
+    const char *q, *k, *v;
+    char *out;
+    int64_t q_stride[3], k_stride[3], v_stride[3], out_stride[3]; /* row, head, token: numbers */
+    int64_t rows, heads, queries, keys, dim;
+    float scale;
+    int half; /* bfloat16 */
+} Call;
+
+typedef struct {
+    const Call *call;
+    int64_t first, last; /* tiles, counted over rows, heads and queries */
+    int failed;
+} Share;
+
+/* exp(x) for x <= 0, 2 ulp: 2^n 2^f, n = round(x log2 e), 2^f by its Taylor polynomial. */
+INLINE F32 __m512 exp_negative(__m512 x)
+{
+    x = _mm512_max_ps(_mm512_set1_ps(-87.0f), x); /* NaN stays */
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
+    __m512 p = _mm512_set1_ps(1.3981999e-3f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.16657845e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.66666651e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, n);
+}
+
+/* sums[STEP][VECTORS] += left[i][j] right[i], over i; left: a number for each of STEP, `apart`
+   numbers from one to the next and `next` from one i to the next; right: TILE numbers, likewise. */
+INLINE F32 void products_f32(__m512 sums[STEP][VECTORS], const float *left, int64_t apart,
+                             int64_t next, const float *right, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++) {
+        __m512 x[VECTORS];
+        for (int w = 0; w < VECTORS; w++) x[w] = _mm512_loadu_ps(right + i * TILE + w * LANES);
+        for (int j = 0; j < STEP; j++) {
+            __m512 y = _mm512_set1_ps(left[i * next + j * apart]);
+            for (int w = 0; w < VECTORS; w++) sums[j][w] = _mm512_fmadd_ps(y, x[w], sums[j][w]);
+        }
+    }
+}
+
+/* The same of pairs of bfloat16, each in 32 bits. */
+INLINE BF16 void products_bf16(__m512 sums[STEP][VECTORS], const int32_t *left, int64_t apart,
+                               int64_t next, const int32_t *right, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++) {
+        __m512bh x[VECTORS];
+        for (int w = 0; w < VECTORS; w++)
+            x[w] = (__m512bh)_mm512_loadu_si512(right + i * TILE + w * LANES);
+        for (int j = 0; j < STEP; j++) {
+            __m512bh y = (__m512bh)_mm512_set1_epi32(left[i * next + j * apart]);
+            for (int w = 0; w < VECTORS; w++) sums[j][w] = _mm512_dpbf16_ps(sums[j][w], y, x[w]);
+        }
+    }
+}
+
+/* Where the numbers of one head and the results between the products are. */
+typedef struct {
+    void *q;                /* the tile: [dim][TILE] float32 or [dim / 2][TILE] pairs, scaled */
+    void *k, *v;            /* the head: [keys][dim] and, of bfloat16, v as pairs of keys */
+    float *scores;          /* [BLOCK][TILE] */
+    int32_t *pairs;         /* [BLOCK / 2][TILE] */
+    float *out;             /* [dim][TILE] */
+    float maximum[TILE], sum[TILE];
+} Room;
+
+/* Scores of one block to exp(score - maximum); the maximum and the sum so far, and the output with
+   them, are brought to the new maximum. */
+INLINE F32 void softmax_block(Room *room, int64_t count, int64_t dim)
+{
+    for (int w = 0; w < TILE; w += LANES) {
+        float *scores = room->scores + w;
+        __m512 before = _mm512_loadu_ps(room->maximum + w), now = before;
+        for (int64_t j = 0; j < count; j++)
+            now = _mm512_max_ps(now, _mm512_loadu_ps(scores + j * TILE));
+        __m512 sum = _mm512_setzero_ps(), all = _mm512_loadu_ps(room->sum + w);
+        if (_mm512_cmp_ps_mask(now, before, _CMP_NEQ_UQ)) {
+            __m512 factor = exp_negative(_mm512_sub_ps(before, now));
+            all = _mm512_mul_ps(all, factor);
+            for (int64_t d = 0; d < dim; d++) {
+                float *out = room->out + d * TILE + w;
+                _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_loadu_ps(out), factor));
+            }
+            _mm512_storeu_ps(room->maximum + w, now);
+        }
+        for (int64_t j = 0; j < count; j++) {
+            __m512 p = exp_negative(_mm512_sub_ps(_mm512_loadu_ps(scores + j * TILE), now));
+            sum = _mm512_add_ps(sum, p);
+            _mm512_storeu_ps(scores + j * TILE, p);
+        }
+        _mm512_storeu_ps(room->sum + w, _mm512_add_ps(all, sum));
+    }
+}
+
+INLINE F32 void clear_sums(__m512 sums[STEP][VECTORS])
+{
+    for (int j = 0; j < STEP; j++)
+        for (int w = 0; w < VECTORS; w++) sums[j][w] = _mm512_setzero_ps();
+}
+
+INLINE F32 void store_sums(__m512 sums[STEP][VECTORS], float *to)
+{
+    for (int j = 0; j < STEP; j++)
+        for (int w = 0; w < VECTORS; w++)
+            _mm512_storeu_ps(to + j * TILE + w * LANES, sums[j][w]);
+}
+
+INLINE F32 void add_sums(__m512 sums[STEP][VECTORS], float *to)
+{
+    for (int j = 0; j < STEP; j++)
+        for (int w = 0; w < VECTORS; w++)
+            sums[j][w] = _mm512_add_ps(sums[j][w], _mm512_loadu_ps(to + j * TILE + w * LANES));
+    store_sums(sums, to);
+}
+
+/* All keys for one tile of queries. */
+F32 static void tile_f32(const Call *call, Room *room)
+{
+    int64_t dim = call->dim;
+    for (int64_t start = 0; start < call->keys; start += BLOCK) {
+        int64_t count = call->keys - start < BLOCK ? call->keys - start : BLOCK;
+        const float *k = (float *)room->k + start * dim, *v = (float *)room->v + start * dim;
+        for (int64_t j = 0; j < count; j += STEP) { /* behind the last key there is room */
+            __m512 sums[STEP][VECTORS];
+            clear_sums(sums);
+            products_f32(sums, k + j * dim, dim, 1, room->q, dim);
+            store_sums(sums, room->scores + j * TILE);
+        }
+        softmax_block(room, count, dim);
+        for (int64_t d = 0; d < dim; d += STEP) {
+            __m512 sums[STEP][VECTORS];
+            clear_sums(sums);
+            products_f32(sums, v + d, 1, dim, room->scores, count);
+            add_sums(sums, room->out + d * TILE);
+        }
+    }
+}
+
+/* Two float32 >= 0 to a pair of bfloat16 in 32 bits, the first one low. */
+INLINE F32 __m512i pair(__m512 low, __m512 high)
+{
+    const __m512i half = _mm512_set1_epi32(0x7fff), one = _mm512_set1_epi32(1);
+    __m512i a = _mm512_castps_si512(low), b = _mm512_castps_si512(high);
+    a = _mm512_add_epi32(a, _mm512_add_epi32(half, _mm512_and_si512(_mm512_srli_epi32(a, 16), one)));
+    b = _mm512_add_epi32(b, _mm512_add_epi32(half, _mm512_and_si512(_mm512_srli_epi32(b, 16), one)));
+    return _mm512_or_si512(_mm512_srli_epi32(a, 16),
+                           _mm512_and_si512(b, _mm512_set1_epi32((int)0xffff0000)));
+}
+
+BF16 static void tile_bf16(const Call *call, Room *room)
+{
+    int64_t dim = call->dim, half = dim / 2;
+    __m512 scale = _mm512_set1_ps(call->scale);
+    for (int64_t start = 0; start < call->keys; start += BLOCK) {
+        int64_t count = call->keys - start < BLOCK ? call->keys - start : BLOCK;
+        const int32_t *k = (int32_t *)room->k + start * half, *v = (int32_t *)room->v + start * half;
+        for (int64_t j = 0; j < count; j += STEP) {
+            __m512 sums[STEP][VECTORS];
+            clear_sums(sums);
+            products_bf16(sums, k + j * half, half, 1, room->q, half);
+            for (int i = 0; i < STEP; i++)
+                for (int w = 0; w < VECTORS; w++) sums[i][w] = _mm512_mul_ps(sums[i][w], scale);
+            store_sums(sums, room->scores + j * TILE);
+        }
+        softmax_block(room, count, dim);
+        if (count & 1) memset(room->scores + count * TILE, 0, TILE * sizeof(float));
+        for (int64_t j = 0; j < count; j += 2)
+            for (int w = 0; w < TILE; w += LANES) {
+                const float *p = room->scores + j * TILE + w;
+                _mm512_storeu_si512(room->pairs + j / 2 * TILE + w,
+                                    pair(_mm512_loadu_ps(p), _mm512_loadu_ps(p + TILE)));
+            }
+        for (int64_t d = 0; d < dim; d += STEP) {
+            __m512 sums[STEP][VECTORS];
+            clear_sums(sums);
+            products_bf16(sums, v + d, 1, dim, room->pairs, (count + 1) / 2);
+            add_sums(sums, room->out + d * TILE);
+        }
+    }
+}
+
+/* k and v of one head side by side. v of bfloat16: [keys / 2][dim] pairs of two keys. */
+static void pack_head(const Call *call, Room *room, int64_t row, int64_t head)
+{
+    int64_t dim = call->dim, keys = call->keys, size = call->half ? 2 : 4;
+    const char *k = call->k + (row * call->k_stride[0] + head * call->k_stride[1]) * size;
+    const char *v = call->v + (row * call->v_stride[0] + head * call->v_stride[1]) * size;
+    for (int64_t i = 0; i < keys; i++)
+        memcpy((char *)room->k + i * dim * size, k + i * call->k_stride[2] * size, dim * size);
+    if (!call->half) {
+        for (int64_t i = 0; i < keys; i++)
+            memcpy((char *)room->v + i * dim * size, v + i * call->v_stride[2] * size, dim * size);
+        return;
+    }
+    uint32_t *pairs = room->v;
+    for (int64_t i = 0; i < keys; i += 2) {
+        const uint16_t *low = (const uint16_t *)v + i * call->v_stride[2];
+        const uint16_t *high = low + call->v_stride[2];
+        for (int64_t d = 0; d < dim; d++)
+            pairs[i / 2 * dim + d] = low[d] | (i + 1 < keys ? (uint32_t)high[d] << 16 : 0);
+    }
+}
+
+/* q of `count` queries the other way round; behind the last one there are zeros. */
+static void pack_tile(const Call *call, Room *room, const char *q, int64_t count)
+{
+    int64_t dim = call->dim, step = call->q_stride[2];
+    memset(room->q, 0, dim * TILE * (call->half ? 2 : 4));
+    for (int64_t i = 0; i < count; i++) {
+        if (call->half)
+            for (int64_t d = 0; d < dim / 2; d++)
+                memcpy((int32_t *)room->q + d * TILE + i, (const int16_t *)q + i * step + 2 * d, 4);
+        else
+            for (int64_t d = 0; d < dim; d++)
+                ((float *)room->q)[d * TILE + i] = ((const float *)q)[i * step + d] * call->scale;
+    }
+    memset(room->out, 0, dim * TILE * sizeof(float));
+    for (int i = 0; i < TILE; i++) {
+        room->maximum[i] = -1e30f;
+        room->sum[i] = 0;
+    }
+}
+
+static void unpack_tile(const Call *call, const Room *room, char *out, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t d = 0; d < call->dim; d++) {
+            float y = room->out[d * TILE + i] / room->sum[i];
+            int64_t place = i * call->out_stride[2] + d;
+            if (!call->half) {
+                ((float *)out)[place] = y;
+                continue;
+            }
+            uint32_t bits;
+            memcpy(&bits, &y, 4);
+            bits = y == y ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000;
+            ((uint16_t *)out)[place] = bits >> 16;
+        }
+}
+
+static void *work(void *argument)
+{
+    Share *share = argument;
+    const Call *call = share->call;
+    int64_t size = call->half ? 2 : 4, tiles = (call->queries + TILE - 1) / TILE;
+    int64_t dim = call->dim, packed = (call->keys + 2 * STEP) * dim * size;
+    Room *room = calloc(1, sizeof(Room));
+    char *memory = calloc(1, 2 * packed + dim * TILE * (size + 4) + BLOCK * TILE * 6 + 64);
+    share->failed = !room || !memory;
+    if (!share->failed) {
+        room->k = memory;
+        room->v = memory + packed;
+        room->q = memory + 2 * packed;
+        room->out = (float *)(memory + 2 * packed + dim * TILE * size);
+        room->scores = room->out + dim * TILE;
+        room->pairs = (int32_t *)(room->scores + BLOCK * TILE);
+    }
+    int64_t there = -1; /* the head whose k and v are packed */
+    for (int64_t i = share->first; i < share->last && !share->failed; i++) {
+        int64_t head = i / tiles, first = i % tiles * TILE;
+        int64_t row = head / call->heads, count = call->queries - first;
+        if (head != there) pack_head(call, room, row, head % call->heads);
+        there = head;
+        if (count > TILE) count = TILE;
+        const int64_t *s = call->q_stride, *t = call->out_stride;
+        int64_t q = row * s[0] + head % call->heads * s[1] + first * s[2];
+        int64_t out = row * t[0] + head % call->heads * t[1] + first * t[2];
+        pack_tile(call, room, call->q + q * size, count);
+        if (call->half) tile_bf16(call, room);
+        else tile_f32(call, room);
+        unpack_tile(call, room, call->out + out * size, count);
+    }
+    free(memory);
+    free(room);
+    return 0;
+}
+
+/* 0, or 1 without memory. numbers: rows, heads, queries, keys, dim (a multiple of STEP), bfloat16,
+   threads, then the strides (row, head, token) of q, k, v, out, in elements. */
+int minisd_attention(const void *q, const void *k, const void *v, void *out, const int64_t *numbers,
+                     float scale)
+{
+    Call call = {.q = q, .k = k, .v = v, .out = out};
+    call.rows = numbers[0], call.heads = numbers[1], call.queries = numbers[2];
+    call.keys = numbers[3], call.dim = numbers[4], call.half = numbers[5], call.scale = scale;
+    memcpy(call.q_stride, numbers + 7, 12 * sizeof(int64_t)); /* the four lie one after the other */
+    int64_t tiles = call.rows * call.heads * ((call.queries + TILE - 1) / TILE);
+    int64_t threads = numbers[6] < tiles ? numbers[6] : tiles;
+    int64_t worth = 1 + tiles * TILE * call.keys * call.dim / SHARE; /* starting a thread */
+    if (threads > worth) threads = worth;
+    if (threads > MOST_THREADS) threads = MOST_THREADS;
+    Share shares[MOST_THREADS];
+    pthread_t running[MOST_THREADS];
+    int started[MOST_THREADS], failed = 0;
+    for (int64_t i = 0; i < threads; i++) {
+        shares[i] = (Share){&call, tiles * i / threads, tiles * (i + 1) / threads, 0};
+        started[i] = i + 1 < threads && !pthread_create(running + i, 0, work, shares + i);
+    }
+    for (int64_t i = 0; i < threads; i++) {
+        if (started[i]) pthread_join(running[i], 0);
+        else work(shares + i);
+        failed |= shares[i].failed;
+    }
+    return failed;
+}
+
+/* Whether this processor has the instructions for float32 (1) and bfloat16 too (2). */
+int minisd_attention_level(void)
+{
+    __builtin_cpu_init();
+    int f32 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+              __builtin_cpu_supports("avx512bw");
+    return f32 ? 1 + !!__builtin_cpu_supports("avx512bf16") : 0;
+}
+
+#else /* another processor or compiler */
+int minisd_attention(const void *q, const void *k, const void *v, void *out, const int64_t *numbers,
+                     float scale)
+{
+    return 1;
+}
+int minisd_attention_level(void) { return 0; }
+#endif
