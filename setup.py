@@ -6,7 +6,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-PACKAGES = "models sampling engine editing checkpoints viewing training toy cli".split()
+PACKAGES = "models sampling engine editing checkpoints viewing training toy batch cli".split()
 root = Path(__file__).parent
 version = re.search(
     r'^__version__ = "(.+)"', (root / "minisd/__init__.py").read_text(), re.M

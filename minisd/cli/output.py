@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from .. import __version__
 from .lines import as_chunk
-from .options import DrawRequest
+from .options import DrawRequest, ModelRequest
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -97,14 +97,21 @@ def check_place(option: str, path: Path) -> None:
 
 def load_model(request: DrawRequest) -> StableDiffusion:
     from ..drawing import seeds
-    from ..pipeline import load
 
     seeds([request.seeds[0], request.seeds[-1]])  # the last one now, not after all others are drawn
-    model = request.model
+    sd = load_request(request.model, request.device, request.dtype)
+    request.call.before_writing()
+    return sd
+
+
+def load_request(model: ModelRequest, device: str | None, dtype: str | None) -> StableDiffusion:
+    """The model with what is put into it."""
+    from ..pipeline import load
+
     sd = load(
         model.source,
-        device=request.device,
-        dtype=request.dtype,  # type: ignore[arg-type]  # one of options.DTYPES
+        device=device,
+        dtype=dtype,  # type: ignore[arg-type]  # one of options.DTYPES
         variant=model.variant,
         revision=model.revision,
         local_files_only=model.local_files_only,
@@ -113,7 +120,6 @@ def load_model(request: DrawRequest) -> StableDiffusion:
     sd.merge(*model.loras)
     for path in model.embeddings:
         sd.add_embedding(path)
-    request.call.before_writing()
     return sd
 
 
