@@ -1,7 +1,8 @@
 """Time the attention kernels beside everything that could take their place, and check them in the
 same run.
 
-    python -m bench.attention [--quick] [--shape B,H,N,L,D ...] [--device cuda]
+    python -m bench.attention [--quick] [--shape B,H,N,L,D ...] [--only FORM] [--device cuda]
+                              [--contender module:function] [--json FILE]
 
 The shapes are those of SD v1.x: 8 heads, self- and cross-attention (77 keys) at 512x512,
 self-attention at 768x768. q, k and v of self-attention are views of one tensor (B, N, 3 * H * D),
@@ -9,13 +10,17 @@ as the models have them on CUDA, for all alike. The rivals: each SDPA backend by
 FlexAttention compiled, eager matmul + softmax + matmul, and for edits folded SDPA (two calls on V_A
 and V_B) and eager. On CUDA, calls are captured in a graph and replayed: what is timed is the
 device, not Python. Writes bench/results/<device>/attention.json after every shape (attention-quick,
-attention-shape), of which `python -m bench.report` makes the table in kernels/README.md. Exit
-status 1: ours failed or was wrong.
+attention-shape), of which `python -m bench.report` makes the table in kernels/README.md; or FILE. A
+contender, function(q, k, v, edit) -> out that writes the edit's saves, is held to the same error
+budget. Exit status 1: ours or the contender failed or was wrong, or nothing was measured.
 """
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -83,6 +88,50 @@ def make_edit(
         "refine, save_mean": lambda: refine(save_mean=torch.zeros(S, N, L, device=device)),
     }[form]()
     return edit and edit.check_rows()
+
+
+def needs(
+    edit: AttentionEdit | None, B: int, heads: int, N: int, L: int, D: int, itemsize: int
+) -> tuple[int, int]:
+    """(FLOPs, bytes) that a form needs at the least: each tensor once through memory, of the maps
+    those that are given or asked for.
+
+    An edit folds into V, so it costs a second map and product where it blends, and the product
+    with a token map: of V, (L, L) @ (L, D) a head, or of the map where P' itself is asked for.
+    """
+    product, fields = 2 * heads * N * L * D, edit or AttentionEdit()
+    S = next((x.shape[0] for x in fields if torch.is_tensor(x)), 0)
+    saves = fields.save is not None or fields.save_mean is not None
+    two = fields.blend is not None
+    maps = B + two * S - (fields.inject is not None) * S
+    products = B + (two and not saves) * S
+    flop = product * (maps + products)
+    if fields.token_map is not None:
+        flop += 2 * S * heads * L * L * (N if saves else D)
+    moved = 2 * B * heads * (N + L) * D * itemsize  # q, k, v and the output
+    for name in ("inject", "token_map", "blend", "reweight", "save", "save_mean"):
+        x = getattr(fields, name)
+        if x is not None:
+            moved += x.numel() * x.element_size() * (2 if name == "save_mean" else 1)  # += reads
+    return flop, moved
+
+
+def bandwidth(device: str) -> float:
+    """Bytes/s of a large copy, read and written."""
+    n = 2**30 if torch.device(device).type == "cuda" else 2**22
+    x, y = (torch.zeros(n, dtype=torch.uint8, device=device) for _ in range(2))
+    ms = harness.interleave({"copy": lambda: y.copy_(x)}, device, rounds=10)["copy"]["ms"]
+    return 2 * n / (ms * 1e-3)
+
+
+def loaded(name: str) -> Callable:
+    """The function that "module:function" names; ValueError if there is none."""
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        expected = "expected module:function, function(q, k, v, edit) -> out"
+        raise ValueError(f"--contender {name!r}: {error}; {expected}") from error
 
 
 def inputs(B: int, heads: int, N: int, L: int, D: int, dtype, device):
@@ -172,9 +221,13 @@ def by_formula(q, k, v, edit, queries: slice) -> dict[str, torch.Tensor]:
     return {"out": attention(q[:, :, queries], k, v, edit, "reference"), **saved}
 
 
-def error_ratio(q, k, v, edit) -> float:
-    """Error against float64 over the budget, max(2 x same-dtype eager, 4 eps x max|reference|);
-    above 1 or nan: wrong.
+def ours(q, k, v, edit):
+    return attention(q, k, v, edit, "triton")
+
+
+def error_ratio(q, k, v, edit, compute: Callable = ours) -> float:
+    """Error of what `compute` returns and saves against float64 over the budget, max(2 x same-dtype
+    eager, 4 eps x max|reference|); above 1 or nan: wrong.
 
     The largest of the output's and of the saved maps', of one call on fresh buffers. All rows,
     heads and queries, some queries at a time, so that float64 maps of 9216 x 9216 fit.
@@ -186,7 +239,7 @@ def error_ratio(q, k, v, edit) -> float:
         if edit.save_mean is not None:
             saved["save_mean"] = torch.zeros_like(edit.save_mean)
         edit = edit._replace(**saved)
-    ours = {"out": attention(q, k, v, edit, "triton"), **saved}
+    got = {"out": compute(q, k, v, edit), **saved}
 
     low, high = (q, k, v), [x.double() for x in (q, k, v)]
     worst, step = {}, max(1, MAPS_AT_ONCE // (q.shape[0] * q.shape[1] * k.shape[2]))
@@ -194,7 +247,7 @@ def error_ratio(q, k, v, edit) -> float:
         queries = slice(start, start + step)
         eager, exact = (by_formula(*x, edit, queries) for x in (low, high))
         for name, want in exact.items():
-            differences = (ours[name][..., queries, :] - want, eager[name] - want, want)
+            differences = (got[name][..., queries, :] - want, eager[name] - want, want)
             largest = torch.stack([x.abs().max() for x in differences]).double()
             worst[name] = torch.maximum(worst.get(name, largest), largest)
     eps = 4 * torch.finfo(q.dtype).eps
@@ -206,8 +259,11 @@ def error_ratio(q, k, v, edit) -> float:
 
 
 @torch.no_grad()
-def bench_shape(B, heads, N, L, D, dtype, device, forms, rounds, peak) -> list[dict]:
-    """All contenders on one shape, one row for each form of edit."""
+def bench_shape(
+    B, heads, N, L, D, dtype, device, forms, rounds, peak, rate=float("inf"), contender=None
+) -> list[dict]:
+    """All contenders on one shape, one row for each form of edit. peak: FLOP/s; rate: bytes/s;
+    contender: (name, function) or None."""
     q, k, v = inputs(B, heads, N, L, D, dtype, device)
     rows = []
     for form in forms:
@@ -215,8 +271,10 @@ def bench_shape(B, heads, N, L, D, dtype, device, forms, rounds, peak) -> list[d
         functions = rivals(q, k, v, edit, triton=torch.device(device).type == "cuda")
         if form != "plain" and "minisd" in functions:
             functions["minisd plain"] = lambda: attention(q, k, v, None, "triton")
+        if contender is not None:
+            functions[contender[0]] = partial(contender[1], q, k, v, edit)
         times, memory, errors = measure(functions, device, rounds)
-        flop = 4 * B * heads * N * L * D
+        flop, moved = needs(edit, B, heads, N, L, D, dtype.itemsize)
         row = {
             "B": B,
             "H": heads,
@@ -226,13 +284,20 @@ def bench_shape(B, heads, N, L, D, dtype, device, forms, rounds, peak) -> list[d
             "dtype": str(dtype)[6:],
             "form": form,
             "failed": errors,
+            "flop": flop,
+            "bytes": moved,
         }
         row["error_over_budget"] = error_ratio(q, k, v, edit) if "minisd" in times else None
+        if contender is not None:
+            name, function = contender
+            ratio = error_ratio(q, k, v, edit, function) if name in times else None
+            row["contender"] = {"name": name, "error_over_budget": ratio}
         row["times"] = {
             name: {
                 **t,
                 "tflops": flop / t["ms"] * 1e-9,
                 "of_peak": flop / t["ms"] * 1e3 / peak,
+                "of_roofline": max(flop / peak, moved / rate) / (t["ms"] * 1e-3),
                 "bytes": memory[name],
             }
             for name, t in times.items()
@@ -251,7 +316,8 @@ def best_rival(row: dict) -> tuple[str, float]:
 
 
 def describe(row: dict) -> str:
-    text = f"B{row['B']} N{row['N']} L{row['L']} D{row['D']} {row['dtype']:<9}{row['form']:<18}"
+    sizes = " ".join(f"{name}{row[name]}" for name in "BHNLD")
+    text = f"{sizes} {row['dtype']:<9}{row['form']:<18}"
     for contender, t in row["times"].items():
         text += f" {contender} {t['ms']:.4f} ms"
     if "minisd" in row["times"]:
@@ -264,9 +330,13 @@ def misses(rows: list[dict]) -> list[str]:
     """What is wrong or slower than PERFORMANCE section 5 asks for, one line each."""
     out, bars = [], []
     for row in rows:
+        contender = row.get("contender", {"name": None, "error_over_budget": None})
         for name, error in row["failed"].items():
-            if name.startswith("minisd"):  # ours must work
+            if name.startswith("minisd") or name == contender["name"]:  # these must work
                 out.append(f"FAILED {name}: {error}: {describe(row)}")
+        ratio = contender["error_over_budget"]
+        if ratio is not None and not ratio <= 1:
+            out.append(f"WRONG {contender['name']}, error over budget {ratio:.2f}: {describe(row)}")
         if "minisd" not in row["times"]:
             continue
         if not row["error_over_budget"] <= 1:  # nan is wrong, too
@@ -310,10 +380,10 @@ def table(result: dict) -> str:
         f"{result['commit'][:12]}; "
         f"`{result['command']}`",
         "",
-        "| B | N | L | D | dtype | form | ms | quartiles | TFLOP/s | of peak | MB | "
+        "| B | H | N | L | D | dtype | form | ms | quartiles | TFLOP/s | of roofline | MB | "
         "rival | ratio | of plain "
         "| error/budget |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
         if "minisd" not in row["times"]:
@@ -323,9 +393,9 @@ def table(result: dict) -> str:
             "minisd" if row["form"] == "plain" else "minisd plain", {"ms": float("nan")}
         )["ms"]
         lines.append(
-            f"| {row['B']} | {row['N']} | {row['L']} | {row['D']} | {row['dtype']} | "
+            f"| {row['B']} | {row['H']} | {row['N']} | {row['L']} | {row['D']} | {row['dtype']} | "
             f"{row['form']} | {t['ms']:.4f} "
-            f"| {t['low']:.4f} - {t['high']:.4f} | {t['tflops']:.0f} | {t['of_peak']:.2f} | "
+            f"| {t['low']:.4f} - {t['high']:.4f} | {t['tflops']:.0f} | {t['of_roofline']:.2f} | "
             f"{t['bytes'] / 1e6:.1f} "
             f"| {name} | {ratio:.2f} | {t['ms'] / plain:.2f} | {row['error_over_budget']:.2f} |"
         )
@@ -348,7 +418,11 @@ def main(argv=None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="batch 2, float16, the 512x512 shapes")
+    parser.add_argument("--only", default="", metavar="FORM", help="forms whose name contains this")
+    parser.add_argument("--contender", metavar="MODULE:FUNCTION", help="one rival more")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write there, not to results/")
     args = parser.parse_args(argv)
+    contender = args.contender and (args.contender, loaded(args.contender))
     if torch.device(args.device).type != "cuda":
         print("no GPU: the Triton kernels are left out, only what runs on this device is timed")
     dtypes = [getattr(torch, name) for name in (args.dtype[:1] if args.quick else args.dtype)]
@@ -360,13 +434,23 @@ def main(argv=None) -> int:
             (B, H, *shape) for B in (args.batch[:1] if args.quick else args.batch) for shape in grid
         ]
     rows, suffix = [], "-shape" if args.shape else "-quick" if args.quick else ""
+    rate, path = bandwidth(args.device), args.json
+    print(f"measured bandwidth {rate * 1e-9:.0f} GB/s")
     for dtype in dtypes:
         peak = harness.matrix_peak(dtype, args.device)
         print(f"{str(dtype)[6:]}: measured matrix peak {peak * 1e-12:.1f} TFLOP/s")
         for B, heads, N, L, D in shapes:
             forms = ("plain", *(CROSS_EDITS if is_cross(N, L) else SELF_EDITS))
-            rows += bench_shape(B, heads, N, L, D, dtype, args.device, forms, args.rounds, peak)
-            path = harness.save(f"attention{suffix}", rows, args.device)
+            forms = [form for form in forms if args.only in form]
+            shape = (B, heads, N, L, D, dtype, args.device, forms, args.rounds, peak, rate)
+            rows += bench_shape(*shape, contender)
+            if rows and args.json:
+                harness.write(args.json, {**harness.provenance(args.device), "rows": rows})
+            elif rows:
+                path = harness.save(f"attention{suffix}", rows, args.device)
+    if not rows:
+        print(f"nothing was measured: no form contains {args.only!r}")
+        return 1
     print(f"wrote {path}")
     missed = misses(rows)
     print("\n".join(missed))

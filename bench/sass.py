@@ -1,4 +1,4 @@
-"""Is the machine code of a kernel what its PTX says? Two signs that it is not, found without a
+"""Is the machine code of a kernel what its PTX says? Three signs that it is not, found without a
 card.
 
 ptxas 12.8 (in Triton 3.6.0 and 3.7.1) makes code for sm_90 whose second matrix product takes its
@@ -10,6 +10,7 @@ at:
                                    data flow over the control-flow graph
     wrong_descriptors(code, ptx)   wgmma descriptors that the PTX does not know, as far as both are
                                    constants
+    overwritten(code)              registers that a wgmma may still be reading when they are written
 
 A uniform register (UR) has to be written on every path that leads to a read. Of a vector register
 (R) it is enough that some path writes it: a value that only one branch defines and only the same
@@ -230,6 +231,32 @@ def unwritten(code: list[Instruction]) -> list[str]:
             ]
             found.append(f"{ins}  <- {', '.join(names)}")
     return found
+
+
+# A factor of a wgmma in registers: the product goes on while the next instructions run, so these
+# registers are its own until a wait. ptxas 12.9 is known to give some of them away too early
+# (triton-lang/triton, pull request 11781).
+
+
+def overwritten(code: list[Instruction]) -> list[str]:
+    """The instructions that write a register of a wgmma's first factor before a wait for it."""
+    edges, writes = successors(code), [written(ins) & ALL_VECTOR for ins in code]
+    in_flight: list[int | None] = [None] * len(code)
+    in_flight[0], work = 0, [0]
+    while work:
+        i = work.pop()
+        after = in_flight[i]
+        if code[i].op.startswith("WARPGROUP.DEPBAR") and "0x0" in code[i].operands:
+            after = 0
+        elif code[i].base == "HGMMA":
+            first = re.fullmatch(r"R(\d+)(\.reuse)?", code[i].operands[1])
+            after |= bits("R", int(first[1]), 4) if first else 0
+        for j, _ in edges[i]:
+            joined = after | (in_flight[j] or 0)
+            if joined != in_flight[j]:
+                in_flight[j] = joined
+                work.append(j)
+    return [str(ins) for ins, busy, w in zip(code, in_flight, writes) if busy and busy & w]
 
 
 # Descriptors of wgmma: two 64-bit numbers that say where a factor lies in shared memory, and how.

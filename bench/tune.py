@@ -16,7 +16,7 @@ import sys
 from functools import partial
 
 import torch
-from minisd_kernels import ops, tuned
+from minisd_kernels import dispatch, tuned
 
 from bench import harness
 from bench.attention import (
@@ -93,7 +93,7 @@ def against_rule(
     def launched(name, call, *args):
         if entry.get(key) != tiles[name]:
             entry[key] = tiles[name]  # where the launch looks, once
-            ops.KNOWN.clear()
+            dispatch.KNOWN.clear()
         return call(*args)
 
     functions = {
@@ -102,7 +102,7 @@ def against_rule(
     times, _, _ = measure(functions, device, rounds)
     right = [name for name in times if launched(name, error_ratio, q, k, v, edit) <= 1]
     del entry[key]
-    ops.KNOWN.clear()
+    dispatch.KNOWN.clear()
     rule = times["rule"]
     return {
         name: (times[name]["ms"] / rule["ms"], times[name]["high"] / rule["low"]) for name in right

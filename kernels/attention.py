@@ -3,15 +3,16 @@ nothing stored between.
 
 One program owns BLOCK_N queries of one head of one row and walks over the keys in blocks, keeping
 for each query the largest score m, the sum l of exp(score - m) and the weighted sum acc of values,
-and rescaling when m grows. Source: Dao, FlashAttention-2 (2023), algorithm 1, forward only and
-non-causal.
+and rescaling when m grows. Source: Dao, FlashAttention-2 (2023), algorithm 1.
 
-`source_row` routes: the program of an edited row reads q and k of another row, and v of its own.
-`kv_row` joins: it walks over the keys and values of several rows, one after the other. A row whose
-`own_value` is not 0 is its values, copied.
+`is_causal` leaves out the blocks of keys that come after all queries, and masks those beside the
+diagonal. `source_row` routes: the program of an edited row reads q and k of another row, and v of
+its own. `kv_row` joins: it walks over the keys and values of several rows, one after the other. A
+row whose `own_value` is not 0 is its values, copied.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -20,6 +21,7 @@ from . import tuned
 from .launch import Launch
 from .tiles import (
     LOG2_E,
+    Matrix,
     arch,
     bias_strides,
     dot,
@@ -39,70 +41,74 @@ from .tiles import (
 )
 
 
+class Queries(NamedTuple):
+    """One block of queries, and what its scores are computed with."""
+
+    q: Matrix  # the head that it is of
+    b_q: tl.tensor  # (BLOCK_N, STEP), not needed if STEP < D
+    offs_n: tl.tensor
+    queries: tl.tensor  # of the head
+    scale: tl.tensor
+    bias: Matrix
+    biased: tl.tensor  # queries with a bias, all or 0
+
+
 @triton.jit
 def visit(
     acc,
     m,
     l,
-    p_q,
-    b_q,
-    offs_n,
-    queries,
-    step_q,
-    p_k,
-    p_v,
+    x,
+    k,
+    v,
     offs_l,
     keys,
-    step_k,
-    step_v,
-    scale,
-    p_bias,
-    step_bias,
-    biased,
     before,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
+    STEP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
-    STEP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    MASK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    EVEN_N: tl.constexpr,
     MASK_L: tl.constexpr,
 ):
-    """One block of keys: scores, new maximum, rescale, add. biased: queries with a bias, all or 0;
-    before: keys of other rows, which come first in the bias."""
+    """One block of keys: scores, new maximum, rescale, add. before: keys of other rows, which come
+    first in the bias."""
     s = scores(
-        p_q,
-        b_q,
-        offs_n,
-        queries,
-        step_q,
-        p_k,
+        x.q,
+        x.b_q,
+        x.offs_n,
+        x.queries,
+        k,
         offs_l,
         keys,
-        step_k,
         D,
         D,
+        STEP,
         BLOCK_N,
         BLOCK_L,
-        STEP,
-        MASK_N,
+        EVEN_N,
         MASK_L,
     )
+    if CAUSAL and MASK_L:  # blocks without a mask are of keys before the first query
+        s = tl.where(offs_l[None, :] <= x.offs_n[:, None], s, float("-inf"))
 
     # exp(x) = 2^(x log2 e), and log2 e is in the scale
     if HAS_BIAS:
-        s = s * scale + load_bias(p_bias, offs_n, before + offs_l, step_bias, biased, before + keys)
+        s = s * x.scale + load_bias(x.bias, x.offs_n, before + offs_l, x.biased, before + keys)
         m_new = tl.maximum(m, tl.max(s, 1))
         p = tl.exp2(s - finite(m_new)[:, None])
         shrink = tl.exp2(m - finite(m_new))
     else:
-        m_new = tl.maximum(m, tl.max(s, 1) * scale)
-        p = tl.exp2(s * scale - m_new[:, None])
+        m_new = tl.maximum(m, tl.max(s, 1) * x.scale)
+        p = tl.exp2(s * x.scale - m_new[:, None])
         shrink = tl.exp2(m - m_new)
     l = l * shrink + tl.sum(p, 1)
 
-    b_v = load(p_v, offs_l, tl.arange(0, WIDTH), step_v, keys, D, MASK_L, D != WIDTH)
+    offs_d = tl.arange(0, WIDTH)
+    b_v = load(v, offs_l, offs_d, keys, D, MASK_L, D != WIDTH)
     acc = dot(p.to(b_v.dtype), b_v, acc * shrink[:, None])
     return acc, m_new, l
 
@@ -112,91 +118,89 @@ def walk(
     acc,
     m,
     l,
-    p_q,
-    b_q,
-    offs_n,
-    queries,
-    step_q,
-    p_k,
-    p_v,
+    x,
+    start_n,
+    k,
+    v,
     keys,
-    step_k,
-    step_v,
-    scale,
-    p_bias,
-    step_bias,
-    biased,
     before,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
+    STEP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
-    STEP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    CAUSAL: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_L: tl.constexpr,
 ):
-    """All keys of one row."""
+    """All keys of one row: blocks that need no mask, then the rest."""
     offs_l = tl.arange(0, BLOCK_L)
     whole = keys if EVEN_L else keys // BLOCK_L * BLOCK_L
+    if CAUSAL:
+        whole = tl.minimum(keys, start_n) // BLOCK_L * BLOCK_L
     for start_l in range(0, whole, BLOCK_L):
         acc, m, l = visit(
             acc,
             m,
             l,
-            p_q,
-            b_q,
-            offs_n,
-            queries,
-            step_q,
-            p_k,
-            p_v,
+            x,
+            k,
+            v,
             start_l + offs_l,
             keys,
-            step_k,
-            step_v,
-            scale,
-            p_bias,
-            step_bias,
-            biased,
             before,
             D,
             WIDTH,
+            STEP,
             BLOCK_N,
             BLOCK_L,
-            STEP,
             HAS_BIAS,
-            not EVEN_N,
+            CAUSAL,
+            EVEN_N,
             False,
         )
-    if not EVEN_L:  # the last block is the only one that needs a mask
+    if CAUSAL:
+        for start_l in range(whole, tl.minimum(keys, start_n + BLOCK_N), BLOCK_L):
+            acc, m, l = visit(
+                acc,
+                m,
+                l,
+                x,
+                k,
+                v,
+                start_l + offs_l,
+                keys,
+                before,
+                D,
+                WIDTH,
+                STEP,
+                BLOCK_N,
+                BLOCK_L,
+                HAS_BIAS,
+                CAUSAL,
+                EVEN_N,
+                True,
+            )
+    elif not EVEN_L:
         acc, m, l = visit(
             acc,
             m,
             l,
-            p_q,
-            b_q,
-            offs_n,
-            queries,
-            step_q,
-            p_k,
-            p_v,
+            x,
+            k,
+            v,
             whole + offs_l,
             keys,
-            step_k,
-            step_v,
-            scale,
-            p_bias,
-            step_bias,
-            biased,
             before,
             D,
             WIDTH,
+            STEP,
             BLOCK_N,
             BLOCK_L,
-            STEP,
             HAS_BIAS,
-            not EVEN_N,
+            CAUSAL,
+            EVEN_N,
             True,
         )
     return acc, m, l
@@ -205,9 +209,8 @@ def walk(
 @triton.jit
 def joined_row(kv_row, stride, row, j):
     """The j-th row whose keys and values `row` takes."""
-    return tl.load(kv_row + row.to(tl.int64) * stride[0] + tl.cast(j, tl.int64) * stride[1]).to(
-        tl.int32
-    )
+    p_row = kv_row + row.to(tl.int64) * stride[0] + tl.cast(j, tl.int64) * stride[1]
+    return tl.load(p_row).to(tl.int32)
 
 
 @triton.heuristics(
@@ -216,6 +219,7 @@ def joined_row(kv_row, stride, row, j):
         "HAS_BIAS": lambda args: args["bias"] is not None,
         "HAS_KV_ROW": lambda args: args["kv_row"] is not None,
         "HAS_OWN_VALUE": lambda args: args["own_value"] is not None,
+        "HAS_LSE": lambda args: args["lse"] is not None,
         "EVEN_N": lambda args: args["queries"] % args["BLOCK_N"] == 0,
         "EVEN_L": lambda args: args["keys"] % args["BLOCK_L"] == 0,
     }
@@ -234,9 +238,11 @@ def attention_kernel(
     kv_row,
     own_value,
     out,
+    lse,
     queries,
     keys,
     heads,
+    group,  # heads of q to one of k and v
     first,
     joined,
     scale,
@@ -246,6 +252,7 @@ def attention_kernel(
     stride_out,  # (batch, head, token, element), all but the last in units of UNIT
     stride_bias,
     stride_rows,  # of bias and of kv_row, in elements
+    CAUSAL: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     UNIT: tl.constexpr,
@@ -256,34 +263,35 @@ def attention_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_KV_ROW: tl.constexpr,
     HAS_OWN_VALUE: tl.constexpr,
+    HAS_LSE: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_L: tl.constexpr,
 ):
     """One block of queries of head h of row b; rows from `first` on may take q and k of another
-    row, or keys and values of `joined` rows."""
+    row, or keys and values of `joined` rows. lse: (batch, heads, queries) float32, contiguous."""
     start_n, h, b = place(queries, heads, BLOCK_N)
-    offs_n = start_n + tl.arange(0, BLOCK_N)
-    p_out, step_out = head(out, stride_out, b, h, UNIT)
+    offs_n, offs_d = start_n + tl.arange(0, BLOCK_N), tl.arange(0, WIDTH)
+    h_kv = h // group
+    to_out = head(out, stride_out, b, h, UNIT)
     is_own = False
     if HAS_OWN_VALUE:
         if b >= first:
             is_own = tl.load(own_value + b - first) != 0
     if is_own:  # the map is the identity
-        p_v, step_v = head(v, stride_v, b, h, UNIT)
-        b_v = load(p_v, offs_n, tl.arange(0, WIDTH), step_v, queries, D, not EVEN_N, D != WIDTH)
-        store(p_out, b_v, offs_n, tl.arange(0, WIDTH), step_out, queries, D)
+        own_v = head(v, stride_v, b, h_kv, UNIT)
+        b_v = load(own_v, offs_n, offs_d, queries, D, not EVEN_N, D != WIDTH)
+        store(to_out, b_v, offs_n, offs_d, queries, D)
     else:
         b_map = b
         if HAS_SOURCE_ROW:
             if b >= first:
                 b_map = first + tl.load(source_row + b - first).to(tl.int32)
-        p_q, step_q = head(q, stride_q, b_map, h, UNIT)
-        p_bias, step_bias, biased = q, (0, 0), 0
+        of_q, of_bias, biased = head(q, stride_q, b_map, h, UNIT), Matrix(q, (0, 0)), 0
         if HAS_BIAS:
-            p_bias, step_bias = head(bias, stride_bias, tl.maximum(b_map - first, 0), h, 1)
+            of_bias = head(bias, stride_bias, tl.maximum(b_map - first, 0), h, 1)
             biased = tl.where(b_map >= first, queries, 0)
-        # (BLOCK_N, STEP), not needed if STEP < D
-        b_q = load(p_q, offs_n, tl.arange(0, STEP), step_q, queries, D, not EVEN_N, D % STEP != 0)
+        b_q = load(of_q, offs_n, tl.arange(0, STEP), queries, D, not EVEN_N, D % STEP != 0)
+        x = Queries(of_q, b_q, offs_n, queries, scale, of_bias, biased)
         acc = zeros(BLOCK_N, WIDTH)
         m = tl.full([BLOCK_N], float("-inf"), tl.float32)
         l = tl.zeros([BLOCK_N], tl.float32)
@@ -294,107 +302,82 @@ def attention_kernel(
                 if b >= first:
                     b_k = first + joined_row(kv_row, stride_rows, b_map - first, j)
                     b_v = first + joined_row(kv_row, stride_rows, b - first, j)
-                p_k, step_k = head(k, stride_k, b_k, h, UNIT)
-                p_v, step_v = head(v, stride_v, b_v, h, UNIT)
+                of_k, of_v = head(k, stride_k, b_k, h_kv, UNIT), head(v, stride_v, b_v, h_kv, UNIT)
                 acc, m, l = walk(
                     acc,
                     m,
                     l,
-                    p_q,
-                    b_q,
-                    offs_n,
-                    queries,
-                    step_q,
-                    p_k,
-                    p_v,
+                    x,
+                    start_n,
+                    of_k,
+                    of_v,
                     keys,
-                    step_k,
-                    step_v,
-                    scale,
-                    p_bias,
-                    step_bias,
-                    biased,
                     j * keys,
                     D,
                     WIDTH,
+                    STEP,
                     BLOCK_N,
                     BLOCK_L,
-                    STEP,
                     HAS_BIAS,
+                    CAUSAL,
                     EVEN_N,
                     EVEN_L,
                 )
         else:
-            p_k, step_k = head(k, stride_k, b_map, h, UNIT)
-            p_v, step_v = head(v, stride_v, b, h, UNIT)
+            of_k, of_v = head(k, stride_k, b_map, h_kv, UNIT), head(v, stride_v, b, h_kv, UNIT)
             acc, m, l = walk(
                 acc,
                 m,
                 l,
-                p_q,
-                b_q,
-                offs_n,
-                queries,
-                step_q,
-                p_k,
-                p_v,
+                x,
+                start_n,
+                of_k,
+                of_v,
                 keys,
-                step_k,
-                step_v,
-                scale,
-                p_bias,
-                step_bias,
-                biased,
                 0,
                 D,
                 WIDTH,
+                STEP,
                 BLOCK_N,
                 BLOCK_L,
-                STEP,
                 HAS_BIAS,
+                CAUSAL,
                 EVEN_N,
                 EVEN_L,
             )
         if HAS_BIAS:  # a query from which all keys are hidden attends to nothing
             l = tl.where(l == 0, 1.0, l)
-        store(p_out, acc / l[:, None], offs_n, tl.arange(0, WIDTH), step_out, queries, D)
+        store(to_out, acc / l[:, None], offs_n, offs_d, queries, D)
+        if HAS_LSE:
+            at = (b.to(tl.int64) * heads + h) * queries + offs_n
+            tl.store(lse + at, (m + tl.log2(l)) * 0.6931471805599453, mask=offs_n < queries)
 
 
 # The launch: plain Python from here on.
 
 
-def prepare(q, k, v, source_row, bias, kv_row, own_value, scale, out) -> Callable:
+def prepare(q, k, v, source_row, bias, kv_row, own_value, scale, is_causal, out) -> Callable:
     """The launch of out = attention(q, k, v, ...), for tensors like these; all checks are done in
-    ops.py.
+    checks.py.
 
-    It takes the same arguments.
+    It takes the same arguments. out: the output, or (output, lse).
     """
     (B, H, N, D), L = q.shape, k.shape[2]
-    u = unit(q, k, v, out)
+    first_out = out[0] if isinstance(out, tuple) else out
+    u = unit(q, k, v, first_out)
     op = "attention" if bias is None else "attention, bias"
     choice = tile(op, q, arch()) | tuned.tile(op, q)
     S = next((x.shape[0] for x in (source_row, bias, kv_row, own_value) if x is not None), 0)
-    numbers = (
-        N,
-        L,
-        H,
-        B - S,
-        1 if kv_row is None else kv_row.shape[1],
-        (D**-0.5 if scale is None else scale) * LOG2_E,
-    )
-    steps = *(strides(x, u) for x in (q, k, v, out)), bias_strides(bias, H, N)
+    joined = 1 if kv_row is None else kv_row.shape[1]
+    scale = (D**-0.5 if scale is None else scale) * LOG2_E
+    steps = *(strides(x, u) for x in (q, k, v, first_out)), bias_strides(bias, H, N)
     rows = (0, 0) if kv_row is None else kv_row.stride()
-    attend = Launch(
-        attention_kernel,
-        launch_grid(q, choice),
-        (*numbers, *steps, rows),
-        D=D,
-        WIDTH=width(D),
-        UNIT=u,
-        **choice,
-    )
+    numbers = (N, L, H, H // k.shape[1], B - S, joined, scale, *steps)
+    constants = {"CAUSAL": is_causal, "D": D, "WIDTH": width(D), "UNIT": u} | choice
+    attend = Launch(attention_kernel, launch_grid(q, choice), (*numbers, rows), **constants)
 
-    def launch(q, k, v, source_row, bias, kv_row, own_value, scale, out):
-        attend(q, k, v, source_row, bias, kv_row, own_value, out)
+    def launch(q, k, v, source_row, bias, kv_row, own_value, scale, is_causal, out):
+        out, lse = out if isinstance(out, tuple) else (out, None)
+        attend(q, k, v, source_row, bias, kv_row, own_value, out, lse)
 
     return launch

@@ -17,6 +17,7 @@ may be the sum of two terms.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,6 +25,7 @@ import triton.language as tl
 
 from .launch import Launch
 from .tiles import (
+    Matrix,
     arch,
     bias_strides,
     dot,
@@ -57,15 +59,24 @@ def rows_of(t, source_row, first, rows, ROUTED: tl.constexpr, HAS_SOURCE_ROW: tl
 
 
 @triton.jit
-def values_of(
-    t, v, stride_v, v_source, stride_source, h, rows, UNIT: tl.constexpr, TWO_TERMS: tl.constexpr
-):
-    """(address, steps) of the values of term t, or of their gradients."""
-    p_v, step_v = head(v, stride_v, tl.minimum(t, rows - 1), h, UNIT)
+def values_of(t, v, stride_v, v_source, stride_source, h, rows, UNIT: tl.constexpr, TWO_TERMS):
+    """The Matrix of the values of term t, or of their gradients."""
+    p, step = head(v, stride_v, tl.minimum(t, rows - 1), h, UNIT)
     if TWO_TERMS:
         if t >= rows:
-            p_v, step_v = head(v_source, stride_source, t - rows, h, UNIT)
-    return p_v, step_v
+            p, step = head(v_source, stride_source, t - rows, h, UNIT)
+    return Matrix(p, step)
+
+
+class Scores(NamedTuple):
+    """What the scores of one map are computed with, beside blocks of q and k."""
+
+    scale: tl.tensor
+    map_row: tl.tensor
+    first: tl.tensor
+    h: tl.tensor
+    queries: tl.tensor
+    keys: tl.tensor
 
 
 @triton.jit
@@ -74,25 +85,24 @@ def logits(
     b_k,
     offs_n,
     offs_l,
-    queries,
-    keys,
-    scale,
+    x,
     bias,
     stride_bias,
-    map_row,
-    first,
-    h,
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):
-    """log2(e) (scale q k^T + bias): (BLOCK_N, BLOCK_L), -inf beyond the last key."""
-    s = dot(b_q, b_k.T, zeros(BLOCK_N, BLOCK_L)) * (scale * LOG2_E)
+    """log2(e) (scale q k^T + bias): (BLOCK_N, BLOCK_L), -inf for keys that are not seen. x:
+    Scores."""
+    s = dot(b_q, b_k.T, zeros(BLOCK_N, BLOCK_L)) * (x.scale * LOG2_E)
     if HAS_BIAS:
-        if map_row >= first:
-            p_bias, step = head(bias, stride_bias, map_row - first, h, 1)
-            s += load_bias(p_bias, offs_n, offs_l, step, queries, keys)
-    return tl.where(offs_l[None, :] < keys, s, float("-inf"))
+        if x.map_row >= x.first:
+            of_bias = head(bias, stride_bias, x.map_row - x.first, x.h, 1)
+            s += load_bias(of_bias, offs_n, offs_l, x.queries, x.keys)
+    if CAUSAL:
+        s = tl.where(offs_l[None, :] <= offs_n[:, None], s, float("-inf"))
+    return tl.where(offs_l[None, :] < x.keys, s, float("-inf"))
 
 
 @triton.heuristics(
@@ -128,6 +138,7 @@ def statistics_kernel(
     stride_source,
     stride_grad,
     stride_bias,  # bias: elements, the others: UNIT
+    CAUSAL: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -145,39 +156,25 @@ def statistics_kernel(
     """
     start_n, h, t = place(queries, heads, BLOCK_N)
     map_row, row = rows_of(t, source_row, first, rows, not TWO_TERMS, HAS_SOURCE_ROW)
+    x = Scores(scale, map_row, first, h, queries, keys)
     offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_d, offs_v = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
-    p_q, step_q = head(q, stride_q, map_row, h, UNIT)
-    p_k, step_k = head(k, stride_k, map_row, h, UNIT)
-    p_v, step_v = values_of(t, v, stride_v, v_source, stride_source, h, rows, UNIT, TWO_TERMS)
-    p_grad, step_grad = head(grad_out, stride_grad, row, h, UNIT)
+    of_q, of_k = head(q, stride_q, map_row, h, UNIT), head(k, stride_k, map_row, h, UNIT)
+    of_v = values_of(t, v, stride_v, v_source, stride_source, h, rows, UNIT, TWO_TERMS)
+    of_grad = head(grad_out, stride_grad, row, h, UNIT)
     # (BLOCK_N, WIDTH), (BLOCK_N, WIDTH_V)
-    b_q = load(p_q, offs_n, offs_d, step_q, queries, D, True, WIDTH != D)
-    b_grad = load(p_grad, offs_n, offs_v, step_grad, queries, DV, True, WIDTH_V != DV)
+    b_q = load(of_q, offs_n, offs_d, queries, D, True, WIDTH != D)
+    b_grad = load(of_grad, offs_n, offs_v, queries, DV, True, WIDTH_V != DV)
 
     m = tl.full([BLOCK_N], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     weighted = tl.zeros([BLOCK_N], tl.float32)
-    for start in range(0, keys, BLOCK_L):
+    for start in range(0, tl.minimum(keys, start_n + BLOCK_N) if CAUSAL else keys, BLOCK_L):
         offs_l = start + tl.arange(0, BLOCK_L)
-        b_k = load(p_k, offs_l, offs_d, step_k, keys, D, True, WIDTH != D)
-        b_v = load(p_v, offs_l, offs_v, step_v, keys, DV, True, WIDTH_V != DV)
+        b_k = load(of_k, offs_l, offs_d, keys, D, True, WIDTH != D)
+        b_v = load(of_v, offs_l, offs_v, keys, DV, True, WIDTH_V != DV)
         s = logits(
-            b_q,
-            b_k,
-            offs_n,
-            offs_l,
-            queries,
-            keys,
-            scale,
-            bias,
-            stride_bias,
-            map_row,
-            first,
-            h,
-            BLOCK_N,
-            BLOCK_L,
-            HAS_BIAS,
+            b_q, b_k, offs_n, offs_l, x, bias, stride_bias, BLOCK_N, BLOCK_L, HAS_BIAS, CAUSAL
         )
         m_new = tl.maximum(m, tl.max(s, 1))
         p = tl.exp2(s - finite(m_new)[:, None])
@@ -187,9 +184,8 @@ def statistics_kernel(
         m = m_new
 
     at = (t.to(tl.int64) * heads + h) * queries + offs_n
-    total = tl.where(
-        total == 0, 1.0, total
-    )  # a query that attends to nothing: P, delta and all gradients are 0
+    # a query that attends to nothing: P, delta and all gradients are 0
+    total = tl.where(total == 0, 1.0, total)
     tl.store(log_sum + at, finite(m) + tl.log2(total), mask=offs_n < queries)
     tl.store(delta + at, weighted / total, mask=offs_n < queries)
 
@@ -202,47 +198,26 @@ def map_gradient(
     b_grad,
     log_sum,
     delta,
-    t,
-    heads,
+    at,
     offs_n,
     offs_l,
-    queries,
-    keys,
-    scale,
+    x,
     bias,
     stride_bias,
-    map_row,
-    first,
-    h,
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):
-    """(P, dS = P (dP - delta)) of term t for one block of queries and keys, both (BLOCK_N,
-    BLOCK_L)."""
-    at = (tl.cast(t, tl.int64) * heads + h) * queries + offs_n
-    b_log_sum = tl.load(
-        log_sum + at, mask=offs_n < queries, other=float("inf")
-    )  # P = 0 beyond the last query
-    b_delta = tl.load(delta + at, mask=offs_n < queries, other=0.0)
-    s = logits(
-        b_q,
-        b_k,
-        offs_n,
-        offs_l,
-        queries,
-        keys,
-        scale,
-        bias,
-        stride_bias,
-        map_row,
-        first,
-        h,
-        BLOCK_N,
-        BLOCK_L,
-        HAS_BIAS,
+    """(P, dS = P (dP - delta)) of one term for one block of queries and keys, both (BLOCK_N,
+    BLOCK_L). at: where the statistics of the term's head begin."""
+    seen = offs_n < x.queries
+    b_log_sum = tl.load(log_sum + at + offs_n, mask=seen, other=float("inf"))  # P = 0 beyond
+    b_delta = tl.load(delta + at + offs_n, mask=seen, other=0.0)
+    p = tl.exp2(
+        logits(b_q, b_k, offs_n, offs_l, x, bias, stride_bias, BLOCK_N, BLOCK_L, HAS_BIAS, CAUSAL)
+        - b_log_sum[:, None]
     )
-    p = tl.exp2(s - b_log_sum[:, None])
     return p, p * (dot(b_grad, b_v.T, zeros(BLOCK_N, BLOCK_L)) - b_delta[:, None])
 
 
@@ -282,6 +257,7 @@ def query_kernel(
     stride_grad,
     stride_bias,
     stride_grad_q,
+    CAUSAL: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -296,25 +272,24 @@ def query_kernel(
     """dQ = scale dS K of one block of queries of head h of row b, over the terms that use its
     map."""
     start_n, h, b = place(queries, heads, BLOCK_N)
+    x = Scores(scale, b, first, h, queries, keys)
     offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_d, offs_v = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
-    p_q, step_q = head(q, stride_q, b, h, UNIT)
-    p_k, step_k = head(k, stride_k, b, h, UNIT)
-    b_q = load(p_q, offs_n, offs_d, step_q, queries, D, True, WIDTH != D)
+    of_q, of_k = head(q, stride_q, b, h, UNIT), head(k, stride_k, b, h, UNIT)
+    b_q = load(of_q, offs_n, offs_d, queries, D, True, WIDTH != D)
 
     acc = zeros(BLOCK_N, WIDTH)
     for t in range(terms):
         map_row, row = rows_of(t, source_row, first, rows, not TWO_TERMS, HAS_SOURCE_ROW)
         if map_row == b:
-            p_v, step_v = values_of(
-                t, v, stride_v, v_source, stride_source, h, rows, UNIT, TWO_TERMS
-            )
-            p_grad, step_grad = head(grad_out, stride_grad, row, h, UNIT)
-            b_grad = load(p_grad, offs_n, offs_v, step_grad, queries, DV, True, WIDTH_V != DV)
-            for start in range(0, keys, BLOCK_L):
+            of_v = values_of(t, v, stride_v, v_source, stride_source, h, rows, UNIT, TWO_TERMS)
+            of_grad = head(grad_out, stride_grad, row, h, UNIT)
+            b_grad = load(of_grad, offs_n, offs_v, queries, DV, True, WIDTH_V != DV)
+            at = (tl.cast(t, tl.int64) * heads + h) * queries
+            for start in range(0, tl.minimum(keys, start_n + BLOCK_N) if CAUSAL else keys, BLOCK_L):
                 offs_l = start + tl.arange(0, BLOCK_L)
-                b_k = load(p_k, offs_l, offs_d, step_k, keys, D, True, WIDTH != D)
-                b_v = load(p_v, offs_l, offs_v, step_v, keys, DV, True, WIDTH_V != DV)
+                b_k = load(of_k, offs_l, offs_d, keys, D, True, WIDTH != D)
+                b_v = load(of_v, offs_l, offs_v, keys, DV, True, WIDTH_V != DV)
                 _, ds = map_gradient(
                     b_q,
                     b_k,
@@ -322,26 +297,20 @@ def query_kernel(
                     b_grad,
                     log_sum,
                     delta,
-                    t,
-                    heads,
+                    at,
                     offs_n,
                     offs_l,
-                    queries,
-                    keys,
-                    scale,
+                    x,
                     bias,
                     stride_bias,
-                    b,
-                    first,
-                    h,
                     BLOCK_N,
                     BLOCK_L,
                     HAS_BIAS,
+                    CAUSAL,
                 )
                 acc = dot(ds.to(b_k.dtype), b_k, acc)
 
-    p_out, step_out = head(grad_q, stride_grad_q, b, h, UNIT)
-    store(p_out, acc * scale, offs_n, offs_d, step_out, queries, D)
+    store(head(grad_q, stride_grad_q, b, h, UNIT), acc * scale, offs_n, offs_d, queries, D)
 
 
 @triton.heuristics(
@@ -384,6 +353,7 @@ def key_kernel(
     stride_grad_k,
     stride_grad_v,
     stride_grad_source,
+    CAUSAL: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -398,26 +368,25 @@ def key_kernel(
     """dK = scale dS^T Q of one block of keys of head h of row b, and dV = P^T dO of every term that
     uses its map."""
     start_l, h, b = place(keys, heads, BLOCK_L)
+    x = Scores(scale, b, first, h, queries, keys)
     offs_l = start_l + tl.arange(0, BLOCK_L)
     offs_d, offs_v = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
-    p_q, step_q = head(q, stride_q, b, h, UNIT)
-    p_k, step_k = head(k, stride_k, b, h, UNIT)
-    b_k = load(p_k, offs_l, offs_d, step_k, keys, D, True, WIDTH != D)
+    of_q, of_k = head(q, stride_q, b, h, UNIT), head(k, stride_k, b, h, UNIT)
+    b_k = load(of_k, offs_l, offs_d, keys, D, True, WIDTH != D)
 
     acc_k = zeros(BLOCK_L, WIDTH)
     for t in range(terms):
         map_row, row = rows_of(t, source_row, first, rows, not TWO_TERMS, HAS_SOURCE_ROW)
         if map_row == b:
-            p_v, step_v = values_of(
-                t, v, stride_v, v_source, stride_source, h, rows, UNIT, TWO_TERMS
-            )
-            p_grad, step_grad = head(grad_out, stride_grad, row, h, UNIT)
-            b_v = load(p_v, offs_l, offs_v, step_v, keys, DV, True, WIDTH_V != DV)
+            of_v = values_of(t, v, stride_v, v_source, stride_source, h, rows, UNIT, TWO_TERMS)
+            of_grad = head(grad_out, stride_grad, row, h, UNIT)
+            b_v = load(of_v, offs_l, offs_v, keys, DV, True, WIDTH_V != DV)
             acc_v = zeros(BLOCK_L, WIDTH_V)
-            for start in range(0, queries, BLOCK_N):
+            at = (tl.cast(t, tl.int64) * heads + h) * queries
+            for start in range(start_l // BLOCK_N * BLOCK_N if CAUSAL else 0, queries, BLOCK_N):
                 offs_n = start + tl.arange(0, BLOCK_N)
-                b_q = load(p_q, offs_n, offs_d, step_q, queries, D, True, WIDTH != D)
-                b_grad = load(p_grad, offs_n, offs_v, step_grad, queries, DV, True, WIDTH_V != DV)
+                b_q = load(of_q, offs_n, offs_d, queries, D, True, WIDTH != D)
+                b_grad = load(of_grad, offs_n, offs_v, queries, DV, True, WIDTH_V != DV)
                 p, ds = map_gradient(
                     b_q,
                     b_k,
@@ -425,31 +394,25 @@ def key_kernel(
                     b_grad,
                     log_sum,
                     delta,
-                    t,
-                    heads,
+                    at,
                     offs_n,
                     offs_l,
-                    queries,
-                    keys,
-                    scale,
+                    x,
                     bias,
                     stride_bias,
-                    b,
-                    first,
-                    h,
                     BLOCK_N,
                     BLOCK_L,
                     HAS_BIAS,
+                    CAUSAL,
                 )
                 acc_v = dot(p.to(b_grad.dtype).T, b_grad, acc_v)
                 acc_k = dot(ds.to(b_q.dtype).T, b_q, acc_k)
-            p_out, step_out = values_of(
+            to_v = values_of(
                 t, grad_v, stride_grad_v, grad_source, stride_grad_source, h, rows, UNIT, TWO_TERMS
             )
-            store(p_out, acc_v, offs_l, offs_v, step_out, keys, DV)
+            store(to_v, acc_v, offs_l, offs_v, keys, DV)
 
-    p_out, step_out = head(grad_k, stride_grad_k, b, h, UNIT)
-    store(p_out, acc_k * scale, offs_l, offs_d, step_out, keys, D)
+    store(head(grad_k, stride_grad_k, b, h, UNIT), acc_k * scale, offs_l, offs_d, keys, D)
 
 
 # The launch: plain Python from here on.
@@ -471,10 +434,12 @@ def config(wide: int, itemsize: int, arch: int) -> dict:
     return {"BLOCK_N": 32, "BLOCK_L": block_l, "num_warps": 4, "num_stages": 1}
 
 
-def prepare(grad_out, q, k, v, v_source, source_row, bias, scale, out) -> Callable:
+def prepare(
+    grad_out, q, k, v, v_source, source_row, bias, grad_lse, scale, is_causal, out
+) -> Callable:
     """The launches that fill out = (grad_q, grad_k, grad_v, grad_source), for tensors like these.
 
-    All checks are done in ops.py. It takes the same arguments.
+    It takes the same arguments. grad_lse: (B, H, N), the gradient of each row's lse, or None.
     """
     (B, H, N, D), (L, DV) = q.shape, v.shape[2:]
     S = next((x.shape[0] for x in (source_row, bias, v_source) if x is not None), 0)
@@ -484,6 +449,7 @@ def prepare(grad_out, q, k, v, v_source, source_row, bias, scale, out) -> Callab
     choice = config(max(width(D), width(DV)), q.element_size(), arch())
     blocks_n, blocks_l = triton.cdiv(N, choice["BLOCK_N"]), triton.cdiv(L, choice["BLOCK_L"])
     choice |= {"D": D, "DV": DV, "WIDTH": width(D), "WIDTH_V": width(DV), "UNIT": u}
+    choice |= {"CAUSAL": is_causal}
     scale = D**-0.5 if scale is None else scale
     sizes = (N, L, H, B - S, B, terms, scale)
     written = *(strides(x, u) for x in out[1:3]), strides(None if v_source is None else out[3], u)
@@ -495,13 +461,13 @@ def prepare(grad_out, q, k, v, v_source, source_row, bias, scale, out) -> Callab
     )
     keys = Launch(key_kernel, (blocks_l * H * B,), (*sizes, *steps, *written), **choice)
 
-    def launch(grad_out, q, k, v, v_source, source_row, bias, scale, out):
+    def launch(grad_out, q, k, v, v_source, source_row, bias, grad_lse, scale, is_causal, out):
         grad_q, grad_k, grad_v, grad_source = out
-        numbers = (
-            q.new_empty(terms, H, N, dtype=torch.float32) for _ in range(2)
-        )  # log_sum, delta
-        tensors = (q, k, v, v_source, grad_out, source_row, bias, *numbers)
+        log_sum, delta = (q.new_empty(terms, H, N, dtype=torch.float32) for _ in range(2))
+        tensors = (q, k, v, v_source, grad_out, source_row, bias, log_sum, delta)
         statistics(*tensors)
+        if grad_lse is not None:  # dS = P (dP - delta + d lse)
+            delta[:B] -= grad_lse
         queries(*tensors, grad_q)
         keys(*tensors, grad_k, grad_v, None if v_source is None else grad_source)
 

@@ -3,17 +3,15 @@ pass, no rescaling.
 
     P' = reweight * [blend * (P_source @ token_map) + (1 - blend) * P_own];   out = P' V
 
-`cross_attention_kernel` never forms P': the edit is linear in both maps, so fold.py moved it into
-the values and what is left is out = P_own V_own + P_source V_source. `cross_attention_save_kernel`
-forms P', because it is asked to write it, and `mean_kernel` then takes the mean over heads, if that
-is what was asked for. P_source is recomputed from q and k of another row, or read. Source: Hertz et
-al. 2022 (prompt-to-prompt) for the edits.
+P' is never formed here: the edit is linear in both maps, so fold.py moved it into the values and
+what is left is out = P_own V_own + P_source V_source. Where a map is asked for, saved_map.py forms
+it. P_source is recomputed from q and k of another row, or read. Source: Hertz et al. 2022
+(prompt-to-prompt) for the edits.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -33,7 +31,6 @@ from .tiles import (
     scores,
     store,
     strides,
-    table_strides,
     tile,
     unit,
     width,
@@ -41,170 +38,139 @@ from .tiles import (
 )
 
 
+class Inputs(NamedTuple):
+    """What the maps are computed from: tensors, their strides, and numbers."""
+
+    q: tl.tensor
+    k: tl.tensor
+    stride_q: tl.tuple
+    stride_k: tl.tuple
+    queries: tl.tensor
+    group: tl.tensor  # heads of q to one of k
+    first: tl.tensor
+    head_dim: tl.tensor
+    scale: tl.tensor
+
+
 @triton.jit
 def softmax_map(
-    q,
-    k,
+    x,
     bias,
+    stride_bias,
     b,
     h,
-    first,
     offs_n,
-    queries,
-    head_dim,
-    stride_q,
-    stride_k,
-    stride_bias,
-    scale,
     L: tl.constexpr,
     KEYS: tl.constexpr,
     D: tl.constexpr,
     UNIT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     STEP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EVEN_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    MASK_N: tl.constexpr,
 ):
     """P = softmax(scale q k^T + bias) of one block of queries of row b: (BLOCK_N, KEYS) float32,
-    zero beyond L."""
-    p_q, step_q = head(q, stride_q, b, h, UNIT)
-    p_k, step_k = head(k, stride_k, b, h, UNIT)
-    b_q = load(p_q, offs_n, tl.arange(0, STEP), step_q, queries, D, MASK_N, D % STEP != 0)
+    zero beyond L. x: Inputs."""
+    keys, offs_d = tl.arange(0, KEYS), tl.arange(0, STEP)
+    q = head(x.q, x.stride_q, b, h, UNIT)
+    k = head(x.k, x.stride_k, b, h // x.group, UNIT)
+    b_q = load(q, offs_n, offs_d, x.queries, D, not EVEN_N, D % STEP != 0)
     s = scores(
-        p_q,
-        b_q,
-        offs_n,
-        queries,
-        step_q,
-        p_k,
-        tl.arange(0, KEYS),
-        L,
-        step_k,
-        head_dim,
-        D,
-        BLOCK_N,
-        KEYS,
-        STEP,
-        MASK_N,
-        KEYS != L,
+        q, b_q, offs_n, x.queries, k, keys, L, x.head_dim, D, STEP, BLOCK_N, KEYS, EVEN_N, KEYS != L
     )
     # exp(x) = 2^(x log2 e), and log2 e is in the scale
     if HAS_BIAS:
-        biased = tl.where(
-            b >= first, queries, 0
-        )  # queries with a bias: rows before `first` have none
-        p_bias, step = head(bias, stride_bias, tl.maximum(b - first, 0), h, 1)
-        s = s * scale + load_bias(p_bias, offs_n, tl.arange(0, KEYS), step, biased, L)
+        biased = tl.where(b >= x.first, x.queries, 0)  # rows before `first` have none
+        of_bias = head(bias, stride_bias, tl.maximum(b - x.first, 0), h, 1)
+        s = s * x.scale + load_bias(of_bias, offs_n, keys, biased, L)
         p = tl.exp2(s - finite(tl.max(s, 1))[:, None])
         total = tl.sum(p, 1)
         return p * (1 / tl.where(total == 0, 1.0, total))[:, None]
     else:
-        p = tl.exp2(s * scale - (tl.max(s, 1) * scale)[:, None])
+        p = tl.exp2(s * x.scale - (tl.max(s, 1) * x.scale)[:, None])
         return p * (1 / tl.sum(p, 1))[:, None]
 
 
 @triton.jit
 def stored_map(
-    inject, b, h, offs_n, queries, stride, L: tl.constexpr, KEYS: tl.constexpr, MASK_N: tl.constexpr
+    inject, stride, b, h, offs_n, queries, L: tl.constexpr, KEYS: tl.constexpr, EVEN_N: tl.constexpr
 ):
     """A stored map of one block of queries: (BLOCK_N, KEYS) float32."""
-    p_map, step = head(inject, stride, b, h, 1)
-    return load(p_map, offs_n, tl.arange(0, KEYS), step, queries, L, MASK_N, KEYS != L).to(
-        tl.float32
-    )
+    keys, at = tl.arange(0, KEYS), head(inject, stride, b, h, 1)
+    p = load(at, offs_n, keys, queries, L, not EVEN_N, KEYS != L)
+    return p.to(tl.float32)
 
 
 @triton.jit
 def store_columns(
     d,
     p,
-    p_v,
-    step_v,
+    v,
     source,
-    p_source,
-    step_source,
-    p_out,
-    step_out,
+    v_source,
+    out,
     offs_n,
     queries,
     L: tl.constexpr,
     KEYS: tl.constexpr,
     D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     STEP: tl.constexpr,
-    TWO_TERMS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TWO: tl.constexpr,
 ):
-    """Columns d of out = P V, with TWO_TERMS plus P_source V_source."""
+    """Columns d of out = P V, if there are TWO terms plus P_source V_source."""
     keys = tl.arange(0, KEYS)
-    b_v = load(p_v, keys, d, step_v, L, D, KEYS != L, D % STEP != 0)
+    MASK_L: tl.constexpr = KEYS != L
+    MASK_D: tl.constexpr = D % STEP != 0
+    b_v = load(v, keys, d, L, D, MASK_L, MASK_D)
     acc = dot(p.to(b_v.dtype), b_v, zeros(BLOCK_N, STEP))
-    if TWO_TERMS:
-        b_v = load(p_source, keys, d, step_source, L, D, KEYS != L, D % STEP != 0)
+    if TWO:
+        b_v = load(v_source, keys, d, L, D, MASK_L, MASK_D)
         acc = dot(source.to(b_v.dtype), b_v, acc)
-    store(p_out, acc, offs_n, d, step_out, queries, D)
+    store(out, acc, offs_n, d, queries, D)
 
 
 @triton.jit
 def store_product(
     p,
-    p_v,
-    step_v,
+    v,
     source,
-    p_source,
-    step_source,
-    p_out,
-    step_out,
+    v_source,
+    out,
     offs_n,
     queries,
     head_dim,
     L: tl.constexpr,
     KEYS: tl.constexpr,
     D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     STEP: tl.constexpr,
-    TWO_TERMS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TWO: tl.constexpr,
 ):
-    """out = P V, STEP columns at a time; head_dim as in `scores`."""
+    """out = P V, with TWO terms plus P_source V_source, STEP columns at a time; head_dim as in
+    `scores`."""
+    d = tl.arange(0, STEP)
     if STEP < D:
         for start in range(0, head_dim, STEP):
             store_columns(
-                start + tl.arange(0, STEP),
+                start + d,
                 p,
-                p_v,
-                step_v,
+                v,
                 source,
-                p_source,
-                step_source,
-                p_out,
-                step_out,
+                v_source,
+                out,
                 offs_n,
                 queries,
                 L,
                 KEYS,
                 D,
-                BLOCK_N,
                 STEP,
-                TWO_TERMS,
+                BLOCK_N,
+                TWO,
             )
     else:
         store_columns(
-            tl.arange(0, STEP),
-            p,
-            p_v,
-            step_v,
-            source,
-            p_source,
-            step_source,
-            p_out,
-            step_out,
-            offs_n,
-            queries,
-            L,
-            KEYS,
-            D,
-            BLOCK_N,
-            STEP,
-            TWO_TERMS,
+            d, p, v, source, v_source, out, offs_n, queries, L, KEYS, D, STEP, BLOCK_N, TWO
         )
 
 
@@ -232,6 +198,7 @@ def cross_attention_kernel(
     out,
     queries,
     heads,
+    groups,  # heads of q to one of k, of v, of v_source
     first,
     head_dim,
     scale,
@@ -267,340 +234,105 @@ def cross_attention_kernel(
     if HAS_SOURCE_ROW:
         if b >= first:
             b_source = first + tl.load(source_row + b - first).to(tl.int32)
-    p_v, step_v = head(v, stride_v, b, h, UNIT)
-    p_out, step_out = head(out, stride_out, b, h, UNIT)
+    x = Inputs(q, k, stride_q, stride_k, queries, groups[0], first, head_dim, scale)
+    own_v = head(v, stride_v, b, h // groups[1], UNIT)
+    to_out = head(out, stride_out, b, h, UNIT)
 
     if (KEEP_OWN and not TWO_TERMS) or b < first:
         p = softmax_map(
-            q,
-            k,
+            x,
             bias,
+            stride_bias,
             b_source,
             h,
-            first,
             offs_n,
-            queries,
-            head_dim,
-            stride_q,
-            stride_k,
-            stride_bias,
-            scale,
             L,
             KEYS,
             D,
             UNIT,
-            BLOCK_N,
             STEP,
+            BLOCK_N,
+            EVEN_N,
             HAS_BIAS,
-            not EVEN_N,
         )
         store_product(
-            p,
-            p_v,
-            step_v,
-            p,
-            p_v,
-            step_v,
-            p_out,
-            step_out,
-            offs_n,
-            queries,
-            head_dim,
-            L,
-            KEYS,
-            D,
-            BLOCK_N,
-            STEP,
-            False,
+            p, own_v, p, own_v, to_out, offs_n, queries, head_dim, L, KEYS, D, STEP, BLOCK_N, False
         )
     elif TWO_TERMS or not KEEP_OWN:
         if HAS_INJECT:
             source = stored_map(
-                inject, b - first, h, offs_n, queries, stride_inject, L, KEYS, not EVEN_N
+                inject, stride_inject, b - first, h, offs_n, queries, L, KEYS, EVEN_N
             )
         else:
             source = softmax_map(
-                q,
-                k,
+                x,
                 bias,
+                stride_bias,
                 b_source,
                 h,
-                first,
                 offs_n,
-                queries,
-                head_dim,
-                stride_q,
-                stride_k,
-                stride_bias,
-                scale,
                 L,
                 KEYS,
                 D,
                 UNIT,
-                BLOCK_N,
                 STEP,
+                BLOCK_N,
+                EVEN_N,
                 HAS_BIAS,
-                not EVEN_N,
             )
-        p_source, step_source = head(v_source, stride_source, b - first, h, UNIT)
-        p = source
+        of_source = head(v_source, stride_source, b - first, h // groups[2], UNIT)
         if TWO_TERMS:
-            source = source.to(
-                v.dtype.element_ty
-            )  # half the registers while the other map is computed
+            # half the registers while the other map is computed
+            source = source.to(v.dtype.element_ty)
             p = softmax_map(
-                q,
-                k,
+                x,
                 bias,
+                stride_bias,
                 b,
                 h,
-                first,
                 offs_n,
-                queries,
-                head_dim,
-                stride_q,
-                stride_k,
-                stride_bias,
-                scale,
                 L,
                 KEYS,
                 D,
                 UNIT,
-                BLOCK_N,
                 STEP,
+                BLOCK_N,
+                EVEN_N,
                 HAS_BIAS,
-                not EVEN_N,
             )
             store_product(
                 p,
-                p_v,
-                step_v,
+                own_v,
                 source,
-                p_source,
-                step_source,
-                p_out,
-                step_out,
+                of_source,
+                to_out,
                 offs_n,
                 queries,
                 head_dim,
                 L,
                 KEYS,
                 D,
-                BLOCK_N,
                 STEP,
+                BLOCK_N,
                 True,
             )
         else:
             store_product(
                 source,
-                p_source,
-                step_source,
-                p,
-                p_v,
-                step_v,
-                p_out,
-                step_out,
+                of_source,
+                source,
+                of_source,
+                to_out,
                 offs_n,
                 queries,
                 head_dim,
                 L,
                 KEYS,
                 D,
-                BLOCK_N,
                 STEP,
+                BLOCK_N,
                 False,
             )
-
-
-@triton.jit
-def row_vector(p, stride, row, h, L: tl.constexpr, KEYS: tl.constexpr):
-    """One row of a table, of head h if it has heads: (1, KEYS)."""
-    cols = tl.arange(0, KEYS)
-    p += row * stride[0] + h.to(tl.int64) * stride[1]
-    return tl.load(p + cols.to(tl.int64) * stride[2], mask=cols < L, other=0.0)[None, :]
-
-
-@triton.heuristics(
-    {
-        "HAS_SOURCE_ROW": lambda args: args["source_row"] is not None,
-        "HAS_INJECT": lambda args: args["inject"] is not None,
-        "HAS_BIAS": lambda args: args["bias"] is not None,
-        "HAS_TOKEN_MAP": lambda args: args["token_map"] is not None,
-        "HAS_BLEND": lambda args: args["blend"] is not None,
-        "HAS_REWEIGHT": lambda args: args["reweight"] is not None,
-        "EVEN_N": lambda args: args["queries"] % args["BLOCK_N"] == 0,
-    }
-)
-@triton.jit(
-    do_not_specialize=["heads", "first", "head_dim"],
-    do_not_specialize_on_alignment=["source_row", "blend", "reweight", "bias"],
-)
-def cross_attention_save_kernel(
-    q,
-    k,
-    v,
-    source_row,
-    inject,
-    token_map,
-    blend,
-    reweight,
-    bias,
-    save,
-    out,
-    queries,
-    heads,
-    first,
-    head_dim,
-    scale,
-    stride_q,
-    stride_k,
-    stride_v,
-    stride_out,  # in units of UNIT
-    stride_inject,
-    stride_save,
-    stride_bias,
-    stride_blend,
-    stride_reweight,  # in elements
-    L: tl.constexpr,
-    KEYS: tl.constexpr,
-    D: tl.constexpr,
-    UNIT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    STEP: tl.constexpr,
-    HAS_SOURCE_ROW: tl.constexpr,
-    HAS_INJECT: tl.constexpr,
-    HAS_TOKEN_MAP: tl.constexpr,
-    HAS_BLEND: tl.constexpr,
-    HAS_REWEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    EVEN_N: tl.constexpr,
-):
-    """One block of queries of head h of row b: P', written to `save` in the edited rows, and out =
-    P' V.
-
-    token_map: (S, KEYS, KEYS), zero beyond L, so that no load of it needs a mask, contiguous.
-    """
-    start_n, h, b = place(queries, heads, BLOCK_N)
-    offs_n = start_n + tl.arange(0, BLOCK_N)
-    keys = tl.arange(0, KEYS)
-    edited = (b - first).to(tl.int64)
-    b_source = b
-    if HAS_SOURCE_ROW:
-        if b >= first:
-            b_source = first + tl.load(source_row + edited).to(tl.int32)
-
-    p = softmax_map(
-        q,
-        k,
-        bias,
-        b if HAS_BLEND else b_source,
-        h,
-        first,
-        offs_n,
-        queries,
-        head_dim,
-        stride_q,
-        stride_k,
-        stride_bias,
-        scale,
-        L,
-        KEYS,
-        D,
-        UNIT,
-        BLOCK_N,
-        STEP,
-        HAS_BIAS,
-        not EVEN_N,
-    )
-    if b >= first:
-        source = p
-        if HAS_INJECT:
-            source = stored_map(
-                inject, edited, h, offs_n, queries, stride_inject, L, KEYS, not EVEN_N
-            )
-        elif HAS_BLEND:
-            source = softmax_map(
-                q,
-                k,
-                bias,
-                b_source,
-                h,
-                first,
-                offs_n,
-                queries,
-                head_dim,
-                stride_q,
-                stride_k,
-                stride_bias,
-                scale,
-                L,
-                KEYS,
-                D,
-                UNIT,
-                BLOCK_N,
-                STEP,
-                HAS_BIAS,
-                not EVEN_N,
-            )
-        if HAS_TOKEN_MAP:
-            b_m = load(
-                token_map + edited * (KEYS * KEYS), keys, keys, (KEYS, 1), KEYS, KEYS, False, False
-            )
-            source = dot(source.to(b_m.dtype), b_m, zeros(BLOCK_N, KEYS))
-        if HAS_BLEND:
-            w = row_vector(blend, stride_blend, edited, h, L, KEYS)
-            source = w * source + (1 - w) * p
-        if HAS_REWEIGHT:
-            source = row_vector(reweight, stride_reweight, edited, h, L, KEYS) * source
-        p_save, step_save = head(save, stride_save, edited, h, 1)
-        store(p_save, source, offs_n, keys, step_save, queries, L)
-        p = source
-    p_v, step_v = head(v, stride_v, b, h, UNIT)
-    p_out, step_out = head(out, stride_out, b, h, UNIT)
-    store_product(
-        p,
-        p_v,
-        step_v,
-        p,
-        p_v,
-        step_v,
-        p_out,
-        step_out,
-        offs_n,
-        queries,
-        head_dim,
-        L,
-        KEYS,
-        D,
-        BLOCK_N,
-        STEP,
-        False,
-    )
-
-
-@triton.jit(do_not_specialize=["heads"], do_not_specialize_on_alignment=["save_mean"])
-def mean_kernel(
-    maps,
-    save_mean,
-    queries,
-    heads,
-    stride_maps,
-    stride_mean,
-    L: tl.constexpr,
-    KEYS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """save_mean += the mean over heads of maps (S, H, N, L), one block of queries, summed in the
-    order of the heads."""
-    start_n, _, edited = place(queries, 1, BLOCK_N)
-    offs_n, keys = start_n + tl.arange(0, BLOCK_N), tl.arange(0, KEYS)
-    total = zeros(BLOCK_N, KEYS)
-    for h in range(heads):
-        p_map, step_map = head(maps, stride_maps, edited, h, 1)
-        total += load(p_map, offs_n, keys, step_map, queries, L, True, KEYS != L).to(tl.float32)
-    p_mean, step_mean = head(save_mean, stride_mean, edited, 0, 1)
-    before = load(p_mean, offs_n, keys, step_mean, queries, L, True, KEYS != L)
-    store(p_mean, before + total / heads, offs_n, keys, step_mean, queries, L)
 
 
 # The launches: plain Python from here on.
@@ -623,7 +355,8 @@ def first_row(q, *edits) -> int:
 
 
 def prepare(q, k, v, v_source, source_row, inject, bias, keep_own, scale, out) -> Callable:
-    """The launch of cross_attention_kernel for tensors like these; all checks are done in ops.py.
+    """The launch of cross_attention_kernel for tensors like these; all checks are done in
+    checks.py.
 
     It takes the same arguments.
     """
@@ -631,89 +364,15 @@ def prepare(q, k, v, v_source, source_row, inject, bias, keep_own, scale, out) -
     u = unit(q, k, v, v_source, out)
     op = "cross_attention" + (wide(k) or ("" if bias is None else ", bias"))
     choice = tile(op, q, arch()) | tuned.tile(op, q)
-    numbers = (
-        N,
-        H,
-        first_row(q, source_row, inject, bias),
-        D,
-        (D**-0.5 if scale is None else scale) * LOG2_E,
-    )
-    steps = (
-        *(strides(x, u) for x in (q, k, v, v_source, out)),
-        strides(inject, 1),
-        bias_strides(bias, H, N),
-    )
-    attend = Launch(
-        cross_attention_kernel,
-        launch_grid(q, choice),
-        (*numbers, *steps),
-        KEEP_OWN=keep_own,
-        **shape_args(q, k, u),
-        **choice,
-    )
+    groups = tuple(1 if x is None else H // x.shape[1] for x in (k, v, v_source))
+    first = first_row(q, source_row, inject, bias)
+    numbers = (N, H, groups, first, D, (D**-0.5 if scale is None else scale) * LOG2_E)
+    steps = *(strides(x, u) for x in (q, k, v, v_source, out)), strides(inject, 1)
+    numbers = (*numbers, *steps, bias_strides(bias, H, N))
+    constants = {"KEEP_OWN": keep_own} | shape_args(q, k, u) | choice
+    attend = Launch(cross_attention_kernel, launch_grid(q, choice), numbers, **constants)
 
     def launch(q, k, v, v_source, source_row, inject, bias, keep_own, scale, out):
         attend(q, k, v, v_source, source_row, inject, bias, out)
-
-    return launch
-
-
-def prepare_save(
-    q, k, v, source_row, inject, token_map, blend, reweight, bias, save, save_mean, scale, out
-) -> Callable:
-    """The form that writes P' or its mean, for tensors like these; all checks are done in ops.py.
-    It takes the same.
-
-    The mean is taken of maps in q's dtype, which are `save` if that is as exact.
-    """
-    N, H, D, L = q.shape[2], q.shape[1], q.shape[3], k.shape[2]
-    S = save.shape[0] if save is not None else save_mean.shape[0]
-    u = unit(q, k, v, out)
-    op = "cross_attention_save" + wide(k)
-    choice = tile(op, q, arch()) | tuned.tile(op, q)
-    args = shape_args(q, k, u)
-    beyond = args["KEYS"] - L
-    own_maps = (
-        save is None
-        or save_mean is not None
-        and torch.finfo(save.dtype).eps > torch.finfo(q.dtype).eps
-    )
-    maps = q.new_empty(S, H, N, L) if own_maps else save
-
-    numbers = (N, H, q.shape[0] - S, D, (D**-0.5 if scale is None else scale) * LOG2_E)
-    steps = (
-        *(strides(x, u) for x in (q, k, v, out)),
-        strides(inject, 1),
-        strides(maps, 1),
-        bias_strides(bias, H, N),
-        table_strides(blend),
-        table_strides(reweight),
-    )
-    attend = Launch(
-        cross_attention_save_kernel, launch_grid(q, choice), (*numbers, *steps), **args, **choice
-    )
-    if save_mean is not None:
-        block = 16
-        add_mean = Launch(
-            mean_kernel,
-            (triton.cdiv(N, block) * S,),
-            (N, H, strides(maps, 1), strides(save_mean[:, None], 1)),
-            L=L,
-            KEYS=args["KEYS"],
-            BLOCK_N=block,
-            num_warps=4,
-        )
-
-    def launch(
-        q, k, v, source_row, inject, token_map, blend, reweight, bias, save, save_mean, scale, out
-    ):
-        if token_map is not None:  # both factors of a product have one dtype
-            token_map = F.pad(token_map.to(q.dtype), (0, beyond, 0, beyond)).contiguous()
-        maps = q.new_empty(S, H, N, L) if own_maps else save
-        attend(q, k, v, source_row, inject, token_map, blend, reweight, bias, maps, out)
-        if save_mean is not None:
-            add_mean(maps, save_mean)
-        if save is not None and own_maps:
-            save.copy_(maps)
 
     return launch

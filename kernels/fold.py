@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .launch import Launch
-from .tiles import arch, dot, head, load, store, strides, table_strides, unit, zeros
+from .tiles import Matrix, arch, dot, head, load, store, strides, table_strides, unit, zeros
 
 # Columns of V to a program, and keys to a step; keys of the result to a program. Fewer than 64 of
 # these, because on sm_100 Triton turns float32 products of 64 rows or more, of numbers that were
@@ -27,18 +27,10 @@ def column(p, stride, rows, limit):
 
 @triton.jit
 def weighted(
-    p_v,
-    keys,
-    cols,
-    step_v,
-    reweight,
-    stride,
-    L: tl.constexpr,
-    D: tl.constexpr,
-    HAS_REWEIGHT: tl.constexpr,
+    v, keys, cols, reweight, stride, L: tl.constexpr, D: tl.constexpr, HAS_REWEIGHT: tl.constexpr
 ):
     """reweight * V, float32."""
-    x = load(p_v, keys, cols, step_v, L, D, True, True).to(tl.float32)
+    x = load(v, keys, cols, L, D, True, True).to(tl.float32)
     if HAS_REWEIGHT:
         x = column(reweight, stride, keys, L) * x
     return x
@@ -65,6 +57,7 @@ def fold_kernel(
     own,
     source,
     heads,
+    group,  # of `own` and `source` to one of v
     first,
     stride_v,
     stride_own,
@@ -88,13 +81,11 @@ def fold_kernel(
     h, b = tl.program_id(0) % heads, tl.program_id(0) // heads
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     cols = tl.program_id(2) * STEP + tl.arange(0, STEP)
-    p_v, step_v = head(v, stride_v, b, h, UNIT)
+    of_v = head(v, stride_v, b, h // group, UNIT)
     if b < first:
         if HAS_OWN:
-            p_own, step_own = head(own, stride_own, b, h, UNIT)
-            store(
-                p_own, load(p_v, rows, cols, step_v, L, D, True, True), rows, cols, step_own, L, D
-            )
+            unedited = load(of_v, rows, cols, L, D, True, True)
+            store(head(own, stride_own, b, h, UNIT), unedited, rows, cols, L, D)
     else:
         edited = (b - first).to(tl.int64)
         if HAS_REWEIGHT:
@@ -102,49 +93,41 @@ def fold_kernel(
         if HAS_BLEND:
             blend += edited * stride_blend[0] + h.to(tl.int64) * stride_blend[1]
         if HAS_BLEND or not HAS_SOURCE:
-            p_own, step_own = head(own, stride_own, b, h, UNIT)
-            x = weighted(p_v, rows, cols, step_v, reweight, stride_reweight[2], L, D, HAS_REWEIGHT)
+            x = weighted(of_v, rows, cols, reweight, stride_reweight[2], L, D, HAS_REWEIGHT)
             if HAS_BLEND:
                 x = (1 - column(blend, stride_blend[2], rows, L)) * x
-            store(p_own, x, rows, cols, step_own, L, D)
+            store(head(own, stride_own, b, h, UNIT), x, rows, cols, L, D)
         if HAS_SOURCE:
-            p_source, step_source = head(source, stride_source, edited, h, UNIT)
             if HAS_TOKEN_MAP:
                 total = zeros(ROWS, STEP)
+                moves = Matrix(token_map + edited * stride_map[0], (stride_map[1], stride_map[2]))
                 for start in range(0, L, STEP):
                     keys = start + tl.arange(0, STEP)
                     # (STEP, STEP)
-                    values = weighted(
-                        p_v, keys, cols, step_v, reweight, stride_reweight[2], L, D, HAS_REWEIGHT
+                    of_keys = weighted(
+                        of_v, keys, cols, reweight, stride_reweight[2], L, D, HAS_REWEIGHT
                     )
                     if HAS_BLEND:
-                        values = column(blend, stride_blend[2], keys, L) * values
-                    p_map = token_map + edited * stride_map[0]
-                    total = dot(
-                        load(p_map, rows, keys, stride_map[1:], L, L, True, True), values, total
-                    )
+                        of_keys = column(blend, stride_blend[2], keys, L) * of_keys
+                    total = dot(load(moves, rows, keys, L, L, True, True), of_keys, total)
             else:
-                total = weighted(
-                    p_v, rows, cols, step_v, reweight, stride_reweight[2], L, D, HAS_REWEIGHT
-                )
+                total = weighted(of_v, rows, cols, reweight, stride_reweight[2], L, D, HAS_REWEIGHT)
                 if HAS_BLEND:
                     total = column(blend, stride_blend[2], rows, L) * total
-            store(p_source, total, rows, cols, step_source, L, D)
+            store(head(source, stride_source, edited, h, UNIT), total, rows, cols, L, D)
 
 
 # The launch: plain Python from here on.
 
 
 def prepare(v, token_map, blend, reweight, has_source, stored, out) -> Callable:
-    """The launch that folds tables like these into values like v; all checks are done in ops.py.
+    """The launch that folds tables like these into values like v; all checks are done in checks.py.
 
     It takes the same arguments. out: the tensors of ops.Folded that are not None.
     """
     arch()  # the first launch chooses the ptxas
-    (B, H, L, D), S = (
-        v.shape,
-        next(x.shape[0] for x in (token_map, blend, reweight) if x is not None),
-    )
+    (B, _, L, D), H = v.shape, out[0].shape[1]
+    S = next(x.shape[0] for x in (token_map, blend, reweight) if x is not None)
 
     def parts(out):
         """(V_own in all rows, V_source); where V_source is a row's only term and its map
@@ -156,22 +139,10 @@ def prepare(v, token_map, blend, reweight, has_source, stored, out) -> Callable:
     tensors = v, *parts(out)
     u = unit(*tensors)
     map_steps = (0, 0, 0) if token_map is None else token_map.stride()
-    steps = (
-        *(strides(x, u) for x in tensors),
-        map_steps,
-        table_strides(blend),
-        table_strides(reweight),
-    )
-    fold = Launch(
-        fold_kernel,
-        (H * B, triton.cdiv(L, ROWS), triton.cdiv(D, STEP)),
-        (H, B - S, *steps),
-        L=L,
-        D=D,
-        UNIT=u,
-        ROWS=ROWS,
-        STEP=STEP,
-    )
+    steps = *(strides(x, u) for x in tensors), map_steps
+    numbers = (H, H // v.shape[1], B - S, *steps, table_strides(blend), table_strides(reweight))
+    grid = (H * B, triton.cdiv(L, ROWS), triton.cdiv(D, STEP))
+    fold = Launch(fold_kernel, grid, numbers, L=L, D=D, UNIT=u, ROWS=ROWS, STEP=STEP)
 
     def launch(v, token_map, blend, reweight, has_source, stored, out):
         fold(v, token_map, blend, reweight, *parts(out))

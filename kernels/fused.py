@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .ops import DTYPES, MOST, call, needs_gradient
+from .checks import DTYPES
+from .dispatch import MOST, call, needs_gradient
 
 MAX_WIDTH = 16384  # layer_norm holds whole rows
 

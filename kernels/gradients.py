@@ -10,7 +10,9 @@ The formulas, written out: reference.cross_attention_gradients.
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import checks, ops, reference
+from .dispatch import Folded, call
+from .reference import all_heads
 
 
 class Terms(torch.autograd.Function):
@@ -29,15 +31,16 @@ class Terms(torch.autograd.Function):
         if formed:
             return formed_terms(q, k, v, v_source, source_row, bias, scale)
         op = torch.ops.minisd_kernels
-        if k.shape[2] <= ops.MAX_KEYS:
+        if k.shape[2] <= checks.MAX_KEYS:
             edit = (v_source, source_row, None, bias)
-            return ops.call(op.cross_attention_folded.default, q, k, v, *edit, True, scale)
+            return call(op.cross_attention_folded.default, q, k, v, *edit, True, scale)
+        none = (None, None, scale, False)
         if v_source is None:
-            return ops.call(op.attention.default, q, k, v, source_row, bias, None, None, scale)
+            return call(op.attention.default, q, k, v, source_row, bias, *none)
         first = q.shape[0] - v_source.shape[0]
-        own = ops.call(op.attention.default, q, k, v, None, bias, None, None, scale)
+        own = call(op.attention.default, q, k, v, None, bias, *none)
         routed = (q[first:], k[first:], v_source, source_row, bias)
-        own[first:] += ops.call(op.attention.default, *routed, None, None, scale)
+        own[first:] += call(op.attention.default, *routed, *none)
         return own
 
     @staticmethod
@@ -47,13 +50,41 @@ class Terms(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("the Triton kernels have no second derivatives; use impl='sdpa'")
-        if ctx.needs_input_grad[5]:
-            raise RuntimeError("bias: the Triton kernels have no gradient of it; use impl='sdpa'")
-        op = torch.ops.minisd_kernels.attention_backward.default
-        q, k, v, v_source = ops.call(op, grad_out, *ctx.saved_tensors, ctx.scale)
-        return q, k, v, v_source if ctx.needs_input_grad[3] else None, None, None, None, None
+        grads = gradients_of(ctx, grad_out, *ctx.saved_tensors, None, False)
+        return *grads, None, None, None, None
+
+
+class WithLse(torch.autograd.Function):
+    """ops.attention with lse or is_causal: P V of one term a row, `Terms` without v_source."""
+
+    @staticmethod
+    def forward(q, k, v, source_row, bias, scale, is_causal):
+        op = torch.ops.minisd_kernels.attention_lse.default
+        return call(op, q, k, v, source_row, bias, None, None, scale, is_causal)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.scale, ctx.is_causal = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_lse):
+        q, k, v, source_row, bias = ctx.saved_tensors
+        tensors = (q, k, v, None, source_row, bias)
+        q, k, v, _ = gradients_of(ctx, grad_out, *tensors, grad_lse, ctx.is_causal)
+        return q, k, v, None, None, None, None
+
+
+def gradients_of(ctx, grad_out, q, k, v, v_source, source_row, bias, grad_lse, is_causal):
+    """The gradients of q, k, v and v_source; RuntimeError for those that there are not."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError("the Triton kernels have no second derivatives; use impl='sdpa'")
+    if bias is not None and bias.requires_grad:
+        raise RuntimeError("bias: the Triton kernels have no gradient of it; use impl='sdpa'")
+    op = torch.ops.minisd_kernels.attention_backward.default
+    tensors = (grad_out, q, k, v, v_source, source_row, bias, grad_lse)
+    *grads, of_source = call(op, *tensors, ctx.scale, is_causal)
+    return *grads, None if v_source is None else of_source
 
 
 def formed_terms(q, k, v, v_source, source_row, bias, scale) -> Tensor:
@@ -66,19 +97,31 @@ def formed_terms(q, k, v, v_source, source_row, bias, scale) -> Tensor:
     return torch.cat([plain, edited])
 
 
-def attention(q, k, v, *, source_row, bias, kv_row, own_value, scale) -> Tensor:
+def attention(
+    q, k, v, *, source_row, bias, kv_row, own_value, scale, is_causal, return_lse
+) -> Tensor | tuple[Tensor, Tensor]:
     """ops.attention, differentiable."""
-    ops.check_attention(q, k, v, source_row, bias, kv_row, own_value, scale)
+    check = checks.check_attention_lse if return_lse else checks.check_attention
+    check(q, k, v, source_row, bias, kv_row, own_value, scale, is_causal)
+    k, v = all_heads(k, q.shape[1]), all_heads(v, q.shape[1])
+
+    def attend(q, k, v, source_row, bias):
+        if return_lse or is_causal:
+            return WithLse.apply(q, k, v, source_row, bias, scale, is_causal)
+        return Terms.apply(q, k, v, None, source_row, bias, scale, False), None
+
     if kv_row is None:
-        out = Terms.apply(q, k, v, None, source_row, bias, scale, False)
+        out, lse = attend(q, k, v, source_row, bias)
     else:  # other numbers of keys in edited rows than in the rest
         first = q.shape[0] - kv_row.shape[0]
         keys, values = (reference.joined(x[first:], kv_row) for x in (k, v))
-        out = Terms.apply(q[first:], keys, values, None, source_row, bias, scale, False)
+        out, lse = attend(q[first:], keys, values, source_row, bias)
         if first:
-            plain = Terms.apply(q[:first], k[:first], v[:first], None, None, None, scale, False)
-            out = torch.cat([plain, out])
-    return with_own_values(out, v, own_value)
+            plain = attend(q[:first], k[:first], v[:first], None, None)
+            out = torch.cat([plain[0], out])
+            lse = torch.cat([plain[1], lse]) if return_lse else None
+    out = with_own_values(out, v, own_value)
+    return (out, lse) if return_lse else out
 
 
 def with_own_values(out: Tensor, v: Tensor, own_value: Tensor | None) -> Tensor:
@@ -90,14 +133,14 @@ def with_own_values(out: Tensor, v: Tensor, own_value: Tensor | None) -> Tensor:
     return torch.cat([out[:first], edited])
 
 
-def fold_values(v, source, token_map, blend, reweight) -> ops.Folded:
+def fold_values(v, source, token_map, blend, reweight) -> Folded:
     """ops.fold_values, differentiable."""
-    ops.check_fold(v, token_map, blend, reweight, source is not None, source == "inject")
+    checks.check_fold(v, token_map, blend, reweight, source is not None, source == "inject")
     first = v.shape[0] - next(x.shape[0] for x in (token_map, blend, reweight) if x is not None)
     own, other = ops.fold(v[first:], source is not None, token_map, blend, reweight)
     if own is None and source == "source_row":  # the only term
         own, other = other, None
-    return ops.Folded(None if own is None else torch.cat([v[:first], own]), other)
+    return Folded(None if own is None else torch.cat([v[:first], own]), other)
 
 
 def cross_attention(
@@ -105,7 +148,7 @@ def cross_attention(
 ) -> Tensor:
     """ops.cross_attention, differentiable."""
     tables = (token_map, blend, reweight)
-    ops.check_cross_attention(q, k, v, source_row, inject, *tables, bias, save, save_mean, scale)
+    checks.check_cross_attention(q, k, v, source_row, inject, *tables, bias, save, save_mean, scale)
     if save is not None or save_mean is not None:  # in place, so that the buffer carries gradients
         rows = (save if save is not None else save_mean).shape[0]
         edit = dict(source_row=source_row, inject=inject, token_map=token_map, blend=blend)
@@ -114,14 +157,15 @@ def cross_attention(
             save.copy_(p)
         if save_mean is not None:
             save_mean.add_(p.float().mean(dim=1))
+    k, v = all_heads(k, q.shape[1]), all_heads(v, q.shape[1])
     source = "source_row" if source_row is not None else "inject" if inject is not None else None
+    if folded is not None:
+        folded = Folded(*(x if x is None else all_heads(x, q.shape[1]) for x in folded))
     if folded is None and any(x is not None for x in tables):
         folded = fold_values(v, source, *tables)
     elif folded is None:
         folded = (
-            ops.Folded(v, None)
-            if inject is None
-            else ops.Folded(None, v[v.shape[0] - inject.shape[0] :])
+            Folded(v, None) if inject is None else Folded(None, v[v.shape[0] - inject.shape[0] :])
         )
 
     if inject is None:
@@ -144,7 +188,8 @@ def edited_map(
     """ops.edited_map: P' = P_own A_own + P_source A_source, where A is what folding makes of the
     identity."""
     edit = (source_row, inject, token_map, blend, reweight)
-    ops.check(q, k, k, *edit, bias=bias)
+    checks.check(q, k, k, *edit, bias=bias)
+    k = all_heads(k, q.shape[1])
     sizes = [x.shape[0] for x in (*edit, bias) if x is not None] + [
         q.shape[0] if rows is None else rows
     ]

@@ -12,21 +12,49 @@ import torch
 from torch import Tensor
 
 
-def attention_map(
-    q: Tensor, k: Tensor, bias: Tensor | None = None, scale: float | None = None
+def scores(
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
 ) -> Tensor:
-    """P = softmax(scale q k^T + bias): (batch, heads, queries, keys); scale None: 1 /
-    sqrt(head_dim).
+    """scale q k^T + bias: (batch, heads, queries, keys); scale None: 1 / sqrt(head_dim).
 
-    bias: anything that broadcasts to P, -inf to hide a key. A query from which every key is hidden
-    attends to nothing: its row of P is 0, as in PyTorch's scaled_dot_product_attention.
+    bias: anything that broadcasts to that, -inf to hide a key; is_causal hides from query i the
+    keys after i.
     """
     s = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if bias is not None:
+        s = s + bias.to(s.dtype)
+    if is_causal:
+        later = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(1)
+        s = s.masked_fill(later, float("-inf"))
+    return s
+
+
+def attention_map(
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """P = softmax(scores): (batch, heads, queries, keys).
+
+    A query from which every key is hidden attends to nothing: its row of P is 0, as in PyTorch's
+    scaled_dot_product_attention.
+    """
+    s = scores(q, k, bias, scale, is_causal)
     if bias is None:
         return torch.softmax(s, dim=-1)
-    s = s + bias.to(s.dtype)
     nothing = (s == float("-inf")).all(-1, keepdim=True)
     return torch.softmax(s.masked_fill(nothing, 0), dim=-1).masked_fill(nothing, 0)
+
+
+def all_heads(x: Tensor, heads: int) -> Tensor:
+    """Keys or values with each head repeated for as many heads of q as it serves."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
 def routed(x: Tensor, source_row: Tensor) -> Tensor:
@@ -60,16 +88,29 @@ def attention(
     kv_row: Tensor | None = None,
     own_value: Tensor | None = None,
     scale: float | None = None,
-) -> Tensor:
+    is_causal: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention; the last S rows may take the map of another row: out[b] = P[row[b]] v[b].
 
-    q: (batch, heads, queries, head_dim); k, v: (batch, heads, keys, head_dim); source_row: (S,)
-    integers in [0, S); bias, kv_row, own_value, scale: as in cross_attention. Returns (batch,
-    heads, queries, head_dim).
+    q: (batch, heads, queries, head_dim); k, v: (batch, K, keys, head_dim), K a divisor of heads;
+    source_row: (S,) integers in [0, S); is_causal: query i sees the keys up to i, in all rows;
+    bias, kv_row, own_value, scale: as in cross_attention. Returns (batch, heads, queries,
+    head_dim), and with return_lse also lse = log(sum_l exp(scores_l)) of the map that each row
+    uses, (batch, heads, queries).
     """
-    return cross_attention(
-        q, k, v, source_row=source_row, bias=bias, kv_row=kv_row, own_value=own_value, scale=scale
-    )
+    edit = dict(source_row=source_row, bias=bias, kv_row=kv_row)
+    out = cross_attention(q, k, v, **edit, own_value=own_value, scale=scale, is_causal=is_causal)
+    if not return_lse:
+        return out
+    k = all_heads(k, q.shape[1])
+    first = q.shape[0] - next((len(x) for x in edit.values() if x is not None), 0)
+    keys = k[first:] if kv_row is None else joined(k[first:], kv_row)
+    lse = scores(q[first:], keys, bias, scale, is_causal).logsumexp(-1)
+    if source_row is not None:
+        lse = lse[source_row.long()]
+    plain = scores(q[:first], k[:first], None, scale, is_causal).logsumexp(-1)
+    return out, torch.cat([plain, lse])
 
 
 def cross_attention(
@@ -88,6 +129,7 @@ def cross_attention(
     save: Tensor | None = None,
     save_mean: Tensor | None = None,
     scale: float | None = None,
+    is_causal: bool = False,
 ) -> Tensor:
     """Attention whose map is edited, and optionally saved, in the last S rows of the batch.
 
@@ -99,12 +141,13 @@ def cross_attention(
     without a source P' = reweight * P_own. Last of all, a row whose own_value is not 0 has the
     identity for a map, out = V: chosen, not multiplied, because 0 times -inf is NaN.
 
-    q: (batch, heads, queries, head_dim); k, v: (batch, heads, keys, head_dim). kv_row: (S, M)
-    integers in [0, S); L below is M times the keys. source_row: (S,); inject: (S, heads, queries,
-    L); token_map: (S, L, L), source tokens -> own tokens; blend, reweight: (S, L), or (S, heads, L)
-    for single heads; bias: (S, 1 or heads, 1 or queries, L); own_value: (S,), where there are as
-    many keys as queries; save: (S, heads, queries, L), overwritten with P'; save_mean: (S, queries,
-    L) float32, += mean of P' over heads. Returns (batch, heads, queries, head_dim).
+    q: (batch, heads, queries, head_dim); k, v: (batch, K, keys, head_dim), K a divisor of heads, of
+    which each serves heads / K in a row. is_causal: as in attention. kv_row: (S, M) integers in [0,
+    S); L below is M times the keys. source_row: (S,); inject: (S, heads, queries, L); token_map:
+    (S, L, L), source tokens -> own tokens; blend, reweight: (S, L), or (S, heads, L) for single
+    heads; bias: (S, 1 or heads, 1 or queries, L); own_value: (S,), where there are as many keys as
+    queries; save: (S, heads, queries, L), overwritten with P'; save_mean: (S, queries, L) float32,
+    += mean of P' over heads. Returns (batch, heads, queries, head_dim).
     """
     edits = (
         source_row,
@@ -121,12 +164,13 @@ def cross_attention(
     first = q.shape[0] - next(
         (x.shape[0] for x in edits if x is not None), 0
     )  # rows before this one are left alone
-    plain = attention_map(q[:first], k[:first], scale=scale) @ v[:first]
+    k, v = all_heads(k, q.shape[1]), all_heads(v, q.shape[1])
+    plain = attention_map(q[:first], k[:first], None, scale, is_causal) @ v[:first]
     if first == q.shape[0]:
         return plain
     q, k, v = q[first:], k[first:], v[first:]
     own_keys, own_values = (k, v) if kv_row is None else (joined(k, kv_row), joined(v, kv_row))
-    p = attention_map(q, own_keys, bias, scale)
+    p = attention_map(q, own_keys, bias, scale, is_causal)
 
     source = None
     if source_row is not None:

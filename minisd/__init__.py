@@ -30,11 +30,15 @@ if TYPE_CHECKING:
         seed_baseline as seed_baseline,
     )
     from .editing.recording import Recording as Recording, record as record, replay as replay
+    from .labels import LabelDiffusion as LabelDiffusion, load_dit as load_dit
     from .models.attention import Attention as Attention, AttentionEdit as AttentionEdit
     from .models.clip import CLIPTextConfig as CLIPTextConfig, CLIPTextModel as CLIPTextModel
+    from .models.dit import DiT as DiT
+    from .models.dit_config import DiTConfig as DiTConfig
     from .models.tokenizer import CLIPTokenizer as CLIPTokenizer
     from .models.unet import UNet as UNet, UNetConfig as UNetConfig
     from .models.vae import AutoencoderKL as AutoencoderKL, VAEConfig as VAEConfig
+    from .models.vq import VQConfig as VQConfig, VQModel as VQModel
     from .pipeline import StableDiffusion as StableDiffusion, load as load
     from .recipes import recipe as recipe, save as save
     from .sampling.ddpm import DDPM as DDPM
@@ -83,15 +87,21 @@ _HOME = {  # public name -> module that defines it
     "record": "editing.recording",
     "replay": "editing.recording",
     "Recording": "editing.recording",
+    "LabelDiffusion": "labels",
+    "load_dit": "labels",
     "AttentionEdit": "models.attention",
     "Attention": "models.attention",
     "CLIPTextModel": "models.clip",
     "CLIPTextConfig": "models.clip",
+    "DiT": "models.dit",
+    "DiTConfig": "models.dit_config",
     "CLIPTokenizer": "models.tokenizer",
     "UNet": "models.unet",
     "UNetConfig": "models.unet",
     "AutoencoderKL": "models.vae",
     "VAEConfig": "models.vae",
+    "VQModel": "models.vq",
+    "VQConfig": "models.vq",
     "load": "pipeline",
     "StableDiffusion": "pipeline",
     "DDPM": "sampling.ddpm",

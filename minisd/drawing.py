@@ -30,6 +30,7 @@ from .sampling.samplers import DDIM, DPMpp2M, Sampler, Step
 from .sampling.schedule import NoiseSchedule
 
 if TYPE_CHECKING:
+    from .latents import Latents
     from .pipeline import StableDiffusion
 
 SamplerName = Literal["dpm++", "dpm++ linspace", "ddim", "ddpm"]
@@ -134,9 +135,7 @@ class Drawing:
         """The same at the size of an image that was given."""
         return replace(self, height=height, width=width)
 
-    def make_sampler(
-        self, sd: StableDiffusion, strength: float = 1.0, rows: int | None = None
-    ) -> Sampler:
+    def make_sampler(self, sd: Latents, strength: float = 1.0, rows: int | None = None) -> Sampler:
         """The sampler, of whose steps the last int(steps * strength) run (diffusers' rule).
 
         rows: of which each has its own noise at each step; None: the method is for samplers without
@@ -151,7 +150,7 @@ class Drawing:
             return DDPM(sd.schedule, self.steps, skip, seed=tuple(seeds(self.seed, rows)))
         return sampler_named(self.sampler, sd.schedule, self.steps, skip)
 
-    def noise(self, sd: StableDiffusion, rows: int) -> Tensor:
+    def noise(self, sd: Latents, rows: int) -> Tensor:
         """x_T (rows, C, h, w): the given latents, or else the seed's noise.
 
         ValueError for latents of another number or another size than height x width pixels.

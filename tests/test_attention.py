@@ -243,6 +243,12 @@ def test_unknown_impl_and_rows_are_refused():
     assert edit.check_rows() is edit
 
 
+def test_fewer_key_heads_are_refused_with_an_edit():
+    q, k, v = (torch.zeros(2, heads, 3, 8) for heads in (4, 2, 2))
+    with pytest.raises(ValueError, match="k, v: expected the 4 heads of q, got 2"):
+        attention(q, k, v, AttentionEdit(source_row=torch.tensor([1, 0])))
+
+
 def test_module_passes_its_edit_on():
     torch.manual_seed(0)
     site = Attention(32, heads=2, context_channels=24).double()

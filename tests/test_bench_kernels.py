@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from minisd_kernels import attention, cross_attention, ops, reference, tuned
+from minisd_kernels import attention, cross_attention, dispatch, reference, saved_map, tuned
 
 from bench import attention as bench, fused, harness, tune
 
@@ -128,13 +128,15 @@ def stand_in(monkeypatch, spoil=lambda out, edit: None):
     monkeypatch.setattr(bench, "rivals", lambda *args, triton: rivals(*args, triton=True))
 
 
-def run(tmp_path, monkeypatch):
+def run(tmp_path, monkeypatch, *more):
     quick_samples(monkeypatch)
     monkeypatch.setattr(harness, "ROOT", tmp_path)
     monkeypatch.setattr(harness, "matrix_peak", lambda *args: 1e12)
     monkeypatch.setattr(harness, "peak_memory", lambda *args: 0)
+    monkeypatch.setattr(bench, "bandwidth", lambda device: 1e11)
     shape = ["--shape", "4,2,7,5,8", "--shape", "4,2,7,7,8"]
-    return bench.main([*shape, "--dtype", "float32", "--device", "cpu", "--rounds", "1"])
+    command = [*shape, "--dtype", "float32", "--device", "cpu", "--rounds", "1", *more]
+    return bench.main(command)
 
 
 def saved(tmp_path):
@@ -151,7 +153,7 @@ def test_ours_failing_is_an_error_in_the_end(tmp_path, monkeypatch, capsys):
     stand_in(monkeypatch, spoil)
     assert run(tmp_path, monkeypatch) == 1
     assert (
-        "FAILED minisd: RuntimeError: out of resource: B4 N7 L5 D8 float32  reweight"
+        "FAILED minisd: RuntimeError: out of resource: B4 H2 N7 L5 D8 float32  reweight"
         in capsys.readouterr().out
     )
     rows = saved(tmp_path)
@@ -167,6 +169,70 @@ def test_ours_failing_is_an_error_in_the_end(tmp_path, monkeypatch, capsys):
     assert "reweight" not in bench.table(
         dict.fromkeys(("device", "torch", "triton", "commit", "command"), "x") | {"rows": rows}
     )
+
+
+def right(q, k, v, edit):
+    return bench.attention(q, k, v, edit, "sdpa")
+
+
+def wrong(q, k, v, edit):
+    return right(q, k, v, edit) + (1e-3 if edit is not None and edit.reweight is not None else 0)
+
+
+def failing(q, k, v, edit):
+    raise RuntimeError("no such kernel")
+
+
+@pytest.mark.parametrize(
+    "name, found", [("right", None), ("wrong", "WRONG"), ("failing", "FAILED")]
+)
+def test_a_contender_is_held_to_the_budget(tmp_path, monkeypatch, capsys, name, found):
+    contender, path = f"{__name__}:{name}", tmp_path / "there.json"
+    more = ["--contender", contender, "--only", "re", "--json", str(path)]
+    assert run(tmp_path, monkeypatch, *more) == (found is not None)
+    printed, rows = capsys.readouterr().out, json.loads(path.read_text())["rows"]
+    assert {row["form"] for row in rows} == {form for form in bench.CROSS_EDITS if "re" in form}
+    assert {row["contender"]["name"] for row in rows} == {contender}
+    assert not (tmp_path / "bench").exists()
+    if found is not None:
+        assert f"{found} {contender}" in printed
+    elif name == "right":
+        assert all(row["contender"]["error_over_budget"] <= 1 for row in rows)
+        assert all(contender in row["times"] for row in rows)
+
+
+def test_nothing_to_measure_is_an_error(tmp_path, monkeypatch, capsys):
+    assert run(tmp_path, monkeypatch, "--only", "nonsense") == 1
+    assert "nothing was measured: no form contains 'nonsense'" in capsys.readouterr().out
+    for name in ("no_such_module:f", "bench.attention:no_such_function", "bench.attention"):
+        with pytest.raises(ValueError, match=f"--contender '{name}': .*expected module:function"):
+            run(tmp_path, monkeypatch, "--contender", name)
+
+
+def test_what_a_form_needs():
+    """FLOPs and bytes of B 4, of which 2 are edited, counted by hand."""
+    B, heads, N, L, D, size = 4, 3, 10, 5, 8, 2
+    S, one = 2, 2 * heads * N * L * D  # FLOPs of one product of a row
+    qkvo, table, maps = 2 * B * heads * (N + L) * D * size, S * L * 4, S * heads * N * L
+    want = {
+        "plain": (8 * one, qkvo),
+        "replace": (8 * one, qkvo),
+        "reweight": (8 * one, qkvo + table),
+        "refine": (
+            (8 + 2 * S) * one + 2 * S * heads * L * L * D,
+            qkvo + table + S * L * L * 4,
+        ),
+        "inject": ((8 - S) * one, qkvo + maps * size),
+        "save": (8 * one, qkvo + maps * size),
+        "save_mean": (8 * one, qkvo + 2 * S * N * L * 4),
+        "refine, save_mean": (
+            (8 + S) * one + 2 * S * heads * L * L * N,
+            qkvo + table + S * L * L * 4 + 2 * S * N * L * 4,
+        ),
+    }
+    for form, expected in want.items():
+        edit = bench.make_edit(form, B, heads, N, L, D, torch.float16, "cpu")
+        assert bench.needs(edit, B, heads, N, L, D, size) == expected, form
 
 
 def test_what_was_measured_before_a_crash_is_kept(tmp_path, monkeypatch):
@@ -269,8 +335,8 @@ def test_every_launch_asks_for_its_tile(monkeypatch):
     for module, name in (
         (attention, "attention_kernel"),
         (cross_attention, "cross_attention_kernel"),
-        (cross_attention, "cross_attention_save_kernel"),
-        (cross_attention, "mean_kernel"),
+        (saved_map, "cross_attention_save_kernel"),
+        (saved_map, "mean_kernel"),
     ):
         monkeypatch.setattr(module, name, Kernel())
         monkeypatch.setattr(module, "arch", lambda: 90)
@@ -281,12 +347,12 @@ def test_every_launch_asks_for_its_tile(monkeypatch):
         )
         save, mean = torch.empty(1, 2, 64, 77, device="meta"), torch.empty(1, 64, 77, device="meta")
         for name, args in (
-            ("attention", [None] * 5),
+            ("attention", [*[None] * 5, False]),
             ("cross_attention", [None] * 7),
             ("cross_attention_save", [*[None] * 6, save, None, None]),
             ("cross_attention_save", [*[None] * 7, mean, None]),
         ):
-            ops.prepare(name, (q, k, v, *args), q)(q, k, v, *args, q)
+            dispatch.prepare(name, (q, k, v, *args), q)(q, k, v, *args, q)
         return launched[-5:-1]  # the last is the mean's
 
     by_rule = launch_all()

@@ -285,7 +285,7 @@ else:
             ("bias", "kv_row", "own_value", "source_row"), 1, 7, 7, torch.float32, 1
         )
         names = ("source_row", "bias", "kv_row", "own_value")
-        args = (q, k, v, *(edit[name] for name in names), 0.5)
+        args = (q, k, v, *(edit[name] for name in names), 0.5, False)
         torch.library.opcheck(torch.ops.minisd_kernels.attention.default, args)
         names = ("source_row", "inject", "token_map", "blend", "reweight", "bias")
         edit, _ = with_fields(names, 1, 7, 7, torch.float32, 1)

@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from kernel_cases import NAN, B, S, check, edit_tensors, run_cross, sampled_cross_cases, tensors
+from kernel_cases import (
+    FORMS,
+    NAN,
+    B,
+    S,
+    check,
+    edit_tensors,
+    run_cross,
+    sampled_cross_cases,
+    tensors,
+)
 from minisd_kernels import fused, ops, reference
 
 pytestmark = [
@@ -55,6 +65,106 @@ def test_attention(n, d, dtype):
             "out",
             max(n, d),
         )
+
+
+def fields(names, heads, n, keys, dtype, seed):
+    """Random tensors of the fields that are named; joined keys are twice as many."""
+    g = torch.Generator().manual_seed(seed)
+    total = keys * (2 if "kv_row" in names else 1)
+    bias = (3 * torch.randn(S, heads, n, total, generator=g)).to(dtype)
+    bias[:, :, -1, total // 3 :] = bias[0, :, 0] = float("-inf")  # a query that sees nothing
+    every = {
+        "bias": bias,
+        "kv_row": torch.tensor([[1, 0], [1, 1]]),
+        "own_value": torch.tensor([0.0, 1.0]),
+        "source_row": torch.tensor([1, 0]),
+        "token_map": torch.rand(S, total, total, generator=g) / total,
+        "blend": torch.rand(S, heads, total, generator=g),
+        "reweight": 2 * torch.rand(S, heads, total, generator=g),
+    }
+    return {name: every[name].cuda() for name in names}
+
+
+def differences(op, formula, q, k, v, edit, length, leaves=(), **others):
+    """What the op returns, and its gradients of q, k, v and the leaves, by the budget."""
+
+    def run(op, q, k, v, edit):
+        tracked = {"q": q, "k": k, "v": v} | {name: edit[name] for name in leaves}
+        tracked = {name: x.detach().requires_grad_() for name, x in tracked.items()}
+        out = op(**edit | tracked, **others)
+        out = out if isinstance(out, tuple) else (out,)
+        g = torch.Generator().manual_seed(0)
+        upstream = [torch.randn(x.shape, generator=g).to(q.dtype).to(x) for x in out]
+        grads = torch.autograd.grad(out, list(tracked.values()), upstream)
+        return [x.detach() for x in (*out, *grads)]
+
+    exact = {n: x.double() if n in ("bias", "inject") else x for n, x in edit.items()}
+    got, eager = run(op, q, k, v, edit), run(formula, q, k, v, edit)
+    want = run(formula, q.double(), k.double(), v.double(), exact)
+    for i, (mine, theirs, x) in enumerate(zip(got, eager, want)):
+        check(mine, theirs, x.double(), q.dtype, f"result {i}", length)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "names, others",
+    [
+        ((), {}),
+        (("source_row",), {}),
+        (("bias",), {}),
+        (("kv_row",), {"return_lse": True}),
+        (("bias", "kv_row", "own_value", "source_row"), {"scale": 0.1}),
+        (("source_row",), {"is_causal": True, "return_lse": True}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("n, d, key_heads", [(300, 40, 4), (256, 80, 2), (64, 160, 4)])
+def test_fields_of_attention_and_its_gradients(n, d, key_heads, names, others, dtype):
+    q, _, _ = tensors(B, 4, n, n, d, dtype, 0, device="cuda")
+    _, k, v = tensors(B, key_heads, n, n, d, dtype, 1, device="cuda")
+    edit = fields(names, 4, n, n, dtype, 0)
+    differences(ops.attention, reference.attention, q, k, v, edit, 4 * 2 * n, **others)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("keys, d, key_heads", [(77, 40, 4), (77, 160, 2), (154, 80, 4)])
+@pytest.mark.parametrize("names", [("bias",), ("bias", "source_row", "blend", "reweight")], ids=str)
+def test_fields_of_cross_attention_and_its_gradients(names, keys, d, key_heads, dtype):
+    """A bias, tables for single heads, fewer key heads, more than one prompt."""
+    q, _, _ = tensors(B, 4, 100, keys, d, dtype, 0, device="cuda")
+    _, k, v = tensors(B, key_heads, 100, keys, d, dtype, 1, device="cuda")
+    edit = fields(names, 4, 100, keys, dtype, 0)
+    leaves = [name for name in names if name in ("blend", "reweight")]
+    differences(ops.cross_attention, reference.cross_attention, q, k, v, edit, 4 * 100 * 2, leaves)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("source, mix", [(s, m) for s, m, saves in FORMS if not saves], ids=str)
+def test_gradients_of_every_edit(source, mix, dtype):
+    q, k, v = tensors(B, 2, 130, 77, 40, dtype, 0, device="cuda")
+    edit = edit_tensors(source, mix, 2, 130, 77, dtype, 2, "cuda")
+    leaves = [name for name in edit if name != "source_row"]
+    differences(ops.cross_attention, reference.cross_attention, q, k, v, edit, 2 * 130 * 77, leaves)
+
+
+@pytest.mark.parametrize("keys", [154, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("saves", [(), ("save", "save_mean")], ids=["fold", "save"])
+def test_long_prompts(saves, dtype, keys):
+    q, k, v = tensors(B, 2, 100, keys, 40, dtype, 0, device="cuda")
+    edit = edit_tensors(
+        "source_row", ("token_map", "blend", "reweight"), 2, 100, keys, dtype, 0, "cuda"
+    )
+    run_cross(q, k, v, edit, saves)
+
+
+def test_values_folded_once_give_the_same_bits():
+    q, k, v = tensors(B, 2, 100, 77, 40, torch.float16, 0, device="cuda")
+    edit = edit_tensors("source_row", ("token_map", "blend"), 2, 100, 77, torch.float16, 0, "cuda")
+    want, row = ops.cross_attention(q, k, v, **edit), edit.pop("source_row")
+    folded = ops.fold_values(v, source="source_row", **edit)
+    for _ in range(3):  # the second launch goes past Triton's
+        assert torch.equal(ops.cross_attention(q, k, v, source_row=row, folded=folded), want)
 
 
 def test_a_replayed_cuda_graph_writes_to_the_same_buffers():

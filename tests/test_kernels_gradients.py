@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 from kernel_cases import FORMS, NAN, check, edit_tensors, tensors
-from minisd_kernels import ops, reference
+from minisd_kernels import dispatch, ops, reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -104,9 +104,9 @@ else:
 
     @pytest.fixture(autouse=True)
     def poisoned(monkeypatch):
-        ops.KNOWN.clear()
-        allocate = ops.empty_out
-        monkeypatch.setattr(ops, "empty_out", lambda *args: allocate(*args).fill_(NAN))
+        dispatch.KNOWN.clear()
+        allocate = dispatch.empty_out
+        monkeypatch.setattr(dispatch, "empty_out", lambda *args: allocate(*args).fill_(NAN))
 
     def gradients(op, q, k, v, edit, seed, **others):
         """(the result, and the gradients of q, k, v and the edit, by name) for a random gradient of
@@ -207,7 +207,7 @@ else:
         """What is kept for the backward pass, and what it allocates: nothing of the size of a
         map."""
         n, d, sizes = 160, 8, []
-        for where, name in ((ops, "empty_out"), (torch.Tensor, "new_empty")):
+        for where, name in ((dispatch, "empty_out"), (torch.Tensor, "new_empty")):
             allocate = getattr(where, name)
 
             def counted(*args, allocate=allocate, **kwargs):

@@ -2,11 +2,11 @@
 
 TRITON_INTERPRET must be set before Triton is imported and must not reach the other tests, so this
 file runs itself: in the ordinary test session `test_in_its_own_process` starts one pytest on this
-file and test_kernels_{fused,fields,gradients,diffusers,minisd}.py with the variable set, and shows
-its report if it fails; everything else in the file is only collected there. By hand:
+file and those that it names (OTHERS) with the variable set, and shows its report if it fails;
+everything else in the file is only collected there. By hand:
 
     cd tests; TRITON_INTERPRET=1 python -m pytest \\
-        test_kernels_{interpreter,fused,fields,gradients,diffusers,minisd}.py
+        test_kernels_{interpreter,fused,fields,forms,gradients,diffusers,minisd}.py
 
 Not tested here: TF32, which the interpreter does not model (test_kernels_compiled.py). Its bfloat16
 is mended first: its tl.dot multiplies the bit patterns, and its conversions cut off instead of
@@ -36,17 +36,17 @@ from kernel_cases import (
     sampled_cross_cases,
     tensors,
 )
-from minisd_kernels import ops, reference
+from minisd_kernels import dispatch, ops, reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if not INTERPRETED:
+    OTHERS = ("fused", "fields", "forms", "gradients", "diffusers", "minisd")
 
     def test_in_its_own_process():
-        names = ("fused", "fields", "gradients", "diffusers", "minisd")
         files = [
             __file__,
-            *(str(Path(__file__).with_name(f"test_kernels_{name}.py")) for name in names),
+            *(str(Path(__file__).with_name(f"test_kernels_{name}.py")) for name in OTHERS),
         ]
         command = [
             sys.executable,
@@ -67,7 +67,7 @@ if not INTERPRETED:
 else:
     import numpy as np
     import triton.language
-    from minisd_kernels import attention, cross_attention
+    from minisd_kernels import attention, cross_attention, saved_map
 
     @pytest.fixture(autouse=True, scope="session")
     def quick_interpreter():
@@ -99,8 +99,8 @@ else:
 def poisoned(monkeypatch):
     """NaN in every output, and in what lies between two launches: a number that no kernel wrote
     shows."""
-    ops.KNOWN.clear()  # another test may have chosen other tiles
-    for where, name in ((torch.Tensor, "new_empty"), (ops, "empty_out")):
+    dispatch.KNOWN.clear()  # another test may have chosen other tiles
+    for where, name in ((torch.Tensor, "new_empty"), (dispatch, "empty_out")):
 
         def poison(*args, allocate=getattr(where, name), **kwargs):
             x = allocate(*args, **kwargs)
@@ -118,9 +118,8 @@ if INTERPRETED:
     def test_cross_attention(
         monkeypatch, source, mix, saves, dtype, batch, heads, n, keys, d, layout, arch, seed
     ):
-        monkeypatch.setattr(
-            cross_attention, "arch", lambda: arch
-        )  # the tiles of both kinds of card
+        for module in (cross_attention, saved_map):  # the tiles of both kinds of card
+            monkeypatch.setattr(module, "arch", lambda: arch)
         q, k, v = tensors(batch, heads, n, keys, d, dtype, seed, layout)
         edit = edit_tensors(source, mix, heads, n, keys, dtype, seed)
         run_cross(q, k, v, edit, saves)
@@ -358,7 +357,9 @@ if INTERPRETED:
             "source_row", ("token_map", "blend", "reweight"), 1, 7, 5, torch.float32, 0
         )
         op = torch.ops.minisd_kernels
-        torch.library.opcheck(op.attention.default, (q, k, v, edit["source_row"], *[None] * 4))
+        torch.library.opcheck(
+            op.attention.default, (q, k, v, edit["source_row"], *[None] * 4, False)
+        )
         tables = tuple(edit[name] for name in ("token_map", "blend", "reweight"))
         args = (q, k, v, edit["source_row"], None, *tables)
         torch.library.opcheck(op.cross_attention.default, (*args, None, None))
@@ -373,7 +374,7 @@ if INTERPRETED:
             op.cross_attention_save.default, (q, k, v, *nothing, save, None, None)
         )
         torch.library.opcheck(op.cross_attention_save.default, (*args, None, save, mean, None))
-        backward = (torch.randn_like(q), q, k, *values, edit["source_row"], None, None)
+        backward = (torch.randn_like(q), q, k, *values, edit["source_row"], None, None, None, False)
         torch.library.opcheck(op.attention_backward.default, backward)
 
     @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

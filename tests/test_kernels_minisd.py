@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 from kernel_cases import check, tensors
-from minisd_kernels import ops, reference
+from minisd_kernels import dispatch, ops, reference
 
 from minisd.models.attention import IMPLEMENTATIONS, AttentionEdit, attention
 
@@ -74,7 +74,7 @@ if INTERPRETED:
     def test_autocast(edit, monkeypatch):
         """Mixed dtypes become autocast's before they are checked, in every implementation."""
         q, k, v = tensors(S, 1, 9, 7, 16, torch.float32, 0)
-        dtypes, call = [], ops.call
+        dtypes, call = [], dispatch.call
         monkeypatch.setattr(ops, "call", lambda op, *a: dtypes.append(a[0].dtype) or call(op, *a))
         want = attention(q.half(), k.half(), v.half(), edit, "triton")
         with torch.autocast("cpu", dtype=torch.float16):

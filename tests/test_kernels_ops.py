@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from minisd_kernels import ops, reference
+from minisd_kernels import dispatch, ops, reference
 
 B, H, N, L, D = 3, 2, 5, 7, 16
 
@@ -76,7 +76,8 @@ def test_cpu_tensors_are_refused_outside_of_the_interpreter():
 
 OPS = torch.ops.minisd_kernels
 DIRECT = {
-    "attention": lambda q, k, v: OPS.attention(q, k, v, *[None] * 5),
+    "attention": lambda q, k, v: OPS.attention(q, k, v, *[None] * 5, False),
+    "attention_lse": lambda q, k, v: OPS.attention_lse(q, k, v, *[None] * 5, True),
     "cross_attention": lambda q, k, v: OPS.cross_attention(q, k, v, *[None] * 7),
     "cross_attention_folded": lambda q, k, v: OPS.cross_attention_folded(
         q, k, v, *[None] * 4, True, None
@@ -87,13 +88,11 @@ DIRECT = {
     "fold": lambda q, k, v: OPS.fold(
         v, None, None, torch.ones(2, L, device=q.device), False, False
     ),
-    "attention_backward": lambda q, k, v: OPS.attention_backward(
-        q, q, k, v, None, None, None, None
-    ),
+    "attention_backward": lambda q, k, v: OPS.attention_backward(q, q, k, v, *[None] * 5, False),
 }
 
 
-@pytest.mark.parametrize("name", ops.SCHEMAS)
+@pytest.mark.parametrize("name", dispatch.SCHEMAS)
 def test_gradients_through_the_registered_ops_are_refused(name):
     q, k, v = (x.to("meta") for x in qkv())
     DIRECT[name](q, k, v)
@@ -103,7 +102,7 @@ def test_gradients_through_the_registered_ops_are_refused(name):
         DIRECT[name](q, k, v.requires_grad_())
 
 
-@pytest.mark.parametrize("name", ops.SCHEMAS)
+@pytest.mark.parametrize("name", dispatch.SCHEMAS)
 def test_the_registered_ops_check_their_inputs(name):
     """Called directly, in a compiled graph, anywhere."""
     if name != "attention_backward":
@@ -186,7 +185,7 @@ def test_fake_kernels_promise_the_layout_that_is_returned():
     )
     for out in (ops.attention(q, k, v), folded, saving):
         assert out.shape == (B, H, N, D) and out.stride() == (N * H * D, D, H * D, 1)
-        assert out.stride() == ops.empty_out(q.contiguous()).stride()
+        assert out.stride() == dispatch.empty_out(q.contiguous()).stride()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from minisd_kernels import ops
+from minisd_kernels import dispatch, ops
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles")
@@ -48,12 +48,12 @@ RECORDER = Recorder()  # one for all tests: Triton keeps compiled kernels with t
 def recorder(monkeypatch):
     from triton.runtime.driver import driver
 
-    ops.KNOWN.clear()
-    monkeypatch.setattr(ops, "refuse_cpu", lambda q: None)
+    dispatch.KNOWN.clear()
+    monkeypatch.setattr(dispatch, "refuse_cpu", lambda q: None)
     monkeypatch.setattr(driver, "_active", RECORDER, raising=False)
     RECORDER.launched.clear()
     yield RECORDER
-    ops.KNOWN.clear()
+    dispatch.KNOWN.clear()
 
 
 def heads(n, d):
@@ -96,7 +96,7 @@ CALLS = {
     "backward": (
         3,
         lambda: torch.ops.minisd_kernels.attention_backward(
-            *[heads(64, 40)] * 2, *[heads(L, 40)] * 2, None, ROW, None, None
+            *[heads(64, 40)] * 2, *[heads(L, 40)] * 2, None, ROW, None, None, None, False
         ),
     ),
 }
@@ -138,7 +138,7 @@ def test_what_was_compiled_for_other_tensors_is_not_launched(recorder):
     with torch.no_grad():
         for tensors in ((q, k, k), *others, (q, k, k)):
             ops.cross_attention(*tensors)
-    assert len(ops.KNOWN) == 1 + len(others)
+    assert len(dispatch.KNOWN) == 1 + len(others)
     functions = [args[4] for args in recorder.launched]
     assert functions[0] == functions[-1] and len(recorder.launched) == 2 + len(others)
 
@@ -146,7 +146,7 @@ def test_what_was_compiled_for_other_tensors_is_not_launched(recorder):
 def test_checks_and_choices_are_made_once(recorder, monkeypatch):
     """A call with tensors like earlier ones looks at their shapes and launches."""
     counts = {"check": 0, "prepare": 0}
-    check, prepare = ops.CHECKS["cross_attention"], ops.prepare
+    check, prepare = dispatch.CHECKS["cross_attention"], dispatch.prepare
 
     def counted(what, function):
         def call(*args):
@@ -155,13 +155,13 @@ def test_checks_and_choices_are_made_once(recorder, monkeypatch):
 
         return call
 
-    monkeypatch.setitem(ops.CHECKS, "cross_attention", counted("check", check))
-    monkeypatch.setattr(ops, "prepare", counted("prepare", prepare))
+    monkeypatch.setitem(dispatch.CHECKS, "cross_attention", counted("check", check))
+    monkeypatch.setattr(dispatch, "prepare", counted("prepare", prepare))
     with torch.no_grad():
         for _ in range(3):
             ops.cross_attention(heads(64, 80), *[heads(L, 80)] * 2)
     assert counts == {"check": 1, "prepare": 1} and len(recorder.launched) == 3
-    monkeypatch.setattr(ops, "MOST", 1)
+    monkeypatch.setattr(dispatch, "MOST", 1)
     with torch.no_grad():
         ops.cross_attention(heads(63, 80), *[heads(L, 80)] * 2)
-    assert len(ops.KNOWN) == 1, "what is kept has to have a bound"
+    assert len(dispatch.KNOWN) == 1, "what is kept has to have a bound"

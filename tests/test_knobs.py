@@ -23,7 +23,7 @@ def options(command):
     }
 
 
-@pytest.mark.parametrize("command", ["edit", "invert", "blend", "erase"])
+@pytest.mark.parametrize("command", ["edit", "invert", "blend", "erase", "dit"])
 def test_options_and_defaults(command):
     (section,) = re.findall(rf"^## [^\n]*`minisd {command}`.*?(?=^## |\Z)", PAGE, re.M | re.S)
     given, rows = options(command), re.findall(r"^\| `(--[\w-]+)`[^|]*\| ([^|]*) \|", section, re.M)

@@ -26,11 +26,13 @@ ALLOWED = {
     "drawing": {"expect", "sampling"},
     "checkpoints": FILES | {"models", "sampling"},
     "viewing": FILES | {"models", "sampling", "drawing", "editing"},  # the maps of editing
-    "pipeline": PIPELINE,
+    "latents": PIPELINE - {"pipeline"},
+    "pipeline": PIPELINE | {"latents"},
+    "labels": PIPELINE | {"latents"},
     "editing": PIPELINE,
     "training": PIPELINE,
     "toy": {"expect", "sampling"},
-    "cli": PIPELINE | {"editing", "toy", ""},  # "": minisd itself, for __version__
+    "cli": PIPELINE | {"labels", "editing", "toy", ""},  # "": minisd itself, for __version__
     "__main__": {"cli"},
 }
 MODULES = {

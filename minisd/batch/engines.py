@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,8 @@ def torchrun(load: Load, folder: Path, pieces: Sequence[Piece]) -> Iterator[Done
 def ray(load: Load, folder: Path, pieces: Sequence[Piece], workers: int) -> Iterator[Done]:
     """Ray Data: an actor pool over the pieces; Ray starts actors that die again."""
     try:
-        import ray as _ray
+        _ray: Any = import_module("ray")
+        import_module("ray.data")
     except ImportError as error:
         raise ValueError("--engine ray needs the package ray[data]: pip install it") from error
 

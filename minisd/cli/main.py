@@ -1,6 +1,6 @@
 """The `minisd` command: its parser, its errors and its exit codes.
 
-    main -> draw, edit, invert, blend, models, info, toy (the commands) -> output -> options
+    main -> draw, edit, invert, blend, models, info, toy, dit (the commands) -> output -> options
 
 A command is a function of what argparse read and a `Call`; it turns them into requests (options.py)
 and does the rest from these. torch is imported inside the commands, so that `minisd --help` and
@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TextIO
 
 from .. import __version__
-from . import blend, draw, edit, info, invert, models, toy
+from . import blend, dit, draw, edit, info, invert, models, toy
 from .options import Call, Run
 
 
@@ -123,6 +123,6 @@ def build_parser() -> Parser:
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return sub
 
-    for group in (draw, info, edit, invert, blend, models, toy):
+    for group in (draw, info, edit, invert, blend, models, toy, dit):
         group.add_commands(command)
     return parser

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from .lines import as_chunk
@@ -125,16 +125,18 @@ def load_request(model: ModelRequest, device: str | None, dtype: str | None) -> 
 
 def draw(
     request: DrawRequest,
-    run: Callable[[StableDiffusion, Options], Sequence[Image.Image]],
+    run: Callable[[Any, Options], Sequence[Image.Image]],
     told: Callable[[int], Mapping[str, object]],
+    load: Callable[[DrawRequest], Any] = load_model,
 ) -> None:
     """Draw one image with each seed, run(sd, options) -> [image], and write each when it is done.
 
     One by one, not as a batch: each can be drawn again alone, bit for bit, by the command that
-    `minisd info` prints. told: seed -> what its PNG tells beside what all of them tell.
+    `minisd info` prints. told: seed -> what its PNG tells beside what all of them tell. load: what
+    gives the model, sd.
     """
     places = output_places(request.output, len(request.seeds))
-    sd = load_model(request)
+    sd = load(request)
     for i, seed in enumerate(request.seeds):
         own = told(seed)
         with tracing(request, sd, seed) as on_step:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path, tree_map, tree_unflatten
 
 from ..models import ops
+from ..models.denoiser import Denoiser
 from ..models.unet import UNet
 
 KEPT = 8  # graphs; each holds its buffers, so the ones not used for longest are dropped
@@ -30,7 +31,7 @@ class GraphedUNet:
     place are seen, new tensors and modules cost a new graph.
     """
 
-    def __init__(self, unet: UNet):
+    def __init__(self, unet: UNet | Denoiser):
         self.unet = unet
         self.prepare, self.prepare_times = unet.prepare, unet.prepare_times
         self.replay = CUDAGraphs()

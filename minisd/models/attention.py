@@ -242,6 +242,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, edit: AttentionEdit) -> None:
             inject_qk[0].shape[0], dtype=torch.int64, device=q.device
         )
     kernels.check(q, k, v, **tensors)
+    if k.shape[1] != q.shape[1]:  # the kernels take fewer; folding here does not
+        raise ValueError(f"k, v: expected the {q.shape[1]} heads of q, got {k.shape[1]}")
 
 
 class Attention(nn.Module):

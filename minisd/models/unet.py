@@ -148,17 +148,17 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Linear(GEGLU(x)), four times as wide inside. x: (..., channels)."""
+    """Linear(first(x)), four times as wide inside. x: (..., channels)."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, first: Callable[[int, int], nn.Module] = GEGLU):
         super().__init__()
         # nn.Identity holds the place of diffusers' dropout: the checkpoint calls the last net.2.
         last = nn.Linear(4 * channels, channels)
-        self.net: Any = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), last)
+        self.net: Any = nn.Sequential(first(channels, 4 * channels), nn.Identity(), last)
 
     def forward(self, x: Tensor) -> Tensor:
-        geglu, identity, last = self.net
-        return ops.by_rows(lambda x: ops.linear(last, identity(geglu(x))), x, self.modules())
+        first, identity, last = self.net
+        return ops.by_rows(lambda x: ops.linear(last, identity(first(x))), x, self.modules())
 
 
 class TransformerBlock(nn.Module):

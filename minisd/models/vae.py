@@ -117,9 +117,9 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Image (B, 3, H, W) -> moments (B, 2 * latent_channels, h, w), before quant_conv."""
+    """Image (B, 3, H, W) -> what a latent is made of, (B, channels, h, w), before quant_conv."""
 
-    def __init__(self, config: VAEConfig) -> None:
+    def __init__(self, config: VAEConfig, channels: int) -> None:
         super().__init__()
         widths, layers = config.block_out_channels, config.layers_per_block
         groups, last = config.norm_num_groups, len(widths) - 1
@@ -130,7 +130,7 @@ class Encoder(nn.Module):
             self.down_blocks.append(Block(ins, out, layers, groups, down=down))
         self.mid_block = MidBlock(widths[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], NORM_EPS)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -175,7 +175,7 @@ class AutoencoderKL(nn.Module):
     def __init__(self, config: VAEConfig = VAEConfig()) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
+        self.encoder = Encoder(config, 2 * config.latent_channels)
         self.decoder = Decoder(config)
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)

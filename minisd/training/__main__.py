@@ -11,6 +11,11 @@ It made the bundled `shapes`. Its stages share one run folder, and each resumes 
     python -m minisd.training export --run RUN --to weights/shapes
         the folder in diffusers layout, float16
 
+A diffusion transformer on the bundled model's latents and texts, in a run folder of its own:
+
+    python -m minisd.training transformer --run RUN
+        the third loss, eps_theta a DiT
+
 The objective is that of Rombach et al. 2022, https://arxiv.org/abs/2112.10752 (eq. 2).
 """
 
@@ -22,8 +27,9 @@ from pathlib import Path
 import torch
 
 from .export import export
-from .recipes import RECIPES
+from .recipes import RECIPES, TRANSFORMER
 from .stages import train_autoencoder, train_diffusion, train_text
+from .transformer import train_transformer
 
 ORDER = ("autoencoder", "text", "diffusion", "export")
 NEEDS = {"diffusion": ("autoencoder.pt", "text.pt"), "export": ("pool.pt", "diffusion.pt")}
@@ -49,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("stage", choices=ORDER)
+    add("stage", choices=(*ORDER, "transformer"))
     add("--run", type=Path, required=True, help="folder of the run: its states, the encoded pool")
     add(
         "--recipe",
@@ -77,6 +83,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{args.run / name} is not there: the stages run in order, {', '.join(ORDER)}"
             )
     args.run.mkdir(parents=True, exist_ok=True)
+    if args.stage == "transformer":
+        own = TRANSFORMER
+        if args.steps is not None:
+            own = replace(own, diffusion=replace(own.diffusion, steps=args.steps))
+        train_transformer(own, args.run, args.seed, torch.device(args.device))
+        return
     recipe = RECIPES[args.recipe]
     if args.stage == "export":
         export(recipe, args.run, args.to)

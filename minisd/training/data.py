@@ -12,7 +12,6 @@ from tqdm import tqdm
 from ..models.tokenizer import CLIPTokenizer, build_vocabulary
 from ..models.vae import AutoencoderKL
 from . import scenes
-from .recipes import Recipe
 
 
 class Pool(TypedDict):
@@ -63,10 +62,15 @@ def make_tokenizer() -> CLIPTokenizer:
 
 @torch.no_grad()
 def encode_pool(
-    vae: AutoencoderKL, recipe: Recipe, tokenizer: CLIPTokenizer, seed: int, device: torch.device
+    vae: AutoencoderKL,
+    count: int,
+    image_size: int,
+    tokenizer: CLIPTokenizer,
+    seed: int,
+    device: torch.device,
 ) -> Pool:
-    """Draw the diffusion stage's scenes and encode them once."""
-    images, captions, boxes = draw_scenes(recipe.diffusion.pool, recipe.image_size, seed)
+    """Draw the scenes of a diffusion stage and encode them once."""
+    images, captions, boxes = draw_scenes(count, image_size, seed)
     means, stds = [], []
     for chunk in tqdm(images.split(250), desc="encoding", file=sys.stderr):
         mean, logvar = vae.encode(to_model(chunk, device))

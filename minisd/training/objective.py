@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from ..models.vae import AutoencoderKL
+from ..models.vq import VQModel, straight_through
 from ..sampling.schedule import NoiseSchedule
 
 
@@ -25,6 +26,22 @@ def autoencoder_loss(vae: AutoencoderKL, x: Tensor, noise: Tensor, kl_weight: fl
     z = mean + torch.exp(0.5 * logvar) * noise
     kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar)
     return F.l1_loss(vae.decode(z).float(), x) + kl_weight * kl.float().mean()
+
+
+def vq_loss(vq: VQModel, x: Tensor, beta: float = 0.25) -> tuple[Tensor, Tensor]:
+    """mean |x - decode(z_q)| + mean |sg(z) - z_q|^2 + beta mean |z - sg(z_q)|^2, and the rows used.
+
+    sg: no gradient. The second term draws the codebook to the latents, the third keeps the latents
+    near it; the reconstruction reaches the encoder straight through the rounding. (diffusers'
+    VectorQuantizer has beta on the second term.) van den Oord et al. 2017,
+    https://arxiv.org/abs/1711.00937, eq. 3. x: (B, 3, H, W) in [-1, 1] -> the loss, ids (B, h, w),
+    of which `perplexity` tells how many rows are in use.
+    """
+    z = vq.encode(x)
+    z_q, ids = vq.quantize(z)
+    codebook, commitment = F.mse_loss(z_q, z.detach()), F.mse_loss(z, z_q.detach())
+    image = vq.decode(straight_through(z, z_q), quantise=False)
+    return F.l1_loss(image.float(), x) + codebook + beta * commitment, ids
 
 
 def diffusion_loss(

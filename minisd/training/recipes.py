@@ -1,8 +1,9 @@
-"""The two models that can be trained, as numbers: their sizes and how each stage is run."""
+"""The models that can be trained, as numbers: their sizes and how each stage is run."""
 
 from dataclasses import dataclass
 
 from ..models.clip import CLIPTextConfig
+from ..models.dit_config import DiTConfig
 from ..models.unet import CROSS_DOWN, CROSS_UP, PLAIN_DOWN, PLAIN_UP, UNetConfig
 from ..models.vae import VAEConfig
 
@@ -50,6 +51,40 @@ class Recipe:
     faint_share: float
 
 
+@dataclass(frozen=True)
+class TransformerRecipe:
+    """A DiT that learns on latents and texts of the bundled model, whose parts stay as they are.
+
+    The losses' weights and the shares of the samples are a Recipe's.
+    """
+
+    dit: DiTConfig
+    diffusion: Hyperparameters
+    max_weight: float
+    noisy_share: float
+    layout_weight: float
+    silent_share: float
+    faint_share: float
+
+
+TRANSFORMER = TransformerRecipe(  # one CPU core, about an hour
+    dit=DiTConfig(
+        sample_size=16,
+        patch_size=2,
+        out_channels=4,
+        num_layers=6,
+        num_attention_heads=3,
+        attention_head_dim=64,
+        num_embeds_ada_norm=None,
+        cross_attention_dim=128,
+    ),
+    diffusion=Hyperparameters(steps=7000, batch=32, lr=1e-3, pool=24_000, ema=0.999),
+    max_weight=100.0,
+    noisy_share=0.3,
+    layout_weight=1.0,
+    silent_share=0.3,
+    faint_share=0.0,
+)
 RECIPES = {
     "small": Recipe(  # two CPU cores, about four hours
         image_size=64,

@@ -7,6 +7,7 @@ latents that the last one learns from, pool.pt.
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -30,7 +31,7 @@ from .objective import (
     silence,
     summary_loss,
 )
-from .recipes import Recipe
+from .recipes import Recipe, TransformerRecipe
 
 CAPTION_DROPOUT = 0.1  # share of the samples that train the unconditional branch of guidance
 
@@ -86,31 +87,62 @@ def train_diffusion(recipe: Recipe, run: Path, seed: int, device: torch.device) 
 
     def loss(generator: Generator) -> Tensor:
         batch = recipe.diffusion.batch
-        chosen = random_rows(len(pool["ids"]), batch, generator)
-        mean, std = pool["mean"][chosen].float(), pool["std"][chosen].float()
-        z = pool["scaling_factor"] * (mean + std * normal(mean.shape, generator))
-        noise = normal(z.shape, generator)
-        t = draw_times(batch, len(schedule), recipe.noisy_share, generator)
-        dropped = chance((batch, 1), CAPTION_DROPOUT, generator)
-        ids = torch.where(dropped, empty, pool["ids"][chosen]).to(device)
-        silent = chance((batch,), recipe.silent_share, generator).to(device)
-        noise = noise * draw_amplitudes(batch, recipe.faint_share, generator)
-        z, noise, t = z.to(device), noise.to(device), t.to(device)
-
-        context = model.text_encoder(ids)
+        s = draw_samples(pool, batch, len(schedule), empty, recipe, generator).to(device)
+        context = model.text_encoder(s.ids)
         of_empty = model.text_encoder(empty.to(device))
-        heard = silence(context, of_empty, ids, tokenizer.eos_id, silent)
-        value = diffusion_loss(model.unet, schedule, z, noise, t, heard, recipe.max_weight)
+        heard = silence(context, of_empty, s.ids, tokenizer.eos_id, s.silent)
+        value = diffusion_loss(model.unet, schedule, s.z, s.noise, s.t, heard, recipe.max_weight)
         if recipe.layout_weight:
-            boxes = pool["boxes"][chosen].to(device)
-            layout = layout_loss(seen["mid"], model.layout_head, boxes)
+            layout = layout_loss(seen["mid"], model.layout_head, s.boxes)
             value = value + recipe.layout_weight * layout
         if recipe.summary_weight:
-            summary = summary_loss(context, ids, tokenizer.eos_id, model.summary_head)
+            summary = summary_loss(context, s.ids, tokenizer.eos_id, model.summary_head)
             value = value + recipe.summary_weight * summary
         return value
 
     train(model, loss, recipe.diffusion, run / "diffusion.pt", seed, device)
+
+
+class Samples(NamedTuple):
+    """What one step of a diffusion stage learns from, a row each.
+
+    z, noise: (B, C, h, w). t: (B,). ids: (B, L). boxes: (B, 2, 3). silent: (B,) bool, whether the
+    words alone must tell.
+    """
+
+    z: Tensor
+    noise: Tensor
+    t: Tensor
+    ids: Tensor
+    boxes: Tensor
+    silent: Tensor
+
+    def to(self, device: torch.device) -> "Samples":
+        return Samples(*(x.to(device) for x in self))
+
+
+def draw_samples(
+    pool: Pool,
+    batch: int,
+    times: int,
+    empty: Tensor,
+    shares: Recipe | TransformerRecipe,
+    generator: Generator,
+) -> Samples:
+    """Random scenes of the pool with their noise and times; `empty`, (1, L), for dropped captions.
+
+    shares: whose noisy_share, silent_share and faint_share hold.
+    """
+    chosen = random_rows(len(pool["ids"]), batch, generator)
+    mean, std = pool["mean"][chosen].float(), pool["std"][chosen].float()
+    z = pool["scaling_factor"] * (mean + std * normal(mean.shape, generator))
+    noise = normal(z.shape, generator)
+    t = draw_times(batch, times, shares.noisy_share, generator)
+    dropped = chance((batch, 1), CAPTION_DROPOUT, generator)
+    ids = torch.where(dropped, empty, pool["ids"][chosen])
+    silent = chance((batch,), shares.silent_share, generator)
+    noise = noise * draw_amplitudes(batch, shares.faint_share, generator)
+    return Samples(z, noise, t, ids, pool["boxes"][chosen], silent)
 
 
 def random_rows(count: int, batch: int, generator: Generator) -> Tensor:
@@ -138,7 +170,8 @@ def load_pool(
         to_device(vae, device)
         vae.load_state_dict(torch.load(run / "autoencoder.pt", map_location=device)["average"])
         with atomic_write(path) as temporary:
-            torch.save(encode_pool(vae, recipe, tokenizer, seed + 1, device), temporary)
+            count, size = recipe.diffusion.pool, recipe.image_size
+            torch.save(encode_pool(vae, count, size, tokenizer, seed + 1, device), temporary)
     return torch.load(path, map_location="cpu")
 
 

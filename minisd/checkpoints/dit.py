@@ -1,0 +1,165 @@
+"""A DiT in diffusers' folder layout, as facebook/DiT-XL-2-256 has it on the Hub: transformer/,
+vae/ and scheduler/.
+
+diffusers keeps a copy of the time's and the label's embedders in every block. minisd's DiT has one,
+so all copies have to be the same, which is checked. The weights that facebookresearch/DiT published
+itself are pickles (.pt), which are not read; both are under CC-BY-NC 4.0, for no commercial use.
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+
+from ..models.dit import DiT
+from ..models.dit_config import DiTConfig
+from ..models.vae import AutoencoderKL, VAEConfig
+from ..sampling.schedule import NoiseSchedule
+from .load import PICKLES, WHY_NO_PICKLES, _config, _json, _named, load_tensors
+from .names import rename_diffusers
+from .sources import CheckpointError, Source, _fetch, hub_repo
+from .tensor_file import FLOATS, Entry, read_header, read_tensors
+
+PUBLISHED = "facebook/DiT-XL-2-256"
+LICENCE = f"{PUBLISHED} has the weights as safetensors, under CC-BY-NC 4.0: no commercial use"
+WEIGHTS = "diffusion_pytorch_model"
+CONFIGS = ("transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
+EMBEDDER = re.compile(r"transformer_blocks\.(\d+)\.norm1\.emb\.(.+)")  # a copy in a block
+# No published config comes near these; what a damaged or hostile one asks for would take all
+# memory.
+LIMITS = {"num_layers": 200, "sample_size": 512, "patch_size": 64, "num_attention_heads": 256}
+LIMIT = 100_000  # of any other number
+
+
+class DiTCheckpoint(NamedTuple):
+    """A located DiT, nothing of its weights read. files: of transformer and vae."""
+
+    config: DiTConfig
+    vae_config: VAEConfig
+    schedule: NoiseSchedule
+    files: dict[str, Path]
+
+
+def locate_dit(
+    source: Source,
+    *,
+    compat: str = "published",
+    variant: str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> DiTCheckpoint:
+    """Find the files of a folder or a Hub repo and read the configs. See `minisd.load_dit`."""
+    if Path(source).suffix in PICKLES:
+        got = f"minisd does not read the pickle {source}: {WHY_NO_PICKLES}"
+        raise CheckpointError(f"{got}. {LICENCE}")
+    name = WEIGHTS if variant is None else f"{WEIGHTS}.{variant}"
+    weights = {part: f"{part}/{name}.safetensors" for part in ("transformer", "vae")}
+    folder = Path(source)
+    if (repo := hub_repo(source)) is not None:
+        folder = _fetch(repo, CONFIGS, revision, local_files_only)
+        folder = _fetch(repo, list(weights.values()), folder.name, local_files_only)
+    elif revision is not None:
+        raise ValueError(f"revision={revision!r} is for Hub repos, and {source!r} is not one")
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {str(source)!r:.200} with a DiT. {LICENCE}")
+    for path in (*CONFIGS, *weights.values()):
+        if not (folder / path).is_file():
+            kind = "a DiT has transformer/, vae/ and scheduler/, with .safetensors files"
+            raise CheckpointError(f"{folder / path} is missing: {kind}")
+    config = _named(folder / CONFIGS[0], lambda path: _dit_config(_json(path), compat))
+    vae_config = cast(VAEConfig, _config("vae", folder / CONFIGS[1]))
+    if vae_config.latent_channels != config.in_channels:
+        got = f"its VAE has latents of {vae_config.latent_channels} channels"
+        raise CheckpointError(f"{folder}: {got}, its transformer takes {config.in_channels}")
+    scheduler = folder / CONFIGS[2]
+    schedule = _named(scheduler, lambda path: NoiseSchedule.from_dict(_json(path)))
+    files = {part: folder / path for part, path in weights.items()}
+    return DiTCheckpoint(config, vae_config, schedule, files)
+
+
+def _dit_config(values: dict[str, Any], compat: str) -> DiTConfig:
+    """transformer/config.json, refused where its numbers are absurd or it takes no labels."""
+    config = DiTConfig.from_dict(values | {"compat": compat})
+    for name, value in dataclasses.asdict(config).items():
+        for number in value if type(value) is tuple else (value,):
+            most = LIMITS.get(name, LIMIT)
+            if type(number) is int and not 1 <= number <= most:
+                raise ValueError(f"{name}: got {number}, expected 1 to {most}")
+    if config.num_embeds_ada_norm is None:
+        raise ValueError("num_embeds_ada_norm: got None, expected the number of labels")
+    return config
+
+
+def load_dit_parts(
+    checkpoint: DiTCheckpoint, device: torch.device, dtype: torch.dtype
+) -> tuple[DiT, AutoencoderKL, NoiseSchedule]:
+    """The modules with the files' tensors, in evaluation mode and without gradients.
+
+    CheckpointError that lists every tensor which is missing, unexpected, misshapen or unreadable,
+    and every copy of an embedder that differs from the first block's.
+    """
+    with torch.device("meta"):
+        dit, vae = DiT(checkpoint.config), AutoencoderKL(checkpoint.vae_config)
+    modules: dict[str, torch.nn.Module] = {"transformer": dit, "vae": vae}
+    faults, entries = [], {}
+    for part, module in modules.items():
+        expected = {name: tuple(x.shape) for name, x in module.state_dict().items()}
+        entries[part], lines = match(checkpoint, part, expected)
+        faults += [f"\n  {checkpoint.files[part]}: {line}" for line in lines]
+    if faults:
+        raise CheckpointError(f"{len(faults)} tensors do not fit the models:{''.join(faults)}")
+    for part, module in modules.items():
+        tensors = load_tensors(checkpoint.files[part], entries[part], device, dtype)
+        shapes = {name: x.shape for name, x in module.state_dict().items()}
+        state = {name: x.view(shapes[name]) for name, x in tensors.items()}
+        module.load_state_dict(state, strict=True, assign=True)
+        module.eval().requires_grad_(False)
+    return dit, vae, checkpoint.schedule
+
+
+def match(
+    checkpoint: DiTCheckpoint, part: str, expected: dict[str, tuple[int, ...]]
+) -> tuple[dict[str, Entry], list[str]]:
+    """(module name -> Entry of the part's file, a line for each tensor that does not fit)."""
+    path, entries, faults = checkpoint.files[part], {}, []
+    copies: dict[str, dict[int, tuple[str, Entry]]] = {}
+    for name, entry in read_header(path).items():
+        new = rename_diffusers("vae", name) if part == "vae" else name
+        if part == "transformer" and (found := EMBEDDER.fullmatch(name)):
+            copies.setdefault(found[2], {})[int(found[1])] = name, entry
+            if found[1] != "0":
+                continue
+            new = found[2]
+        shape = expected.get(str(new))
+        as_convolution = part == "vae" and entry.shape == (*(shape or ()), 1, 1)
+        if new is None or shape is None:
+            faults.append(f"unexpected {name}, shape {entry.shape}")
+        elif entry.shape != shape and not as_convolution:
+            faults.append(f"misshapen {name}, got {entry.shape}, expected {shape}")
+        elif entry.dtype not in FLOATS:
+            faults.append(f"unreadable {name}, got dtype {entry.dtype}")
+        entries[str(new)] = entry
+    missing = [name for name in expected if name not in entries]
+    faults += [f"missing {name}, expected shape {expected[name]}" for name in missing]
+    if not faults:
+        faults = differing(path, copies, checkpoint.config.num_layers)
+    return entries, faults
+
+
+def differing(
+    path: Path, copies: dict[str, dict[int, tuple[str, Entry]]], layers: int
+) -> list[str]:
+    """A line for each copy of an embedder that is missing or is not the first block's."""
+    faults = []
+    for inner, by_block in copies.items():
+        absent = [i for i in range(layers) if i not in by_block]
+        faults += [f"missing transformer_blocks.{i}.norm1.emb.{inner}" for i in absent]
+        tensors = dict(read_tensors(path, dict(by_block.values())))
+        first = tensors[by_block[0][0]]
+        for name, tensor in tensors.items():
+            if not torch.equal(tensor, first):
+                why = "minisd has one embedder for all blocks"
+                faults.append(f"{name} differs from {by_block[0][0]}: {why}")
+    return faults

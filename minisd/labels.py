@@ -1,0 +1,137 @@
+"""Images of labels: a DiT end to end, as `pipeline` is Stable Diffusion.
+
+    dit = minisd.load_dit("facebook/DiT-XL-2-256")
+    dit.generate(labels=[207, 360])                      # a golden retriever, an otter
+
+Peebles and Xie 2022, https://arxiv.org/abs/2212.09748; 250 steps of DDPM with a learned variance,
+guidance 4 on three of the four channels, as in its sample.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from numbers import Integral
+from typing import Any, Literal, Unpack, cast
+
+import torch
+from PIL import Image
+
+from .checkpoints.dit import load_dit_parts, locate_dit
+from .checkpoints.sources import Source
+from .drawing import Drawing, Options
+from .latents import Latents
+from .models.attention import IMPLEMENTATIONS, Implementation
+from .models.dit import DiT
+from .models.vae import AutoencoderKL
+from .pipeline import DtypeName, pick_device, pick_dtype
+from .sampling.ddpm import DDPM, Variance
+from .sampling.guidance import cfg
+from .sampling.samplers import Sampler
+from .sampling.schedule import NoiseSchedule
+
+WITHOUT = ("negative_prompt", "uncond")  # options that are of texts
+PUBLISHED_CHANNELS = 3  # that are guided; diffusers guides all
+
+
+@dataclass(repr=False)
+class LabelDiffusion(Latents):
+    """DiT, autoencoder and schedule, and what joins them. compile, graph: see `minisd.load`."""
+
+    dit: DiT
+    vae: AutoencoderKL
+    schedule: NoiseSchedule
+    compile: bool | str = False
+    graph: bool = False
+
+    @property
+    def denoiser(self) -> DiT:
+        return self.dit
+
+    def __repr__(self) -> str:
+        size = sum(p.numel() for model in (self.dit, self.vae) for p in model.parameters())
+        what = f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
+        return (
+            f"LabelDiffusion({size / 1e6:.0f} M parameters, {what}, {self.dit.attention} attention)"
+        )
+
+    def to(
+        self,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | DtypeName | None = None,
+    ) -> "LabelDiffusion":
+        """Move both models in place."""
+        device = pick_device(self.device if device is None else device)
+        dtype = pick_dtype(self.dtype if dtype is None else dtype, device)
+        for model in (self.dit, self.vae):
+            model.to(device, dtype)
+        return self
+
+    @torch.no_grad()
+    def generate(
+        self, labels: int | Sequence[int], **options: Unpack[Options]
+    ) -> list[Image.Image]:
+        """Draw label(s) from 0 to K - 1, num_images of each; K is "no label".
+
+        options: see `minisd.drawing.Drawing`, here steps=250, guidance=4, sampler="ddpm"; those of
+        texts have no effect and are refused. ValueError for what does not fit.
+        """
+        named: list[Any] = [labels] if isinstance(labels, Integral) else list(cast(Any, labels))
+        if not named:
+            raise ValueError("got no labels, expected at least one")
+        drawing = Drawing.of(options, without=WITHOUT, steps=250, guidance=4.0, sampler="ddpm")
+        cond = drawing.per_image(self.dit.embed_labels(named), len(named))
+        null = self.dit.embed_labels([self.dit.labels])
+        sampler = self.make_sampler(drawing, len(cond))
+        x = drawing.noise(self, len(cond))
+        published = self.dit.config.compat == "published"
+        channels = PUBLISHED_CHANNELS if published else self.channels
+        predict = cfg(self.network, null, cond, drawing.guidance, channels=channels)
+        return self.decode(drawing.denoise(x, sampler, predict))
+
+    def make_sampler(self, drawing: Drawing, rows: int) -> Sampler:
+        """The drawing's; of DDPM, timesteps as published, and the variance that the DiT learned."""
+        sampler = drawing.make_sampler(self, rows=rows)
+        if not isinstance(sampler, DDPM):
+            return sampler
+        variance: Variance = "learned_range" if self.dit.config.learns_variance else "fixed_small"
+        return replace(sampler, variance=variance, spacing="linspace")
+
+
+def load_dit(
+    source: Source,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | DtypeName | None = None,
+    attention: Implementation | Literal["auto"] = "auto",
+    compat: Literal["published", "diffusers"] = "published",
+    compile: bool | str = False,
+    graph: bool = False,
+    variant: str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> LabelDiffusion:
+    """Load a DiT for labels: a folder in diffusers layout, or a Hub repo, facebook/DiT-XL-2-256.
+
+    compat: whose formulas are followed where the published code and diffusers differ, see
+    `minisd.models.dit`; "diffusers" also guides all channels. The others: see `minisd.load`. The
+    published weights are under CC-BY-NC 4.0. CheckpointError for what is missing or does not fit,
+    and for the published .pt files, which are pickles.
+    """
+    where = pick_device(device)
+    kind = pick_dtype(dtype, where)
+    if attention not in ("auto", *IMPLEMENTATIONS):
+        expected = f"auto, {', '.join(IMPLEMENTATIONS)}"
+        raise ValueError(f"attention is {attention!r}, expected {expected}")
+    if graph and where.type != "cuda":
+        raise ValueError(f"graph=True replays CUDA graphs and needs a CUDA device, got {where}")
+    checkpoint = locate_dit(
+        source,
+        compat=compat,
+        variant=variant,
+        revision=revision,
+        local_files_only=local_files_only,
+    )
+    parts = load_dit_parts(checkpoint, where, kind)
+    dit = LabelDiffusion(*parts, compile=compile, graph=graph)
+    auto: Implementation = "triton" if where.type == "cuda" else "sdpa"
+    dit.dit.attention = auto if attention == "auto" else attention
+    return dit

@@ -1,0 +1,253 @@
+"""A DiT end to end: a folder that diffusers wrote, its strict loading, and images of labels against
+diffusers' pipeline and against the published loop."""
+
+import json
+import warnings
+
+import pytest
+import tiny
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
+from oracle_dit import Published, diffusers_pair
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_ddpm import DIT
+
+import minisd
+from minisd.checkpoints.sources import CheckpointError
+from minisd.sampling.ddpm import DDPM
+
+CONFIG = dict(sample_size=8, num_layers=2, num_attention_heads=2, attention_head_dim=12)
+CONFIG |= dict(num_embeds_ada_norm=10, patch_size=2, out_channels=8)
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+HOW = dict(progress=False)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """diffusers' pipeline of a tiny random DiT, and the folder that it wrote."""
+    folder = tmp_path_factory.mktemp("dit") / "tiny"
+    transformer, _ = diffusers_pair(**CONFIG)
+    vae = tiny.randomise(AutoencoderKL(**tiny.VAE), 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipe = DiTPipeline(transformer, vae, DDIMScheduler.from_config(DIT))
+        pipe.set_progress_bar_config(disable=True)
+        pipe.save_pretrained(folder)
+    return pipe, folder
+
+
+@pytest.fixture
+def folder(pair, tmp_path):
+    """A copy that a test may change."""
+    import shutil
+
+    return shutil.copytree(pair[1], tmp_path / "dit")
+
+
+def final(latents):
+    return lambda x, step: latents.update(x=x)
+
+
+def relative(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def test_generate_equals_diffusers(pair, monkeypatch, record_property):
+    """DDIM, guidance on all channels, v left out: with compat, diffusers' images."""
+    pipe, folder = pair
+    dit = minisd.load_dit(folder, device="cpu", compat="diffusers")
+    x = dit.noise(3, 2)
+    module = __import__("diffusers.pipelines.dit.pipeline_dit", fromlist=["randn_tensor"])
+    monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: x)
+    guide = pipe.transformer.forward  # the null label is 1000 in diffusers: here it is 10
+    own = lambda *a, class_labels, **k: guide(*a, class_labels=class_labels.clamp(max=10), **k)
+    monkeypatch.setattr(pipe.transformer, "forward", own)
+    expected = pipe([3, 7], guidance_scale=4.0, num_inference_steps=6, output_type="pt").images
+    last = {}
+    options = dict(steps=6, sampler="ddim", latents=x, on_step=final(last), **HOW)
+    dit.generate([3, 7], **options)
+    images = dit.decode(last["x"], as_tensor=True) / 2 + 0.5
+    error = relative(images, expected)
+    record_property("DiT pipeline, images", error)
+    assert error <= 1e-4
+
+
+def test_generate_is_the_published_loop(pair, record_property):
+    """gaussian_diffusion's p_sample with forward_with_cfg, written again, 25 of its timesteps."""
+    dit = minisd.load_dit(pair[1], device="cpu")
+    x = dit.noise(0, 2)
+    last = {}
+    dit.generate([3, 7], steps=25, seed=[4, 9], latents=x, on_step=final(last), **HOW)
+    network = Published(dit.dit.state_dict(), dit.dit.config)
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    abar_all = torch.cumprod(1 - betas, 0)
+    times = [round(i * 999 / 24) for i in range(25)]
+    abar = abar_all[times]
+    abar_prev = torch.cat([torch.ones(1).double(), abar[:-1]])
+    beta = 1 - abar / abar_prev
+    posterior = beta * (1 - abar_prev) / (1 - abar)
+    log_least = torch.log(torch.cat([posterior[1:2], posterior[1:]]))
+    noises = [step.noise(x) for step in DDPM(dit.schedule, 25, seed=(4, 9), spacing="linspace")]
+    z = x.double()
+    for i in reversed(range(25)):
+        t = torch.tensor([times[i]] * 4)
+        out = network(torch.cat([z, z]), t, torch.tensor([3, 7, 10, 10]))
+        cond, uncond = out[:2], out[2:]
+        eps = torch.cat([uncond[:, :3] + 4 * (cond[:, :3] - uncond[:, :3]), cond[:, 3:4]], 1)
+        f = (cond[:, 4:] + 1) / 2
+        log_variance = f * torch.log(beta[i]) + (1 - f) * log_least[i]
+        z0 = (z - (1 - abar[i]).sqrt() * eps) / abar[i].sqrt()
+        mean = abar_prev[i].sqrt() * beta[i] / (1 - abar[i]) * z0
+        mean = mean + (1 - beta[i]).sqrt() * (1 - abar_prev[i]) / (1 - abar[i]) * z
+        z = mean + (i > 0) * (0.5 * log_variance).exp() * noises[24 - i].double()
+    error = relative(last["x"].double(), z)
+    record_property("DiT, published loop, latents", error)
+    assert error <= 1e-4
+
+
+def test_a_label_is_drawn_alone_as_in_a_batch(pair):
+    dit = minisd.load_dit(pair[1], device="cpu")
+    how = dict(steps=4, **HOW)
+    alone, together = {}, {}
+    dit.generate(7, seed=6, on_step=final(alone), **how)
+    images = dit.generate([3, 7], seed=5, on_step=final(together), **how)
+    assert relative(together["x"][1:], alone["x"]) <= 1e-5
+    assert len(images) == 2 and images[0].size == (32, 32)
+    wide = dit.generate([1], height=16, width=40, num_images=2, sampler="dpm++", **how)
+    assert [image.size for image in wide] == [(40, 16)] * 2
+
+
+def test_what_is_refused(pair):
+    dit = minisd.load_dit(pair[1], device="cpu")
+    for labels, message in (
+        ([11], "label is 11, expected a whole number from 0 to 10"),
+        ([], "got no labels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dit.generate(labels, **HOW)
+    with pytest.raises(ValueError, match="negative_prompt has no effect here"):
+        dit.generate([1], negative_prompt="blurry", **HOW)
+    with pytest.raises(ValueError, match="the image is 36 x 32 pixels|latents of"):
+        dit.generate([1], width=36, height=32, steps=1, **HOW)
+    assert "LabelDiffusion(0 M parameters, float32 on cpu, sdpa attention)" == repr(dit)
+
+
+# ---- the folder
+
+
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_embedders_that_differ_are_an_error(folder):
+    state = load_file(folder / WEIGHTS)
+    name = "transformer_blocks.1.norm1.emb.class_embedder.embedding_table.weight"
+    state[name] = state[name].clone()
+    state[name][4, 0] += 1
+    save_file(state, folder / WEIGHTS)
+    with pytest.raises(CheckpointError, match=rf"{name} differs from transformer_blocks.0"):
+        minisd.load_dit(folder)
+    del state[name]
+    save_file(state, folder / WEIGHTS)
+    with pytest.raises(CheckpointError, match=f"missing {name}"):
+        minisd.load_dit(folder)
+
+
+def test_loading_is_strict(folder):
+    state = load_file(folder / WEIGHTS)
+    del state["proj_out_2.bias"]
+    state["extra"] = torch.zeros(3)
+    state["proj_out_1.bias"] = torch.zeros(3)
+    save_file(state, folder / WEIGHTS)
+    with pytest.raises(CheckpointError) as error:
+        minisd.load_dit(folder)
+    for line in (
+        "3 tensors do not fit",
+        "missing proj_out_2.bias, expected shape (32,)",
+        "unexpected extra, shape (3,)",
+        "misshapen proj_out_1.bias, got (3,), expected (48,)",
+    ):
+        assert line in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_layers": 10**9}, "num_layers: got 1000000000, expected 1 to 200"),
+        ({"norm_type": "ada_norm"}, "norm_type"),
+        ({"in_channels": 3, "out_channels": 6}, "its VAE has latents of 4 channels"),
+        ({"num_embeds_ada_norm": None, "cross_attention_dim": 8}, "expected the number of labels"),
+    ],
+)
+def test_bad_configs_are_refused(folder, values, message):
+    change(folder / "transformer" / "config.json", **values)
+    with pytest.raises(CheckpointError, match=message):
+        minisd.load_dit(folder)
+
+
+def test_pickles_are_refused_and_the_licence_is_said(tmp_path):
+    with pytest.raises(CheckpointError) as error:
+        minisd.load_dit(tmp_path / "DiT-XL-2-256x256.pt")
+    assert "does not read the pickle" in str(error.value) and "CC-BY-NC" in str(error.value)
+    with pytest.raises(CheckpointError, match="no folder .* CC-BY-NC"):
+        minisd.load_dit(tmp_path / "nowhere")
+
+
+def test_missing_files_are_named(folder):
+    (folder / WEIGHTS).rename(folder / "transformer" / "diffusion_pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"model.safetensors is missing: a DiT has"):
+        minisd.load_dit(folder)
+
+
+def test_moving_and_dtypes(pair):
+    dit = minisd.load_dit(pair[1], device="cpu", dtype="bfloat16")
+    assert dit.dtype == torch.bfloat16
+    [image] = dit.generate([1], steps=2, **HOW)
+    assert image.size == (32, 32) and dit.to(dtype="float32").dtype == torch.float32
+
+
+def test_compiled_it_draws_the_same(pair):
+    one, other = (minisd.load_dit(pair[1], device="cpu", compile=c) for c in (False, "eager"))
+    last, compiled = {}, {}
+    for dit, kept in ((one, last), (other, compiled)):
+        dit.generate([3], steps=3, on_step=final(kept), **HOW)
+    assert relative(compiled["x"], last["x"]) <= 1e-5
+
+
+# ---- the command
+
+
+def test_command(pair, minisd_command, draw_again, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = ["dit", "--label", "3", "--model", str(pair[1]), "--steps", "3", "--device", "cpu"]
+    code, out, err = minisd_command(
+        *line, "-n", "2", "--size", "40x16", "--seed", "5", "-o", "a.png"
+    )
+    assert code == 0 and out.split() == ["a-0.png", "a-1.png"], err
+    with Image.open("a-1.png") as image:
+        told, drawn = image.text, image.copy()
+    assert drawn.size == (40, 16)
+    expected = {"label": "3", "seed": "6", "sampler": "ddpm", "guidance": "4.0", "steps": "3"}
+    assert expected.items() <= told.items()
+    assert draw_again("a-1.png") == ["again.png"]
+    with Image.open("again.png") as image:
+        assert image.tobytes() == drawn.tobytes()
+    dit = minisd.load_dit(pair[1], device="cpu")
+    [alone] = dit.generate(3, seed=6, steps=3, width=40, height=16, **HOW)
+    assert alone.tobytes() == drawn.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--negative-prompt", "blurry"], "--negative-prompt: a DiT takes a label and no text"),
+        (["--label", "11"], "label is 11, expected a whole number from 0 to 10"),
+        (["--label", "-1"], "got -1, expected at least 0"),
+    ],
+)
+def test_command_refuses(pair, minisd_command, more, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = ["dit", "--label", "3", "--model", str(pair[1]), "--steps", "1", "--device", "cpu"]
+    code, _, err = minisd_command(*line, *more)
+    assert code == 2 and message in err and not list(tmp_path.iterdir())
