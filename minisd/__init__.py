@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .again import from_recipe as from_recipe
-    from .drawing import Drawing as Drawing
+    from .checkpoints.sources import CheckpointError as CheckpointError
+    from .drawing import Cancelled as Cancelled, Drawing as Drawing
     from .editing.blended import blend as blend
     from .editing.edict import edict as edict
     from .editing.erasure import erase_concepts as erase_concepts
@@ -68,6 +69,8 @@ __version__ = "0.2.0"
 
 _HOME = {  # public name -> module that defines it
     "from_recipe": "again",
+    "CheckpointError": "checkpoints.sources",
+    "Cancelled": "drawing",
     "Drawing": "drawing",
     "blend": "editing.blended",
     "edict": "editing.edict",

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from PIL import Image
 
@@ -32,7 +32,7 @@ METHODS: dict[str, Callable[..., list[Image.Image]]] = {
 
 
 def from_recipe(
-    drawn: Image.Image | str | os.PathLike[str] | Mapping[str, Any],
+    drawn: Image.Image | str | os.PathLike[str] | IO[bytes] | Mapping[str, Any],
     /,
     sd: StableDiffusion | None = None,
     **given: Any,

@@ -8,6 +8,7 @@ Rombach et al. 2022, https://arxiv.org/abs/2112.10752; classifier-free guidance,
 https://arxiv.org/abs/2108.01073.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from . import expect
 from .checkpoints.adapters import Adapters, add_embedding, merge, token_embeddings, unmerge
 from .checkpoints.load import load_parts, locate
 from .checkpoints.sources import Source
-from .drawing import Drawing, Options, as_list
+from .drawing import Drawing, Options, as_list, log
 from .latents import ImageInput as ImageInput, Latents
 from .models.attention import IMPLEMENTATIONS, Implementation
 from .models.clip import CLIPTextModel
@@ -217,10 +218,12 @@ def load(
     told = {"variant": variant, "revision": revision, "compile": compile, "graph": graph}
     told["tokenizer"] = None if tokenizer is None else str(tokenizer)
     loaded = {"source": str(source), **{name: value for name, value in told.items() if value}}
+    start = time.monotonic()
     parts = load_parts(checkpoint, where, kind)
     sd = StableDiffusion(*parts, compile=compile, graph=graph, loaded=loaded)
     auto: Implementation = "triton" if where.type == "cuda" else "sdpa"
     sd.unet.attention = auto if attention == "auto" else attention
+    log.info("loaded %s in %.2f s: %s", source, time.monotonic() - start, sd)
     return sd
 
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -171,8 +171,9 @@ def fingerprint(value: Any) -> str:
 # reading and writing
 
 
-def recipe(image: Image.Image | str | os.PathLike[str]) -> dict[str, Any]:
-    """How an image was drawn, of an image that minisd returned or a PNG that it wrote.
+def recipe(image: Image.Image | str | os.PathLike[str] | IO[bytes]) -> dict[str, Any]:
+    """How an image was drawn, of an image that minisd returned or a PNG that it wrote (a file's
+    name, or an open file).
 
     ValueError for one that carries no recipe: drawn by something else, changed into another image,
     or stripped on its way.
@@ -191,17 +192,20 @@ def recipe(image: Image.Image | str | os.PathLike[str]) -> dict[str, Any]:
     return found
 
 
-def save(image: Image.Image, path: str | os.PathLike[str]) -> None:
-    """Write an image as a PNG with its recipe, all of it or nothing.
+def save(image: Image.Image, path: str | os.PathLike[str] | IO[bytes]) -> None:
+    """Write an image as a PNG with its recipe, all of it or nothing; or into a binary stream.
 
     `minisd info` and `minisd.recipe` read it, and programs that know A1111's "parameters" read
     that. ValueError for a name that does not end in .png.
     """
-    if Path(path).suffix.lower() != ".png":
-        raise ValueError(f"{os.fspath(path)}: expected a name that ends in .png")
     text = PngInfo()
     for key, value in texts(image).items():
         text.add_text(key, value)
+    if not isinstance(path, (str, os.PathLike)):
+        image.save(path, format="PNG", pnginfo=text)
+        return
+    if Path(path).suffix.lower() != ".png":
+        raise ValueError(f"{os.fspath(path)}: expected a name that ends in .png")
     with atomic_write(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=text)
 
