@@ -1,4 +1,4 @@
-"""minisd in a program: images in of every kind, threads, cancelling, what is logged and warned of."""
+"""minisd in a program: images in of every kind, threads, cancelling, logging and warnings."""
 
 import io
 import logging
