@@ -57,12 +57,14 @@ setup(
     extras_require={
         "bench": ["diffusers", "transformers", "openvino"],
         "video": ["imageio-ffmpeg"],
+        "ray": ["ray[data]"],
         "test": [
             "pytest",
             "hypothesis",
             "diffusers",
             "transformers",
             "imageio-ffmpeg",
+            "scikit-image",  # its photographs
             "ruff",
             "mypy",
         ],
