@@ -185,16 +185,17 @@ def test_the_ids_tell_models_images_and_options_apart(tmp_path):
 
 
 def killing(engine, folder, moments, stop):
-    """kill -9 of a random worker at each of the moments (seconds after the one before)."""
-    killed = 0
-    for moment in moments:
-        if stop.wait(moment):
-            return
-        pids = [int(p) for p in children()]
-        if pids:
-            os.kill(random.Random(killed).choice(pids), signal.SIGKILL)
-            killed += 1
-            engine.killed = killed
+    """kill -9 of a random worker, be it loading or drawing, at each of the moments: (images that
+    are there, seconds after that)."""
+    choose = random.Random(0)
+    for images, seconds in moments:
+        while len(list(folder.glob("*.png"))) < images:
+            if stop.wait(0.01):
+                return
+        stop.wait(seconds)
+        if pids := list(children()):
+            os.kill(int(choose.choice(pids)), signal.SIGKILL)
+            engine.killed += 1
 
 
 def children():
@@ -242,16 +243,17 @@ def kill_test(tmp_path, count, moments, steps):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_killed_worker_is_replaced(tmp_path):
     """Reduced: one kill, which is sure to hit a worker that draws."""
-    engine = kill_test(tmp_path, 8, [0.5], 2)
+    engine = kill_test(tmp_path, 6, [(1, 0.05)], 10)
     assert engine.killed == engine.restarts == 1
 
 
 @pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_twenty_kills_at_random_moments(tmp_path, record_property):
-    moments = [random.Random(7).uniform(0, 5) for _ in range(20)]
-    start = time.monotonic()
-    engine = kill_test(tmp_path, 60, moments, 40)
+    choose = random.Random(7)
+    counts = sorted(choose.sample(range(40), 20))
+    start, moments = time.monotonic(), [(count, choose.uniform(0, 0.5)) for count in counts]
+    engine = kill_test(tmp_path, 44, moments, 20)
     record_property("batch: kills", engine.killed)
     record_property("batch: seconds with kills", time.monotonic() - start)
     assert engine.killed == 20 == engine.restarts
