@@ -253,7 +253,7 @@ def test_twenty_kills_at_random_moments(tmp_path, record_property):
     choose = random.Random(7)
     counts = sorted(choose.sample(range(40), 20))
     start, moments = time.monotonic(), [(count, choose.uniform(0, 0.5)) for count in counts]
-    engine = kill_test(tmp_path, 44, moments, 20)
+    engine = kill_test(tmp_path, 60, moments, 20)
     record_property("batch: kills", engine.killed)
     record_property("batch: seconds with kills", time.monotonic() - start)
     assert engine.killed == 20 == engine.restarts
