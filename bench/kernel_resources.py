@@ -463,7 +463,7 @@ def summary(rows: list[dict], archs: list[int]) -> dict:
     }
 
 
-def main(argv=None) -> int:
+def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench.kernel_resources", description=__doc__.split("\n\n")[0]
     )
@@ -483,7 +483,11 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--list-forms", action="store_true", help="print the forms and what they edit, and stop"
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None) -> int:
+    args = options().parse_args(argv)
     if args.list_forms:
         print(
             "\n".join(
@@ -498,6 +502,9 @@ def main(argv=None) -> int:
         dump[1].mkdir(parents=True, exist_ok=True)
     cases = matrix if args.matrix else suite
     wanted = [[case for case in cases(arch) if args.only in case.form] for arch in args.arch]
+    if not any(wanted):
+        print(f"nothing to look at: no form contains {args.only!r}")
+        return 1
     together = [
         of_arch[i : i + TOGETHER] for of_arch in wanted for i in range(0, len(of_arch), TOGETHER)
     ]

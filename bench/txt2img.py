@@ -102,9 +102,9 @@ def table(record: dict) -> str:
         what = f"{row['sampler']}, {row['steps']} steps"
         for name, t in row["times"].items():
             seconds, low, high = (f"{t[key] / 1e3:.3g}" for key in ("ms", "low", "high"))
-            memory = harness.gigabytes(t["bytes"])
-            lines.append((what, name, seconds, f"{low} - {high}", memory))
-    heads = ("image", "", "seconds", "quartiles", "peak memory")
+            memory = (harness.gigabytes(t["bytes"]), harness.gigabytes(t.get("above")))
+            lines.append((what, name, seconds, f"{low} - {high}", *memory))
+    heads = ("image", "", "seconds", "quartiles", "peak memory", "above weights")
     return f"{harness.origin(record)}\n\n{harness.markdown(heads, lines)}"
 
 

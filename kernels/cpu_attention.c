@@ -333,9 +333,10 @@ int minisd_attention(const void *q, const void *k, const void *v, void *out, con
         shares[i] = (Share){&call, tiles * i / threads, tiles * (i + 1) / threads, 0};
         started[i] = i + 1 < threads && !pthread_create(running + i, 0, work, shares + i);
     }
+    for (int64_t i = 0; i < threads; i++)
+        if (!started[i]) work(shares + i); /* the last one here, while the others run */
     for (int64_t i = 0; i < threads; i++) {
         if (started[i]) pthread_join(running[i], 0);
-        else work(shares + i);
         failed |= shares[i].failed;
     }
     return failed;

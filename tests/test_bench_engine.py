@@ -177,7 +177,7 @@ def test_tables():
     assert row == "| minisd fp32 | 5.213 | 5.1 - 87.65 | 3.40 GB | 0.50 GB |"  # no rival
     assert head.count("|") == rule.count("|") == row.count("|")
     table = txt2img.table({**RECORD, "rows": [{"sampler": "ddim", "steps": 2, "times": times}]})
-    assert "| ddim, 2 steps | diffusers fp32 | 3 | 1.9 - 2.1 | 3.40 GB |" in table
+    assert "| ddim, 2 steps | diffusers fp32 | 3 | 1.9 - 2.1 | 3.40 GB | 0.50 GB |" in table
     card = {"plain": times["minisd fp32"]}
     assert "| plain | 5.213 | 5.1 - 87.65 |" in editing_speed.table(
         {**RECORD, "rows": [{"size": 512, "times": card}]}

@@ -5,6 +5,10 @@ The kernels themselves take part in test_kernels_interpreter.py; here PyTorch st
 """
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -296,6 +300,44 @@ def test_a_fused_op_that_is_not_a_number_is_wrong():
     )
     row["times"] = {"minisd": {"ms": 1.0}, "torch": {"ms": 2.0}}
     assert [text[:5] for text in fused.misses([row])] == ["WRONG"]
+
+
+@pytest.mark.full
+def test_host_time_counts_launches(tmp_path):
+    """In a process of its own, because Triton's driver is replaced; times depend on the machine."""
+    code = "import json; from bench import host; print(json.dumps(host.measure(rounds=1, n=3)))"
+    env = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    two = {"reweight", "refine", "save_mean"}
+    assert {name: x["launches"] for name, x in found.items()} == {
+        name: 2 if name in two else 1 for name in found
+    }
+    assert len(found) == 9 and all(0 < x["us"] < 10_000 for x in found.values())
+
+
+@pytest.mark.full
+def test_listings_are_kept(tmp_path):
+    """bench.kernel_resources --dump keeps PTX and SASS of each kernel; no kernel is an error."""
+    env = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+
+    def look(only):
+        command = [sys.executable, "-m", "bench.kernel_resources", "--arch", "90", "--only", only]
+        command += ["--dump", "ptx,sass", str(tmp_path)]
+        root = Path(__file__).parents[1]
+        return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
+
+    done = look("layer_norm")
+    assert done.returncode == 0, done.stderr
+    names = sorted(path.name for path in tmp_path.iterdir())
+    kernels = {name.rsplit(".", 1)[0] for name in names}
+    assert kernels and names == sorted(f"{k}.{kind}" for k in kernels for kind in ("ptx", "sass"))
+    for path in tmp_path.iterdir():
+        assert ("EXIT" if path.suffix == ".sass" else ".visible .entry") in path.read_text()
+    done = look("no such form")
+    assert done.returncode == 1 and "no form contains 'no such form'" in done.stdout + done.stderr
 
 
 FIELDS = ("source_row", "inject", "token_map", "blend", "reweight", "save", "save_mean")

@@ -1,6 +1,8 @@
 """minisd_kernels.cpu, the C function: float64 written as loops, bits whatever stands beside a row,
 and PyTorch wherever something else than values is asked for."""
 
+import time
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -140,6 +142,8 @@ def test_where_it_is_chosen():
     assert not chosen(*(x.double() for x in (q, k, v))) and not chosen(q.half(), k.half(), v.half())
     assert not chosen(q[..., :12], k[..., :12], v[..., :12])
     assert not chosen(*(x.mT.contiguous().mT for x in (q, k, v)))
+    wide = tensors(1, 1, 3, 3, 512, torch.float32)
+    assert cpu.takes(*wide) and not chosen(*wide)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not chosen(q, k, v)
     needing = v.clone().requires_grad_()
@@ -167,6 +171,8 @@ def test_derivatives_graphs_and_fakes():
     torch.testing.assert_close(compiled(q, k, v), attention(q, k, v))
     assert len(graphs) == 1 and "scaled_dot_product_attention" in graphs[0]
     torch._dynamo.reset()
+    meta = [x.to("meta") for x in (q, k, v)]
+    assert attention(*meta).shape == q.shape
     with FakeTensorMode() as mode:
         fake = [mode.from_tensor(x) for x in (q, k, v)]
         strides = attention(*fake).stride()
@@ -200,3 +206,19 @@ def test_no_map_is_in_memory():
     q, k, v = tensors(1, 4, 4096, 4096, 8, torch.float32)
     memory = harness.peak_memory(lambda: cpu.attention(q, k, v), "cpu")
     assert memory is None or memory < 4096 * 4096  # a map of one head has four times as many bytes
+
+
+@needs
+def test_threads_share_the_work():
+    """CPU time of the calling thread beside that of all: half of it with two threads."""
+    q, k, v = tensors(1, 4, 2048, 2048, 40, torch.float32)
+    before, shares = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            mine, everyones = time.thread_time(), time.process_time()
+            cpu.attention(q, k, v)
+            shares.append((time.thread_time() - mine) / (time.process_time() - everyones))
+    finally:
+        torch.set_num_threads(before)
+    assert shares[0] > 0.9 and 0.3 < shares[1] < 0.7

@@ -26,8 +26,8 @@ BAND = 2**22  # elements of a band
 def is_large(x: Tensor, factor: int = 1) -> bool:
     """Whether x (B, C, h, w), with sides `factor` times as long, is to be computed in bands: by the
     size of one image on a CPU, so that it does not depend on its batch."""
-    images = 1 if x.device.type == "cpu" else len(x)
-    return are_large(x, factor * factor * images / len(x))
+    share = 1 / max(len(x), 1) if x.device.type == "cpu" else 1
+    return are_large(x, factor * factor * share)
 
 
 def are_large(x: Tensor, factor: float = 1) -> bool:
