@@ -123,6 +123,6 @@ def build_parser() -> Parser:
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return sub
 
-    for group in (draw, info, edit, invert, blend, models, toy, dit):
+    for group in (draw, info, edit, invert, blend, models, toy, dit, batch):
         group.add_commands(command)
     return parser
