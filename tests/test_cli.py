@@ -530,6 +530,7 @@ def test_the_model_is_v1_4_where_none_is_named():
         "invert",
         "blend",
         "inpaint",
+        "batch",
         "erase",
         "export",
     }

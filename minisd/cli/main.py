@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TextIO
 
 from .. import __version__
-from . import blend, dit, draw, edit, info, invert, models, toy
+from . import batch, blend, dit, draw, edit, info, invert, models, toy
 from .options import Call, Run
 
 
