@@ -42,6 +42,7 @@ def members(thing: object) -> dict[str, object]:
         for name, value in vars(base).items() if base.__module__.startswith("minisd") else ():
             value = getattr(value, "__func__", value)  # of a classmethod or staticmethod
             is_member = inspect.isfunction(value) or isinstance(value, property)
+            is_member &= name not in getattr(thing, "__dataclass_fields__", ())  # a default
             if is_member and not name.startswith("_") and value.__doc__:
                 found[name] = value
     return found

@@ -11,9 +11,14 @@ if TYPE_CHECKING:
     from .again import from_recipe as from_recipe
     from .checkpoints.sources import CheckpointError as CheckpointError
     from .drawing import Cancelled as Cancelled, Drawing as Drawing
+    from .editing.attend_and_excite import attend_and_excite as attend_and_excite
     from .editing.blended import blend as blend
+    from .editing.daam import daam as daam
+    from .editing.deep_cache import deep_cache as deep_cache
+    from .editing.diffedit import diffedit as diffedit
     from .editing.edict import edict as edict
     from .editing.erasure import erase_concepts as erase_concepts
+    from .editing.freeu import freeu as freeu
     from .editing.inpainting import inpaint as inpaint
     from .editing.inversion import (
         Inversion as Inversion,
@@ -23,19 +28,24 @@ if TYPE_CHECKING:
         redraw as redraw,
     )
     from .editing.local_blend import LocalBlend as LocalBlend
+    from .editing.long_prompts import long_prompt as long_prompt
     from .editing.maps import Maps as Maps
+    from .editing.masactrl import masactrl as masactrl
     from .editing.null_text import null_text as null_text
+    from .editing.perturbed import pag as pag
     from .editing.prompt_to_prompt import (
         PromptToPrompt as PromptToPrompt,
         edit_prompt as edit_prompt,
         seed_baseline as seed_baseline,
     )
     from .editing.recording import Recording as Recording, record as record, replay as replay
+    from .editing.regional import regional as regional
     from .labels import LabelDiffusion as LabelDiffusion, load_dit as load_dit
     from .models.attention import Attention as Attention, AttentionEdit as AttentionEdit
     from .models.clip import CLIPTextConfig as CLIPTextConfig, CLIPTextModel as CLIPTextModel
     from .models.dit import DiT as DiT
     from .models.dit_config import DiTConfig as DiTConfig
+    from .models.features import FeatureEdit as FeatureEdit
     from .models.tokenizer import CLIPTokenizer as CLIPTokenizer
     from .models.unet import UNet as UNet, UNetConfig as UNetConfig
     from .models.vae import AutoencoderKL as AutoencoderKL, VAEConfig as VAEConfig
@@ -53,6 +63,8 @@ if TYPE_CHECKING:
     from .sampling.loop import denoise as denoise
     from .sampling.samplers import DDIM as DDIM, DPMpp2M as DPMpp2M, Step as Step
     from .sampling.schedule import Level as Level, NoiseSchedule as NoiseSchedule
+    from .viewing.attribution import Attribution as Attribution, attribute as attribute
+    from .viewing.inside import Capture as Capture, capture as capture, patch as patch
     from .viewing.trace import (
         Trace as Trace,
         animate as animate,
@@ -72,10 +84,18 @@ _HOME = {  # public name -> module that defines it
     "CheckpointError": "checkpoints.sources",
     "Cancelled": "drawing",
     "Drawing": "drawing",
+    "attend_and_excite": "editing.attend_and_excite",
     "blend": "editing.blended",
+    "deep_cache": "editing.deep_cache",
+    "daam": "editing.daam",
+    "diffedit": "editing.diffedit",
+    "long_prompt": "editing.long_prompts",
+    "masactrl": "editing.masactrl",
+    "regional": "editing.regional",
     "edict": "editing.edict",
     "erase_concepts": "editing.erasure",
     "inpaint": "editing.inpainting",
+    "freeu": "editing.freeu",
     "invert": "editing.inversion",
     "redraw": "editing.inversion",
     "Inversion": "editing.inversion",
@@ -98,6 +118,7 @@ _HOME = {  # public name -> module that defines it
     "CLIPTextConfig": "models.clip",
     "DiT": "models.dit",
     "DiTConfig": "models.dit_config",
+    "FeatureEdit": "models.features",
     "CLIPTokenizer": "models.tokenizer",
     "UNet": "models.unet",
     "UNetConfig": "models.unet",
@@ -116,11 +137,17 @@ _HOME = {  # public name -> module that defines it
     "sega": "sampling.guidance",
     "Guidance": "sampling.guidance",
     "denoise": "sampling.loop",
+    "pag": "editing.perturbed",
     "Step": "sampling.samplers",
     "DDIM": "sampling.samplers",
     "DPMpp2M": "sampling.samplers",
     "NoiseSchedule": "sampling.schedule",
     "Level": "sampling.schedule",
+    "attribute": "viewing.attribution",
+    "Attribution": "viewing.attribution",
+    "capture": "viewing.inside",
+    "Capture": "viewing.inside",
+    "patch": "viewing.inside",
     "Trace": "viewing.trace",
     "fit_preview": "viewing.trace",
     "latent_rgb": "viewing.trace",

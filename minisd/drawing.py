@@ -6,7 +6,7 @@ and is then a few lines: embed the texts, choose the noise, run the loop, decode
     drawing = Drawing.of(options)
     uncond, cond = drawing.embed(sd, prompts)
     x = drawing.noise(sd, rows)
-    predict = cfg(sd.network, uncond, cond, drawing.guidance)
+    predict = drawing.rule(sd.network, uncond, cond, drawing.guidance)
     z = drawing.denoise(x, drawing.make_sampler(sd), predict)
 """
 
@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeGuard, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from . import expect
 from .sampling.ddpm import DDPM
-from .sampling.guidance import Embeddings, Predict
+from .sampling.guidance import Embeddings, Predict, cfg, check_scales
 from .sampling.loop import denoise
 from .sampling.samplers import DDIM, DPMpp2M, Sampler, Step
 from .sampling.schedule import NoiseSchedule
@@ -41,6 +41,7 @@ SAMPLERS = get_args(SamplerName)
 T = TypeVar("T")
 FAR = 2.5  # times the pixels a model was trained on: from there on things repeat or fall apart
 log = logging.getLogger("minisd")
+Rule = Callable[..., Predict]
 OnStep = Callable[[Tensor, Step], Tensor | None]
 
 
@@ -57,7 +58,8 @@ class Options(TypedDict, total=False):
     negative_prompt: str | Sequence[str]
     uncond: Embeddings | None
     steps: int
-    guidance: float
+    guidance: float | Sequence[float]
+    rule: Rule
     sampler: SamplerName
     seed: int | Sequence[int]
     num_images: int
@@ -77,12 +79,16 @@ class Drawing:
     uncond            its embedding in place of the text: (1 or B, L, D), or a list with one for
                       each of `steps` (null-text inversion makes one)
     steps             1 to 1000, of the sampler's full schedule
-    guidance          scale of classifier-free guidance; 1: none, twice as fast
+    guidance          scale of classifier-free guidance; 1: none, twice as fast; or a list with one
+                      for each image
+    rule              how the text and the negative one make one prediction: `cfg`, or one like it
+                      (`pag`), called as rule(network, uncond, cond, guidance, edits)
     sampler           "dpm++": DPM-Solver++ 2M on Karras' noise levels; "dpm++ linspace": on the
                       schedule's own; "ddim"; "ddpm": ancestral, with noise of the image's seed at
                       every step, where the method takes it
     seed              image i is drawn with seed + i, whatever the batch; a list, or any
-                      other sequence, gives each its seed
+                      other sequence, gives each its seed. torch's generator reads its last 32
+                      bits: seed and seed + 2**32 draw the same noise
     num_images        of each prompt; those of the first prompt come first
     height, width     in pixels, multiples of vae.factor; None: the model's own, or the image's
     latents           noise (B, C, h, w) in place of the seed's
@@ -96,7 +102,8 @@ class Drawing:
     negative_prompt: str | Sequence[str] = ""
     uncond: Embeddings | None = None
     steps: int = 25
-    guidance: float = 7.5
+    guidance: float | Sequence[float] = 7.5
+    rule: Rule = cfg
     sampler: SamplerName = "dpm++"
     seed: int | Sequence[int] = 0
     num_images: int = 1
@@ -108,7 +115,7 @@ class Drawing:
 
     def __post_init__(self) -> None:
         expect.whole_number("steps", self.steps, 1)
-        expect.number("guidance", self.guidance)
+        check_scales("guidance", self.guidance)
         expect.whole_number("num_images", self.num_images, 1)
         if self.sampler not in SAMPLERS:
             expected = ", ".join(map(repr, SAMPLERS))
@@ -118,6 +125,8 @@ class Drawing:
         if isinstance(self.uncond, (list, tuple)) and len(self.uncond) != self.steps:
             got = f"uncond is a list of {len(self.uncond)} entries"
             raise ValueError(f"{got}, expected one for each of {self.steps} steps")
+        if not callable(self.rule):
+            raise ValueError(f"rule is {self.rule!r:.80}, expected a function like cfg")
         if not (self.on_step is None or callable(self.on_step)):
             raise ValueError(f"on_step is {self.on_step!r:.80}, expected a function (x, step)")
 
@@ -147,14 +156,24 @@ class Drawing:
         """The same at the size of an image that was given."""
         return replace(self, height=height, width=width)
 
+    def for_each_seed(self) -> Drawing:
+        """The same with num_images as many as there are seeds in a list, for methods that draw all
+        prompts from one noise."""
+        if self.num_images > 1 or isinstance(self.seed, Integral):
+            return self
+        return replace(self, num_images=len(seeds(self.seed)))
+
     def make_sampler(self, sd: Latents, strength: float = 1.0, rows: int | None = None) -> Sampler:
         """The sampler, of whose steps the last int(steps * strength) run (diffusers' rule).
 
         rows: of which each has its own noise at each step; None: the method is for samplers without
-        noise, and ValueError for "ddpm".
+        noise, and ValueError for "ddpm". A warning where no step runs though strength is not 0.
         """
         expect.number("strength", strength, 0, 1)
         skip = self.steps - int(self.steps * strength)
+        if strength > 0 and skip == self.steps:
+            got = f"{self.steps} steps at strength {strength:g} are less than one step"
+            warnings.warn(f"{got}: the image comes back as it is", stacklevel=3)
         if self.sampler == "ddpm":
             if rows is None:
                 known = ", ".join(name for name in SAMPLERS if name != "ddpm")
@@ -186,6 +205,7 @@ class Drawing:
         """(uncond, cond) of all images, cond (len(prompts) * num_images, L, D)."""
         negatives = as_list(self.negative_prompt)
         expect.rows("prompts", prompts=len(prompts), negative_prompts=len(negatives))
+        check_scales("guidance", self.guidance, len(prompts) * self.num_images)
         cond = self.per_image(embed(sd, prompts), len(prompts))
         if self.uncond is not None:
             return self.uncond, cond
@@ -245,15 +265,19 @@ def seeds(seed: int | Sequence[int], rows: int | None = None) -> list[int]:
     rows: None is 1, or as many as the sequence has. ValueError for what is no seed.
     """
     given: Any = seed
-    if isinstance(seed, Integral):
+    if is_seed(seed):
         given = [int(seed) + i for i in range(rows or 1)]
     listed = isinstance(given, Sequence) and not isinstance(given, str) and len(given) > 0
     if listed and rows not in (None, len(given)):
         raise ValueError(f"got {len(given)} seeds for {rows} images, expected one for each")
-    if not (listed and all(isinstance(s, Integral) and -(2**63) <= int(s) < 2**64 for s in given)):
+    if not (listed and all(is_seed(s) and -(2**63) <= int(s) < 2**64 for s in given)):
         expected = "a whole number or a list of them, at least one, from -2**63 to 2**64 - 1"
         raise ValueError(f"got seeds {given!r:.80}, expected {expected}")
     return [int(s) for s in given]
+
+
+def is_seed(value: object) -> TypeGuard[int]:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def embed(sd: StableDiffusion, prompts: Sequence[str]) -> Tensor:

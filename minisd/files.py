@@ -8,6 +8,7 @@ that has a name is written into, so a file that another process has mapped stays
 import errno
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -75,7 +76,7 @@ def atomic_folder(path: str | os.PathLike[str], last: str) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(path))  # through a link, be there something behind it or not
     is_there = os.path.lexists(target)
-    if is_there and not (target.is_dir() and not any(target.iterdir())):
+    if is_there and not (target.is_dir() and all(map(_is_unfinished, target.iterdir()))):
         raise FileExistsError(f"{path} is there already, expected a new or an empty folder")
     place = target if is_there else target.parent
     with new_folder(place), _unfinished(path, place) as folder:
@@ -93,6 +94,20 @@ def atomic_folder(path: str | os.PathLike[str], last: str) -> Iterator[Path]:
             for each in moved:
                 shutil.rmtree(each, ignore_errors=True)
             raise
+
+
+def expect_file(path: str | os.PathLike[str]) -> None:
+    """OSError or ValueError unless a path leads to a file: a pipe would be waited for."""
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{os.fspath(path)} is a pipe or a device, expected a file")
+
+
+def _is_unfinished(path: Path) -> bool:
+    """Whether it is what a process that was killed has left, or another is writing."""
+    return path.name.startswith(".") and path.suffix == ".part"
 
 
 @contextmanager

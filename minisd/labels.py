@@ -28,7 +28,7 @@ from .sampling.guidance import cfg
 from .sampling.samplers import Sampler
 from .sampling.schedule import NoiseSchedule
 
-WITHOUT = ("negative_prompt", "uncond")  # options that are of texts
+WITHOUT = ("negative_prompt", "uncond", "rule")  # options that are of texts
 PUBLISHED_CHANNELS = 3  # that are guided; diffusers guides all
 
 

@@ -30,7 +30,6 @@ from .models.tokenizer import CLIPTokenizer
 from .models.unet import UNet
 from .models.vae import AutoencoderKL
 from .recipes import tell
-from .sampling.guidance import cfg
 from .sampling.schedule import NoiseSchedule
 from .viewing.images import as_given, to_pil
 
@@ -130,7 +129,7 @@ class StableDiffusion(Latents):
         plan = drawing.make_sampler(self, rows=len(prompts) * drawing.num_images)
         uncond, cond = drawing.embed(self, prompts)
         x = drawing.noise(self, len(cond))
-        predict = cfg(self.network, uncond, cond, drawing.guidance)
+        predict = drawing.rule(self.network, uncond, cond, drawing.guidance)
         images = self.decode(drawing.denoise(x, plan, predict))
         return tell(images, self, "txt2img", arguments, drawing, prompts)
 
@@ -163,7 +162,7 @@ class StableDiffusion(Latents):
             return tell(kept, self, "img2img", arguments, drawing, prompts)
         uncond, cond = drawing.embed(self, prompts)
         z = drawing.per_image(self.encode_image(pixels), len(prompts))
-        predict = cfg(self.network, uncond, cond, drawing.guidance)
+        predict = drawing.rule(self.network, uncond, cond, drawing.guidance)
         images = self.decode(drawing.denoise(plan.start(z, noise), plan, predict))
         return tell(images, self, "img2img", arguments, drawing, prompts)
 
@@ -180,6 +179,7 @@ def load(
     revision: str | None = None,
     local_files_only: bool = False,
     tokenizer: str | Path | None = None,
+    copy: bool = False,
 ) -> StableDiffusion:
     """Load a model: "shapes" (bundled), a Hub repo id or sd-v1-4 or sd-v1-5, a folder in diffusers
     layout, or one CompVis .safetensors file.
@@ -191,15 +191,19 @@ def load(
     its default backend or the one named; slow at the first call for each size, number of images and
     kind of edit, each a graph of its own. graph: CUDA only, replay the UNet as a CUDA graph. Both
     hold for all methods of drawing and editing, and for `sd.network` in a loop of your own.
-    variant: "fp16" takes the files *.fp16.safetensors. revision: branch, tag or commit of a Hub
+    variant: "fp16" takes the files *.fp16.safetensors, and of parts without one the plain file,
+    with a warning. revision: branch, tag or commit of a Hub
     repo. local_files_only: do not ask the Hub, use its local cache. tokenizer: a folder with
     vocab.json and merges.txt, in place of the model's own.
 
     On a CPU, weights that keep their dtype stay mapped from their files (but for convolutions,
-    which take channels_last memory): such a file may be replaced meanwhile, but not overwritten in
-    place. Raises CheckpointError, a ValueError, if the model cannot be found or read, if tensors
-    are missing, unexpected or misshapen (one error that lists them all), or if a weight is not
-    finite.
+    which take channels_last memory): such a file may be replaced or removed meanwhile, but who
+    overwrites it in place (cp, rsync --inplace) changes what is drawn, and who cuts it ends the
+    process (SIGBUS). copy: read all of it into memory at once.
+
+    Raises CheckpointError, a ValueError, if the model cannot be found or read, if it is of a kind
+    that minisd does not draw with, if tensors are missing, unexpected or misshapen (one error that
+    lists them all, the first fault in its first line), or if a weight is not finite.
     """
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
@@ -219,7 +223,7 @@ def load(
     told["tokenizer"] = None if tokenizer is None else str(tokenizer)
     loaded = {"source": str(source), **{name: value for name, value in told.items() if value}}
     start = time.monotonic()
-    parts = load_parts(checkpoint, where, kind)
+    parts = load_parts(checkpoint, where, kind, copy)
     sd = StableDiffusion(*parts, compile=compile, graph=graph, loaded=loaded)
     auto: Implementation = "triton" if where.type == "cuda" else "sdpa"
     sd.unet.attention = auto if attention == "auto" else attention

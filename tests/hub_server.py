@@ -5,12 +5,14 @@ HEAD and GET /{repo}/resolve/{revision}/{file}: small files come at once with th
 ETag; .safetensors are redirected, with X-Linked-Etag (sha256) and X-Linked-Size, to a second server
 that stands for the CDN and knows Range. Errors carry X-Error-Code. What shall go wrong is put into
 `faults`, file name -> list of faults, taken one by one: an HTTP status, "cut" (the connection ends
-halfway), "short" (half of the file, said to be all), "damaged" (a byte flipped).
+halfway), "short" (half of the file, said to be all), "damaged" (a byte flipped), "drip" (a byte
+now and then).
 """
 
 import hashlib
 import re
 import threading
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -159,6 +161,11 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("Content-Length", str(len(data) - first))
         self.end_headers()
-        if self.command == "GET":
+        if self.command == "GET" and fault == "drip":
+            with suppress(OSError):  # until the other side has had enough
+                for byte in data[first:]:
+                    self.wfile.write(bytes([byte]))
+                    threading.Event().wait(0.2)
+        elif self.command == "GET":
             self.wfile.write(data[first : len(data) // 2] if fault == "cut" else data[first:])
             self.close_connection = fault == "cut"

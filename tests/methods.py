@@ -48,7 +48,7 @@ def methods(sd):
         "edict": (lambda: minisd.edict(sd, image, *PROMPTS, **options), 0),
         "null-text": (null_text, 1),
     }
-    return drawn | loops(sd)
+    return drawn | loops(sd) | on_attention(sd, options)
 
 
 def loops(sd):
@@ -72,6 +72,11 @@ def loops(sd):
         "sega": (loop(ddim, sega()), 0),
         "sega, elsewhere": (loop(ddim, sega(threshold=0.5)), 0),
     }
+
+
+def on_attention(sd, options):
+    """The methods on attention edits."""
+    return {"pag": (lambda: sd.txt2img(PROMPTS, rule=minisd.pag, **options), 1)}
 
 
 def image_of(size: int):

@@ -30,6 +30,11 @@ TINY = ["--model", "tiny", "--steps", "3", "--device", "cpu"]
 pytestmark = pytest.mark.usefixtures("here")
 
 
+def full(value):
+    """A value of a parametrised test that is tried in the second tier alone."""
+    return pytest.param(value, marks=pytest.mark.full)
+
+
 def files(folder):
     return sorted(
         str(path.relative_to(folder)) for path in folder.rglob("*") if "tiny" not in path.parts
@@ -289,6 +294,7 @@ def test_several_images_and_folders(minisd_command, here):
     )  # the working folder is the default
 
 
+@pytest.mark.full
 def test_processes_that_draw_into_one_folder_lose_nothing(here):
     command = [sys.executable, "-m", "minisd", "txt2img", "a", *TINY, "--steps", "1", "-n", "6"]
     both = [
@@ -351,42 +357,39 @@ def test_written_files_are_ordinary_files(minisd_command, here):
     assert (here / "target" / "real.png").stat().st_mode == (here / "plain").stat().st_mode
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX signals")
-def test_ctrl_c_leaves_nothing_behind(here):
-    command = [
-        sys.executable,
-        "-m",
-        "minisd",
-        "txt2img",
-        "a",
-        *TINY,
-        "--steps",
-        "1000",
-        "-o",
-        "new/out.png",
-    ]
-    command += ["--trace", "new/trace"]
-    # A background job ignores it.
-    restore = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=restore)
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
+
+
+def with_signals():
+    """In a process that starts: a background job ignores Ctrl-C, and nohup SIGHUP."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize("number", [*SIGNALS[:2], *(full(each) for each in SIGNALS[2:])])
+def test_a_signal_leaves_nothing_behind(here, number):
+    command = [sys.executable, "-m", "minisd", "txt2img", "a", *TINY, "--steps", "1000"]
+    command += ["-o", "new/out.png", "--trace", "new/trace"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=with_signals)
     seen = b""
     while not re.search(
         rb" [1-9]\d*/1000", seen
     ):  # some steps are done; the bar does not show each
         seen += process.stderr.read(1) or pytest.fail(f"ended early: {seen.decode()[-500:]}")
     assert "new/trace/step_0000_t0999.png" in files(here)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
+    process.send_signal(number)  # twice: who is impatient loses nothing
     _, rest = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert rest.decode().endswith("\nminisd: interrupted\n") and b"Traceback" not in rest
     assert files(here) == []
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX signals")
+@pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("module", ["argparse", "torch"])
-def test_ctrl_c_while_libraries_are_imported(here, module):
+def test_a_signal_while_libraries_are_imported(here, module, number):
     """An import in which the interrupt comes, and that swallows KeyboardInterrupt, as C++ may."""
-    interrupt = "try: os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException: pass\n"
+    interrupt = f"try: os.kill(os.getpid(), {int(number)})\nexcept BaseException: pass\n"
     (here / "early").mkdir()
     (here / "early" / f"{module}.py").write_text(f"import os, signal\n{interrupt}raise ImportError")
     paths = [str(here / "early"), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -394,11 +397,58 @@ def test_ctrl_c_while_libraries_are_imported(here, module):
     done = subprocess.run(
         [sys.executable, "-m", "minisd", "txt2img", "a", *TINY],
         capture_output=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=with_signals,
         env=os.environ | environment,
     )
-    assert (done.returncode, done.stderr.decode()) == (130, "\nminisd: interrupted\n")
+    assert (done.returncode, done.stderr.decode()) == (128 + number, "\nminisd: interrupted\n")
     assert files(here) == ["early", f"early/{module}.py"]
+
+
+@pytest.mark.full
+def test_signals_that_are_ignored_stay_ignored(here):
+    """Under nohup, and Ctrl-C in a shell's background job."""
+
+    def ignoring():
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+    command = [sys.executable, "-m", "minisd", "txt2img", "a", *TINY, "--steps", "200"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=ignoring)
+    process.stderr.read(1)  # the bar: it draws
+    for number in SIGNALS:
+        process.send_signal(number)
+    process.communicate()
+    assert process.returncode == 0 and files(here) == ["minisd-00000.png"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX files")
+@pytest.mark.parametrize("closed", [(0, 1, 2), full((0,)), full((1,)), full((2,))], ids=str)
+def test_standard_files_may_be_closed(here, closed):
+    """And none of the files that are opened instead of them gets what is printed."""
+
+    def run(*argv):
+        command = [sys.executable, "-m", "minisd", *argv]
+        close = lambda: [os.close(number) for number in closed]
+        return subprocess.run(command, capture_output=True, preexec_fn=close)
+
+    done = run("txt2img", "word " * 90, *TINY, "-o", "a.png", "--trace", "steps")
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
+    assert chunks("a.png")["prompt"] == "word " * 90
+    assert (done.stdout == b"") == (1 in closed) and (done.stderr == b"") == (2 in closed)
+    for path in [here / "a.png", *(here / "steps").glob("*.png")]:
+        pixels(path)
+    for argv, code in [(["models"], 0), (["info", "a.png"], 0), (["txt2img"], 2)]:
+        done = run(*argv)
+        assert done.returncode == code and b"Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_standard_output_that_is_full_is_an_error():
+    command = [sys.executable, "-m", "minisd", "models"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    message = "minisd: error: [Errno 28] No space left on device\n"
+    assert (done.returncode, done.stderr) == (2, message)
 
 
 def test_ctrl_c_while_the_arguments_are_read(minisd_command, monkeypatch):
@@ -522,6 +572,7 @@ def test_the_model_is_v1_4_where_none_is_named():
         for name, parser in commands.items()
         if "--model" in parser._option_string_actions
     }
+    assert taking.pop("dit").get_default("model") == "facebook/DiT-XL-2-256"
     assert set(taking) == {
         "txt2img",
         "img2img",
@@ -532,6 +583,10 @@ def test_the_model_is_v1_4_where_none_is_named():
         "inpaint",
         "batch",
         "erase",
+        "masactrl",
+        "excite",
+        "regional",
+        "diffedit",
         "export",
     }
     assert {parser.get_default("model") for parser in taking.values()} == {"sd-v1-4"}
@@ -600,7 +655,7 @@ def test_choices_are_those_of_the_pipeline():
             "in.png carries no settings: minisd did not draw it, or they were stripped",
         ),
         (["info", "none.png"], "No such file or directory: 'none.png'"),
-        (["info", "file"], "file is neither an image nor a .safetensors file"),
+        (["info", "file"], "file is neither a PNG image nor a .safetensors file"),
         (
             ["info", "tiny", "--variant", "fp16"],
             "diffusion_pytorch_model.fp16.safetensors is missing",
@@ -617,6 +672,40 @@ def test_errors_are_one_line_and_exit_code_2(minisd_command, here, arguments, me
     assert files(here) == before
 
 
+WITHOUT_EFFECT = [  # each at its default where it has one
+    (["txt2img", "a", "--trace-every", "1"], "--trace-every: expected --trace DIR with it"),
+    (["txt2img", "a", "--trace-format", "webp"], "--trace-format: expected --trace DIR with it"),
+    (["txt2img", "a", "--trace-preview"], "--trace-preview: expected --trace DIR with it"),
+    (["txt2img", "a", "--guidance", "1", "--negative", ""], "it has no effect at --guidance 1"),
+    (
+        ["blend", "in.png", "in.png", "a", "--feather", "0", "--no-paste-back"],
+        "--feather",
+    ),
+    (["erase", "a", "b", "--strength", "0.3"], "--strength: expected --image with it"),
+    (["erase", "a", "b", "--threshold", "0.9"], "--threshold: expected --sega with it"),
+    (["erase", "a", "b", "--warmup", "10"], "--warmup: expected --sega with it"),
+    (["erase", "a", "b", "--momentum", "0.1"], "--momentum: expected --sega with it"),
+    (["edit", "a", "b", "--threshold", "0.3"], "--threshold: expected --local-blend with it"),
+    (["edit", "a", "b", "--subtract", "a"], "--subtract: expected --local-blend with it"),
+    (["edit", "a", "b", "--inversion", "direct"], "--inversion: expected --image with it"),
+    (["edit", "a", "b", "--refine", "0"], "--refine: expected --image with it"),
+    (["edit", "a", "b", "--sweep", "0,1", "--cross-steps", "0.8"], "--sweep: expected one target"),
+    (["edit", "a", "b", "--image", "in.png", "--seed", "0"], "--seed: an inverted image is drawn"),
+    (["invert", "in.png", "a", "--seed", "0"], "--seed: an inverted image is drawn from its own"),
+    (["info", "in.png", "--variant", "fp16"], "--variant: it is for models"),
+    (["info", "in.png", "--tokenizer", "a"], "--tokenizer: it is for models"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WITHOUT_EFFECT, ids=range(len(WITHOUT_EFFECT)))
+def test_options_without_effect_are_noticed(minisd_command, here, arguments, message):
+    write_image("in.png")
+    model = [] if arguments[0] == "info" else ["--model", "tiny", "--device", "cpu"]
+    code, out, err = minisd_command(*arguments, *model)
+    assert (code, out) == (2, "") and message in err and err.count("\n") == 1
+    assert files(here) == ["in.png"]
+
+
 def test_checkpoint_errors_of_many_lines_show_the_first(minisd_command, original, here):
     shutil.copytree(original, here / "broken")
     config = here / "broken/unet/config.json"
@@ -625,7 +714,10 @@ def test_checkpoint_errors_of_many_lines_show_the_first(minisd_command, original
     )
     code, _, err = minisd_command("txt2img", "a", "--model", "broken")
     assert code == 2 and re.fullmatch(
-        r"minisd: error: \d+ tensors do not fit the models: \(\d+ more lines with --debug\)\n", err
+        r"minisd: error: unet, broken/unet/diffusion_pytorch_model.safetensors: misshapen down_"
+        r"blocks[\w.]+attn2.to_[kv].weight, got \(16, 24\), expected \(16, 32\); in all \d+ "
+        r"tensors do not fit the models \(\d+ more lines with --debug\)\n",
+        err,
     )
 
 
@@ -692,7 +784,8 @@ def test_bad_images_are_refused_in_one_line(minisd_command, here, images, argume
         ]
         code, out, err = minisd_command(*given, *TINY, "-o", "new/out.png", "--trace", "new/trace")
         assert code == 2 and out == "" and message.format(path=path) in err
-        assert err.count("\n") == 1 and err.startswith("minisd: error: ") and files(here) == []
+        lines = [each for each in err.splitlines() if "are less than one step" not in each]
+        assert len(lines) == 1 and lines[0].startswith("minisd: error: ") and files(here) == []
 
 
 def test_images_are_taken_as_a_viewer_shows_them(minisd_command, here, images):
@@ -736,7 +829,7 @@ def test_an_option_has_the_name_that_it_has_in_python():
     from minisd.editing.prompt_to_prompt import EditOptions
 
     [commands] = [a.choices for a in build_parser()._actions if isinstance(a.choices, dict)]
-    python_only = {"uncond", "latents", "on_step", "progress", "self_sites", "map_sites"}
+    python_only = {"rule", "uncond", "latents", "on_step", "progress", "self_sites", "map_sites"}
     drawing = set(Options.__annotations__) - python_only - {"height", "width"} | {"size"}
     expected = {
         "txt2img": drawing,

@@ -112,7 +112,7 @@ BLEND, ERASE = ["blend", "in.png", "mask.png", "a"], ["erase", "a", "b"]
         ([*ERASE, "--sega"], "--warmup 10: expected less than --steps 3, or nothing is erased"),
         ([*ERASE, "--erase-scale", "1,inf"], "--erase-scale: got inf, expected a finite number"),
         (["erase", "a"], "the following arguments are required: concept"),
-        ([*ERASE, "--strength", "0.5"], "strength is 0.5, but there is no image"),
+        ([*ERASE, "--strength", "0.5"], "--strength: expected --image with it"),
         ([*ERASE, "--erase-scale", "1,2"], "erase_scale is [1.0, 2.0], expected one weight or one"),
         ([*ERASE, "--erase-scale", "much"], "invalid weights value: 'much'"),
         ([*ERASE, "--image", "mask"], "mask"),

@@ -203,3 +203,10 @@ def test_errors_are_one_line(minisd_command, here, arguments, message):
     code, out, err = minisd_command(*arguments, *TINY, "-o", "x.png")
     assert code == 2 and out == "" and message in err.splitlines()[-1]
     assert names(here) == []
+
+
+def test_a_heat_map_of_a_prompt_that_is_cut(minisd_command, here):
+    """Its words that were cut have none, which is no reason to lose the image."""
+    code, out, err = minisd_command("heatmap", "a cat " * 40 + "and a dog", *TINY, "-o", "x.png")
+    assert code == 0 and names(here) == ["x.png"]
+    assert "minisd: warning: no map of what was cut from the prompt: 'and', 'dog'" in err

@@ -2,6 +2,7 @@
 same in each; what draws returns images, whatever the options."""
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import p2p_model
@@ -11,7 +12,7 @@ from PIL import Image
 
 import minisd
 from minisd import Drawing, Recording
-from minisd.drawing import Options
+from minisd.drawing import Options, seeds
 
 SOURCE, SWAP = "a cat on my mat", "a dog on my mat"
 STEPS = 3
@@ -186,6 +187,8 @@ def test_images_of_several_prompts(sd, drawn):
         ),
         (dict(seed=[]), r"got seeds \[\]"),
         (dict(seed=0.5), "got seeds 0.5, expected a whole number or a list"),
+        (dict(seed=True), "got seeds True, expected a whole number or a list"),
+        (dict(seed=[False]), r"got seeds \[False\], expected a whole number or a list"),
         (dict(guidance=float("nan")), "guidance is nan, expected a finite number"),
         (dict(sampler="euler"), "sampler is 'euler', expected one of 'dpm"),
         (dict(latents=[0.0]), "the latents are list, expected a tensor of floats"),
@@ -216,6 +219,38 @@ def test_refusals_are_the_same_everywhere(sd, recording, call, rows, wrong, mess
         return  # names its own
     with pytest.raises(ValueError, match=message):
         call(sd, recording, **QUIET, **wrong)
+
+
+@every
+def test_guidance_of_each_image(sd, drawn, call, rows):
+    """Each row as in a batch of its scale; an edited row follows its source, of another one."""
+    scales = [2.5, 7.3, 4.0, 1.0, 5.0, 6.0][: 2 * rows]
+    _, z = drawn(call, num_images=2, seed=7, guidance=scales)
+    edited = call in (CALLS["edit_prompt"][0], CALLS["edit_prompt, all of it"][0])
+    for i in range(2 if edited else 2 * rows):
+        _, alone = drawn(call, num_images=2, seed=7, guidance=scales[i])
+        bar = 1e-5 if scales[i] == 1 else 0  # which a batch without guidance computes alone
+        assert relative(z[i], alone[i]) <= bar, i
+    assert relative(z[-1], drawn(call, num_images=2, seed=7, guidance=2.5)[1][-1]) > 0.01
+
+
+@every
+def test_a_scale_for_each_image_or_none(sd, recording, call, rows):
+    with pytest.raises(ValueError, match=f"list of 9, expected one for each of {rows} images"):
+        call(sd, recording, guidance=[3.0] * 9, **QUIET)
+    with pytest.raises(ValueError, match="guidance is a list of 0, expected one for each image"):
+        call(sd, recording, guidance=[], **QUIET)
+
+
+@pytest.mark.parametrize("name", ["edit_prompt", "seed_baseline", "replay"])
+def test_one_noise_for_all_prompts_of_a_seed(sd, drawn, name):
+    """A list of seeds is a source and its targets for each of them."""
+    call, rows = CALLS[name]
+    images, z = drawn(call, seed=[3, 11])
+    assert len(images) == 2 * rows
+    for i, seed in enumerate((3, 11)):
+        _, alone = drawn(call, seed=seed)
+        assert relative(z[i::2], alone) <= 1e-5
 
 
 # latents
@@ -358,6 +393,7 @@ HOW = {
     "uncond": torch.zeros(1, 77, 24),
     "steps": 2,
     "guidance": 2.0,
+    "rule": partial(minisd.pag, sites=["up_blocks.1.attentions.0.transformer_blocks.0.attn1"]),
     "sampler": "ddim",
     "seed": 1,
     "num_images": 2,
@@ -370,7 +406,10 @@ HOW = {
 WITHOUT = {
     "invert": (
         lambda sd, r, **o: minisd.invert(sd, picture(), SOURCE, **{"steps": 2} | QUIET | o),
-        {"negative_prompt", "uncond", "guidance", "sampler", "seed", "num_images", "latents"},
+        {
+            *("negative_prompt", "uncond", "guidance", "rule"),
+            *("sampler", "seed", "num_images", "latents"),
+        },
     ),
     "redraw": (
         lambda sd, r, **o: minisd.redraw(
@@ -507,3 +546,33 @@ def test_maps_asked_for_twice_in_a_step(sd):
         assert all(total.eq(step.index).all() for total in maps.sums.values())
         for total in maps.sums.values():
             total += 1
+
+
+SEEDS = [0, 7, -1, 2**32 - 1, 2**63, 2**64 - 1, -(2**63)]
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint64, np.int32, np.uint8, np.int8])
+def test_seeds_of_numpy_count_on_where_their_own_width_ends(kind):
+    """255 of eight bits is followed by 256, not by 0."""
+    top = int(np.iinfo(kind).max)
+    rows = 2 if top < 2**64 - 1 else 1
+    assert seeds(kind(top), rows) == list(range(top, top + rows))
+    assert seeds([kind(top)]) == [top]
+
+
+def test_what_is_no_seed_is_refused():
+    odd = [True, False, [True], [0, False], np.bool_(True), np.array(3), np.array([3]), 1.0, "1"]
+    odd += [2**64, -(2**63) - 1, [], [2**64], None, np.float64(3), torch.tensor(3), [np.array(1)]]
+    for value in odd:
+        with pytest.raises(ValueError, match="expected a whole number or a list of them"):
+            seeds(value)
+    with pytest.raises(ValueError, match="expected a whole number or a list of them"):
+        seeds(2**64 - 1, 2)  # the second is none
+    assert [seeds(seed) for seed in SEEDS] == [[seed] for seed in SEEDS]
+
+
+def test_seeds_have_the_period_that_is_stated(sd):
+    for seed in (0, 5, 2**31):
+        noise = sd.noise(seed)
+        assert torch.equal(noise, sd.noise(seed + 2**32))
+        assert not torch.equal(noise, sd.noise(seed + 2**31))

@@ -101,6 +101,9 @@ SHAPES = {  # those that no method before has had
     "erase": ["2 latents, guidance of 3 groups"],
     "replay": ["1 latent under guidance, edited by stored maps"],
     "invert, redraw": ["1 latent without guidance"],  # redraw's are img2img's
+    "freeu": ["2 latents under guidance, features edited"],
+    "deep cache": ["the whole UNet, a feature saved", "its outermost layers"],
+    "pag": ["2 latents, guidance of 3 groups, a group disturbed"],
     "null-text": ["1 latent under guidance, the text as it is"],  # its own calls are not compiled
 }
 

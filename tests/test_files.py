@@ -208,6 +208,14 @@ def test_an_empty_folder_is_filled_last_entry_last_or_not_at_all(tmp_path, monke
     assert moved[-1] == "model_index.json" and tree(tmp_path) == FILLED
 
 
+def test_what_a_killed_process_left_is_nothing(tmp_path):
+    (tmp_path / ".abcdefgh.part").mkdir()
+    (tmp_path / ".abcdefgh.part" / "half").write_text("")
+    with atomic_folder(tmp_path, "a") as temporary:
+        fill(temporary)
+    assert tree(tmp_path)[2:] == FILLED
+
+
 # mount points and full disks
 
 

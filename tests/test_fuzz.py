@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from minisd.checkpoints import load as checkpoint, sources
-from minisd.checkpoints.tensor_file import read_header
+from minisd.checkpoints.header import read_header
 from minisd.editing.inversion import FORMAT, METHODS, TENSORS, Inversion
 from minisd.models.clip import CLIPTextConfig
 from minisd.models.tokenizer import CLIPTokenizer

@@ -1,14 +1,20 @@
 """Images from files as a viewer shows them, or refused in words."""
 
+import io
 import os
 import struct
+import subprocess
+import sys
+import warnings
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms, features
 
-from minisd.viewing.images import read_image
+import minisd
+from minisd.viewing.images import FORMATS, read_image
+from minisd.viewing.visualize import contact_sheet, has_letter, wrap
 
 
 def values(image):
@@ -165,3 +171,252 @@ def test_missing_files_and_folders(tmp_path):
         read_image(tmp_path / "none.png")
     with pytest.raises(ValueError, match="cannot be read as an image"):
         read_image(tmp_path)
+
+
+# colour profiles, written by hand (ICC.1:2004)
+
+D50 = (0.9642, 1.0, 0.8249)
+SRGB = np.array(  # linear sRGB -> XYZ, adapted to D50: the columns of its profile
+    [[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]]
+)
+P3 = np.array(  # Display P3, likewise
+    [[0.51512, 0.29198, 0.15710], [0.24120, 0.69225, 0.06657], [-0.00105, 0.04189, 0.78407]]
+)
+
+
+def fixed(*values):
+    return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
+
+
+def icc(space, tags, pcs=b"XYZ "):
+    """A profile: header, table of tags, tags."""
+    data, table = b"", b""
+    start = 132 + 12 * len(tags)
+    for name, value in tags.items():
+        table += name + struct.pack(">II", start + len(data), len(value))
+        data += value + bytes(-len(value) % 4)
+    size = start + len(data)
+    head = struct.pack(">I4sI4s4s4s", size, bytes(4), 0x02100000, b"prtr", space, pcs)
+    head += bytes(12) + b"acsp" + bytes(28) + fixed(*D50) + bytes(48)
+    return head + struct.pack(">I", len(tags)) + table + data
+
+
+TEXTS = {
+    b"desc": b"desc" + bytes(4) + struct.pack(">I", 2) + b"a\0" + bytes(78),
+    b"cprt": b"text" + bytes(4) + b"a\0",
+    b"wtpt": b"XYZ " + bytes(4) + fixed(*D50),
+}
+
+
+def gamma(power):
+    return b"curv" + bytes(4) + struct.pack(">IH", 1, round(256 * power))
+
+
+def matrix_profile(columns, power):
+    """linear = value ** power, XYZ = columns @ linear."""
+    own = {
+        name: b"XYZ " + bytes(4) + fixed(*columns[:, i])
+        for i, name in enumerate((b"rXYZ", b"gXYZ", b"bXYZ"))
+    }
+    curves = dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), gamma(power))
+    return icc(b"RGB ", TEXTS | own | curves)
+
+
+def grey_profile(power):
+    return icc(b"GRAY", TEXTS | {b"kTRC": gamma(power)})
+
+
+def cmyk_profile(lab):
+    """A table with two points an ink: its 16 colours are lab[c, m, y, k], each of 8 bits."""
+    line = bytes(range(256))
+    table = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + fixed(1, 0, 0, 0, 1, 0, 0, 0, 1)
+    table += 4 * line + lab.astype(np.uint8).tobytes() + 3 * line
+    return icc(b"CMYK", TEXTS | {b"A2B0": table}, b"Lab ")
+
+
+def encoded(linear):
+    """sRGB's values 0 to 255 of linear light, cut to what it can show."""
+    x = np.clip(linear, 0, 1)
+    return 255 * np.where(x <= 0.0031308, 12.92 * x, 1.055 * x ** (1 / 2.4) - 0.055)
+
+
+@pytest.mark.parametrize(
+    ("columns", "power"),
+    [(P3, 2.2), (SRGB[:, ::-1], 2.2), (SRGB[:, [1, 2, 0]], 1.8), (SRGB, 1.0)],
+    ids=["P3", "red and blue swapped", "rotated", "linear"],
+)
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "JPEG"])
+def test_colours_of_a_profile_become_srgb(tmp_path, columns, power, mode):
+    values_in = colours(40, 30)
+    image = Image.fromarray(values_in)
+    if mode == "P":
+        image = image.quantize(64)
+        values_in = np.asarray(image.convert("RGB"))
+    elif mode == "JPEG":
+        image = Image.fromarray(np.broadcast_to(colours(1, 1), (16, 16, 3)).copy())
+        values_in = np.asarray(image)
+    elif mode == "RGBA":
+        image.putalpha(255)
+    path = tmp_path / ("a.jpg" if mode == "JPEG" else "a.png")
+    image.save(
+        path,
+        icc_profile=matrix_profile(columns, power),
+        **({"quality": 100, "subsampling": 0} if mode == "JPEG" else {}),
+    )
+    linear = (values_in / 255.0) ** power
+    expected = encoded(linear @ columns.T @ np.linalg.inv(SRGB).T)
+    got = read_image(path)
+    bar = 6 if mode == "JPEG" else 2
+    assert got.mode == "RGB" and np.abs(values(got) - expected).max() <= bar
+    assert np.abs(values(got) - values_in).max() > 9  # it is another image than without
+    assert "icc_profile" not in got.info
+
+
+def test_grey_of_a_profile(tmp_path):
+    grey = colours(channels=1)[..., 0]
+    Image.fromarray(grey).save(tmp_path / "a.png", icc_profile=grey_profile(1.8))
+    expected = encoded((grey / 255.0) ** 1.8)[..., None]
+    assert np.abs(values(read_image(tmp_path / "a.png")) - expected).max() <= 2
+    alpha = np.stack([grey, np.full_like(grey, 255)], -1)
+    Image.fromarray(alpha, "LA").save(tmp_path / "b.png", icc_profile=grey_profile(1.8))
+    assert np.abs(values(read_image(tmp_path / "b.png")) - expected).max() <= 2
+
+
+def test_inks_of_a_profile(tmp_path):
+    """Pure inks and their overprints are points of the table; ink k is darker than none."""
+    ink = np.array(np.meshgrid(*[[0, 1]] * 4, indexing="ij")).reshape(4, 16).T
+    lightness = np.prod(1 - 0.6 * ink, axis=1)
+    lightness[ink[:, 3] == 1] = 0  # black is black: no black point is to be matched
+    lab = np.stack([255 * lightness, 128 + 20 * (ink[:, 1] - ink[:, 0]), 128 + 20 * ink[:, 2]], -1)
+    lab[lightness == 0, 1:] = 128
+    image = Image.frombytes("CMYK", (16, 1), (255 * ink).astype(np.uint8).tobytes())
+    image.save(tmp_path / "a.tif", icc_profile=cmyk_profile(lab.round()))
+    L, a, b = (lab.round() * [100 / 255, 1, 1] - [0, 128, 128]).T
+    f = np.stack([(L + 16) / 116 + a / 500, (L + 16) / 116, (L + 16) / 116 - b / 200])
+    xyz = np.where(f > 6 / 29, f**3, 3 * (6 / 29) ** 2 * (f - 4 / 29)).T * D50
+    linear = xyz @ np.linalg.inv(SRGB).T
+    got = values(read_image(tmp_path / "a.tif"))[0]
+    inside = ((linear >= 0) & (linear <= 1)).all(1)
+    assert inside.sum() >= 6 and np.abs(got - encoded(linear))[inside].max() <= 3
+    plain = values(image.convert("RGB"))[0]
+    assert np.abs(got - plain).max() > 50
+
+
+def test_a_profile_that_says_srgb_changes_nothing_and_is_kept(tmp_path):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    rgb = colours()
+    Image.fromarray(rgb).save(tmp_path / "a.png", icc_profile=profile)
+    got = read_image(tmp_path / "a.png")
+    assert (values(got) == rgb).all() and got.info["icc_profile"] == profile
+    sd = minisd.load("shapes", device="cpu")
+    big = got.resize((64, 64))
+    big.info["icc_profile"] = profile
+    [same] = sd.img2img(big, "a", strength=0.0)
+    assert (values(same) == values(big)).all() and same.info["icc_profile"] == profile
+
+
+@pytest.mark.parametrize(
+    "profile", [b"none", grey_profile(2.0), matrix_profile(P3, 2)[:200], b"\0" * 200]
+)
+def test_profiles_that_cannot_be_used_are_told(tmp_path, profile):
+    rgb = colours()
+    Image.fromarray(rgb).save(tmp_path / "a.png", icc_profile=profile)
+    with pytest.warns(UserWarning, match="colour profile cannot be used .* are taken as sRGB"):
+        assert (values(read_image(tmp_path / "a.png")) == rgb).all()
+
+
+# formats
+
+
+def test_the_formats_are_a_short_list():
+    Image.init()
+    assert set(FORMATS) - {"AVIF"} <= set(Image.OPEN) and not {"EPS", "PSD", "WMF"} & set(FORMATS)
+    if features.check("avif"):
+        buffer = io.BytesIO()
+        Image.new("RGB", (9, 7), "red").save(buffer, "AVIF")
+        assert "AVIF" in FORMATS
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) print\nshowpage\n"
+
+
+def test_a_program_is_no_image(tmp_path, monkeypatch):
+    """EPS, under any name, never reaches Ghostscript."""
+
+    def started(*_, **__):
+        raise AssertionError("a program was started")
+
+    monkeypatch.setattr(subprocess, "Popen", started)
+    for name in ("a.eps", "a.png", "a.jpg"):
+        (tmp_path / name).write_bytes(EPS)
+        with pytest.raises(ValueError, match="cannot identify image file"):
+            read_image(tmp_path / name)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs")
+def test_pipes_and_devices_do_not_hang(tmp_path):
+    for name in ("a.png", "a.safetensors"):
+        os.mkfifo(tmp_path / name)
+    code = "import minisd; from minisd.viewing.images import read_image as r"
+    code += "\nfrom minisd.editing.blended import read_mask as mask"
+    calls = [
+        f"r({str(tmp_path / 'a.png')!r})",
+        f"mask({str(tmp_path / 'a.png')!r})",
+        f"minisd.Inversion.load({str(tmp_path / 'a.safetensors')!r})",
+        f"minisd.load({str(tmp_path / 'a.safetensors')!r})",
+        "r('/dev/zero')",
+    ]
+    lines = [f"try: {call}\nexcept ValueError as e: print(e)" for call in calls]
+    run = [sys.executable, "-c", "\n".join([code, *lines])]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=100)
+    told = done.stdout.splitlines()
+    assert len(told) == len(calls) and done.returncode == 0, done.stderr
+    assert sum("is a pipe or a device, expected a file" in line for line in told) == 4
+
+
+# labels
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a red circle", ["a red circle"]),
+        ("a \u200b circle", [r"a \u200b circle"]),
+        ("雪 dog", [r"\u96ea dog"]),
+        ("🎨", [r"\U0001f3a8"]),
+        ("日本", [r"\u65e5\u672c"]),
+        ("a\x1bb\u202e", [r"a\x1bb\u202e"]),
+        ("", []),
+    ],
+)
+def test_labels_show_each_letter_or_its_escape(text, shown):
+    from PIL import ImageFont
+
+    font = ImageFont.load_default(13)
+    assert wrap(text, font, 200) == shown
+    assert all(has_letter(font, letter) for line in shown for letter in line if letter != " ")
+
+
+def test_long_labels_stay_in_their_column():
+    from PIL import ImageFont
+
+    font = ImageFont.load_default(13)
+    lines = wrap("雪" * 40 + " " + "n" * 200, font, 128)
+    assert max(map(font.getlength, lines)) <= 128
+    assert "".join(lines) == r"\u96ea" * 40 + "n" * 200
+    page = contact_sheet([Image.new("RGB", (128, 128))] * 2, ["雪" * 20, "n"])
+    assert (values(page)[134:, 140:][:, 30:] == 255).all()  # nothing reaches into the next column
+
+
+def test_an_image_that_is_not_redrawn_is_said_to_be(tmp_path):
+    sd = minisd.load("shapes", device="cpu")
+    image = Image.fromarray(colours(64, 64))
+    with pytest.warns(UserWarning, match="3 steps at strength 0.3 are less than one step: the im"):
+        [same] = sd.img2img(image, "a", 0.3, steps=3)
+    assert (values(same) == values(image)).all()
+    mask = np.ones((64, 64), bool)
+    with pytest.warns(UserWarning, match="are less than one step"):
+        minisd.blend(sd, image, mask, "a", 0.1, steps=5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sd.img2img(image, "a", 0.0, steps=3)

@@ -37,6 +37,16 @@ def test_options_and_defaults(command):
             )
 
 
+def test_options_and_defaults_of_the_methods_on_attention():
+    _, section = PAGE.split("\n## Methods on attention\n")
+    rows = re.findall(r"^\| `minisd (\w+)`[^|]*\| `(--[\w-]+)`[^|]*\| ([^|]*) \|", section, re.M)
+    assert len(rows) >= 10
+    for command, name, told in rows:
+        default, number = options(command)[name], re.match(r"-?[\d.]+", told)
+        shown = isinstance(default, (int, float)) and not isinstance(default, bool)
+        assert (float(number[0]) == default) if shown else number is None, (command, name, told)
+
+
 def test_one_name_for_one_knob():
     """cross_steps, self_steps and guidance, in Python, in the command and on the page."""
     arguments = {

@@ -177,7 +177,7 @@ def test_loading_is_strict(folder):
         ({"num_layers": 10**9}, "num_layers: got 1000000000, expected 1 to 200"),
         ({"norm_type": "ada_norm"}, "norm_type"),
         ({"in_channels": 3, "out_channels": 6}, "its VAE has latents of 4 channels"),
-        ({"num_embeds_ada_norm": None, "cross_attention_dim": 8}, "expected the number of labels"),
+        ({"num_embeds_ada_norm": None, "cross_attention_dim": 8}, "its DiT takes a text: minisd"),
     ],
 )
 def test_bad_configs_are_refused(folder, values, message):
@@ -192,6 +192,11 @@ def test_pickles_are_refused_and_the_licence_is_said(tmp_path):
     assert "does not read the pickle" in str(error.value) and "CC-BY-NC" in str(error.value)
     with pytest.raises(CheckpointError, match="no folder .* CC-BY-NC"):
         minisd.load_dit(tmp_path / "nowhere")
+
+
+def test_what_takes_texts_says_where_labels_go(folder):
+    with pytest.raises(CheckpointError, match="its DiT takes labels: minisd.load_dit"):
+        minisd.load(folder, device="cpu")
 
 
 def test_missing_files_are_named(folder):
@@ -251,3 +256,12 @@ def test_command_refuses(pair, minisd_command, more, message, tmp_path, monkeypa
     line = ["dit", "--label", "3", "--model", str(pair[1]), "--steps", "1", "--device", "cpu"]
     code, _, err = minisd_command(*line, *more)
     assert code == 2 and message in err and not list(tmp_path.iterdir())
+
+
+def test_the_steps_can_be_watched(pair, minisd_command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = ["dit", "--label", "3", "--model", str(pair[1]), "--steps", "3", "--device", "cpu"]
+    code, _, err = minisd_command(*line, "--trace", "steps", "--trace-preview", "-o", "a.png")
+    assert code == 0, err
+    names = sorted(path.name for path in (tmp_path / "steps").iterdir())
+    assert names[:2] == ["images.webp", "latents.webp"] and len(names) == 5

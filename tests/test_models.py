@@ -498,7 +498,7 @@ def test_attention_is_set_everywhere(pair, monkeypatch):
 def test_unet_errors(pair):
     _, ours = pair
     x, t, context = torch.randn(2, 4, 8, 8), torch.tensor(1), torch.randn(2, 5, 24)
-    with pytest.raises(ValueError, match="no attention site is called attn7"):
+    with pytest.raises(ValueError, match="no site is called 'attn7'"):
         ours(x, t, context, {"attn7": AttentionEdit()})
     with pytest.raises(ValueError, match="multiple of the latents' rows"):
         ours(x, t, context[:1])
@@ -518,7 +518,7 @@ def test_unet_errors(pair):
     for wrong in (context[..., :5], context[0], context[:, :0], "a cat"):
         with pytest.raises(ValueError, match=r"context: got .*, expected a tensor \(R, L, 24\)"):
             ours(x, t, wrong)
-    with pytest.raises(ValueError, match='"self", "cross" or None, got \'both\''):
+    with pytest.raises(ValueError, match="kind is 'both', expected one of None"):
         ours.sites("both")
 
 

@@ -485,7 +485,8 @@ def test_local_blend_by_hand(sd):
     near[:4, :4] = near[2:, 4:] = (
         True  # 3 x 3 max pool, then each position twice in both directions
     )
-    for words in (("cat", "dog"), ["cat", "dog"], [("cat",), ("dog",)]):
+    listed = ["dog", "cat"], [["cat"], ["dog"]], (("cat",), "dog"), ["cat", "dog", "mat", "cat"][:2]
+    for words in (("cat", "dog"), *listed):
         out = LocalBlend(maps, words)(x, step[2])
         assert torch.equal(out[0], source[0]) and torch.equal(
             out[1], torch.where(near, target[0], source[0])
@@ -520,9 +521,9 @@ def test_local_blend_refuses(sd):
     with pytest.raises(ValueError, match="'bird' is not in the prompt"):
         LocalBlend(maps, ("cat", "bird"))
     with pytest.raises(ValueError, match="'cat' is not in the prompt, expected one of 'a', 'dog'"):
-        LocalBlend(maps, ["cat", "cat"])
-    with pytest.raises(ValueError, match="list of 1 entries"):
-        LocalBlend(maps, ["cat"])
+        LocalBlend(maps, [["cat"], ["cat"]])
+    with pytest.raises(ValueError, match="words for 1 rows, expected one for each of 2"):
+        LocalBlend(maps, [["cat"]])
     with pytest.raises(ValueError, match="start is 2"):
         LocalBlend(maps, "cat", start=2)
     with pytest.raises(ValueError, match="got 3 latents"):

@@ -74,6 +74,31 @@ def test_words_are_found():
     assert find_word(WHOLE_WORDS, prompt, ",") == [3]
 
 
+@pytest.mark.parametrize(
+    "prompt, word, pieces",
+    [
+        ("a sign with 'stop' on it", "stop", ["'s</w>", "top</w>"]),  # as CLIP cuts it
+        ("a sign with 'stop' on it", "'STOP'", ["'s</w>", "top</w>"]),
+        ("a sign with 'stop' on it", "top", []),
+        ("a sign with 'stop", "stop", ["'s</w>", "top</w>"]),
+        ("he's 'real' 'veal'", "real", ["'re</w>", "al</w>"]),
+        ("he's 'real' 'veal'", "veal", ["'ve</w>", "al</w>"]),
+        ("he's here", "he", ["he</w>"]),
+        ('a "stop" sign', "stop sign", []),  # the quote is between them
+        ("a stop  sign", "stop sign", ["stop</w>", "sign</w>"]),
+        ("a Caf\u00e9", "cafe\u0301", ["caf\u00c3\u00a9</w>"]),  # one character or two
+        ("numbers 12 and 2", "2", ["2</w>", "2</w>"]),
+        ("a, b,, c", ",", [",</w>"]),
+        ("a cat2", "cat", ["cat</w>"]),
+        ("a\U0001f600 b", "\U0001f600", ["\u00f0\u0141\u013a\u0122</w>"]),
+    ],
+)
+def test_words_are_found_by_their_characters(prompt, word, pieces):
+    tokenizer = CLIPTokenizer(*build_vocabulary([prompt] * 3))
+    tokens = tokenizer.tokenize(prompt)
+    assert [tokens[i - 1] for i in find_word(tokenizer, prompt, word)] == pieces
+
+
 def test_words_of_several_tokens():
     assert find_word(SYLLABLES, "a lasagne on a table", "lasagne") == [2, 3, 4, 5, 6, 7, 8]
     assert find_word(SYLLABLES, "a table on lasagne table", "table") == [2, 11]

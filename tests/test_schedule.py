@@ -2,6 +2,8 @@
 
 import json
 import math
+import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from minisd.sampling.samplers import DDIM
 from minisd.sampling.schedule import Level, NoiseSchedule
 
 # scheduler_config.json of Stable Diffusion v1.4.
@@ -48,7 +51,7 @@ def test_sd14_numbers():
         {},
         {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
         {"num_train_timesteps": 37},
-        {"trained_betas": [0.1, 0.2, 0.05, 0.3]},
+        {"num_train_timesteps": 4, "trained_betas": [0.1, 0.2, 0.05, 0.3]},
     ],
 )
 def test_tables_equal_diffusers(change):
@@ -175,3 +178,56 @@ def test_solver_options_of_the_file_are_ignored():
     assert torch.equal(
         NoiseSchedule.from_dict(config).alphas_cumprod, NoiseSchedule.from_dict(SD14).alphas_cumprod
     )
+
+
+@pytest.mark.parametrize("config", [{"a": 2}, {"clip_sample": False, "skip_prk_steps": True}])
+def test_a_config_of_something_else_is_refused(config):
+    with pytest.raises(ValueError, match="expected some of .*'beta_end'.*'num_train_timesteps'"):
+        NoiseSchedule.from_dict(config)
+    assert len(NoiseSchedule.from_dict({})) == 1000
+
+
+def random_config(rng):
+    """A scheduler_config.json: what files hold, and what they might."""
+    n = rng.choice([10, 100, 1000])
+    some = {
+        "_class_name": rng.choice(["DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler"]),
+        "num_train_timesteps": n,
+        "beta_start": rng.choice([0.0001, 0.00085, 0.01, 0.0]),
+        "beta_end": rng.choice([0.012, 0.02, 0.5, 1.0]),
+        "beta_schedule": rng.choice(["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"]),
+        "trained_betas": rng.choice([None, None, [rng.random() / 9 for _ in range(n)], [0.1] * 7]),
+        "steps_offset": rng.choice([0, 1, 3]),
+        "set_alpha_to_one": rng.choice([True, False]),
+        "timestep_spacing": rng.choice(["leading", "linspace", "trailing", "even"]),
+        "prediction_type": rng.choice(["epsilon", "epsilon", "v_prediction", "sample"]),
+        "rescale_betas_zero_snr": rng.choice([False, False, True]),
+        "thresholding": rng.choice([False, False, True]),
+        "sigma_min": rng.choice([None, None, 0.03]),
+        "sigma_max": rng.choice([None, None, 14.6]),
+        "timestep_type": rng.choice(["discrete", "discrete", "continuous"]),
+    }
+    kept = rng.sample(sorted(some), rng.randint(2, 9))
+    return {key: some[key] for key in kept} | {"clip_sample": False}
+
+
+def test_random_configs_give_the_tables_of_diffusers_or_are_refused():
+    rng = random.Random(0)
+    counts = Counter()
+    for _ in range(400):
+        config = random_config(rng)
+        try:
+            ours = NoiseSchedule.from_dict(config)
+        except ValueError as error:
+            assert str(error).startswith("scheduler config: ") and len(str(error)) < 300
+            counts["refused"] += 1
+            continue
+        theirs = DDIMScheduler.from_config(config)
+        assert torch.equal(ours.alphas_cumprod, theirs.alphas_cumprod), config
+        assert ours.clean.alpha**2 == pytest.approx(theirs.final_alpha_cumprod.item(), rel=1e-6)
+        for n in (1, 7):
+            steps = [step.t for step in DDIM(ours, n)]
+            theirs.set_timesteps(n)
+            assert steps == theirs.timesteps.tolist(), config
+        counts["equal"] += 1
+    assert counts["equal"] > 40 and counts["refused"] > 40, counts

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -21,13 +22,15 @@ from hub_server import COMMIT
 
 import minisd
 from minisd.checkpoints import export, load as checkpoint, sources
-from minisd.checkpoints.tensor_file import FLOATS, Entry, read_header, read_tensors, write_tensors
+from minisd.checkpoints.header import Entry, read_header
+from minisd.checkpoints.tensor_file import FLOATS, read_tensors, write_tensors
 from minisd.cli import main as cli
 from minisd.sampling.schedule import NoiseSchedule
 
 SHAPES = sources.bundled()["shapes"]
 UNET, VAE, TEXT = (sources.weights_file(part, None) for part in ("unet", "vae", "text_encoder"))
 NEEDED = {
+    "model_index.json",
     "scheduler/scheduler_config.json",
     "unet/config.json",
     "vae/config.json",
@@ -221,15 +224,26 @@ def test_repos_that_are_not_there_private_or_gated(hub, monkeypatch):
     }  # the token stays with the Hub
 
 
-def test_variants(hub, repo):
+def test_variants(hub, repo, tmp_path):
     told = refusal(variant="fp16")
-    assert (
-        f"{UNET.replace('.safetensors', '.fp16.safetensors')} does not exist at revision {COMMIT}"
-        in told
-    )
+    fp16 = {name: name.replace(".safetensors", ".fp16.safetensors") for name in (UNET, VAE, TEXT)}
+    assert f"{fp16[UNET]} does not exist at revision {COMMIT}" in told
     assert "reads .safetensors, not .bin pickles" in told
+    shutil.copy(repo / UNET, repo / fp16[UNET])
+    hub.log.clear()
+    shutil.rmtree(tmp_path / "cache")  # which remembers what the repo did not have
+    with pytest.warns(UserWarning, match="there is no variant fp16 of .*: that itself is taken"):
+        assert_is_shapes(load(variant="fp16"))
+    weights = [name for name in hub.asked() if name.endswith(".safetensors")]
+    assert weights == [fp16[UNET], VAE, TEXT]  # part by part
+    assert [model.source for model in sources.cached()] == ["owner/shapes --variant fp16"]
+    folder = sources.download("owner/shapes", variant="fp16", to=tmp_path / "to")
+    assert sorted(path.name for path in folder.rglob("*.safetensors")) == [
+        Path(name).name for name in (fp16[UNET], VAE, TEXT)
+    ]
     for name in (UNET, VAE, TEXT):
-        shutil.move(repo / name, repo / name.replace(".safetensors", ".fp16.safetensors"))
+        shutil.move(repo / name, repo / fp16[name])
+    shutil.rmtree(tmp_path / "cache")
     hub.log.clear()
     assert_is_shapes(load(variant="fp16"))
     assert all("fp16" in name for name in hub.asked() if name.endswith(".safetensors"))
@@ -239,6 +253,14 @@ def test_variants(hub, repo):
     for bad in ("../../outside", "/etc", "a/../b", ".", ""):
         with pytest.raises(ValueError, match="revision is .* expected a name such as main"):
             load(revision=bad)
+
+
+def test_models_of_other_kinds_are_refused_before_their_weights_come(hub, repo):
+    index = {"_class_name": "StableDiffusionXLPipeline"}
+    (repo / "model_index.json").write_text(json.dumps(index))
+    told = "Hub repo owner/shapes is a Stable Diffusion XL model, which minisd does not draw with"
+    assert refusal() == told
+    assert not [name for name in hub.asked() if name.endswith(".safetensors")]
 
 
 # names
@@ -403,6 +425,69 @@ def test_fetch_to_a_folder(hub, tmp_path, capsys):
         "'shapes' is no Hub repo: expected owner/name, or sd-v1-4, sd-v1-5"
         in capsys.readouterr().err
     )
+
+
+def damages(path):
+    """Files as a disk, a crash or a proxy may leave them."""
+    data = path.read_bytes()
+    yield "a bit flipped", data[:-1] + bytes([data[-1] ^ 1])
+    yield "cut", data[: len(data) // 2]
+    yield "empty", b""
+    yield "a web page", b"<!doctype html>"
+
+
+@pytest.mark.parametrize("to", [None, pytest.param("to", marks=pytest.mark.full)])
+def test_fetch_repairs_what_is_damaged_and_says_so(hub, tmp_path, capsys, to):
+    argv = ["fetch", "owner/shapes", *(["--to", str(tmp_path / to)] if to else [])]
+    assert cli.main(argv) == 0
+    folder = Path(capsys.readouterr().out.rstrip("\n"))
+    tried = 0
+    for name in [VAE, "tokenizer/vocab.json"] if to is None else [VAE]:
+        whole = (folder / name).read_bytes()
+        for what, data in damages(folder / name):
+            (folder / name).resolve().write_bytes(data)
+            assert cli.main(argv) == 0, what
+            out, err = capsys.readouterr()
+            told = f"minisd: warning: Hub repo owner/shapes: {name} was damaged here, with "
+            assert out == f"{folder}\n" and told in err and "it is fetched again" in err
+            assert (folder / name).read_bytes() == whole
+            tried += 1
+    assert tried == (8 if to is None else 4)
+    hub.log.clear()
+    assert cli.main(argv) == 0 and not [name for name in hub.asked() if name.startswith("unet")]
+    assert "damaged" not in capsys.readouterr().err
+
+
+def test_what_came_is_read(hub, repo, capsys):
+    """The Hub may have what its sums confirm, and it is neither weights nor a config."""
+    for name, data, message in [
+        (VAE, b"<!doctype html><html>", "cannot be read as safetensors: it is a web page"),
+        (VAE, (repo / UNET).read_bytes()[:-9], "the file is cut off"),
+        ("vae/config.json", b"<html>", "config.json came, and is no JSON object"),
+        ("vae/config.json", b"[]", "config.json came, and is no JSON object"),
+    ]:
+        whole = (repo / name).read_bytes()
+        (repo / name).write_bytes(data)
+        folder = Path(repo.parent / "to")
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(repo.parent / "cache", ignore_errors=True)
+        assert cli.main(["fetch", "owner/shapes", "--to", str(folder)]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+        (repo / name).write_bytes(whole)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timer")
+def test_a_deadline_for_all_of_it(hub, capsys):
+    """A Hub that sends a byte now and then never lets a single request time out."""
+    hub.faults[UNET] = ["drip"]
+    start = time.monotonic()
+    assert cli.main(["fetch", "owner/shapes", "--deadline", "2"]) == 2
+    assert time.monotonic() - start < 10
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("minisd: error: not all of it came in 2 seconds; what came is kept")
+    assert cli.main(["fetch", "owner/shapes", "--deadline", "100"]) == 0
+    with pytest.raises(SystemExit):
+        cli.main(["fetch", "owner/shapes", "--deadline", "0"])
 
 
 def test_models_lists_what_is_here_where_and_how_large(hub, repo, tmp_path, capsys):

@@ -158,7 +158,7 @@ def imported(path, everywhere=True):
 
 def test_the_import_reader_reads():
     names = imported(MODULES["minisd.editing.prompt_to_prompt"])
-    assert {"minisd.expect", "minisd.editing.maps", "minisd.sampling.guidance"} <= names
+    assert {"minisd.expect", "minisd.editing.maps", "minisd.sampling.samplers"} <= names
     assert "minisd.pipeline" not in names  # for types alone
     assert "minisd.drawing" in imported(MODULES["minisd.pipeline"])
 

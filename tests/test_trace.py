@@ -335,7 +335,7 @@ def test_every_command_that_draws_can_be_traced():
     options = {
         name: {action.dest for action in parser._actions} for name, parser in commands.items()
     }
-    drawing = [name for name, dests in options.items() if "guidance" in dests]
+    drawing = [name for name, dests in options.items() if {"guidance", "dtype"} <= dests]
     assert {"txt2img", "img2img", "edit", "heatmap"} <= set(drawing)
     assert all(
         {"trace", "trace_every", "trace_preview", "trace_format"} <= options[name]

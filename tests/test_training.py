@@ -275,12 +275,20 @@ def test_a_transformer_learns_on_the_bundled_latents(tmp_path, monkeypatch):
         return losses[-1]
 
     monkeypatch.setattr(transformer, "diffusion_loss", record)
-    main(["transformer", "--run", str(tmp_path), "--steps", "80"])
+    folder = tmp_path / "model"
+    main(["transformer", "--run", str(tmp_path), "--steps", "80", "--to", str(folder)])
     assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
     state, pool = (torch.load(tmp_path / name) for name in ("transformer.pt", "latents.pt"))
     assert state["step"] == 80 and all(
         name.startswith(("dit.", "layout_")) for name in state["average"]
     )
+    own = minisd.load(folder, device="cpu")
+    assert isinstance(own.unet, minisd.DiT) and own.unet.config == small.dit
+    for name, value in own.unet.state_dict().items():
+        assert torch.equal(value, state["average"][f"dit.{name}"].half().float())
+    assert own.txt2img("a red circle", steps=1, progress=False)[0].size == (64, 64)
+    with pytest.raises(ValueError, match="its DiT takes a text: minisd.load"):
+        minisd.load_dit(folder)
     bundled = minisd.load("shapes", device="cpu")
     assert pool["scaling_factor"] == bundled.vae.config.scaling_factor
     assert all(torch.equal(pool["vae"][name], x) for name, x in bundled.vae.state_dict().items())
@@ -292,7 +300,7 @@ def test_command_line(tmp_path, capsys):
     assert stop.value.code == 0 and "eps_theta" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["export", "--run", str(tmp_path)])
-    assert "--to goes with export" in capsys.readouterr().err
+    assert "--to goes with export and" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["diffusion", "--run", str(tmp_path)])
     assert "autoencoder.pt is not there: the stages run in order" in capsys.readouterr().err

@@ -84,6 +84,16 @@ def test_sheets(sd):
     assert tokens.width == 5 * 134 + 6 and tokens.height > 3 * 134
 
 
+def test_words_that_were_cut_have_no_map(sd):
+    prompt = "a cat on my mat " + "a " * 70 + "cat dog mat bird"
+    with pytest.warns(UserWarning, match="part was cut"):
+        [image], maps = heatmap(sd, prompt, steps=1, progress=False)
+    with pytest.warns(UserWarning, match="no map of what was cut from the prompt: 'dog', 'bird'"):
+        sheet = word_sheet(image, maps)
+    assert sheet.width == 6 * 134 + 6  # the image, a, cat, on, my, mat
+    assert (values(sheet) == values(word_sheet(image, maps, ["a", "cat", "on", "my", "mat"]))).all()
+
+
 def test_overlay_by_hand():
     image = Image.new("RGB", (64, 64), (100, 100, 100))
     heat = torch.zeros(4, 4)

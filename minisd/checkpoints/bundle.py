@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import atomic_write
+from ..files import atomic_write, expect_file
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -50,6 +50,7 @@ def read_bundle(
     everything at fault; FileNotFoundError if there is none.
     """
     try:
+        expect_file(path)
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get(format, "null"))
             # Copied, not mapped: the file may change.

@@ -20,9 +20,10 @@ from ..models.tokenizer import CLIPTokenizer
 from ..sampling.guidance import cfg
 from ..sampling.loop import denoise
 from ..sampling.samplers import DDIM
+from .header import Entry
 from .load import Checkpoint, build_models, is_finite
 from .sources import SHORT_NAMES, CheckpointError, bundled, sha256
-from .tensor_file import Entry, read_tensors
+from .tensor_file import read_tensors
 
 if TYPE_CHECKING:  # what draws is handed in: the pipeline stands above this layer
     from ..pipeline import StableDiffusion

@@ -16,14 +16,16 @@ from torch import Tensor
 
 from ..files import atomic_folder, write_new
 from ..models.clip import CLIPTextConfig
+from ..models.dit_config import DiTConfig
 from ..models.tokenizer import CLIPTokenizer
 from ..models.unet import UNetConfig
 from ..models.vae import VAEConfig
 from ..sampling.schedule import NoiseSchedule
+from .header import Entry
 from .load import MODELS, SD_V1_SCHEDULE, Checkpoint, build_models
 from .names import Config, to_ldm
 from .sources import CheckpointError, Part, weights_file
-from .tensor_file import FLOATS, Entry, read_tensors, write_tensors
+from .tensor_file import FLOATS, read_tensors, write_tensors
 
 # "float16" -> "F16"
 DTYPES = {str(dtype).removeprefix("torch."): name for name, dtype in FLOATS.items()}
@@ -47,6 +49,8 @@ def export(
     dtype: float16, bfloat16, float32 or float64; None keeps each file's own. FileExistsError unless
     the folder is new or empty.
     """
+    if isinstance(checkpoint.configs["unet"], DiTConfig):
+        raise CheckpointError("a DiT is not exported: its folder can be copied as it is")
     modules, entries = build_models(checkpoint)
     scheduler = {"_class_name": "DDIMScheduler", "clip_sample": False} | checkpoint.scheduler
     with atomic_folder(folder, last="model_index.json") as temporary:

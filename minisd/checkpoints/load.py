@@ -14,7 +14,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
@@ -23,13 +24,18 @@ import torch
 from torch import nn
 
 from ..models.clip import CLIPTextConfig, CLIPTextModel
+from ..models.dit import DiT
+from ..models.dit_config import DiTConfig
 from ..models.tokenizer import CLIPTokenizer
 from ..models.unet import UNet, UNetConfig
 from ..models.vae import AutoencoderKL, VAEConfig
 from ..sampling.schedule import NoiseSchedule
+from .header import Entry, read_header
+from .kinds import kind_of_channels, kind_of_tensors
 from .names import LDM_PREFIX, Config, rename_diffusers, rename_ldm
 from .sources import (
     CLIP,
+    INDEX,
     SHORT_NAMES,
     SIZES,
     VOCABULARY_FILES,
@@ -38,11 +44,12 @@ from .sources import (
     Source,
     bundled,
     download,
+    expect_pipeline,
     fetch_clip,
     hub_repo,
     weights_file,
 )
-from .tensor_file import FLOATS, Entry, read_header, read_tensors
+from .tensor_file import FLOATS, read_tensors
 
 MODELS: dict[Part, tuple[type[nn.Module], type[Config]]] = {
     "unet": (UNet, UNetConfig),
@@ -72,6 +79,10 @@ LIMITS = {
     "num_hidden_layers": 100,
     "unet.sample_size": 512,
     "vae.sample_size": 4096,
+    "transformer.sample_size": 512,
+    "transformer.num_layers": 200,
+    "transformer.patch_size": 64,
+    "transformer.num_attention_heads": 256,
 }
 LIMIT, LONGEST = 1_000_000, 16  # of any other whole number; of a list
 MAX_JSON, MAX_VOCABULARY = 1_000_000, 20_000_000  # bytes of a config, of a file of the vocabulary
@@ -146,7 +157,7 @@ def locate(
         return from_folder(models[source], variant, tokenizer, local_files_only)
     if path.is_dir():
         return from_folder(path, variant, tokenizer, local_files_only)
-    if path.is_file() and path.suffix == ".safetensors":
+    if path.is_file() and path.suffix.lower() == ".safetensors":
         if variant is not None:
             raise ValueError(
                 f"variant {variant!r} is for folders and Hub repos, and {path} is one file"
@@ -173,6 +184,8 @@ def _why_no_model(source: Source, path: Path) -> str:
     """What is wrong with a source that is neither bundled, on the Hub, a folder nor a file."""
     if path.suffix in PICKLES:
         return f"minisd does not read the pickle {path}: {WHY_NO_PICKLES}"
+    if path.name == INDEX and path.is_file():
+        return f"{path} is a part of a model: give the folder of all parts, {path.parent}"
     if path.is_file():
         return f"{path} is not a .safetensors file"
     models = bundled()
@@ -197,18 +210,23 @@ def from_folder(
     """A checkpoint in diffusers' folder layout; variant "fp16" takes *.fp16.safetensors.
 
     Where it has no text_encoder/ or no tokenizer/, that of openai/clip-vit-large-patch14 is taken:
-    Stable Diffusion v1 was trained with that encoder, frozen.
+    Stable Diffusion v1 was trained with that encoder, frozen. With transformer/ in place of unet/
+    the network is a DiT.
     """
+    expect_pipeline(folder, folder)
+    if (folder / "transformer").is_dir():
+        return _text_dit(folder, variant, tokenizer, local_files_only)
+    has_encoder = (folder / "text_encoder").is_dir()
     paths = {part: folder / weights_file(part, variant) for part in MODELS}
-    has_encoder = paths["text_encoder"].parent.is_dir()
+    if variant is not None and any(path.is_file() for path in paths.values()):
+        for part in [part for part, path in paths.items() if not path.is_file()]:
+            if (plain := folder / weights_file(part, None)).is_file():
+                told = f"there is no variant {variant} of {plain}: that itself is taken"
+                warnings.warn(told, stacklevel=2)
+                paths[part] = plain
     for part, path in paths.items():
         if not path.is_file() and (part != "text_encoder" or has_encoder):
-            beside = sorted(p.name for p in path.parent.glob("*") if p.name != "config.json")
-            raise CheckpointError(
-                f"{path} is missing; beside it: {', '.join(beside[:20]) or 'nothing'}. minisd "
-                "reads whole .safetensors files, neither shards with an index nor .bin pickles "
-                f"({WHY_NO_PICKLES}); variant fp16 takes the files *.fp16.safetensors"
-            )
+            raise CheckpointError(_why_no_weights(folder, path))
     configs = {
         part: _config(part, path.parent / "config.json")
         for part, path in paths.items()
@@ -216,23 +234,74 @@ def from_folder(
     }
     if not has_encoder:
         configs["text_encoder"] = MODELS["text_encoder"][1]()
-        unet, text = (
-            cast(UNetConfig, configs["unet"]),
-            cast(CLIPTextConfig, configs["text_encoder"]),
-        )
-        if unet.cross_attention_dim != text.hidden_size:
+        wanted = cast(UNetConfig, configs["unet"]).cross_attention_dim
+        if wanted != cast(CLIPTextConfig, configs["text_encoder"]).hidden_size:
             raise CheckpointError(
                 f"{folder} has no text_encoder/, and its UNet does not go with {CLIP}'s"
             )
         paths["text_encoder"] = _from_clip(
             f"{folder} has no text_encoder/", ["model.safetensors"], local_files_only
         )
+    unet, vae = cast(UNetConfig, configs["unet"]), cast(VAEConfig, configs["vae"])
+    _expect_channels(folder, unet.in_channels, unet.out_channels, vae.latent_channels)
     path = folder / "scheduler" / "scheduler_config.json"
     scheduler = _named(path, _json)
     schedule = _named(path, lambda _: NoiseSchedule.from_dict(scheduler))
     why = f"{folder} has no tokenizer/"
     read_tokenizer = partial(_tokenizer, tokenizer, folder / "tokenizer", why, local_files_only)
     return Checkpoint(configs, scheduler, schedule, read_tokenizer, paths, rename_diffusers)
+
+
+def _text_dit(
+    folder: Path, variant: str | None, tokenizer: Source | None, local_files_only: bool
+) -> Checkpoint:
+    """Of a folder in which transformer/, a DiT that takes a text, is in the place of unet/."""
+    network = Path(weights_file("unet", variant)).name
+    files: dict[Part, Path] = {
+        "unet": folder / "transformer" / network,
+        "vae": folder / weights_file("vae", variant),
+        "text_encoder": folder / weights_file("text_encoder", variant),
+    }
+    dit = dit_config(files["unet"].parent / "config.json")
+    if dit.num_embeds_ada_norm is not None:
+        why = "its DiT takes labels: minisd.load_dit and `minisd dit` take it"
+        raise CheckpointError(f"{folder} is for no texts, {why}")
+    for path in files.values():
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing")
+    configs: dict[Part, Config] = {"unet": dit}
+    for part in ("vae", "text_encoder"):
+        configs[part] = _config(part, files[part].parent / "config.json")
+    path = folder / "scheduler" / "scheduler_config.json"
+    scheduler = _named(path, _json)
+    schedule = _named(path, lambda _: NoiseSchedule.from_dict(scheduler))
+    own, why = folder / "tokenizer", f"{folder} has no tokenizer/"
+    read_tokenizer = partial(_tokenizer, tokenizer, own, why, local_files_only)
+    return Checkpoint(configs, scheduler, schedule, read_tokenizer, files, rename_diffusers)
+
+
+def _why_no_weights(folder: Path, path: Path) -> str:
+    """What to say of a weights file that a folder does not have."""
+    is_part = folder.name in MODELS and (folder / "config.json").is_file()
+    if is_part and not (folder / folder.name).is_dir():
+        return f"{folder} is a part of a model: give the folder of all parts, {folder.parent}"
+    place = path.parent if path.parent.is_dir() else folder
+    beside = sorted(p.name for p in place.glob("*") if p.name != "config.json")
+    told = f"{path} is missing; {place} has {', '.join(beside[:20]) or 'nothing'}"
+    if any(name.endswith(".index.json") for name in beside):
+        told += "; minisd does not read weights in shards"
+    if any(name.endswith(PICKLES) for name in beside):
+        told += f"; minisd does not read pickles: {WHY_NO_PICKLES}"
+    variants = [name.split(".")[1] for name in beside if name.count(".") == 2]
+    if name := next((each for each in variants if f"{path.stem}.{each}.safetensors" in beside), ""):
+        told += f"; variant {name} takes {path.stem}.{name}.safetensors"
+    return told
+
+
+def _expect_channels(where: Path, takes: int, gives: int, latents: int) -> None:
+    """CheckpointError for a model whose UNet takes more than a latent."""
+    if kind := kind_of_channels(takes, gives, latents):
+        raise CheckpointError(f"{where} is {kind}, which minisd does not draw with")
 
 
 def from_single_file(
@@ -246,11 +315,27 @@ def from_single_file(
     averaged weights (model_ema.*) the others are taken, as diffusers does.
     """
     names = read_header(path)
+    kind = kind_of_tensors({name: entry.shape for name, entry in names.items()})
+    if kind is not None and not kind.endswith("alone"):
+        raise CheckpointError(f"{path} is {kind}, which minisd does not draw with")
     if missing := [p for p in LDM_PREFIX.values() if not any(name.startswith(p) for name in names)]:
-        raise CheckpointError(
-            f"{path} is not in the original layout, it has no {'* and no '.join(missing)}*; "
-            "if it belongs to a folder in diffusers layout, give the folder"
+        hint = "if it belongs to a folder in diffusers layout, give the folder"
+        raise (
+            CheckpointError(f"{path} is {kind}: {hint}")
+            if kind
+            else CheckpointError(
+                f"{path} is not in the original layout, it has no {'* and no '.join(missing)}*"
+            )
         )
+
+    def side(name: str, axis: int) -> int:
+        """The length of one axis of a convolution's weights; v1's latent has 4 channels."""
+        shape = names[name].shape if name in names else ()
+        return shape[axis] if len(shape) == 4 else 4
+
+    unet, decoder = LDM_PREFIX["unet"], LDM_PREFIX["vae"] + "decoder.conv_in.weight"
+    takes, gives = side(f"{unet}input_blocks.0.0.weight", 1), side(f"{unet}out.2.weight", 0)
+    _expect_channels(path, takes, gives, side(decoder, 1))
     configs = {part: config() for part, (_, config) in MODELS.items()}
     first = names.get(LDM_PREFIX["unet"] + "input_blocks.0.0.weight")
     if first is not None and first.shape[1:2] == (INPAINTING,):
@@ -316,7 +401,7 @@ def _expect_size(path: Path, most: int) -> None:
 
 def _vocabulary(folder: Path) -> CLIPTokenizer:
     for path in folder.glob("*"):
-        if path.name in (*VOCABULARY_FILES, "tokenizer.json"):
+        if path.name in (*VOCABULARY_FILES, "tokenizer.json", "added_tokens.json"):
             _expect_size(path, MAX_VOCABULARY)
     return CLIPTokenizer.from_folder(folder)
 
@@ -330,11 +415,20 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _config(part: Part, path: Path) -> Config:
     """A part's config.json, refused where its numbers are absurd."""
+    return _checked_config(part, path, MODELS[part][1].from_dict)
 
-    def read(path: Path) -> Config:
-        config = MODELS[part][1].from_dict(_json(path))
+
+def dit_config(path: Path, compat: str = "published") -> DiTConfig:
+    """The same of transformer/."""
+    read = lambda values: DiTConfig.from_dict(values | {"compat": compat})
+    return _checked_config("transformer", path, read)
+
+
+def _checked_config(part: str, path: Path, read: Callable[[dict[str, Any]], Any]) -> Any:
+    def checked(path: Path) -> Any:
+        config = read(_json(path))
         for name, value in dataclasses.asdict(config).items():
-            values = value if isinstance(value, tuple) else (value,)
+            values = value if type(value) is tuple else (value,)
             most = LIMITS.get(name, LIMITS.get(f"{part}.{name}", LIMIT))
             least = 0 if name == "freq_shift" else 1
             numbers = [number for number in values if type(number) in (int, float)]
@@ -342,13 +436,14 @@ def _config(part: Part, path: Path) -> Config:
                 least <= n <= most if type(n) is int else 0 < n <= most for n in numbers
             )
             if not ok or len(values) > LONGEST:
-                raise ValueError(
-                    f"{name}: got {value!r:.80}, expected {LONGEST} numbers at most, "
-                    f"{least} to {most}"
-                )
+                several = f"{LONGEST} numbers at most, each " if type(value) is tuple else ""
+                bounds = f"{least} to {most}"
+                if any(type(number) is float for number in numbers):
+                    bounds = f"more than 0 and at most {most}"
+                raise ValueError(f"{name}: got {value!r:.80}, expected {several}{bounds}")
         return config
 
-    return _named(path, read)
+    return _named(path, checked)
 
 
 def match_tensors(
@@ -377,8 +472,9 @@ def match_tensors(
         elif entry.shape != shape and not (as_convolution and entry.shape == (*shape, 1, 1)):
             faults.append(f"misshapen {called}, got {entry.shape}, expected {shape}")
         elif entry.dtype not in FLOATS:
+            what = f"{entry.dtype}{' (quantised)' if entry.dtype[:2] in ('F8', 'I8', 'U8') else ''}"
             faults.append(
-                f"unreadable {called}, got dtype {entry.dtype}, expected one of {', '.join(FLOATS)}"
+                f"unreadable {called}, got dtype {what}, expected one of {', '.join(FLOATS)}"
             )
         entries[new] = entry
     faults += [
@@ -398,7 +494,11 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def load_tensors(
-    path: Path, entries: dict[str, Entry], device: torch.device, dtype: torch.dtype
+    path: Path,
+    entries: dict[str, Entry],
+    device: torch.device,
+    dtype: torch.dtype,
+    copy: bool = False,
 ) -> dict[str, torch.Tensor]:
     """The tensors on their device, in `dtype`, those of convolutions in channels_last memory.
 
@@ -407,7 +507,7 @@ def load_tensors(
     in `dtype`.
     """
     tensors = {}
-    for name, tensor in read_tensors(path, entries, device, dtype, torch.channels_last):
+    for name, tensor in read_tensors(path, entries, device, dtype, torch.channels_last, copy):
         if not is_finite(tensor):
             kinds = f"{FLOATS[entries[name].dtype]} in the file, {dtype} wanted"
             raise CheckpointError(
@@ -426,11 +526,12 @@ def build_models(
     """
     modules: dict[Part, nn.Module] = {}
     entries: dict[Part, dict[str, Entry]] = {}
-    faults, total = [], 0
+    faults: dict[Part, list[str]] = {}
     for part, (model, _) in MODELS.items():
         try:
             with torch.device("meta"):
-                modules[part] = model(checkpoint.configs[part])
+                config = checkpoint.configs[part]
+                modules[part] = DiT(config) if isinstance(config, DiTConfig) else model(config)
         except (ValueError, RuntimeError, ZeroDivisionError) as error:
             # Its numbers go together with no architecture.
             raise CheckpointError(f"{part}: its config makes no model: {error}") from error
@@ -438,11 +539,10 @@ def build_models(
             name: tuple(tensor.shape) for name, tensor in modules[part].state_dict().items()
         }
         entries[part], lines = match_tensors(checkpoint, part, expected)
-        total += len(lines)
         if lines:
-            faults.append("\n    ".join([f"\n  {part}, {checkpoint.files[part]}:", *lines]))
+            faults[part] = lines
     if faults:
-        raise CheckpointError(f"{total} tensors do not fit the models:{''.join(faults)}")
+        raise CheckpointError(_told(checkpoint, faults))
     tokenizer, text = checkpoint.tokenizer, cast(CLIPTextConfig, checkpoint.configs["text_encoder"])
     length, last = tokenizer.max_length, max(tokenizer.vocab.values())
     if length > text.max_position_embeddings or last >= text.vocab_size:
@@ -453,12 +553,28 @@ def build_models(
     return modules, entries
 
 
-def load_parts(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Parts:
+def _told(checkpoint: Checkpoint, faults: Mapping[Part, list[str]]) -> str:
+    """The first fault in the first line, then all of them if there are more."""
+    part, path = (first := next(iter(faults))), checkpoint.files[first]
+    kind = kind_of_tensors({name: entry.shape for name, entry in read_header(path).items()})
+    own = {"unet": "a UNet", "vae": "a VAE"}.get(part, f"a {part.replace('_', ' ')}")
+    is_other = kind is not None and kind != f"{own} alone"
+    total = sum(map(len, faults.values()))
+    told = f"{part}, {path}: " + (f"it is {kind}" if is_other else faults[part][0])
+    if total == 1:
+        return told
+    lines = ["\n    ".join([f"  {p}, {checkpoint.files[p]}:", *each]) for p, each in faults.items()]
+    return "\n".join([f"{told}; in all {total} tensors do not fit the models", *lines])
+
+
+def load_parts(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, copy: bool = False
+) -> Parts:
     """The modules with the files' tensors, in evaluation mode and without gradients."""
     modules, entries = build_models(checkpoint)
     for part, module in modules.items():
         shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
-        tensors = load_tensors(checkpoint.files[part], entries[part], device, dtype)
+        tensors = load_tensors(checkpoint.files[part], entries[part], device, dtype, copy)
         module.load_state_dict(
             {name: t.view(shapes[name]) for name, t in tensors.items()}, strict=True, assign=True
         )

@@ -10,11 +10,12 @@ import re
 from functools import lru_cache
 
 from ..models.clip import CLIPTextConfig
+from ..models.dit_config import DiTConfig
 from ..models.unet import UNetConfig
 from ..models.vae import VAEConfig
 from .sources import Part
 
-Config = UNetConfig | VAEConfig | CLIPTextConfig
+Config = UNetConfig | DiTConfig | VAEConfig | CLIPTextConfig
 
 # diffusers before 0.12
 VAE_OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -73,15 +74,22 @@ def rename_ldm(part: Part, name: str, config: Config) -> str | None:
     name = name.removeprefix(LDM_PREFIX[part])
     if isinstance(config, CLIPTextConfig):
         return rename_diffusers(part, name)
-    return _exchange_start(name, _ldm_table(config))
+    return _exchange_start(name, _ldm_table(_of_ldm(config)))
 
 
 def to_ldm(part: Part, name: str, config: Config) -> str:
     """The module's name -> CompVis'."""
     if isinstance(config, CLIPTextConfig):
         return f"{LDM_PREFIX[part]}text_model.{name}"
-    table = {new: old for old, new in _ldm_table(config).items()}
+    table = {new: old for old, new in _ldm_table(_of_ldm(config)).items()}
     return LDM_PREFIX[part] + _exchange_start(name, table)
+
+
+def _of_ldm(config: UNetConfig | DiTConfig | VAEConfig) -> UNetConfig | VAEConfig:
+    """The config; ValueError for a DiT, which CompVis' layout has no place for."""
+    if isinstance(config, DiTConfig):
+        raise ValueError("a single file in CompVis' layout holds a UNet, got a DiT")
+    return config
 
 
 def _exchange_start(name: str, table: dict[str, str]) -> str:

@@ -7,15 +7,18 @@ https://huggingface.co/docs/huggingface_hub/guides/manage-cache for the cache.
 """
 
 import hashlib
+import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ..files import atomic_write
+from .kinds import kind_of_pipeline
 
 Source = str | os.PathLike[str]
 Part = Literal["unet", "vae", "text_encoder"]
@@ -24,6 +27,7 @@ WEIGHTS: dict[Part, str] = {  # part -> name of its weights file in diffusers' l
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
 }
+INDEX = "model_index.json"
 CONFIGS = ("scheduler/scheduler_config.json", *(f"{part}/config.json" for part in WEIGHTS))
 VOCABULARY_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 SHORT_NAMES = {
@@ -80,28 +84,53 @@ def download(
     revision: str | None = None,
     local_files_only: bool = False,
     to: Path | None = None,
+    repair: bool = False,
 ) -> Path:
     """Fetch the files of a Hub repo that minisd needs, and no other -> their folder.
 
     The repo is in diffusers layout. The small files first, the weights last, all of one commit.
-    Each weights file that was downloaded is compared with the sha256 that the Hub has for it. to: a
-    folder for the files in place of the cache.
+    Each weights file that was downloaded is compared with the sha256 that the Hub has for it. Parts
+    of which there is no such variant come without one. to: a folder for the files in place of the
+    cache. repair: also compare what is here already, and fetch again what is damaged, with a
+    warning.
     """
     vocabulary = [f"tokenizer/{name}" for name in VOCABULARY_FILES]
     encoder = "text_encoder/config.json"  # a repo may lack its text encoder or its vocabulary
     needed = [name for name in CONFIGS if name != encoder]
-    folder = _fetch(repo, needed, revision, local_files_only, optional=[encoder, *vocabulary])
+    small = [encoder, INDEX, *vocabulary]
+    folder = _fetch(repo, needed, revision, local_files_only, small, repair=repair)
     commit = folder.name
     if not (folder / vocabulary[0]).exists():  # saved by transformers 5
         _fetch(repo, needed, commit, local_files_only, optional=["tokenizer/tokenizer.json"])
+    expect_pipeline(folder, f"Hub repo {repo}")  # before gigabytes come
     parts = [part for part in WEIGHTS if part != "text_encoder" or (folder / encoder).exists()]
     if to is not None:
-        for name in (*CONFIGS, *vocabulary, "tokenizer/tokenizer.json"):
+        for name in (*CONFIGS, INDEX, *vocabulary, "tokenizer/tokenizer.json"):
             if (folder / name).exists():
                 with atomic_write(to / name) as temporary:
                     shutil.copyfile(folder / name, temporary)
-    weights = [weights_file(part, variant) for part in parts]
-    return _fetch(repo, weights, commit, local_files_only, to=to)
+    weights = {part: weights_file(part, variant) for part in parts}
+    place = folder if to is None else to
+    if variant is not None:
+        every = list(weights.values())
+        first = [CONFIGS[0]] if to is None else []  # it is there, and names the folder
+        _fetch(repo, first, commit, local_files_only, every, to, repair)
+        if any((place / name).exists() for name in every):
+            for part in [part for part in parts if not (place / weights[part]).exists()]:
+                weights[part] = weights_file(part, None)
+    return _fetch(repo, list(weights.values()), commit, local_files_only, (), to, repair)
+
+
+def expect_pipeline(folder: Path, where: object) -> None:
+    """CheckpointError for a model whose model_index.json names one that minisd does not know."""
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except FileNotFoundError:  # diffusers needs it, minisd does not
+        return
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder / INDEX}: {error}") from error
+    if isinstance(index, dict) and (kind := kind_of_pipeline(index)):
+        raise CheckpointError(f"{where} is {kind}, which minisd does not draw with")
 
 
 def fetch_clip(names: Sequence[str], local_files_only: bool = False) -> Path:
@@ -116,27 +145,26 @@ def _fetch(
     local_files_only: bool,
     optional: Sequence[str] = (),
     to: Path | None = None,
+    repair: bool = False,
 ) -> Path:
     """The folder of one snapshot of `repo` with the `needed` files, and those `optional` it has."""
-    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError
 
     folder = to
     reached = local_files_only
     for name in [*needed, *optional]:
         try:
-            before = None if to else try_to_load_from_cache(repo, name, revision=revision)
+            before = try_to_load_from_cache(repo, name, revision=revision)
             if before is _CACHED_NO_EXIST and name in optional:
                 continue
-            is_here = before is not None or (to is not None and (to / name).exists())
-            if not is_here and not reached:
+            here = Path(before) if isinstance(before, str) else None
+            if to is not None:
+                here = to / name if (to / name).exists() else None
+            if here is None and not reached:
                 _reach(repo, name, revision)
                 reached = True
-            path = hf_hub_download(
-                repo, name, revision=revision, local_files_only=local_files_only, local_dir=to
-            )
-            if name.endswith(".safetensors") and path != before and not local_files_only:
-                _verify(Path(path), repo, name, revision)
+            path = _fetch_one(repo, name, revision, local_files_only, to, here, repair)
         except CheckpointError:
             raise
         except EntryNotFoundError as error:
@@ -150,10 +178,48 @@ def _fetch(
                 f"Hub repo {repo}: {name} did not come: {_reason(error, revision)}"
             ) from error
         if to is None:
-            folder = Path(path).parents[name.count("/")]
+            folder = path.parents[name.count("/")]
             revision = folder.name  # the snapshot's commit: the other files come from the same one
     assert folder is not None  # there is a file that is needed
     return folder
+
+
+def _fetch_one(
+    repo: str,
+    name: str,
+    revision: str | None,
+    local_files_only: bool,
+    to: Path | None,
+    here: Path | None,
+    repair: bool,
+) -> Path:
+    """One file of a repo; here: where it is already."""
+    from huggingface_hub import hf_hub_download
+
+    damage = _damage(here, repo, name, revision) if repair and here is not None else None
+    if damage is not None:
+        told = f"Hub repo {repo}: {name} was damaged here, {damage}; it is fetched again"
+        warnings.warn(told, stacklevel=2)
+    path = Path(
+        hf_hub_download(
+            repo,
+            name,
+            revision=revision,
+            local_files_only=local_files_only,
+            local_dir=to,
+            force_download=damage is not None,
+        )
+    )
+    is_new = path != here or damage is not None
+    if name.endswith(".safetensors") and is_new and not local_files_only:
+        if (damage := _damage(path, repo, name, revision, ask=True)) is not None:
+            if path.is_symlink():  # from the cache's snapshots/ to its blobs/
+                (path.parent / os.readlink(path)).unlink(missing_ok=True)
+            path.unlink()
+            raise CheckpointError(
+                f"Hub repo {repo}: {name} came {damage}; the damaged file was removed, try again"
+            )
+    return path
 
 
 def _is_absent(error: Exception, repo: str, name: str, revision: str | None) -> bool:
@@ -200,21 +266,27 @@ def _reach(repo: str, name: str, revision: str | None) -> None:
             ) from error
 
 
-def _verify(path: Path, repo: str, name: str, revision: str | None) -> None:
-    """Compare a file with the sha256 that the Hub keeps for it; a file that differs is removed."""
+def _damage(
+    path: Path, repo: str, name: str, revision: str | None, ask: bool = False
+) -> str | None:
+    """How a file differs from what the Hub has, or None.
+
+    The Hub's sum of a file is its ETag: the sha256 of large files, git's of others. The cache names
+    its files by it; ask: ask the Hub instead, as for a file in a folder.
+    """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-    expected = get_hf_file_metadata(hf_hub_url(repo, name, revision=revision)).etag
-    if not re.fullmatch(r"[0-9a-f]{64}", expected or ""):  # a mirror that keeps none
-        return
-    if (got := sha256(path)) != expected:
-        if path.is_symlink():  # from the cache's snapshots/ to its blobs/
-            (path.parent / os.readlink(path)).unlink(missing_ok=True)
-        path.unlink()
-        raise CheckpointError(
-            f"Hub repo {repo}: {name} came with sha256 {got}, the Hub says {expected}; the damaged "
-            "file was removed, try again"
-        )
+    expected = path.resolve().name if path.is_symlink() and not ask else None
+    if expected is None:
+        expected = get_hf_file_metadata(hf_hub_url(repo, name, revision=revision)).etag
+    if re.fullmatch(r"[0-9a-f]{64}", expected or ""):
+        kind, got = "sha256", sha256(path)
+    elif re.fullmatch(r"[0-9a-f]{40}", expected or ""):
+        data = path.read_bytes()
+        kind, got = "git's sha1", hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    else:  # a mirror that keeps none
+        return None
+    return None if got == expected else f"with {kind} {got}, the Hub says {expected}"
 
 
 def sha256(path: Path) -> str:
@@ -293,7 +365,9 @@ def _variants(sizes: dict[str, int]) -> list[tuple[str | None, int]]:
     configs = {"scheduler/scheduler_config.json", *(f"{part}/config.json" for part in parts)}
     complete = []
     for variant in sorted(variants, key=lambda variant: variant or ""):
-        weights = {weights_file(part, variant) for part in parts}
+        plain = {part: weights_file(part, None) for part in parts}
+        own = {part: weights_file(part, variant) for part in parts}
+        weights = {own[part] if own[part] in sizes else plain[part] for part in parts}
         if weights | configs <= sizes.keys():
             small = {name for name in sizes if not name.endswith(".safetensors")}
             complete.append((variant, sum(sizes[name] for name in weights | small)))

@@ -85,6 +85,8 @@ def fill(args: Namespace, call: Call, method: Callable[..., list[Image.Image]]) 
     image, mask = read_image(args.image), read_mask(args.mask)  # before the model, which is slow
     prompt, strength, feather = args.prompt, args.strength, args.feather
     paste_back = not args.no_paste_back
+    if not paste_back:  # argparse does not notice a default that is typed
+        call.refuse("it has no effect with --no-paste-back", "feather")
     files = file_chunks(image=args.image, mask=args.mask)
 
     def run(sd: StableDiffusion, options: Options) -> list[Image.Image]:
@@ -98,7 +100,10 @@ def erase(args: Namespace, call: Call) -> None:
     from ..editing.erasure import erase_concepts
     from ..viewing.images import read_image
 
+    call.refuse("erasure has a rule of guidance of its own", "pag")
     request = DrawRequest.of(args, call, negative_at_1=True)
+    if args.image is None:
+        call.refuse("expected --image with it", "strength")
     image = None if args.image is None else read_image(args.image)
     files = {} if args.image is None else file_chunks(image=args.image)
     prompt, concepts = args.prompt, args.concepts

@@ -31,6 +31,7 @@ def add_commands(command: AddCommand) -> None:
 
 def dit(args: Namespace, call: Call) -> None:
     call.refuse("a DiT takes a label and no text", "negative_prompt", "tokenizer")
+    call.refuse("a DiT has no such sites", "pag")
     request = DrawRequest.of(args, call)
     label = args.label
 
@@ -41,7 +42,7 @@ def dit(args: Namespace, call: Call) -> None:
     def told(seed: int) -> dict[str, object]:
         return {"label": label, "arguments": line_again(call.argv, seed)}
 
-    draw(request, run, told, partial(load, compat=args.compat))
+    draw(request, run, told, load=partial(load, compat=args.compat))
 
 
 def load(request: DrawRequest, compat: Any) -> LabelDiffusion:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 def add_commands(command: AddCommand) -> None:
     parser = command("txt2img", txt2img, "draw an image of a prompt")
     parser.add_argument("prompt", help="what to draw")
+    read = "take (word:1.3) for a weight and a prompt of any length; how it acts"
+    parser.add_argument("--weights", choices=("embedding", "bias"), help=read)
     add_drawing_options(parser, size_help="size in pixels; without it the model's own")
 
     parser = command("img2img", img2img, "redraw an image according to a prompt")
@@ -30,12 +32,16 @@ def add_commands(command: AddCommand) -> None:
 
 
 def txt2img(args: Namespace, call: Call) -> None:
-    prompt = args.prompt
+    prompt, weights = args.prompt, args.weights
 
     def run(sd: StableDiffusion, options: Options) -> list[Image.Image]:
+        from ..editing.long_prompts import long_prompt
+
+        if weights is not None:
+            return long_prompt(sd, prompt, weights, **options)
         return sd.txt2img(prompt, **options)
 
-    draw(DrawRequest.of(args, call), run, lambda seed: {"prompt": prompt})
+    draw(DrawRequest.of(args, call), run, lambda seed: {"prompt": prompt, "weights": weights})
 
 
 def img2img(args: Namespace, call: Call) -> None:

@@ -61,6 +61,8 @@ def add_commands(command: AddCommand) -> None:
     only = f"only cross-attention sites {SITES}"
     add("--where", "--sites", metavar="WHERE", type=sites, help=only)
     add("--until", type=number, default=1.0, help="the mean over this first part of the steps")
+    sums = "DAAM's maps: the sum of those of all sites, enlarged to the latent's size"
+    add("--daam", action="store_true", help=sums)
     add_drawing_options(parser, size_help="size in pixels; without it the model's own")
 
 
@@ -299,12 +301,14 @@ def heatmap(args: Namespace, call: Call) -> None:
 
     def run(sd: StableDiffusion, options: Options) -> list[Image.Image]:
         from ..editing.alignment import find_word, missing_word
+        from ..editing.daam import daam
         from ..viewing.visualize import heatmap, token_sheet, word_sheet
 
         for word in only or ():  # before the drawing, which may take minutes
             if not find_word(sd.tokenizer, prompt, word):
                 raise missing_word(word, [prompt])
         [image], maps = heatmap(sd, prompt, where=where, until=until, **options)
+        maps = daam(maps) if args.daam else maps
         return [token_sheet(image, maps) if tokens else word_sheet(image, maps, only)]
 
     draw(request, run, lambda seed: {"prompt": prompt, "arguments": line_again(call.argv, seed)})

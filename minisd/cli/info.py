@@ -17,8 +17,9 @@ from .output import AGAIN
 
 # The text chunks of a PNG that are options of the command, under the option's name.
 OPTIONS = (
-    *("negative", "strength", "model", "variant", "revision", "tokenizer", "lora", "embedding"),
-    *("seed", "size", "steps", "guidance", "sampler", "dtype", "device"),
+    *("weights", "negative", "strength", "model", "variant", "revision", "tokenizer"),
+    *("lora", "embedding"),
+    *("seed", "size", "steps", "guidance", "pag", "sampler", "dtype", "device"),
 )
 REPEATED = ("lora", "embedding")  # one in each line
 
@@ -32,7 +33,8 @@ def add_commands(command: AddCommand) -> None:
 
 def info(args: Namespace, call: Call) -> None:
     path = Path(args.target)
-    if path.suffix.lower() == ".png" or (path.is_file() and path.suffix != ".safetensors"):
+    if path.suffix.lower() == ".png" or (path.is_file() and path.suffix.lower() != ".safetensors"):
+        call.refuse("it is for models", "variant", "revision", "tokenizer")
         print_image(args.target)
     else:
         print_model(ModelRequest.of(args, args.target, local_files_only=True))
@@ -46,11 +48,14 @@ def print_image(path: str) -> None:
     """
     from PIL import Image, UnidentifiedImageError
 
+    from ..files import expect_file
+
+    expect_file(path)
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             chunks: dict[str, str] = dict(getattr(image, "text", {}))
     except (UnidentifiedImageError, SyntaxError) as error:
-        raise ValueError(f"{path} is neither an image nor a .safetensors file") from error
+        raise ValueError(f"{path} is neither a PNG image nor a .safetensors file") from error
     if not chunks.get("version", "").startswith("minisd "):
         why = "minisd did not draw it, or they were stripped"
         raise ValueError(f"{path} carries no settings: {why}")
@@ -96,9 +101,9 @@ def command_of(chunks: Mapping[str, str]) -> list[str]:
 
 def print_model(request: ModelRequest) -> None:
     """Configs, files and parameter counts of a model, from its headers; nothing is downloaded."""
+    from ..checkpoints.header import read_header
     from ..checkpoints.load import MODELS
     from ..checkpoints.sources import CheckpointError
-    from ..checkpoints.tensor_file import read_header
 
     checkpoint = request.locate()
     total = 0

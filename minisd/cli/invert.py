@@ -154,6 +154,7 @@ def own_guidance(method: Method) -> float:
 
 def invert(args: Namespace, call: Call) -> None:
     from ..editing.inversion import Inversion, redraw
+    from ..sampling.guidance import cfg
 
     inverting, prompt, save = InvertRequest.of(args, call, "ddim"), args.prompt, args.save
     if inverting.method == "direct":
@@ -175,6 +176,7 @@ def invert(args: Namespace, call: Call) -> None:
             inversion,
             None if inversion.prompts == (prompt,) else prompt,
             guidance=inverting.guidance,
+            rule=options.get("rule", cfg),
             negative_prompt=options["negative_prompt"],
             on_step=options["on_step"],
         )

@@ -1,6 +1,6 @@
 """The `minisd` command: its parser, its errors and its exit codes.
 
-    main -> draw, edit, invert, blend, models, info, toy, dit (the commands) -> output -> options
+    main -> the commands (draw, edit, invert, blend, methods, models, ...) -> output -> options
 
 A command is a function of what argparse read and a `Call`; it turns them into requests (options.py)
 and does the rest from these. torch is imported inside the commands, so that `minisd --help` and
@@ -10,13 +10,15 @@ and does the rest from these. torch is imported inside the commands, so that `mi
 import argparse
 import io
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn, TextIO
 
 from .. import __version__
-from . import batch, blend, dit, draw, edit, info, invert, models, toy
+from . import batch, blend, dit, draw, edit, info, invert, methods, models, toy
 from .options import Call, Run
 
 
@@ -25,8 +27,8 @@ def main(
 ) -> int:
     """Run the command; the exit code is 0, 2 after an error (one line on stderr), 130 after Ctrl-C.
 
-    141 if nobody reads the output any more. before_writing is called before the first file is
-    written.
+    128 + its number after another signal (KeyboardInterrupt carries it), 141 if nobody reads the
+    output any more. before_writing is called before the first file is written.
     """
     argv = sys.argv[1:] if argv is None else argv
     # A name or prompt that the terminal cannot show is no error.
@@ -41,19 +43,28 @@ def main(
             warnings.showwarning = show_warning
             args.run(args, Call(args.command, argv, given, before_writing))
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("\nminisd: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        with suppress(OSError):  # after SIGHUP the terminal may be gone
+            print("\nminisd: interrupted", file=sys.stderr)
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except BrokenPipeError:
-        # Or Python complains when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         return 141
     except Exception as error:
         if args.debug:
             raise
         print(f"minisd: error: {one_line(error)}", file=sys.stderr)
+        drop_output()
         return 2
     return 0
+
+
+def drop_output() -> None:
+    """Drop what cannot be written to stdout, or Python complains of it at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def typed(
@@ -123,6 +134,6 @@ def build_parser() -> Parser:
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return sub
 
-    for group in (draw, info, edit, invert, blend, models, toy, dit, batch):
+    for group in (draw, info, edit, invert, blend, methods, models, toy, dit, batch):
         group.add_commands(command)
     return parser

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
-from collections.abc import Iterable
+import json
+import signal
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +24,8 @@ def add_commands(command: AddCommand) -> None:
     parser = command("fetch", fetch, what)
     parser.add_argument("repo", help="Hub repo id, or sd-v1-4 or sd-v1-5")
     parser.add_argument("--to", metavar="DIR", help="a folder for it; without it, the Hub's cache")
+    most = "give up after so long; without it, never, as long as something comes"
+    parser.add_argument("--deadline", metavar="SECONDS", type=seconds, help=most)
     add_model_options(parser, local=False, tokenizer=False)
 
     what = "write a model in diffusers layout, or as one file in CompVis' layout"
@@ -40,6 +45,12 @@ def add_commands(command: AddCommand) -> None:
     parser.add_argument("source", help=SOURCE)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; without it, cuda if there is one")
     add_model_options(parser)
+
+
+def seconds(text: str) -> float:
+    if not 0 < (value := float(text)) <= 10**8:
+        raise ArgumentTypeError(f"got {text}, expected seconds, more than 0")
+    return value
 
 
 def models(args: Namespace, call: Call) -> None:
@@ -77,7 +88,60 @@ def fetch(args: Namespace, call: Call) -> None:
         expected = f"owner/name, or {', '.join(sources.SHORT_NAMES)}"
         raise ValueError(f"{args.repo!r} is no Hub repo: expected {expected}")
     to = None if args.to is None else Path(args.to)
-    print(sources.download(repo, args.variant, args.revision, to=to))
+    call.before_writing()
+    with deadline(args.deadline):
+        folder = sources.download(repo, args.variant, args.revision, to=to, repair=True)
+    expect_readable(folder)
+    print(folder)
+
+
+def expect_readable(folder: Path) -> None:
+    """CheckpointError for what came and is no config or no weights; whether they go together is
+    for `minisd check`."""
+    from ..checkpoints.header import read_header
+    from ..checkpoints.kinds import kind_of_tensors
+    from ..checkpoints.sources import CONFIGS, WEIGHTS, CheckpointError
+
+    for name in CONFIGS:
+        if (folder / name).is_file():
+            try:
+                is_config = isinstance(json.loads((folder / name).read_bytes()), dict)
+            except (ValueError, RecursionError):
+                is_config = False
+            if not is_config:
+                raise CheckpointError(f"{folder / name} came, and is no JSON object")
+    for path in [path for part in WEIGHTS for path in sorted(folder.glob(f"{part}/*.safetensors"))]:
+        shapes = {name: entry.shape for name, entry in read_header(path).items()}
+        kind = kind_of_tensors(shapes)
+        if kind is not None and not kind.endswith("alone"):
+            raise CheckpointError(f"{path} came, and is {kind}")
+
+
+@contextmanager
+def deadline(seconds: float | None) -> Iterator[None]:
+    """TimeoutError when what is inside takes longer."""
+    if seconds is None:
+        yield
+        return
+    if not hasattr(signal, "setitimer"):
+        raise ValueError("--deadline: this system has no timer for it")
+
+    class Late(BaseException):
+        """No Exception, which the library takes for a connection that broke, and tries again."""
+
+    def late(*_: object) -> None:
+        raise Late
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    except Late:
+        kept = "what came is kept, and the next fetch goes on from there"
+        raise TimeoutError(f"not all of it came in {seconds:g} seconds; {kept}") from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def export(args: Namespace, call: Call) -> None:

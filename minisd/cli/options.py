@@ -7,6 +7,7 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -123,10 +124,17 @@ def add_drawing_options(parser: argparse.ArgumentParser, size_help: str) -> None
     add("--model", default="sd-v1-4", help=SOURCE)
     number_of = "number of images; image i is drawn with seed + i"
     add("-n", "--num-images", type=positive, default=1, metavar="N", help=number_of)
-    add("--seed", type=int, default=0, help="seed of the first image")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the first image, of 32 bits: 0 and 2**32 are one",
+    )
     add("--size", type=size, metavar="WxH", help=size_help)
-    add("--steps", type=positive, default=25, help="steps of the sampler, up to 1000")
+    add("--steps", type=positive, default=25, help="steps of the sampler, up to 1000, ddim 999")
     add("--guidance", type=number, default=7.5, help="guidance scale; 1 is none, and twice as fast")
+    pag = "perturbed-attention guidance at that scale beside --guidance; 3 is usual"
+    add("--pag", type=number, metavar="SCALE", help=pag)
     dpm = "dpm++ is DPM-Solver++ 2M on Karras' noise levels, ddpm has noise at every step"
     add("--sampler", choices=SAMPLERS, default="dpm++", help=dpm)
     add("--device", help="cpu, cuda, cuda:1, ...; without it, cuda if there is one")
@@ -172,6 +180,7 @@ class DrawRequest:
     """What all commands that draw share.
 
     options   of `minisd.drawing.Drawing`, without the seed of an image, which is one of `seeds`
+    pag       the scale of perturbed-attention guidance, which is the rule in `options`
     output    a .png file or a folder
     """
 
@@ -180,6 +189,7 @@ class DrawRequest:
     device: str | None
     dtype: str | None
     options: Options
+    pag: float | None
     seeds: range
     output: str
     trace: TraceRequest | None
@@ -208,6 +218,10 @@ class DrawRequest:
             "width": width,
             **resolved,
         }
+        if args.pag is not None:
+            from ..editing.perturbed import pag
+
+            options["rule"] = partial(pag, pag_scale=args.pag)
         if options["guidance"] == 1 and not negative_at_1:
             call.refuse("it has no effect at --guidance 1", "negative_prompt")
         model, seeds = (
@@ -215,7 +229,9 @@ class DrawRequest:
             range(args.seed, args.seed + args.num_images),
         )
         trace = TraceRequest.of(args, call)
-        return cls(call, model, args.device, args.dtype, options, seeds, args.output, trace)
+        return cls(
+            call, model, args.device, args.dtype, options, args.pag, seeds, args.output, trace
+        )
 
     def options_of(self, seed: int, on_step: OnStep | None) -> Options:
         """The options of one image."""

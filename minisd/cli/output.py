@@ -127,22 +127,29 @@ def draw(
     request: DrawRequest,
     run: Callable[[Any, Options], Sequence[Image.Image]],
     told: Callable[[int], Mapping[str, object]],
+    prompts: Sequence[str] = (),
     load: Callable[[DrawRequest], Any] = load_model,
 ) -> None:
-    """Draw one image with each seed, run(sd, options) -> [image], and write each when it is done.
+    """Draw the images of each seed, run(sd, options), and write them when they are done.
 
-    One by one, not as a batch: each can be drawn again alone, bit for bit, by the command that
-    `minisd info` prints. told: seed -> what its PNG tells beside what all of them tell. load: what
-    gives the model, sd.
+    One seed at a time, not as a batch: each can be drawn again alone, bit for bit, by the command
+    that `minisd info` prints. told: seed -> what its PNGs tell beside what all of them tell.
+    prompts: one for each image of a seed, which its PNG tells, too; without them it is one image.
+    load: what gives the model, sd.
     """
-    places = output_places(request.output, len(request.seeds))
+    each = max(len(prompts), 1)
+    places = output_places(request.output, len(request.seeds) * each)
     sd = load(request)
     for i, seed in enumerate(request.seeds):
-        own = told(seed)
+        own, written = told(seed), []
         with tracing(request, sd, seed) as on_step:
-            [image] = run(sd, request.options_of(seed, on_step))
-            path = places.write(i, image, text_chunks(request, sd, seed, image, own))
-        print(path)
+            images = run(sd, request.options_of(seed, on_step))
+            for n, image in zip(range(each), images, strict=True):
+                tells = {"prompt": prompts[n], **own} if prompts else own
+                chunks = text_chunks(request, sd, seed, image, tells)
+                written.append(places.write(i * each + n, image, chunks))
+        for path in written:
+            print(path)
 
 
 @contextmanager
@@ -207,6 +214,7 @@ def text_chunks(
         "size": told.get("size", f"{image.width}x{image.height}"),
         "steps": options["steps"],
         "guidance": options["guidance"],
+        "pag": request.pag,
         "sampler": options["sampler"],
         "dtype": str(sd.dtype).removeprefix("torch."),
         "device": sd.device,

@@ -13,14 +13,16 @@ reproduces two slips of the published code: padding (and in replace every word a
 differs) keeps its position even where the two prompts differ in length.
 """
 
+import re
 import string
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..models.tokenizer import WORD_END, CLIPTokenizer
+from ..models.tokenizer import CLIPTokenizer
 
 FLOATS: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 
@@ -42,25 +44,42 @@ def split_words(tokenizer: CLIPTokenizer, prompt: str) -> Words:
 
 
 def find_word(tokenizer: CLIPTokenizer, prompt: str, word: str) -> list[int]:
-    """Positions in the padded row of every occurrence of a word (or phrase), in order; [] if there
-    is none.
+    """Positions in the padded row of the tokens of every occurrence of a word (or phrase), in
+    order; [] if there is none that fits into the row whole.
 
-    Case and the punctuation around it do not matter: "cat" finds "Cat,", but not "cats" or
-    "tomcat".
+    Case and the punctuation around it do not matter: "cat" finds "Cat," and "'cat'", but not "cats"
+    or "tomcat". Tokens are found by their characters: CLIP cuts "'stop'" into "'s", "top" and "'",
+    of which "stop" is the first two.
     """
-    bare = word.strip(string.punctuation + string.whitespace) or word
-    wanted = tokenizer.encode(word if word in tokenizer.added else bare)  # "<my-cat>" as it is
-    ids, pieces = tokenizer.encode(prompt)[: tokenizer.max_length - 2], tokenizer.tokenize(prompt)
-    # Pieces are cut inside words only, so the pieces of a word stand together, after a piece that
-    # ends a word.
-    found = [
-        i
-        for i in range(len(ids) - len(wanted) + 1)
-        if wanted
-        and ids[i : i + len(wanted)] == wanted
-        and (i == 0 or pieces[i - 1].endswith(WORD_END))
-    ]
-    return [1 + i + n for i in found for n in range(len(wanted))]
+    text, wanted = (unicodedata.normalize("NFC", each) for each in (prompt, word))
+    if word not in tokenizer.added:  # "<my-cat>" as it is
+        wanted = wanted.strip(string.punctuation + string.whitespace) or wanted
+    parts = wanted.split()
+    if not parts:
+        return []
+    phrase = r"\s+".join(map(re.escape, parts))
+    pattern = re.compile(f"(?=({phrase}))", re.IGNORECASE)  # ahead, so that matches may overlap
+    spans, room = tokenizer.spans(text), tokenizer.max_length - 2
+    found = []
+    for start, end in (match.span(1) for match in pattern.finditer(text)):
+        own = [i for i, (a, b) in enumerate(spans) if a < end and b > start]
+        if own and own[-1] < room and is_edge(text, start) and is_edge(text, end):
+            found += [1 + i for i in own]
+    return found
+
+
+def is_edge(text: str, i: int) -> bool:
+    """Whether a word can end before text[i], where another can begin.
+
+    Not inside a run of letters, nor of signs; each digit is a token of its own.
+    """
+    if i in (0, len(text)):
+        return True
+    letters, others = (
+        [kind(c) for c in text[i - 1 : i + 1]]
+        for kind in (str.isalpha, lambda c: not (c.isalnum() or c.isspace()))
+    )
+    return not (all(letters) or all(others))
 
 
 def missing_word(word: str, prompts: Sequence[str]) -> ValueError:

@@ -33,7 +33,6 @@ from .. import expect
 from ..drawing import Drawing, Options, as_list, seeds
 from ..pipeline import ImageInput, unchanged
 from ..recipes import tell
-from ..sampling.guidance import cfg
 from ..sampling.samplers import Step
 from ..sampling.schedule import Level
 from ..viewing.images import as_given, read_image, to_rgb
@@ -90,7 +89,7 @@ def blend(
     m = torch.cat([latent_mask(each, h, w) for each in masks]).to(sd.device)
     z0 = drawing.per_image(sd.encode_image(pixels), rows)
     background = Background(z0, behind, m)
-    predict = cfg(sd.network, *drawing.embed(sd, prompts), drawing.guidance)
+    predict = drawing.rule(sd.network, *drawing.embed(sd, prompts), drawing.guidance)
     x = background(plan.start(z0, start), next(iter(plan)).now)
     x = drawing.denoise(x, plan, predict, background.after)
     drawn = sd.decode(background(x, Level(1.0, 0.0)))

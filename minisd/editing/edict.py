@@ -15,6 +15,7 @@ float64: undoing the mixing magnifies rounding errors by 1 / p^2 per step.
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
@@ -25,7 +26,7 @@ from .. import expect
 from ..drawing import Drawing, Options, as_list, chain, embed
 from ..pipeline import ImageInput
 from ..recipes import tell
-from ..sampling.guidance import Predict, cfg
+from ..sampling.guidance import Predict
 from ..sampling.samplers import DDIM, Step
 
 if TYPE_CHECKING:
@@ -127,7 +128,8 @@ def edict(
     if uncond is None:
         uncond = embed(sd, as_list(drawing.negative_prompt))
     rows = embed(sd, [source, target]).split(1)
-    back, forth = (cfg(sd.network, uncond, cond, drawing.guidance) for cond in rows)
+    rule = partial(drawing.rule, sd.network, uncond)
+    back, forth = (rule(cond, drawing.guidance) for cond in rows)
     inverse = drawing.shown(replace(plan, inverse=True))
     pair = edict_invert((z, z), inverse, back, p, sd.dtype)
     after = chain(on_step=drawing.on_step)

@@ -53,7 +53,7 @@ def erase_concepts(
     if image is None and strength is not None:
         why = "there is no image that it could say how far to leave"
         raise ValueError(f"strength is {strength!r}, but {why}")
-    drawing = Drawing.of(options, steps=50)
+    drawing = Drawing.of(options, without=("rule",), steps=50)
     if strength is None:
         strength = 1.0 if image is None else 0.3
     plan = drawing.make_sampler(sd, strength)

@@ -23,7 +23,6 @@ from .. import expect
 from ..drawing import Drawing, Options, as_list
 from ..pipeline import ImageInput, unchanged
 from ..recipes import tell
-from ..sampling.guidance import cfg
 from ..viewing.images import as_given
 from .blended import Mask, check_proportions, paste, read_mask, resized
 
@@ -93,7 +92,8 @@ def inpaint(
     x = noise
     if strength < 1:
         x = plan.start(drawing.per_image(sd.encode_image(pixels), rows), noise)
-    predict = cfg(WithMask(sd.network, known), *drawing.embed(sd, prompts), drawing.guidance)
+    uncond, cond = drawing.embed(sd, prompts)
+    predict = drawing.rule(WithMask(sd.network, known), uncond, cond, drawing.guidance)
     drawn = sd.decode(drawing.denoise(x, plan, predict))
     if paste_back:
         masks = drawing.each(masks * (rows // len(masks)))

@@ -36,7 +36,7 @@ from .. import expect
 from ..checkpoints.bundle import read_bundle, write_bundle
 from ..drawing import Drawing, Options, as_list, chain, embed, memory_for
 from ..pipeline import ImageInput
-from ..sampling.guidance import Embeddings, Predict, cfg, conditional
+from ..sampling.guidance import Embeddings, conditional
 from ..sampling.samplers import DDIM, Step
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ NEEDED = {
 # Options of Drawing that have no effect on an inversion, which has no guidance and no noise.
 WITHOUT_GUIDANCE = (
     "guidance",
+    "rule",
     "negative_prompt",
     "uncond",
     "sampler",
@@ -294,7 +295,7 @@ def redraw(
 
     prompt: None reconstructs the images; another one, or one for each image, edits them by the
     change of prompt alone. options: guidance (the inversion's own, or else 1, none),
-    negative_prompt (where the inversion has no unconditional embedding), on_step and progress of
+    rule, negative_prompt (where the inversion has no unconditional embedding), on_step, progress of
     `minisd.drawing.Drawing`. ValueError for a direct inversion with another prompt: that takes a
     source row beside it, see `edit_prompt`.
     """
@@ -324,7 +325,7 @@ def redraw_latents(
         uncond = embed(sd, as_list(drawing.negative_prompt))
     elif drawing.negative_prompt != "":
         raise ValueError("negative_prompt: the inversion has an unconditional embedding of its own")
-    predict: Predict = cfg(sd.network, uncond, embed(sd, prompts), drawing.guidance)
+    predict = drawing.rule(sd.network, uncond, embed(sd, prompts), drawing.guidance)
 
     # One order of the memory, one result: files keep none.
     x, state = inversion.latents.to(sd.device).contiguous(), None

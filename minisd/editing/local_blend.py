@@ -17,7 +17,7 @@ from ..sampling.samplers import Step
 from .alignment import find_word, missing_word
 from .maps import Maps
 
-Words = str | Sequence[str | Sequence[str]]  # of all prompts, or a list with those of each row
+Words = str | Sequence[str | Sequence[str]]  # of all prompts, or, if any is a list, of each row
 
 
 class LocalBlend:
@@ -29,9 +29,9 @@ class LocalBlend:
         x_row <- x_row where keep, else x_source                        after each step
 
     maps: those of a PromptToPrompt that collects them, whose sums over the steps so far are read,
-    on the latent's grid. words, subtract: of all prompts, each row taking those that its prompt
-    has; or a LIST with the words of each row, source first. start: the fraction of the steps
-    before which nothing is done. ValueError: a word that no prompt has.
+    on the latent's grid. words, subtract: a word or a list of words of all prompts, each row taking
+    those that its prompt has; or a list of lists, the words of each row, source first. start: the
+    fraction of the steps before which nothing is done. ValueError: a word that no prompt has.
     """
 
     def __init__(
@@ -56,10 +56,10 @@ class LocalBlend:
         prompts = self.maps.prompts
         L, device = self.maps.tokenizer.max_length, self.maps.source_row.device
         picked = torch.zeros(len(prompts), L, dtype=torch.float32, device=device)
-        if isinstance(words, list):
+        if is_of_rows(words):
             if len(words) != len(prompts):
-                got = f"got a list of {len(words)} entries"
-                raise ValueError(f"{got}, expected words for {len(prompts)} rows")
+                got = f"got lists of words for {len(words)} rows"
+                raise ValueError(f"{got}, expected one for each of {len(prompts)}")
             for row, own in enumerate(words):
                 for word in [own] if isinstance(own, str) else own:
                     picked[row, self.maps.columns(word, row)] = 1
@@ -92,3 +92,8 @@ class LocalBlend:
         heat = F.interpolate(heat, size, mode="nearest")
         found = heat > threshold * heat.amax((1, 2, 3), keepdim=True)
         return found | found[self.maps.source_row]
+
+
+def is_of_rows(words: Words) -> bool:
+    """Whether they are the words of each row: entries that are lists themselves."""
+    return not isinstance(words, str) and not all(isinstance(word, str) for word in words)

@@ -66,6 +66,7 @@ class Maps:
         self.tokenizer, self.device = sd.tokenizer, sd.device
         sites = select_sites(sd.unet, "cross", where, size)
         self.grids = {site: sd.unet.grid(site, size) for site in sites}
+        self.heads, self.size = {site: sd.unet.site(site).heads for site in sites}, size
         self.reset(prompts, source_row)
 
     def reset(self, prompts: Sequence[str], source_row: Tensor | None = None) -> None:

@@ -40,9 +40,8 @@ from .. import expect
 from ..drawing import Drawing, Options, as_list, chain, check_names
 from ..models.attention import AttentionEdit
 from ..recipes import tell
-from ..sampling.guidance import cfg
 from ..sampling.samplers import Step
-from .local_blend import LocalBlend
+from .local_blend import LocalBlend, is_of_rows
 from .maps import Maps
 from .sites import Where, coarsest, select_sites
 from .tables import Interval, WordIntervals, cross_tables, self_rows, token_maps, word_factors
@@ -251,11 +250,12 @@ def edit_prompt(
     `x[:1].expand_as(x)` in the first steps, and x after them). options: the arguments of
     `PromptToPrompt`, and of `minisd.drawing.Drawing` (here steps=50, sampler="ddim"); on_step sees
     all rows. All prompts of an image are drawn from one noise, or each from its own row of
-    `latents`. To edit a given image: see `Inversion.edit_options`. ValueError for what does not
-    fit.
+    `latents`; a list of seeds draws all prompts once with each. To edit a given image: see
+    `Inversion.edit_options`. ValueError for what does not fit.
     """
     arguments = dict(locals())
     drawing, edit = split(options)
+    drawing = drawing.for_each_seed()
     prompts = all_prompts(source, targets, edit.get("reweight"))
     x = shared_noise(drawing, sd, prompts)
     # The size may be that of given latents.
@@ -267,7 +267,7 @@ def edit_prompt(
     if local_blend:
         blend = LocalBlend(p2p.maps, **blend_arguments(local_blend, drawing))
     uncond, cond = drawing.embed(sd, prompts)
-    predict = cfg(sd.network, uncond, cond, drawing.guidance, p2p)
+    predict = drawing.rule(sd.network, uncond, cond, drawing.guidance, p2p)
     both = chain(after=after, local_blend=blend)
     sampler = drawing.make_sampler(sd, rows=drawing.num_images)
     images = sd.decode(drawing.denoise(x, sampler, predict, both))
@@ -275,13 +275,16 @@ def edit_prompt(
 
 
 def blend_arguments(given: Sequence[str] | Mapping[str, Any], drawing: Drawing) -> dict[str, Any]:
-    """The arguments of LocalBlend; a list, which has an entry for each prompt, for each image."""
+    """The arguments of LocalBlend; words of each prompt as those of each image."""
     named = dict(given) if isinstance(given, Mapping) else {"words": given}
     _, *known = inspect.signature(LocalBlend).parameters  # all but the maps
     check_names("argument of local_blend", named, known)
     if "words" not in named:
         raise TypeError(f"local_blend has no words: got {', '.join(named)}")
-    return {n: drawing.each(v) if isinstance(v, list) else v for n, v in named.items()}
+    for name in named.keys() & {"words", "subtract"}:
+        if is_of_rows(named[name]):
+            named[name] = drawing.each(named[name])
+    return named
 
 
 def seed_baseline(
@@ -289,10 +292,11 @@ def seed_baseline(
 ) -> list[Image.Image]:
     """The seed-only baseline of `edit_prompt`: all prompts from the same noise, without an edit."""
     arguments = dict(locals())
-    drawing = Drawing.of(options, steps=50, sampler="ddim")
+    drawing = Drawing.of(options, steps=50, sampler="ddim").for_each_seed()
     prompts = [source, *targets]
     x = shared_noise(drawing, sd, prompts)
-    predict = cfg(sd.network, *drawing.embed(sd, prompts), drawing.guidance)
+    uncond, cond = drawing.embed(sd, prompts)
+    predict = drawing.rule(sd.network, uncond, cond, drawing.guidance)
     sampler = drawing.make_sampler(sd, rows=drawing.num_images)
     images = sd.decode(drawing.denoise(x, sampler, predict))
     return tell(images, sd, "seed_baseline", arguments, drawing, prompts, drawing.num_images)

@@ -22,7 +22,6 @@ from .. import expect
 from ..checkpoints.bundle import read_bundle, write_bundle
 from ..drawing import Drawing, Options
 from ..models.attention import AttentionEdit
-from ..sampling.guidance import cfg
 from ..sampling.samplers import Step
 from .prompt_to_prompt import EditedOptions, EditOptions, PromptToPrompt, split
 from .sites import Where, coarsest, select_sites
@@ -292,7 +291,7 @@ def record(sd: "StableDiffusion", prompt: str, **options: Unpack[RecordOptions])
     x = drawing.noise(sd, 1)
     height, width = (side * sd.vae.factor for side in x.shape[2:])
     recorder = Recorder(sd, prompt, drawing.steps, **what, height=height, width=width)
-    predict = cfg(sd.network, *drawing.embed(sd, [prompt]), drawing.guidance, recorder)
+    predict = drawing.rule(sd.network, *drawing.embed(sd, [prompt]), drawing.guidance, recorder)
     z = drawing.denoise(x, drawing.make_sampler(sd), predict, recorder.store)
     return replace(recorder.recording, z=z.float().cpu())
 
@@ -312,8 +311,8 @@ def replay(
         if name in options:
             raise ValueError(f"{name} is the recording's: got {options[name]!r}")
     drawing, edit = split({**options, "steps": recording.steps})
-    drawing = drawing.at(*(side * sd.vae.factor for side in recording.size))
+    drawing = drawing.for_each_seed().at(*(side * sd.vae.factor for side in recording.size))
     edits = Injection(sd, recording, *targets, images=drawing.num_images, **edit)
     x = drawing.noise(sd, drawing.num_images).repeat(len(edits.prompts), 1, 1, 1)
-    predict = cfg(sd.network, *drawing.embed(sd, edits.prompts), drawing.guidance, edits)
+    predict = drawing.rule(sd.network, *drawing.embed(sd, edits.prompts), drawing.guidance, edits)
     return sd.decode(drawing.denoise(x, drawing.make_sampler(sd), predict))

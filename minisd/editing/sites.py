@@ -1,14 +1,14 @@
-"""Choosing attention sites, by place, by resolution or by name."""
+"""Choosing sites, by place, by resolution or by name."""
 
 import math
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from numbers import Integral
-from typing import Literal
 
-from ..models.unet import Size, UNet
+from ..models.sites import MAPS, SiteKind, Size
+from ..models.unet import UNet
 
-Where = str | int | Sequence[str | int]  # attention sites, see `select_sites`
+Where = str | int | Sequence[str | int]  # sites, see `select_sites`
 
 
 def coarsest(unet: UNet, size: Size | None = None) -> int:
@@ -25,18 +25,20 @@ def coarsest(unet: UNet, size: Size | None = None) -> int:
 
 def select_sites(
     unet: UNet,
-    kind: Literal["self", "cross"],
+    kind: SiteKind | Sequence[SiteKind],
     where: Where | None = None,
     size: Size | None = None,
 ) -> list[str]:
-    """Names of the "self" or "cross" sites that any entry of `where` picks, in forward order.
+    """Names of the sites of a kind that any entry of `where` picks, in forward order; of several
+    kinds, one after the other.
 
     where: None, all; "down", "mid" or "up", those blocks; a number, sites with at most that many
     queries; "16x16", sites with queries on such a grid (height x width); else a site name, in which
     * and ? stand for any characters. size: (h, w) of the latents, None: the model's own. ValueError
     for an entry that picks nothing; [] picks nothing.
     """
-    sites = unet.sites(kind)
+    kinds = (kind,) if isinstance(kind, str) else kind
+    sites = [site for each in kinds for site in unet.sites(each)]
     if where is None:
         return sites
     grids = {site: "x".join(map(str, unet.grid(site, size))) for site in sites}
@@ -51,7 +53,8 @@ def select_sites(
         if not new:
             known = ", ".join(dict.fromkeys(grids.values()))
             expected = f"down, mid, up, a number of queries, a grid ({known}) or a name"
-            got = f"no {kind}-attention site is picked by {entry!r}"
+            named = [f"{each}-attention" if each in MAPS else each for each in kinds]
+            got = f"no {' or '.join(named)} site is picked by {entry!r}"
             raise ValueError(f"{got}; expected {expected} like {sites[0]}")
         picked |= new
     return [site for site in sites if site in picked]

@@ -7,8 +7,9 @@ patched or called back. Source: Hertz et al. 2022, "Prompt-to-Prompt Image Editi
 Attention Control".
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
@@ -17,7 +18,9 @@ from minisd_kernels import cpu, ops as kernels, reference
 from torch import Tensor, nn
 
 from . import ops
+from .features import check_rows, edited
 
+NONE: Mapping[str, Any] = MappingProxyType({})  # no edits
 Implementation = Literal["triton", "sdpa", "reference"]
 IMPLEMENTATIONS = get_args(Implementation)
 
@@ -76,13 +79,7 @@ class AttentionEdit(NamedTuple):
         """
         for name, table, axis in (("source_row", self.source_row, -1), ("kv_row", self.kv_row, -2)):
             if table is not None:
-                if table.ndim < -axis:
-                    shape = "(..., S)" if axis == -1 else "(..., S, M)"
-                    raise ValueError(f"{name}: expected {shape}, got {tuple(table.shape)}")
-                S = table.shape[axis]
-                wrong = table[(table < 0) | (table >= S)].tolist()
-                if wrong:
-                    raise ValueError(f"{name}: expected values from 0 to {S - 1}, got {wrong}")
+                check_rows(name, table, axis)
         return self
 
 
@@ -252,7 +249,8 @@ class Attention(nn.Module):
 
     q = to_q(x), (k, v) = project(context), out = to_out(attention(q, k, v)).
     x: (B, N, channels); `context_channels` is the width that to_k and to_v take (None: channels,
-    self-attention). Module names are diffusers'.
+    self-attention). Module names are diffusers'. `name` is its own, dotted, within the UNet; its
+    features are called name.q, name.k, name.v and name.out.
     """
 
     def __init__(
@@ -261,9 +259,11 @@ class Attention(nn.Module):
         heads: int,
         context_channels: int | None = None,
         qkv_bias: bool = False,
+        name: str = "",
     ):
         super().__init__()
-        self.heads, self.head_dim = heads, channels // heads
+        self.heads, self.head_dim, self.name = heads, channels // heads, name
+        self.features = tuple(f"{name}.{part}" for part in ("q", "k", "v", "out"))
         self.to_q = nn.Linear(channels, channels, bias=qkv_bias)
         self.to_k = nn.Linear(context_channels or channels, channels, bias=qkv_bias)
         self.to_v = nn.Linear(context_channels or channels, channels, bias=qkv_bias)
@@ -283,10 +283,15 @@ class Attention(nn.Module):
         kv: tuple[Tensor, Tensor] | None = None,
         edit: AttentionEdit | None = None,
         impl: str = "sdpa",
+        edits: Mapping[str, Any] = NONE,
     ) -> Tensor:
-        """x: (B, N, channels), kv: what `project` gave (None: self-attention) -> (B, N,
-        channels)."""
+        """x: (B, N, channels), kv: what `project` gave (None: self-attention) -> (B, N, channels).
+
+        edit: of the map; edits: of its features, by their names (any others are not its own).
+        """
         q = self.split_heads(ops.linear(self.to_q, x))
         k, v = self.project(x) if kv is None else kv
+        q, k, v = (edited(y, edits.get(name), name) for y, name in zip((q, k, v), self.features))
         out = attention(q, k, v, edit, impl)
-        return ops.linear(self.to_out[0], out.transpose(1, 2).flatten(-2))
+        out = ops.linear(self.to_out[0], out.transpose(1, 2).flatten(-2))
+        return edited(out, edits.get(self.features[3]), self.features[3])

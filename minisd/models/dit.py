@@ -270,8 +270,8 @@ class DiT(Denoiser):
         made of it; edits, attention, recompute: as in UNet.forward. Returns (R, out_channels, h,
         w), of which a learned variance v is the second half. ValueError for what does not fit.
         """
-        p, (h, w) = self.config.patch_size, x.shape[-2:]
         self.check_inputs(x, t, self.config.width)
+        p, (h, w) = self.config.patch_size, x.shape[2:]
         if h % p or w % p:
             raise ValueError(f"x: got latents of {h} x {w}, expected multiples of the patch, {p}")
         impl = self.attention if attention is None else check_implementation(attention)

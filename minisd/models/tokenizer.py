@@ -13,6 +13,7 @@ run over the text).
 import json
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -91,6 +92,7 @@ class CLIPTokenizer:
         pad_token: str = EOS,
         any_case: Iterable[str] = (),
     ) -> None:
+        check_vocabulary(vocab, merges, (BOS, EOS, pad_token))
         for token in (BOS, EOS, pad_token):
             if token not in vocab:
                 raise ValueError(
@@ -124,7 +126,7 @@ class CLIPTokenizer:
         any_case: Iterable[str] = (),
     ) -> Self:
         """From the two files of a checkpoint's tokenizer folder, vocab.json and merges.txt."""
-        vocab = json.loads(Path(vocab_json).read_text(encoding="utf-8"))
+        vocab = _read_json(Path(vocab_json))
         # split("\n"), not splitlines(): pieces may hold characters that splitlines() takes for line
         # ends.
         lines = Path(merges_txt).read_text(encoding="utf-8").split("\n")
@@ -152,6 +154,7 @@ class CLIPTokenizer:
             pad = token["content"] if isinstance(token, dict) else token  # at last, pad_token's
             normalized[pad] = isinstance(token, dict) and token.get("normalized", True)
         any_case = [token for token, yes in normalized.items() if yes]
+        _expect_no_more(folder, config, special, {BOS, EOS, *normalized})
         max_length = config.get("model_max_length", 77) if max_length is None else max_length
         if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
             return cls.from_files(
@@ -162,6 +165,7 @@ class CLIPTokenizer:
                 f"{folder} has neither vocab.json and merges.txt nor tokenizer.json"
             )
         saved = _read_json(folder / "tokenizer.json")
+        _expect_no_more(folder, {}, {}, {BOS, EOS, *normalized}, saved["added_tokens"])
         added = {token["content"]: token["id"] for token in saved["added_tokens"]}
         vocab = saved["model"]["vocab"] | added
         merges = [_pair(merge) for merge in saved["model"]["merges"]]
@@ -279,6 +283,10 @@ class CLIPTokenizer:
         """Pieces of one text, aligned with encode(text); each word's last piece ends in "</w>"."""
         return self._encode(text).tokens
 
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """(start, end) of the characters of each piece of one text, aligned with encode(text)."""
+        return self._encode(text).offsets
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, a list or a 1-D tensor, without the special tokens.
 
@@ -322,7 +330,7 @@ def build_vocabulary(texts: Iterable[str], size: int = 49408) -> tuple[dict[str,
 
 
 def shortened(text: str, most: int = 1000) -> str:
-    """A text in quotes for a message, at most 1000 characters of it."""
+    """A text in quotes for a message, at most so many characters of it."""
     if len(text) <= most:
         return repr(text)
     return f"{text[:most]!r} and {len(text) - most} characters more"
@@ -334,5 +342,63 @@ def _pair(merge: str | list[str]) -> Merge:
     return first, second
 
 
+def check_vocabulary(vocab: dict[str, int], merges: list[Merge], special: Iterable[str]) -> None:
+    """ValueError unless each piece has an id of its own, and is a character, special or made by a
+    merge.
+
+    Files that are cut, or of two vocabularies, would give wrong ids in silence.
+    """
+    if not isinstance(vocab, dict):
+        raise ValueError(
+            f"the vocabulary is a {type(vocab).__name__}, expected pieces and their ids"
+        )
+    if bad := [piece for piece, i in vocab.items() if type(i) is not int or i < 0]:
+        got = f"{shortened(bad[0], 80)} has the id {vocab[bad[0]]!r:.80}"
+        raise ValueError(f"the vocabulary's {got}, expected a whole number from 0 on")
+    if len(pieces := {i: piece for piece, i in vocab.items()}) < len(vocab):
+        twice = next(piece for piece, i in vocab.items() if pieces[i] != piece)
+        got = f"{shortened(twice, 80)} and {shortened(pieces[vocab[twice]], 80)}"
+        raise ValueError(f"the vocabulary has the id {vocab[twice]} for {got}")
+    made = {first + second for first, second in merges}
+    made |= {piece for piece in vocab if len(piece.removesuffix(WORD_END)) < 2} | set(special)
+    if lost := vocab.keys() - made:
+        got = f"{len(lost)} of {len(vocab)} pieces, {shortened(min(lost), 80)} among them"
+        raise ValueError(f"vocabulary and merges do not fit: no merge makes {got}")
+
+
+def _expect_no_more(
+    folder: Path,
+    config: dict[str, Any],
+    special: dict[str, Any],
+    known: set[str],
+    saved: Iterable[dict[str, Any]] = (),
+) -> None:
+    """ValueError for words that a folder adds to CLIP's vocabulary, in any of the files in which
+    transformers keeps such."""
+    entries: list[Any] = [*_read_json(folder / "added_tokens.json"), *saved]
+    entries += (config.get("added_tokens_decoder") or {}).values()
+    for values in (config, special):
+        entries += (
+            values.get("additional_special_tokens") or values.get("extra_special_tokens") or ()
+        )
+    words = [entry["content"] if isinstance(entry, dict) else entry for entry in entries]
+    if more := sorted(set(words) - known):
+        raise ValueError(
+            f"{folder} adds {more!r:.200} to the vocabulary, expected that of CLIP alone: words of "
+            "textual inversions come from their own files"
+        )
+
+
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """A JSON file, {} if there is none; ValueError for a key that is there twice."""
+    if not path.exists():
+        return {}
+    return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"{shortened(twice, 80)} is there twice")
+    return values

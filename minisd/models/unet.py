@@ -3,15 +3,14 @@
 Architecture: Rombach et al. 2022, https://arxiv.org/abs/2112.10752, section 3.3; module names are
 those of diffusers' UNet2DConditionModel, so its state dict loads strictly.
 
-Attention edits enter as data: `edits` maps a site's name, which is the dotted name of its module,
-to an AttentionEdit, and each transformer block looks its two sites up. The network knows nothing
-else of editing.
+Edits enter as data: `edits` maps the name of a place (sites.py) to an AttentionEdit or a
+FeatureEdit, and each layer looks its own up. The network knows nothing else of editing.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +19,13 @@ from torch.utils import checkpoint as activation_checkpoint
 
 from .. import expect
 from . import ops
-from .attention import Attention, AttentionEdit, Implementation, check_implementation
+from .attention import NONE, Attention, AttentionEdit, Implementation, check_implementation
 from .blocks import Downsample, ResnetBlock, Upsample
 from .config import read_config
+from .features import FeatureEdit, edited
+from .sites import KINDS, MAPS, Edits, Site, SiteKind, Size, sites_of
 
 Context = Mapping[str, tuple[Tensor, Tensor]]  # cross site -> keys, values, (R, heads, L, head_dim)
-Size = int | tuple[int, int]  # of latents, (h, w)
 
 CROSS_DOWN, PLAIN_DOWN = "CrossAttnDownBlock2D", "DownBlock2D"
 CROSS_UP, PLAIN_UP = "CrossAttnUpBlock2D", "UpBlock2D"
@@ -131,9 +131,15 @@ class Conditioning(NamedTuple):
 
     times: Mapping[str, Tensor]  # resnet -> what the time adds, (1 or B, channels)
     context: Context  # cross site -> keys and values of the text
-    edits: Mapping[str, AttentionEdit]  # attention site -> what is changed there
+    edits: Edits  # site -> what is changed there
     attention: Implementation  # the code that computes attention
     recompute: bool  # under gradients, keep a layer's input only
+    rows: int  # of the context, which x has too where the guidance groups differ
+
+    def feature(self, site: str, x: Tensor) -> Tensor:
+        """x, or what the edit at a feature site makes of all its rows."""
+        edit: Any = self.edits.get(site)
+        return x if edit is None else edited(ops.repeat_rows(x, self.rows), edit, site)
 
 
 class GEGLU(nn.Module):
@@ -171,22 +177,22 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.name = name
         self.norm1 = nn.LayerNorm(channels)
-        self.attn1 = Attention(channels, heads)
+        self.attn1 = Attention(channels, heads, name=f"{name}.attn1")
         self.norm2 = nn.LayerNorm(channels)
-        self.attn2 = Attention(channels, heads, context_channels)
+        self.attn2 = Attention(channels, heads, context_channels, name=f"{name}.attn2")
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
     def forward(self, x: Tensor, c: Conditioning) -> Tensor:
-        self_edit = c.edits.get(f"{self.name}.attn1")
-        cross_edit = c.edits.get(f"{self.name}.attn2")
-        kv = c.context[f"{self.name}.attn2"]
-        rows = kv[0].shape[0]
-        if self_edit is not None:  # before it, and before the text, the guidance groups are equal
-            x = ops.repeat_rows(x, rows)
-        x = ops.add(x, self.attn1(ops.layer_norm(self.norm1, x), None, self_edit, c.attention))
-        x = ops.repeat_rows(x, rows)
-        x = ops.add(x, self.attn2(ops.layer_norm(self.norm2, x), kv, cross_edit, c.attention))
+        attn1, attn2 = self.attn1, self.attn2
+        # Before an edit, and before the text, the guidance groups are equal.
+        if any(site in c.edits for site in (attn1.name, *attn1.features)):
+            x = ops.repeat_rows(x, c.rows)
+        edit: Any = c.edits.get(attn1.name)
+        x = ops.add(x, attn1(ops.layer_norm(self.norm1, x), None, edit, c.attention, c.edits))
+        x = ops.repeat_rows(x, c.rows)
+        edit, kv = c.edits.get(attn2.name), c.context[attn2.name]
+        x = ops.add(x, attn2(ops.layer_norm(self.norm2, x), kv, edit, c.attention, c.edits))
         return ops.add(x, self.ff(ops.layer_norm(self.norm3, x)))
 
 
@@ -201,6 +207,7 @@ class Transformer(nn.Module):
         if heads < 1 or channels % heads:
             got = f"{heads} heads do not divide {channels} channels"
             raise ValueError(f"attention_head_dim: {got}")
+        self.name = name
         self.norm = nn.GroupNorm(groups, channels, TRANSFORMER_NORM_EPS)
         self.proj_in = nn.Conv2d(channels, channels, 1)
         block = TransformerBlock(channels, heads, context_channels, f"{name}.transformer_blocks.0")
@@ -212,7 +219,7 @@ class Transformer(nn.Module):
         for block in self.transformer_blocks:
             tokens = block(tokens, c)  # (rows, h*w, channels)
         out = ops.conv2d(self.proj_out, tokens.transpose(1, 2).unflatten(2, x.shape[2:]))
-        return ops.add(x, out)
+        return c.feature(self.name, ops.add(x, out))
 
 
 class Block(nn.Module):
@@ -231,6 +238,7 @@ class Block(nn.Module):
         name: str,
     ):
         super().__init__()
+        self.name = name
         groups, eps = config.norm_num_groups, config.norm_eps
         time_channels = 4 * config.block_out_channels[0]
         self.resnets: Any = nn.ModuleList(
@@ -243,9 +251,12 @@ class Block(nn.Module):
             for i in range(transformers)
         )
 
-    def layer(self, i: int, x: Tensor, c: Conditioning) -> Tensor:
+    def resnet(self, i: int, x: Tensor, c: Conditioning) -> Tensor:
         resnet = self.resnets[i]
-        x = resnet(x, c.times[resnet.name])
+        return c.feature(resnet.name, resnet(x, c.times[resnet.name]))
+
+    def layer(self, i: int, x: Tensor, c: Conditioning) -> Tensor:
+        x = self.resnet(i, x, c)
         return self.attentions[i](x, c) if self.attentions else x
 
 
@@ -280,7 +291,7 @@ class DownBlock(Block):
         for downsample in self.downsamplers:
             x = downsample(x)
             skips.append(x)
-        return x, skips
+        return c.feature(self.name, x), skips
 
 
 class MidBlock(Block):
@@ -290,13 +301,12 @@ class MidBlock(Block):
         super().__init__(config, [channels, channels], channels, heads, 1, name)
 
     def forward(self, x: Tensor, c: Conditioning) -> Tensor:
-        first, second = self.resnets
-        x = self.attentions[0](first(x, c.times[first.name]), c)
-        return second(x, c.times[second.name])
+        x = self.attentions[0](self.resnet(0, x, c), c)
+        return c.feature(self.name, self.resnet(1, x, c))
 
 
 class UpBlock(Block):
-    """A skip joins before each layer; then `size`, the resolution of the skip that comes next."""
+    """A skip joins before each layer from `first` on; then `size`, the next skip's resolution."""
 
     def __init__(
         self,
@@ -312,20 +322,24 @@ class UpBlock(Block):
         super().__init__(config, widths, channels, heads, len(widths) if cross else 0, name)
         self.upsamplers = nn.ModuleList(last)
 
-    def forward(self, x: Tensor, skips: list[Tensor], size: torch.Size, c: Conditioning) -> Tensor:
-        for i in range(len(self.resnets)):
-            x = torch.cat([x, ops.repeat_rows(skips.pop(0), x.shape[0])], dim=1)
+    def forward(
+        self, x: Tensor, skips: list[Tensor], size: torch.Size, c: Conditioning, first: int = 0
+    ) -> Tensor:
+        for i in range(first, len(self.resnets)):
+            name = f"{self.resnets[i].name}.skip"
+            skip = c.feature(name, ops.repeat_rows(skips.pop(0), x.shape[0]))
+            x = torch.cat([x, skip], dim=1)
             x = recomputed(self.layer, i, x, c) if c.recompute else self.layer(i, x, c)
         for upsample in self.upsamplers:
             x = upsample(x, size)
-        return x
+        return c.feature(self.name, x)
 
 
 class UNet(nn.Module):
     """eps(x, t, text), the noise in x = alpha x0 + sigma eps.
 
-    See `forward` for shapes, `sites` for the places where attention can be edited, `attention` for
-    the code that computes attention.
+    See `forward` for shapes, `sites` for the places that can be edited, `attention` for the code
+    that computes attention.
     """
 
     def __init__(self, config: UNetConfig = UNetConfig()):
@@ -361,9 +375,10 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-        names = {name: type(module) for name, module in self.named_modules()}
-        self._sites = tuple(name for name, kind in names.items() if kind is Attention)
-        self._resnets = tuple(name for name, kind in names.items() if kind is ResnetBlock)
+        self._sites = sites_of(self)
+        layer = "attentions.0" if config.up_block_types[-1] == CROSS_UP else "resnets.0"
+        self.deep = f"up_blocks.{last}.{layer}"  # the last feature that comes from below
+        self._resnets = self.sites("resnet")
         self._time_widths = [self.resnet(name).conv1.out_channels for name in self._resnets]
 
     @property
@@ -377,40 +392,59 @@ class UNet(nn.Module):
 
     def sites(
         self,
-        kind: Literal["self", "cross"] | None = None,
+        kind: SiteKind | None = None,
         max_tokens: int | None = None,
         size: Size | None = None,
     ) -> list[str]:
-        """Names of the attention sites in forward order.
+        """Names of the sites that edits can address, in forward order.
 
-        kind: "self", "cross" or None for both; max_tokens: only sites with at most that many
-        queries (positions of the latent grid at the site's resolution) for latents of `size`
-        (h, w), by default config.sample_size.
+        kind: attention sites, "self", "cross" or None for both; or "feature" for all feature sites,
+        or those of one kind, "resnet", "transformer", "block", "skip", "q", "k", "v" or "out".
+        max_tokens: only sites with at most that many positions of the latent grid at their
+        resolution (of an attention: queries) for latents of `size` (h, w), by default
+        config.sample_size.
         """
-        if kind not in (None, "self", "cross"):
-            raise ValueError(f'kind must be "self", "cross" or None, got {kind!r}')
-        wanted = {None: ("attn1", "attn2"), "self": ("attn1",), "cross": ("attn2",)}[kind]
-        return [
-            name
-            for name in self._sites
-            if name.endswith(wanted)
-            and (max_tokens is None or math.prod(self.grid(name, size)) <= max_tokens)
-        ]
+        if kind not in KINDS:
+            expected = ", ".join(map(repr, KINDS))
+            raise ValueError(f"kind is {kind!r}, expected one of {expected}")
+        names = [name for name, site in self._sites.items() if site.kind in KINDS[kind]]
+        if max_tokens is None:
+            return names
+        return [name for name in names if math.prod(self.grid(name, size)) <= max_tokens]
 
     def grid(self, site: str, size: Size | None = None) -> tuple[int, int]:
-        """(h, w) of the queries at `site` for latents of `size`, by default config.sample_size."""
+        """(h, w) of the positions at a site (of an attention: its queries).
+
+        size: of the latents, by default config.sample_size. ValueError for an unknown site.
+        """
         size = self.config.sample_size if size is None else size
         if size is None:
             raise ValueError("the UNet's config has no sample_size: give the latents' size (h, w)")
         h, w = size if isinstance(size, (tuple, list)) else (size, size)
-        last = len(self.config.block_out_channels) - 1
-        block, index = site.split(".")[:2]
-        halvings = last
-        if block != "mid_block":
-            halvings = int(index) if block == "down_blocks" else last - int(index)
-        for _ in range(halvings):
+        for _ in range(self.place(site).halvings):
             h, w = (h + 1) // 2, (w + 1) // 2
         return h, w
+
+    def heads(self, site: str) -> int:
+        """The heads of an attention site, and of its q, k, v and out; ValueError for others."""
+        if (heads := self.place(site).heads) == 0:
+            raise ValueError(f"{site} is no attention and has no heads")
+        return heads
+
+    def shape(self, site: str, size: Size | None = None, tokens: int = 77) -> tuple[int, ...]:
+        """Of one row of what is at a site: (C, h, w); of an attention (heads, queries, keys), its
+        q, k and v (heads, queries or keys, head_dim), its output (queries, C).
+
+        size: of the latents, by default config.sample_size. tokens: the keys of cross-attention.
+        """
+        return self.place(site).shape(self.grid(site, size), tokens)
+
+    def place(self, site: str) -> Site:
+        """What is known of a site; ValueError if it is not there."""
+        if site not in self._sites:
+            listed = 'unet.sites() and unet.sites("feature") list the names'
+            raise ValueError(f"no site is called {site!r:.200}; {listed}")
+        return self._sites[site]
 
     def prepare(self, context: Tensor) -> Context | Tensor:
         """Project the text to keys and values of every cross site, once per prompt.
@@ -456,7 +490,7 @@ class UNet(nn.Module):
         x: Tensor,
         t: Tensor,
         context: Tensor | Context,
-        edits: Mapping[str, AttentionEdit] | None = None,
+        edits: Edits | None = None,
         *,
         attention: Implementation | None = None,
         recompute: bool = False,
@@ -466,29 +500,51 @@ class UNet(nn.Module):
         x: (B, in_channels, h, w); t: integer tensor, 0-d or (B,), or 1 or B rows of what
         `prepare_times` made of it; context: (R, L, cross_attention_dim) with R = G * B for G
         guidance groups, group-major (all B rows of a group stand together), or what `prepare` made
-        of it; edits: {site: AttentionEdit}; attention: in place of self.attention in this call;
-        recompute: under gradients a layer keeps its input only and computes the rest again in the
-        backward pass. Returns (R, out_channels, h, w).
+        of it; edits: {site: AttentionEdit or FeatureEdit}; attention: in place of self.attention in
+        this call; recompute: under gradients a layer keeps its input only and computes the rest
+        again in the backward pass. Returns (R, out_channels, h, w).
 
         The G groups see the same x and t, so they are one until the first site where they can
-        differ, a cross site or one with an edit; from there on the rows are repeated. ValueError
-        for an unknown site and for shapes that do not fit.
+        differ, a cross site or one with an edit; from there on the rows are repeated. Where the
+        only edit injects a stored feature in all rows at `self.deep`, nothing below it is computed
+        (DeepCache). ValueError for an unknown site, for shapes that do not fit, and for a save with
+        recompute.
         """
         impl = self.attention if attention is None else check_implementation(attention)
         recompute = recompute and torch.is_grad_enabled()
-        edits = self.known(edits)
-        c = Conditioning(self.times(x, t), self.texts(x, context), edits, impl, recompute)
+        edits = self.known(edits, recompute)
+        times, texts = self.times(x, t), self.texts(x, context)
+        rows = next(iter(texts.values()))[0].shape[0]
+        c = Conditioning(times, texts, edits, impl, recompute, rows)
 
         x = ops.conv2d(self.conv_in, x)
-        skips = [x]
-        for down in self.down_blocks:
-            x, new = down(x, c)
-            skips += new
-        x = self.mid_block(x, c)
-        for up in self.up_blocks:
-            joining = [skips.pop() for _ in up.resnets]
-            x = up(x, joining, skips[-1].shape[2:] if skips else x.shape[2:], c)
+        if self.is_shallow(c):
+            x = self.outermost(x, c)
+        else:
+            skips = [x]
+            for down in self.down_blocks:
+                x, new = down(x, c)
+                skips += new
+            x = self.mid_block(x, c)
+            for up in self.up_blocks:
+                joining = [skips.pop() for _ in up.resnets]
+                x = up(x, joining, skips[-1].shape[2:] if skips else x.shape[2:], c)
         return ops.norm_silu_conv(self.conv_norm_out, self.conv_out, x)
+
+    def is_shallow(self, c: Conditioning) -> bool:
+        """Whether nothing of what is below `self.deep` is used."""
+        edit: Any = c.edits.get(self.deep)
+        only = edit is not None and len(c.edits) == 1
+        return only and edit.inject is not None and len(edit.inject) == c.rows
+
+    def outermost(self, x: Tensor, c: Conditioning) -> Tensor:
+        """What is left of all blocks: the layers whose skips join after `self.deep`."""
+        down, up = self.down_blocks[0], self.up_blocks[-1]
+        skips = [x]
+        for i in range(len(up.resnets) - 2):
+            skips.append(down.layer(i, skips[-1], c))
+        x = c.feature(self.deep, x)  # replaced by what is injected, of the same shape
+        return up(x, skips[::-1], x.shape[2:], c, first=1)
 
     def site(self, name: str) -> Attention:
         """The attention site of that name."""
@@ -497,13 +553,17 @@ class UNet(nn.Module):
     def resnet(self, name: str) -> ResnetBlock:
         return cast(ResnetBlock, self.get_submodule(name))
 
-    def known(self, edits: Mapping[str, AttentionEdit] | None) -> Mapping[str, AttentionEdit]:
-        """The edits, none if None; ValueError for a site that is not there."""
-        edits = {} if edits is None else edits
-        if unknown := [name for name in edits if name not in self._sites]:
-            named = ", ".join(unknown)
-            raise ValueError(f"no attention site is called {named}; unet.sites() lists the names")
-        return edits
+    def known(self, edits: Edits | None, recompute: bool) -> Edits:
+        """The edits, none if None; ValueError for a site that is not there or of the other kind."""
+        for name, edit in (edits or NONE).items():
+            expected = AttentionEdit if self.place(name).kind in MAPS else FeatureEdit
+            if type(edit) is not expected:
+                got = type(edit).__name__
+                raise ValueError(f"{name}: got {got} as the edit, expected {expected.__name__}")
+            saves = [field for field in edit._fields if field.startswith("save")]
+            if recompute and any(getattr(edit, field) is not None for field in saves):
+                raise ValueError(f"{name}: recompute=True would save twice, expected no save there")
+        return edits or NONE
 
     def times(self, x: Tensor, t: Tensor) -> dict[str, Tensor]:
         """{resnet: what the time adds to its channels, (1 or B, channels)}."""

@@ -6,8 +6,8 @@
     sega         the same where e(concept_i) - e(uncond) is largest, late, with momentum
 
 A guidance is groups of text embeddings and one `combine` of the network's answers to them. All
-groups go through the network in one call, group-major with the conditional group LAST, because an
-AttentionEdit addresses the last rows of the batch. The network is any callable
+groups go through the network in one call, group-major with the conditional group LAST, because
+edits address the last rows of the batch. The network is any callable
 
     network(x (B, C, h, w), t (0-d tensor), context (G*B, L, D), edits) -> (G*B, C, h, w)
 
@@ -23,7 +23,7 @@ Sources: Ho & Salimans 2022 (arXiv 2207.12598); erase is the negation of Liu et 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -33,10 +33,11 @@ from .. import expect
 from .samplers import Step
 
 if TYPE_CHECKING:  # guidance is given the network and imports no model
-    from ..models.attention import AttentionEdit
+    from ..models.sites import Edits as SiteEdits
 
+Scales = float | Sequence[float]  # of all images, or a list with one for each
 Embeddings = Tensor | Sequence[Tensor]  # (1 or B, L, D), or one such tensor for each step
-Edits = Callable[[Step], "Mapping[str, AttentionEdit]"]  # step -> {site name: AttentionEdit}
+Edits = Callable[[Step], "SiteEdits"]  # step -> {site name: AttentionEdit or FeatureEdit}
 
 
 class Predict(Protocol):
@@ -62,7 +63,7 @@ class Guidance:
     """predict(x, step, state) -> (combine(eps of each group), state), in one call of the network.
 
     groups: [(name, embeddings)], the conditional one last. combine: G tensors (B, C, h, w) -> one.
-    edits: step -> {site: AttentionEdit} of the conditional rows. ValueError for shapes that differ.
+    edits: step -> {site: edit}, of the last rows. ValueError for shapes that differ.
     """
 
     network: Callable[..., Tensor]
@@ -74,10 +75,13 @@ class Guidance:
         run = self.prepared(x, step, Run() if state is None else state)
         context = self.context(len(x), step) if run.context is None else run.context
         t = run.times[step.t] if run.times else _time(step, x)
-        edits = {} if self.edits is None else self.edits(step)
-        eps = self.network(x, t, context, edits).chunk(len(self.groups))
+        eps = self.network(x, t, context, self.edits_of(x, step)).chunk(len(self.groups))
         out, momentum = self.combined(eps, step, run.momentum)
         return out, run._replace(momentum=momentum)
+
+    def edits_of(self, x: Tensor, step: Step) -> SiteEdits:
+        """{site: edit} of this step, for latents x."""
+        return {} if self.edits is None else self.edits(step)
 
     def combined(
         self, eps: Sequence[Tensor], step: Step, momentum: Tensor | None
@@ -110,6 +114,17 @@ class Guidance:
         return torch.cat(parts)
 
 
+def with_edits(predict: Predict, make: Callable[[Sequence[str]], Edits]) -> Guidance:
+    """The guidance with edits of the rows of all its groups: make(their names).
+
+    ValueError for what is no `Guidance`, or has edits already.
+    """
+    if not isinstance(predict, Guidance) or predict.edits is not None:
+        got = f"{type(predict).__name__}"
+        raise ValueError(f"the rule made a {got}, expected a Guidance without edits")
+    return replace(predict, edits=make([name for name, _ in predict.groups]))
+
+
 def conditional(
     network: Callable[..., Tensor], cond: Tensor, edits: Edits | None = None
 ) -> Guidance:
@@ -121,7 +136,7 @@ def cfg(
     network: Callable[..., Tensor],
     uncond: Embeddings,
     cond: Tensor,
-    scale: float = 7.5,
+    scale: Scales = 7.5,
     edits: Edits | None = None,
     channels: int | None = None,
 ) -> Guidance:
@@ -131,13 +146,12 @@ def cfg(
     full schedule (entry step.index is used; null-text inversion makes such a list).  channels: only
     the first ones are guided, the others are c's (DiT guides 3 of 4, and never its variance).
     """
-    expect.number("guidance scale", scale)
     if channels is not None:
         expect.whole_number("channels", channels, 1)
-    if scale == 1:
+    if check_scales("guidance scale", scale) == 1:
         return conditional(network, cond, edits)
     groups = [("uncond", uncond), ("cond", cond)]
-    return Guidance(network, groups, _guided(scale, channels), edits)
+    return Guidance(network, groups, _guided(scale, cond, channels), edits)
 
 
 def erase(
@@ -145,7 +159,7 @@ def erase(
     uncond: Embeddings,
     cond: Tensor,
     concepts: Tensor,
-    scale: float = 7.5,
+    scale: Scales = 7.5,
     erase_scale: float | Sequence[float] = 10.0,
     edits: Edits | None = None,
 ) -> Guidance:
@@ -155,12 +169,11 @@ def erase(
     concepts: (n, L, D), each for every latent, or (n, B, L, D).  erase_scale: w, one weight for all
     or one each.
     """
-    expect.number("guidance scale", scale)
-    weights = _weights(erase_scale, concepts)
+    weights, guided = _weights(erase_scale, concepts), _guided(scale, cond)
 
     def combine(u: Tensor, *concepts_and_c: Tensor) -> Tensor:
         *of_concepts, c = concepts_and_c
-        eps = u + scale * (c - u)
+        eps = guided(u, c)
         for w, e in zip(weights, of_concepts):
             eps = eps - w * (e - u)
         return eps
@@ -173,7 +186,7 @@ def sega(
     uncond: Embeddings,
     cond: Tensor,
     concepts: Tensor,
-    scale: float = 7.5,
+    scale: Scales = 7.5,
     erase_scale: float | Sequence[float] = 10.0,
     threshold: float = 0.9,
     warmup: int = 10,
@@ -191,13 +204,12 @@ def sega(
     warmup counts in the full schedule, as step.index does. A negative weight leads towards a
     concept.
     """
-    expect.number("guidance scale", scale)
     weights = _weights(erase_scale, concepts)
     expect.number("threshold", threshold, 0, 1)
     expect.whole_number("warmup", warmup, 0)
     expect.number("momentum", momentum)
     expect.number("beta", beta, 0, 1)
-    groups, guided = _with_concepts(uncond, cond, concepts), _guided(scale)
+    groups, guided = _with_concepts(uncond, cond, concepts), _guided(scale, cond)
     return Sega(network, groups, guided, edits, weights, threshold, warmup, momentum, beta)
 
 
@@ -231,15 +243,38 @@ class Sega(Guidance):
         return out, self.beta * v + (1 - self.beta) * g
 
 
-def _guided(scale: float, channels: int | None = None) -> Callable[[Tensor, Tensor], Tensor]:
-    def combine(u: Tensor, c: Tensor) -> Tensor:
-        if channels is None:
-            return u + scale * (c - u)
-        own, rest = c[:, :channels], c[:, channels:]
-        u = u[:, :channels]
-        return torch.cat([u + scale * (own - u), rest], dim=1)
+def check_scales(name: str, scale: Scales, images: int | None = None) -> Scales:
+    """The scale or the scales; ValueError for what is no number, or a list that has not one for
+    each image."""
+    if not isinstance(scale, (list, tuple)):
+        expect.number(name, scale)
+        return scale
+    for each in scale:
+        expect.number(name, each)
+    if not scale or images not in (None, len(scale)):
+        each_of = "image, at least one" if images is None else f"of {images} images"
+        raise ValueError(f"{name} is a list of {len(scale)}, expected one for each {each_of}")
+    return scale
 
-    return combine
+
+def _guided(
+    scale: Scales, cond: Tensor, channels: int | None = None
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """u + scale (c - u), in the first channels alone if they are counted, and each image with its
+    own scale if there is a list of them."""
+    check_scales("guidance scale", scale)
+    each: Any = scale
+    if isinstance(scale, Sequence):
+        each = torch.tensor(scale, dtype=torch.float32, device=cond.device)[:, None, None, None]
+
+    def guided(u: Tensor, c: Tensor) -> Tensor:
+        check_scales("guidance scale", scale, len(u))
+        own, rest = c[:, :channels], c[:, channels:] if channels else c[:, :0]
+        u = u[:, :channels]
+        eps = u + (each * (own - u)).to(u)  # a list's product is float32, as a number's is inside
+        return torch.cat([eps, rest], dim=1) if channels else eps
+
+    return guided
 
 
 def _quantile(x: Tensor, q: float) -> Tensor:

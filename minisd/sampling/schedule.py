@@ -46,7 +46,11 @@ ONLY = {
     "clip_sample": False,
     "thresholding": False,
     "use_flow_sigmas": False,
+    "timestep_type": "discrete",
+    "sigma_min": None,
+    "sigma_max": None,
 }
+KEYS = {"beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "trained_betas"}
 WHOLE_NUMBERS = {
     "num_train_timesteps": (1, 100_000),
     "steps_offset": (0, 100_000),
@@ -83,6 +87,8 @@ class NoiseSchedule:
         caller's choice.
         """
         wrong = "scheduler config: "
+        if config and not (KEYS | {"_class_name"}) & config.keys():
+            raise ValueError(f"{wrong}got {list(config)!r:.80}, expected some of {sorted(KEYS)}")
         if "_class_name" in config and not {"beta_start", "trained_betas"} & config.keys():
             got = f"{config['_class_name']} without beta_start"
             raise ValueError(f"{wrong}{got} is no schedule of betas")
@@ -189,11 +195,14 @@ def betas(config: dict) -> Tensor:
     is_list = (
         isinstance(ends, (list, tuple)) and 0 < len(ends) <= WHOLE_NUMBERS["num_train_timesteps"][1]
     )
-    if not is_list or not all(isinstance(beta, (int, float)) and 0 < beta < 1 for beta in ends):
+    if not is_list or not all(type(beta) in (int, float) and 0 < beta < 1 for beta in ends):
         raise ValueError(
             f"scheduler config: betas are {ends!r:.80}, expected numbers between 0 and 1"
         )
     if config.get("trained_betas") is not None:
+        if len(ends) != n:
+            got = f"{len(ends)} trained_betas for num_train_timesteps {n}"
+            raise ValueError(f"scheduler config: got {got}, expected as many")
         return torch.tensor(config["trained_betas"], dtype=torch.float32, device="cpu")
     if kind == "linear":
         return torch.linspace(start, end, n, dtype=torch.float32, device="cpu")

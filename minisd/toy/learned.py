@@ -85,8 +85,8 @@ def train(
         optimizer = torch.optim.Adam(network.parameters(), lr=1e-2, betas=(0.9, 0.99))
         rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         for _ in range(steps):
-            rows = torch.randint(len(samples), (batch,), device="cpu")
-            t = torch.randint(len(schedule), (batch,), device="cpu")
+            rows = torch.randint(len(samples), (batch,), dtype=torch.int64, device="cpu")
+            t = torch.randint(len(schedule), (batch,), dtype=torch.int64, device="cpu")
             hidden = torch.rand(batch, dtype=torch.float32, device="cpu") < unlabelled
             context = contexts[labels[rows].where(~hidden, len(data.weights))]
             x0 = samples[rows].float()

@@ -14,7 +14,7 @@ It made the bundled `shapes`. Its stages share one run folder, and each resumes 
 A diffusion transformer on the bundled model's latents and texts, in a run folder of its own:
 
     python -m minisd.training transformer --run RUN
-        the third loss, eps_theta a DiT
+        the third loss, eps_theta a DiT; with --to DIR its average is then written as a model
 
 The objective is that of Rombach et al. 2022, https://arxiv.org/abs/2112.10752 (eq. 2).
 """
@@ -29,7 +29,7 @@ import torch
 from .export import export
 from .recipes import RECIPES, TRANSFORMER
 from .stages import train_autoencoder, train_diffusion, train_text
-from .transformer import train_transformer
+from .transformer import export_transformer, train_transformer
 
 ORDER = ("autoencoder", "text", "diffusion", "export")
 NEEDS = {"diffusion": ("autoencoder.pt", "text.pt"), "export": ("pool.pt", "diffusion.pt")}
@@ -68,15 +68,15 @@ def make_parser() -> argparse.ArgumentParser:
         add(f"--{name.replace('_', '-')}", type=float, help=f"diffusion: {what}")
     add("--seed", type=int, default=0)
     add("--device", default="cpu")
-    add("--to", type=Path, help="export: the folder to write")
+    add("--to", type=Path, help="export, transformer: the folder to write")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(arguments)
-    if (args.stage == "export") != (args.to is not None):
-        parser.error("--to goes with export, and export needs it")
+    if args.stage != "transformer" and (args.stage == "export") != (args.to is not None):
+        parser.error("--to goes with export and transformer, and export needs it")
     for name in NEEDS.get(args.stage, ()):
         if not (args.run / name).exists():
             parser.error(
@@ -88,6 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.steps is not None:
             own = replace(own, diffusion=replace(own.diffusion, steps=args.steps))
         train_transformer(own, args.run, args.seed, torch.device(args.device))
+        if args.to is not None:
+            export_transformer(own, args.run, args.to)
         return
     recipe = RECIPES[args.recipe]
     if args.stage == "export":

@@ -6,13 +6,18 @@ Autoencoder, vocabulary and text encoder are those of `shapes` and are not train
 is the transformer alone, so that the two networks can be compared on one world.
 """
 
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
+from ..checkpoints.export import write_json
 from ..checkpoints.load import Parts, load_parts, locate
-from ..files import atomic_write
+from ..checkpoints.sources import bundled, weights_file
+from ..files import atomic_folder, atomic_write
 from ..models.dit import DiT
 from .data import Pool, encode_pool
 from .loop import train
@@ -68,3 +73,23 @@ def load_pool(
         with atomic_write(path) as temporary:
             torch.save(pool, temporary)
     return torch.load(path, map_location="cpu")
+
+
+def export_transformer(recipe: TransformerRecipe, run: Path, folder: Path) -> None:
+    """Write the DiT that the run has now, its average in float16, as a folder that `minisd.load`
+    takes: transformer/ and the bundled model's other parts. All of it or nothing."""
+    average = torch.load(run / "transformer.pt", map_location="cpu", mmap=True)["average"]
+    halves = {
+        name.removeprefix("dit."): tensor.half().contiguous()
+        for name, tensor in average.items()
+        if name.startswith("dit.")
+    }
+    index = {"_class_name": "minisd", "transformer": ["minisd", "DiT"]}
+    with atomic_folder(folder, last="model_index.json") as temporary:
+        for part in ("vae", "text_encoder", "tokenizer", "scheduler"):
+            shutil.copytree(bundled()["shapes"] / part, temporary / part)
+        own = temporary / "transformer"
+        write_json(own / "config.json", asdict(recipe.dit) | {"_class_name": "DiT"})
+        weights = own / Path(weights_file("unet", None)).name
+        save_file(halves, weights, metadata={"format": "pt"})
+        write_json(temporary / "model_index.json", index)

@@ -6,31 +6,50 @@ The conversions are those of diffusers' VaeImageProcessor.
 import io
 import os
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..files import expect_file
+
 OneImage = Image.Image | str | os.PathLike[str] | bytes | np.ndarray[Any, Any]
 ImageInput = OneImage | Sequence[OneImage] | Tensor
+# Of Pillow's formats those in which people keep images, none of which runs another program, as EPS
+# does Ghostscript.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "ICO", "JPEG2000", "AVIF")
 
 
 def read_image(file: str | os.PathLike[str] | bytes) -> Image.Image:
     """A file, or its bytes, as a viewer shows it, in RGB (see `to_rgb`); of an animation the first
     frame.
 
-    FileNotFoundError, or ValueError: the file is cut, no image, or so large (89 megapixels) that
-    it is no photograph.
+    FileNotFoundError, or ValueError: the file is cut, no image, none of FORMATS, or so large (89
+    megapixels) that it is no photograph.
     """
+    with open_image(file) as image:
+        return to_rgb(image)
+
+
+@contextmanager
+def open_image(file: str | os.PathLike[str] | bytes) -> Iterator[Image.Image]:
+    """`with open_image(file) as image`: as it is in the file; errors as of `read_image`, also for
+    what is found out inside."""
     path = f"an image of {len(file)} bytes" if isinstance(file, bytes) else os.fspath(file)
     try:
+        if not isinstance(file, bytes):
+            expect_file(file)
+        source = io.BytesIO(file) if isinstance(file, bytes) else file
+        Image.init()  # all formats, of which one may be missing here
+        known = [name for name in FORMATS if name in Image.OPEN]
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-                return to_rgb(image)
+            with Image.open(source, formats=known) as image:
+                yield image
     except FileNotFoundError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -106,7 +125,8 @@ def from_array(values: np.ndarray[Any, Any]) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image as a viewer shows it, in RGB.
 
-    It is turned upright (EXIF), 16-bit grey is scaled to 8, transparency is laid on white.
+    It is turned upright (EXIF), 16-bit grey is scaled to 8, colours of an embedded profile become
+    sRGB's, transparency is laid on white.
     """
     if not isinstance(image, Image.Image):
         got = type(image).__name__
@@ -120,9 +140,50 @@ def to_rgb(image: Image.Image) -> Image.Image:
             f"an image of mode {image.mode} has no known white; convert it to 8 bits or I;16"
         )
     image = ImageOps.exif_transpose(image)
+    profile = image.info.get("icc_profile")
     if sixteen:
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-    if image.has_transparency_data:
+    clear = image.has_transparency_data
+    alpha = image.convert("RGBA").getchannel("A") if clear else None
+    if profile:
+        image = to_srgb(image, profile)
+    if alpha is not None:
         image = image.convert("RGBA")
+        image.putalpha(alpha)
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """The colours of an ICC profile in sRGB, without one; as they are, and with it, where the
+    profile says sRGB anyway, within one step of 255.
+
+    A profile that is damaged, or of another colour space than the image, says nothing: a warning.
+    """
+    from PIL import ImageCms
+
+    try:
+        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        space = own.profile.xcolor_space.strip()
+        mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}.get(space, space)
+        fits = image.mode == mode or (mode in ("RGB", "L") and image.mode != "CMYK")
+        is_grey = image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I")
+        if not fits or (mode == "L" and not is_grey):
+            raise ValueError(f"it is of {space}, the image of {image.mode}")
+        srgb = ImageCms.createProfile("sRGB")
+        transform = ImageCms.buildTransform(own, srgb, mode, "RGB")
+        if mode == "RGB":
+            steps = np.array(np.meshgrid(*[np.linspace(0, 255, 9)] * 3), dtype=np.uint8)
+            steps = steps.reshape(3, 27, 27).transpose(1, 2, 0)
+            lattice = Image.fromarray(np.ascontiguousarray(steps))
+            moved = np.asarray(ImageCms.applyTransform(lattice, transform), dtype=int)
+            if np.abs(moved - np.asarray(lattice, dtype=int)).max() <= 1:
+                return image
+        converted = cast(Image.Image, ImageCms.applyTransform(image.convert(mode), transform))
+        converted.info.pop("icc_profile", None)
+        return converted
+    except (ImageCms.PyCMSError, OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        told = f"an image's colour profile cannot be used ({reason}): its colours are taken as sRGB"
+        warnings.warn(told, stacklevel=2)
+        return image

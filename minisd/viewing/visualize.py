@@ -11,6 +11,7 @@ for overlaid words.
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -21,10 +22,10 @@ from torch import Tensor
 
 from .. import expect
 from ..drawing import Drawing, Options
+from ..editing.alignment import find_word
 from ..editing.maps import Maps
 from ..editing.recording import Recording
 from ..editing.sites import Where
-from ..sampling.guidance import cfg
 
 if TYPE_CHECKING:
     from ..pipeline import StableDiffusion
@@ -52,7 +53,7 @@ def heatmap(
     height, width = (side * sd.vae.factor for side in x.shape[2:])
     sites = sd.unet.sites("cross") if where is None else where
     maps = Maps(sd, [prompt] * len(x), drawing.steps, sites, height, width, until)
-    predict = cfg(sd.network, *drawing.embed(sd, [prompt]), drawing.guidance, maps)
+    predict = drawing.rule(sd.network, *drawing.embed(sd, [prompt]), drawing.guidance, maps)
     return sd.decode(drawing.denoise(x, drawing.make_sampler(sd), predict)), maps
 
 
@@ -66,12 +67,24 @@ def word_sheet(
 ) -> Image.Image:
     """The image, and beside it one overlay for each word, with the word below.
 
-    words: None: every word of the row's prompt. grid: only the maps of that resolution. Each map
-    is shown between its own least and greatest value.
+    words: None: every word of the row's prompt, without those that were cut, with a warning. grid:
+    only the maps of that resolution. Each map is shown between its own least and greatest value.
     """
-    words = list(dict.fromkeys(maps.prompts[row].split())) if words is None else list(words)
+    words = words_with_maps(maps, row) if words is None else list(words)
     overlays = [overlay(image, maps.word(word, row, grid)) for word in words]
     return contact_sheet([image, *overlays], ["", *words], columns)
+
+
+def words_with_maps(maps: Maps, row: int = 0) -> list[str]:
+    """The words of a row's prompt, each once; those that did not fit into the row have no map: a
+    UserWarning names them."""
+    prompt = maps.prompts[row]
+    words = dict.fromkeys(prompt.split())
+    there = [word for word in words if find_word(maps.tokenizer, prompt, word)]
+    if cut := [word for word in words if word not in there]:
+        named = ", ".join(map(repr, cut))
+        warnings.warn(f"no map of what was cut from the prompt: {named:.200}", stacklevel=3)
+    return there
 
 
 def token_sheet(
@@ -181,11 +194,26 @@ def contact_sheet(
 
 
 def wrap(text: str, font: Any, width: int) -> list[str]:
-    """The text in lines that are not wider than `width` pixels, unless a single word is."""
+    """The text in lines that are not wider than `width` pixels, unless a single letter is; what
+    the font has no letter for is escaped, \\u96ea, and shows no empty box."""
     lines: list[str] = []
     for word in text.split():
-        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
+        shown = "".join(c if has_letter(font, c) else ascii(c)[1:-1] for c in word)
+        if lines and font.getlength(f"{lines[-1]} {shown}") <= width:
+            lines[-1] += f" {shown}"
+            continue
+        lines.append("")
+        for letter in shown:
+            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
     return lines
+
+
+def has_letter(font: Any, letter: str) -> bool:
+    """Whether a font draws something of its own for a letter."""
+    try:
+        own, none = font.getmask(letter), font.getmask("\ufffe")  # which stands for no letter
+    except UnicodeEncodeError:  # Pillow's font without FreeType
+        return False
+    return letter.isprintable() and (own.size, bytes(own)) != (none.size, bytes(none))
