@@ -219,16 +219,21 @@ def load(
         local_files_only=local_files_only,
         tokenizer=tokenizer,
     )
-    told = {"variant": variant, "revision": revision, "compile": compile, "graph": graph}
-    told["tokenizer"] = None if tokenizer is None else str(tokenizer)
-    loaded = {"source": str(source), **{name: value for name, value in told.items() if value}}
-    start = time.monotonic()
-    parts = load_parts(checkpoint, where, kind, copy)
+    how = {"compile": compile, "graph": graph}
+    loaded = as_told(source, variant=variant, revision=revision, tokenizer=tokenizer, **how)
+    start, parts = time.monotonic(), load_parts(checkpoint, where, kind, copy)
     sd = StableDiffusion(*parts, compile=compile, graph=graph, loaded=loaded)
     auto: Implementation = "triton" if where.type == "cuda" else "sdpa"
     sd.unet.attention = auto if attention == "auto" else attention
     log.info("loaded %s in %.2f s: %s", source, time.monotonic() - start, sd)
     return sd
+
+
+def as_told(source: str | Path, **others: Any) -> dict[str, Any]:
+    """What `load` was told, as JSON has it; what is None or False is left out."""
+    given = {name: value for name, value in others.items() if value}
+    kept = {name: value if value is True else str(value) for name, value in given.items()}
+    return {"source": str(source), **kept}
 
 
 def pick_device(device: torch.device | str | None) -> torch.device:
