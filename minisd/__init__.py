@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     )
     from .editing.recording import Recording as Recording, record as record, replay as replay
     from .editing.regional import regional as regional
+    from .editing.style_aligned import style_aligned as style_aligned
     from .labels import LabelDiffusion as LabelDiffusion, load_dit as load_dit
     from .models.attention import Attention as Attention, AttentionEdit as AttentionEdit
     from .models.clip import CLIPTextConfig as CLIPTextConfig, CLIPTextModel as CLIPTextModel
@@ -92,6 +93,7 @@ _HOME = {  # public name -> module that defines it
     "long_prompt": "editing.long_prompts",
     "masactrl": "editing.masactrl",
     "regional": "editing.regional",
+    "style_aligned": "editing.style_aligned",
     "edict": "editing.edict",
     "erase_concepts": "editing.erasure",
     "inpaint": "editing.inpainting",

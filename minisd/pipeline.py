@@ -223,8 +223,7 @@ def load(
     loaded = as_told(source, variant=variant, revision=revision, tokenizer=tokenizer, **how)
     start, parts = time.monotonic(), load_parts(checkpoint, where, kind, copy)
     sd = StableDiffusion(*parts, compile=compile, graph=graph, loaded=loaded)
-    auto: Implementation = "triton" if where.type == "cuda" else "sdpa"
-    sd.unet.attention = auto if attention == "auto" else attention
+    sd.unet.attention = pick_attention(attention, where)
     log.info("loaded %s in %.2f s: %s", source, time.monotonic() - start, sd)
     return sd
 
@@ -234,6 +233,14 @@ def as_told(source: str | Path, **others: Any) -> dict[str, Any]:
     given = {name: value for name, value in others.items() if value}
     kept = {name: value if value is True else str(value) for name, value in given.items()}
     return {"source": str(source), **kept}
+
+
+def pick_attention(
+    attention: Implementation | Literal["auto"], device: torch.device
+) -> Implementation:
+    if attention == "auto":
+        return "triton" if device.type == "cuda" else "sdpa"
+    return attention
 
 
 def pick_device(device: torch.device | str | None) -> torch.device:

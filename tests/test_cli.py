@@ -584,6 +584,7 @@ def test_the_model_is_v1_4_where_none_is_named():
         "batch",
         "erase",
         "masactrl",
+        "style",
         "excite",
         "regional",
         "diffedit",

@@ -52,6 +52,10 @@ COMMANDS = {
             sd, Image.open("image.png"), "a cat", "a dog", noises=2, strength=0.7, **HOW
         ),
     ),
+    "style": (
+        ["style", "a cat", "a dog", "a mat"],
+        lambda sd: minisd.style_aligned(sd, "a cat", "a dog", "a mat", **HOW),
+    ),
     "weights": (
         ["txt2img", "a (cat:2)", "--weights", "bias"],
         lambda sd: minisd.long_prompt(sd, "a (cat:2)", "bias", **HOW),

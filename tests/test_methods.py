@@ -102,6 +102,40 @@ def test_masactrl_without_guidance_and_of_several_images(both):
         minisd.masactrl(sd, SOURCE, TARGET, first=7)
 
 
+def test_style_aligned(both, compare):
+    reference, sd = both
+    ours = minisd.style_aligned(sd, SOURCE, TARGET, **HOW)
+
+    def moved(x, like):
+        """(H, N, D): by head and channel, the mean and deviation over positions of `like`."""
+        out = torch.empty_like(x)
+        for head in range(x.shape[0]):
+            for channel in range(x.shape[2]):
+                own, other = x[head, :, channel], like[head, :, channel]
+                scaled = (own - own.mean()) / (own.var() + 1e-5).sqrt()
+                out[head, :, channel] = scaled * (other.var() + 1e-5).sqrt() + other.mean()
+        return out
+
+    def attend(i, site, q, k, v):
+        if site.endswith("attn2"):
+            return oracle.plain(q, k, v)
+        out = []
+        for first, second in ((0, 1), (2, 3)):  # of the uncond rows, of the cond rows
+            out.append(oracle.plain(q[first], k[first], v[first]))
+            keys = torch.cat([k[first], moved(k[second], k[first])], dim=1)
+            values = torch.cat([v[first], v[second]], dim=1)
+            out.append(oracle.plain(moved(q[second], q[first]), keys, values))
+        return torch.stack(out)
+
+    theirs = run(reference, sd.noise(3, 2), texts(sd, [SOURCE, TARGET]), attend)
+    compare("StyleAligned", ours, theirs, sd.txt2img([SOURCE, TARGET], **HOW))
+    two = minisd.style_aligned(sd, SOURCE, TARGET, num_images=2, **HOW)
+    seeds = {"seed": [3, 5]}  # of rows 0 and 2
+    assert difference(two[::2], minisd.style_aligned(sd, SOURCE, TARGET, **HOW | seeds)) <= 1e-5
+    with pytest.raises(ValueError, match="got no prompt beside the reference"):
+        minisd.style_aligned(sd, SOURCE)
+
+
 def test_daam(both, compare):
     reference, sd = both
     _, maps = minisd.heatmap(sd, SOURCE, height=24, width=44, **HOW)

@@ -1,4 +1,4 @@
-"""The commands of the methods on attention: `minisd masactrl`, `excite`, `regional`, `diffedit`."""
+"""The commands of the methods on attention: `minisd masactrl`, `style`, `excite`, ..."""
 
 from __future__ import annotations
 
@@ -36,6 +36,13 @@ def add_commands(command: AddCommand) -> None:
     parser.add_argument("--start", type=count, default=4, metavar="STEP", help=from_step)
     site = "the first self-attention site, counted from 0; without it five eighths of the way"
     parser.add_argument("--first", type=count, metavar="SITE", help=site)
+    add_drawing_options(parser, size_help=OWN_SIZE)
+    parser.set_defaults(steps=50, sampler="ddim")
+
+    what = "draw prompts in the manner of the first (StyleAligned)"
+    parser = command("style", style, what)
+    parser.add_argument("reference", help="the prompt that says the manner")
+    parser.add_argument("prompt", nargs="+", help="what else to draw, each from its own noise")
     add_drawing_options(parser, size_help=OWN_SIZE)
     parser.set_defaults(steps=50, sampler="ddim")
 
@@ -81,6 +88,17 @@ def masactrl(args: Namespace, call: Call) -> None:
         from ..editing.masactrl import masactrl
 
         return masactrl(sd, *prompts, start=args.start, first=args.first, **options)
+
+    draw(request, run, telling(call), prompts)
+
+
+def style(args: Namespace, call: Call) -> None:
+    request, prompts = DrawRequest.of(args, call), [args.reference, *args.prompt]
+
+    def run(sd: StableDiffusion, options: Options) -> list[Image.Image]:
+        from ..editing.style_aligned import style_aligned
+
+        return style_aligned(sd, *prompts, **options)
 
     draw(request, run, telling(call), prompts)
 

@@ -1,0 +1,66 @@
+"""StyleAligned: draw prompts in the manner of the first.
+
+In every self-attention each image sees the reference beside itself, and its queries and keys are
+moved to the reference's mean and deviation over the positions, of each head and channel:
+
+    out = softmax(q' [k_reference, k']^T / sqrt(D)) [v_reference, v]
+    x'  = deviation(x_reference) (x - mean(x)) / deviation(x) + mean(x_reference)       x = q, k
+
+with the text and without it alike. The reference sees itself twice, which changes nothing. Each
+image has noise of its own. There are twice as many keys, so self-attention takes twice as long.
+
+Source: Hertz et al. 2024 (arXiv 2312.02133) and its code: shared attention with AdaIN of q and k.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Unpack
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..drawing import Drawing, Options
+from ..models.attention import AttentionEdit
+from ..models.features import FeatureEdit
+from ..sampling.guidance import Edits, with_edits
+
+if TYPE_CHECKING:
+    from ..pipeline import StableDiffusion
+
+
+def style_aligned(
+    sd: "StableDiffusion", reference: str, *prompts: str, **options: Unpack[Options]
+) -> list[Image.Image]:
+    """Draw the reference prompt, and the others in its manner; num_images of each, the reference
+    first.
+
+    Image i of a prompt follows image i of the reference. options: see `minisd.drawing.Drawing`
+    (here steps=50, sampler="ddim").
+    """
+    drawing = Drawing.of(options, steps=50, sampler="ddim")
+    if not prompts:
+        raise ValueError("got no prompt beside the reference, expected at least one")
+    uncond, cond = drawing.embed(sd, [reference, *prompts])
+    x = drawing.noise(sd, len(cond))
+    predict = drawing.rule(sd.network, uncond, cond, drawing.guidance)
+
+    def edits(groups: Sequence[str]) -> Edits:
+        own = torch.arange(len(groups) * len(x), dtype=torch.int64, device=x.device)
+        row = own - own % len(x) + own % drawing.num_images  # the reference of each, in its group
+        shared = AttentionEdit(kv_row=torch.stack([row, own], 1))
+        moved = FeatureEdit(apply=lambda x: aligned(x, row))
+        at: dict[str, Any] = {}
+        for site in sd.unet.sites("self"):
+            at |= {site: shared, f"{site}.q": moved, f"{site}.k": moved}
+        return lambda step: at
+
+    return sd.decode(
+        drawing.denoise(x, drawing.make_sampler(sd, rows=len(x)), with_edits(predict, edits))
+    )
+
+
+def aligned(x: Tensor, row: Tensor) -> Tensor:
+    """x (R, H, N, D) with the mean and deviation over N of the rows that `row` (R,) names."""
+    wide = x.float()
+    mean, deviation = wide.mean(2, keepdim=True), (wide.var(2, keepdim=True) + 1e-5).sqrt()
+    return (deviation[row] * (wide - mean) / deviation + mean[row]).to(x)
