@@ -40,6 +40,8 @@ from minisd.viewing.visualize import contact_sheet
 
 SEED, STEPS, EACH = 4001, 10, 5
 HOW = {"steps": STEPS, "progress": False}
+FREEU = (1.2, 1.2), (1.0, 1.0)  # b, s; the published ones are Stable Diffusion's
+ORACLES = ("test_methods", "test_perturbed", "test_feature_methods")
 PARTS = ("error", "score", "cost")
 SIDE = 256  # pixels, of the measurement of time and memory: 4096 positions
 Scored = list[tuple[Image.Image, bool]]  # EACH images, and whether each is right
@@ -91,7 +93,7 @@ def has(said: Description, *names: str) -> Callable[[Image.Image], bool]:
 # the trials
 
 
-def pag(sd, rng, seed) -> Trial:
+def perturbing(rule, sd, rng, seed) -> Trial:
     """Without a text and without guidance: one or two things, each whole, on a background."""
     how = of_seed(seed) | {"guidance": 1}
 
@@ -100,8 +102,45 @@ def pag(sd, rng, seed) -> Trial:
         whole = all(each.shape and each.colour and each.size for each in found.objects)
         return 1 <= len(found.objects) <= 2 and whole and found.background is not None
 
-    images = (sd.txt2img("", rule=rule, **how) for rule in (minisd.cfg, minisd.pag))
+    images = (sd.txt2img("", rule=each, **how) for each in (minisd.cfg, rule))
     return judged("no text, no guidance", *images, right)
+
+
+def freeu(sd, rng, seed) -> Trial:
+    """Two things, with little guidance."""
+    said, how = two(rng), of_seed(seed) | {"guidance": 1.5}
+    rules = (minisd.cfg, partial(minisd.cfg, edits=minisd.freeu(sd.unet, *FREEU)))
+    images = (sd.txt2img(str(said), rule=rule, **how) for rule in rules)
+    return judged(str(said), *images, has(said, "all"))
+
+
+def deep_cache(sd, rng, seed) -> Trial:
+    """Two things: as right as in full, in less time."""
+    said, how = two(rng), of_seed(seed) | {"steps": 2 * STEPS}
+    rules = (minisd.cfg, partial(minisd.deep_cache, unet=sd.unet))
+    images = (sd.txt2img(str(said), rule=rule, **how) for rule in rules)
+    return judged(str(said), *images, has(said, "all"))
+
+
+def plug_and_play(sd, rng, seed) -> Trial:
+    """One of two things in another colour, and both in their places."""
+    said, edited = two(rng), rng.randrange(2)
+    used, things = [each.colour for each in said.things], list(said.things)
+    colour = rng.choice([c for c in scenes.COLOURS if c not in used])
+    things[edited] = replace(things[edited], colour=colour)
+    prompts = str(said), str(replace(said, things=tuple(things)))
+    pair = Pair("colour swap", said, replace(said, things=tuple(things)), edited, seed)
+    how = of_seed(seed)
+    alone, drawn = (f(sd, *prompts, **how) for f in (minisd.seed_baseline, minisd.plug_and_play))
+
+    def verdicts(images: list[Image.Image]) -> Scored:
+        figures = [measure(pair, *each) for each in zip(images[:EACH], images[EACH:])]
+        kept = [min(f["other_iou"] or 0, f["edited_iou"] or 0) > 0.8 for f in figures]
+        return [
+            (image, bool(f["right"] and ok)) for image, f, ok in zip(images[EACH:], figures, kept)
+        ]
+
+    return " / ".join(prompts), verdicts(alone), verdicts(drawn)
 
 
 def masactrl(sd, rng, seed) -> Trial:
@@ -214,7 +253,21 @@ class Method:
 
 
 METHODS = [
-    Method("PAG", "perturbed", "PAG", pag, "whole things, without a text"),
+    Method(
+        "PAG", "perturbed", "PAG", partial(perturbing, minisd.pag), "whole things, without a text"
+    ),
+    Method(
+        "SEG", "smoothed", "SEG", partial(perturbing, minisd.seg), "whole things, without a text"
+    ),
+    Method("FreeU", "freeu", "FreeU", freeu, "two things, little guidance"),
+    Method(
+        "Plug-and-Play",
+        "plug_and_play",
+        "Plug-and-Play",
+        plug_and_play,
+        "the new colour, both things in place",
+    ),
+    Method("DeepCache", "deep_cache", "DeepCache", deep_cache, "two things, all attributes"),
     Method("MasaCtrl", "masactrl", "MasaCtrl", masactrl, "its own place, the source's background"),
     Method(
         "Attend-and-Excite",
@@ -265,10 +318,10 @@ def lines_of(path: Path) -> int:
 
 
 def oracle_errors() -> dict[str, float]:
-    """{method: the greatest relative error} of tests/test_methods.py and test_perturbed.py."""
+    """{method: the greatest relative error} of the tests in ORACLES."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        tests = [f"tests/{name}.py" for name in ("test_methods", "test_perturbed")]
+        tests = [f"tests/{name}.py" for name in ORACLES]
         command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *tests]
         subprocess.run(command, cwd=harness.ROOT, check=True, stdout=sys.stderr)
         worst: dict[str, float] = {}
@@ -298,6 +351,13 @@ def costs(sd) -> dict[str, tuple[Callable, Callable]]:
     words = {"refinements": 0, **how}
     return {
         "PAG": (partial(drawn, rule=minisd.pag), partial(drawn, rule=undisturbed)),
+        "SEG": (partial(drawn, rule=minisd.seg), partial(drawn, rule=undisturbed)),
+        "FreeU": (partial(drawn, rule=partial(minisd.cfg, edits=minisd.freeu(sd.unet))), drawn),
+        "Plug-and-Play": (
+            partial(minisd.plug_and_play, sd, one, two, **how),
+            partial(minisd.seed_baseline, sd, one, two, **how),
+        ),
+        "DeepCache": (partial(drawn, rule=partial(minisd.deep_cache, unet=sd.unet)), drawn),
         "MasaCtrl": (
             partial(minisd.masactrl, sd, one, two, start=0, **how),
             partial(minisd.seed_baseline, sd, one, two, **how),

@@ -63,7 +63,8 @@ def add_moved(
         return add_moved(acc, right, moves, first + HALF, HALF, BLOCK_N, KEYS, PIECE)
     else:
         rows = first + tl.arange(0, WIDTH)
-        return dot(source, load(moves, rows, tl.arange(0, KEYS), KEYS, KEYS, False, False), acc)
+        b_m = load(moves, rows, tl.arange(0, KEYS), KEYS, KEYS, False, False)
+        return dot(source.to(b_m.dtype), b_m, acc)  # converted here: earlier takes more registers
 
 
 @triton.heuristics(
@@ -176,7 +177,8 @@ def cross_attention_save_kernel(
             )
         if HAS_TOKEN_MAP:
             moves = Matrix(token_map + edited * (KEYS * KEYS), (KEYS, 1))
-            source = source.to(token_map.dtype.element_ty)
+            if KEYS > PIECE:
+                source = source.to(token_map.dtype.element_ty)
             source = add_moved(zeros(BLOCK_N, KEYS), source, moves, 0, KEYS, BLOCK_N, KEYS, PIECE)
         if HAS_BLEND:
             w = row_vector(blend, stride_blend, edited, h, L, KEYS)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .editing.masactrl import masactrl as masactrl
     from .editing.null_text import null_text as null_text
     from .editing.perturbed import pag as pag
+    from .editing.plug_and_play import plug_and_play as plug_and_play
     from .editing.prompt_to_prompt import (
         PromptToPrompt as PromptToPrompt,
         edit_prompt as edit_prompt,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     )
     from .editing.recording import Recording as Recording, record as record, replay as replay
     from .editing.regional import regional as regional
+    from .editing.smoothed import seg as seg
     from .editing.style_aligned import style_aligned as style_aligned
     from .labels import LabelDiffusion as LabelDiffusion, load_dit as load_dit
     from .models.attention import Attention as Attention, AttentionEdit as AttentionEdit
@@ -87,8 +89,8 @@ _HOME = {  # public name -> module that defines it
     "Drawing": "drawing",
     "attend_and_excite": "editing.attend_and_excite",
     "blend": "editing.blended",
-    "deep_cache": "editing.deep_cache",
     "daam": "editing.daam",
+    "deep_cache": "editing.deep_cache",
     "diffedit": "editing.diffedit",
     "long_prompt": "editing.long_prompts",
     "masactrl": "editing.masactrl",
@@ -106,6 +108,7 @@ _HOME = {  # public name -> module that defines it
     "LocalBlend": "editing.local_blend",
     "Maps": "editing.maps",
     "null_text": "editing.null_text",
+    "plug_and_play": "editing.plug_and_play",
     "edit_prompt": "editing.prompt_to_prompt",
     "PromptToPrompt": "editing.prompt_to_prompt",
     "seed_baseline": "editing.prompt_to_prompt",
@@ -114,6 +117,7 @@ _HOME = {  # public name -> module that defines it
     "Recording": "editing.recording",
     "LabelDiffusion": "labels",
     "load_dit": "labels",
+    "seg": "editing.smoothed",
     "AttentionEdit": "models.attention",
     "Attention": "models.attention",
     "CLIPTextModel": "models.clip",

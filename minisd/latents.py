@@ -18,7 +18,6 @@ from . import expect
 from .drawing import memory_for, seeds
 from .engine.network import Network, network
 from .models.denoiser import Denoiser
-from .models.unet import UNet
 from .models.vae import AutoencoderKL
 from .sampling.schedule import NoiseSchedule
 from .viewing.images import ImageInput, as_given, to_pil, to_tensor
@@ -40,7 +39,7 @@ class Latents:
     graph: bool
 
     @property
-    def denoiser(self) -> UNet | Denoiser:
+    def denoiser(self) -> Denoiser:
         """The network that predicts the noise."""
         raise NotImplementedError
 
@@ -51,11 +50,11 @@ class Latents:
 
     @property
     def device(self) -> torch.device:
-        return next(self.denoiser.parameters()).device
+        return self.denoiser.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.denoiser.parameters()).dtype
+        return self.denoiser.dtype
 
     @property
     def network(self) -> Network:

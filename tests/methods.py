@@ -76,7 +76,20 @@ def loops(sd):
 
 def on_attention(sd, options):
     """The methods on attention edits."""
-    return {"pag": (lambda: sd.txt2img(PROMPTS, rule=minisd.pag, **options), 1)}
+    size = sd.unet.config.sample_size * sd.vae.factor
+    mask = torch.zeros(size, size).index_fill(1, torch.arange(size // 2), 1.0)
+    image, long, weighted = image_of(size), f"{PROMPTS[0]} " * 12, "a (red:2.0) circle"
+    word = PROMPTS[0].split()[-1]
+    return {
+        "pag": (lambda: sd.txt2img(PROMPTS, rule=minisd.pag, **options), 1),
+        "masactrl": (lambda: minisd.masactrl(sd, *PROMPTS, start=1, **options), 1),
+        "regional": (lambda: minisd.regional(sd, PROMPTS[0], {PROMPTS[1]: mask}, **options), 1),
+        "long prompt": (lambda: minisd.long_prompt(sd, long, **options), 1),
+        "weights": (lambda: minisd.long_prompt(sd, weighted, "bias", **options), 1),
+        "daam": (lambda: minisd.heatmap(sd, PROMPTS[0], **options)[0], 1),
+        "diffedit": (lambda: minisd.diffedit(sd, image, *PROMPTS, noises=2, **options), 2),
+        "excite": (lambda: minisd.attend_and_excite(sd, PROMPTS[0], word, **options), 0),
+    }
 
 
 def image_of(size: int):

@@ -1,6 +1,8 @@
 """The commands of the methods on attention: they draw what the functions draw, their images can be
 drawn again, and what they can know is wrong they say before anything is drawn."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -40,6 +42,28 @@ COMMANDS = {
     "masactrl": (
         ["masactrl", "a cat", "a dog", "--start", "1", "--first", "0"],
         lambda sd: minisd.masactrl(sd, "a cat", "a dog", start=1, first=0, **HOW),
+    ),
+    "plug-and-play": (
+        ["pnp", "a cat", "a dog", "--self-steps", "0.4"],
+        lambda sd: minisd.plug_and_play(sd, "a cat", "a dog", self_steps=0.4, **HOW),
+    ),
+    "freeu": (
+        ["txt2img", "a cat", "--freeu", "1.5,0.5"],
+        lambda sd: sd.txt2img(
+            "a cat", rule=partial(minisd.cfg, edits=minisd.freeu(sd.unet, (1.5,), (0.5,))), **HOW
+        ),
+    ),
+    "seg": (
+        ["img2img", "image.png", "a cat", "--seg", "2"],
+        lambda sd: sd.img2img(
+            Image.open("image.png"), "a cat", rule=partial(minisd.seg, seg_scale=2), **HOW
+        ),
+    ),
+    "deep cache": (
+        ["txt2img", "a cat", "--deep-cache", "2"],
+        lambda sd: sd.txt2img(
+            "a cat", rule=partial(minisd.deep_cache, unet=sd.unet, every=2), **HOW
+        ),
     ),
     "excite": (
         ["excite", "a cat", "cat", "--scale", "3", "--refinements", "1"],
@@ -93,6 +117,11 @@ def test_two_seeds_of_several_images(sd, minisd_command):
         (["masactrl", "a cat"], "the following arguments are required: target"),
         (["masactrl", "a", "b", "--start", "3"], "start is 3, expected a whole number from 0 to 2"),
         (["masactrl", "a", "b", "--start", "0", "--first", "9"], "first is 9, expected a whole"),
+        (["txt2img", "a", "--seg", "2", "--pag", "3"], "--pag: it is a rule of its own, expected"),
+        (["txt2img", "a", "--seg", "2", "--freeu", "1,1"], "not allowed with argument"),
+        (["txt2img", "a", "--freeu", "1,2,3"], "got 1,2,3, expected as many factors of each"),
+        (["txt2img", "a", "--freeu", "1,1,1,1,1,1"], "expected as many of both, 1 to 2"),
+        (["pnp", "a", "b", "--self-steps", "2"], "self_steps is 2.0, expected a number"),
         (["excite", "a cat", "bird"], "the word 'bird' is not in the prompt"),
         (["excite", "a cat", "cat", "--until", "2"], "until is 2.0, expected a number from 0 to 1"),
         (["regional", "a"], "the following arguments are required: --region"),

@@ -12,7 +12,7 @@ from tiny import randomise
 from torch.utils.flop_counter import FlopCounterMode
 
 import minisd
-from minisd import AttentionEdit, DiT, DiTConfig
+from minisd import AttentionEdit, DiT, DiTConfig, FeatureEdit
 from minisd.models.dit import drop_labels
 from minisd.models.dit_config import SIZES, named_config
 
@@ -276,7 +276,7 @@ def test_sites_take_edits(kind):
         moved = dit(x, t, context, {name: AttentionEdit(source_row=torch.tensor([0, 0]))})
         torch.testing.assert_close(moved[0], plain[0], rtol=0, atol=1e-5)
         assert difference(moved[1], plain[1]) > 1e-4
-    with pytest.raises(ValueError, match="no attention site is called attn9"):
+    with pytest.raises(ValueError, match="no site is called"):
         dit(x, t, context, {"attn9": AttentionEdit()})
 
 
@@ -361,6 +361,38 @@ def test_bad_inputs():
     assert set(SIZES) == {"S", "B", "L", "XL"}
     with pytest.raises(ValueError, match="got 'M/2', expected one of S, B, L, XL"):
         named_config("M/2")
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "text"])
+def test_features_are_edited(kind):
+    """Saved and injected again nothing changes; the row of another, or a factor, does."""
+    text = kind == "text"
+    how = dict(cross_attention_dim=20, num_embeds_ada_norm=None) if text else {"conditioning": kind}
+    dit = random_dit(**how)
+    x, t = randn(2, 4, 8, 8), torch.tensor(100)
+    context = randn(2, 5, 20, seed=3) if text else dit.embed_labels([3, 4])
+    plain = dit(x, t, context)
+    sites = dit.sites("feature")
+    attentions = 2 if text or kind == "cross_attention" else 1
+    assert len(sites) == 3 * (4 * attentions + 1) and dit.sites("block") == [
+        f"transformer_blocks.{i}" for i in range(3)
+    ]
+    for site in sites:
+        saved = torch.zeros(2, *dit.shape(site, tokens=5 if text else None))
+        same = dit(x, t, context, {site: FeatureEdit(save=saved)})
+        torch.testing.assert_close(same, plain, rtol=0, atol=1e-5)
+        assert saved.abs().max() > 0
+        back = dit(x, t, context, {site: FeatureEdit(inject=saved)})
+        torch.testing.assert_close(back, plain, rtol=0, atol=1e-5)
+        moved = dit(x, t, context, {site: FeatureEdit(source_row=torch.tensor([0, 0]))})
+        torch.testing.assert_close(moved[0], plain[0], rtol=0, atol=1e-5)
+        assert difference(moved[1], plain[1]) > 1e-5
+    assert dit.heads(dit.sites()[0]) == 3
+    # Of the conditional half alone, where the groups are one until the edit.
+    four = torch.cat([context, context])
+    saved = torch.zeros(2, *dit.shape("transformer_blocks.0.attn1.q"))
+    edits = {"transformer_blocks.0.attn1.q": FeatureEdit(save=saved)}
+    torch.testing.assert_close(dit(x, t, four, edits)[2:], plain, rtol=0, atol=1e-5)
 
 
 # ---- in place of the UNet

@@ -93,7 +93,10 @@ LEFT_OUT = (
     "no guidance",
     "inverse",
     "uncond for each step",
-)  # two latents where others here have one
+    # two latents where others here have one; and the methods on attention but PAG, whose compiled
+    # graphs nobody has counted yet
+    *("masactrl", "regional", "long prompt", "weights", "daam", "diffedit", "excite"),
+)
 SHAPES = {  # those that no method before has had
     "dpm++": ["2 latents under guidance"],
     "img2img": ["1 latent under guidance"],

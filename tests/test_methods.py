@@ -28,7 +28,7 @@ def pair(tmp_path_factory):
     return p2p_model.load(tmp_path_factory.mktemp("methods"))
 
 
-@pytest.fixture(params=["sdpa", "reference"])
+@pytest.fixture(params=["sdpa", pytest.param("reference", marks=pytest.mark.full)])
 def both(request, pair, monkeypatch):
     """(diffusers' UNet, minisd's model, whose methods return latents)."""
     reference, sd = pair

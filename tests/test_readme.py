@@ -42,3 +42,11 @@ def test_the_guide_names_every_module():
     modules = {path.name for path in Path(minisd.__file__).parent.rglob("*.py")}
     modules -= {"__init__.py", "__main__.py"}
     assert named == modules, f"not in the guide or not there: {sorted(modules ^ named)}"
+
+
+def test_the_tables_of_edits_have_all_fields():
+    """In docs/extending.md, each field of both kinds of edit once, and nothing else."""
+    page = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
+    for edit in (minisd.AttentionEdit, minisd.FeatureEdit):
+        table = page[page.index(f"| field of `{edit.__name__}`") :].split("\n\n")[0]
+        assert sorted(re.findall(r"^\| `(\w+)` \|", table, re.M)) == sorted(edit._fields)

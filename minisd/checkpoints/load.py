@@ -207,7 +207,8 @@ def from_folder(
     tokenizer: Source | None = None,
     local_files_only: bool = False,
 ) -> Checkpoint:
-    """A checkpoint in diffusers' folder layout; variant "fp16" takes *.fp16.safetensors.
+    """A checkpoint in diffusers' folder layout; variant "fp16" takes *.fp16.safetensors, part by
+    part, and the plain file, with a warning, of a part without one.
 
     Where it has no text_encoder/ or no tokenizer/, that of openai/clip-vit-large-patch14 is taken:
     Stable Diffusion v1 was trained with that encoder, frozen. With transformer/ in place of unet/
@@ -320,13 +321,8 @@ def from_single_file(
         raise CheckpointError(f"{path} is {kind}, which minisd does not draw with")
     if missing := [p for p in LDM_PREFIX.values() if not any(name.startswith(p) for name in names)]:
         hint = "if it belongs to a folder in diffusers layout, give the folder"
-        raise (
-            CheckpointError(f"{path} is {kind}: {hint}")
-            if kind
-            else CheckpointError(
-                f"{path} is not in the original layout, it has no {'* and no '.join(missing)}*"
-            )
-        )
+        lacks = f"not in the original layout, it has no {'* and no '.join(missing)}*"
+        raise CheckpointError(f"{path} is {lacks if kind is None else f'{kind}: {hint}'}")
 
     def side(name: str, axis: int) -> int:
         """The length of one axis of a convolution's weights; v1's latent has 4 channels."""

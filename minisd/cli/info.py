@@ -19,7 +19,8 @@ from .output import AGAIN
 OPTIONS = (
     *("weights", "negative", "strength", "model", "variant", "revision", "tokenizer"),
     *("lora", "embedding"),
-    *("seed", "size", "steps", "guidance", "pag", "sampler", "dtype", "device"),
+    *("seed", "size", "steps", "guidance", "pag", "freeu", "seg", "deep-cache"),
+    *("sampler", "dtype", "device"),
 )
 REPEATED = ("lora", "embedding")  # one in each line
 

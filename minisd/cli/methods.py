@@ -1,4 +1,4 @@
-"""The commands of the methods on attention: `minisd masactrl`, `style`, `excite`, ..."""
+"""The commands of the methods on attention: `minisd masactrl`, `pnp`, `style`, `excite`, ..."""
 
 from __future__ import annotations
 
@@ -39,6 +39,17 @@ def add_commands(command: AddCommand) -> None:
     add_drawing_options(parser, size_help=OWN_SIZE)
     parser.set_defaults(steps=50, sampler="ddim")
 
+    what = "draw a prompt, and others in its layout, by a feature and maps of it (Plug-and-Play)"
+    parser = command("pnp", plug_and_play, what)
+    parser.add_argument("source", help="the prompt whose layout is taken")
+    parser.add_argument("target", nargs="+", help="the prompts that are drawn in it")
+    part = "the part of the steps in which the source's feature is taken"
+    parser.add_argument("--feature-steps", type=number, default=0.8, metavar="PART", help=part)
+    part = "the part of the steps in which its self-attention is taken"
+    parser.add_argument("--self-steps", type=number, default=0.5, metavar="PART", help=part)
+    add_drawing_options(parser, size_help=OWN_SIZE)
+    parser.set_defaults(steps=50, sampler="ddim")
+
     what = "draw prompts in the manner of the first (StyleAligned)"
     parser = command("style", style, what)
     parser.add_argument("reference", help="the prompt that says the manner")
@@ -46,6 +57,11 @@ def add_commands(command: AddCommand) -> None:
     add_drawing_options(parser, size_help=OWN_SIZE)
     parser.set_defaults(steps=50, sampler="ddim")
 
+    add_single_commands(command)
+
+
+def add_single_commands(command: AddCommand) -> None:
+    """Those that draw or edit one image, not several side by side."""
     what = "draw a prompt so that each of some words is seen (Attend-and-Excite)"
     parser = command("excite", excite, what)
     parser.add_argument("prompt", help="what to draw")
@@ -88,6 +104,18 @@ def masactrl(args: Namespace, call: Call) -> None:
         from ..editing.masactrl import masactrl
 
         return masactrl(sd, *prompts, start=args.start, first=args.first, **options)
+
+    draw(request, run, telling(call), prompts)
+
+
+def plug_and_play(args: Namespace, call: Call) -> None:
+    request, prompts = DrawRequest.of(args, call), [args.source, *args.target]
+    how = {"feature_steps": args.feature_steps, "self_steps": args.self_steps}
+
+    def run(sd: StableDiffusion, options: Options) -> list[Image.Image]:
+        from ..editing.plug_and_play import plug_and_play
+
+        return plug_and_play(sd, *prompts, **how, **options)
 
     draw(request, run, telling(call), prompts)
 

@@ -274,6 +274,14 @@ def weights(text: str) -> float | list[float]:
     return values[0] if len(values) == 1 else values
 
 
+def numbers(text: str) -> list[float]:
+    """ "1.3,0.9" -> [1.3, 0.9], an even count."""
+    values = [number(value) for value in text.split(",")]
+    if len(values) % 2:
+        raise argparse.ArgumentTypeError(f"got {text}, expected as many factors of each, e.g. 1,1")
+    return values
+
+
 def new_folder(text: str) -> Path:
     path = Path(text)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):

@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import expect
 from ..models.features import FeatureEdit
 from ..models.unet import UNet
-from ..sampling.guidance import Edits, Embeddings, Guidance, cfg
+from ..sampling.guidance import Edits, Embeddings, Guidance, Scales, cfg
 from ..sampling.samplers import Step
 
 
@@ -47,7 +47,7 @@ def deep_cache(
     network: Callable[..., Tensor],
     uncond: Embeddings,
     cond: Tensor,
-    scale: float = 7.5,
+    scale: Scales = 7.5,
     edits: Edits | None = None,
     *,
     unet: UNet,

@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_flatten_with_path, tree_map, tree_unflatten
 
 from ..models import ops
 from ..models.denoiser import Denoiser
-from ..models.unet import UNet
 
 KEPT = 8  # graphs; each holds its buffers, so the ones not used for longest are dropped
 WARM_UP = 3  # calls before the capture: they compile kernels, fill caches, choose algorithms
@@ -31,7 +30,7 @@ class GraphedUNet:
     place are seen, new tensors and modules cost a new graph.
     """
 
-    def __init__(self, unet: UNet | Denoiser):
+    def __init__(self, unet: Denoiser):
         self.unet = unet
         self.prepare, self.prepare_times = unet.prepare, unet.prepare_times
         self.replay = CUDAGraphs()

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from ..models.denoiser import Denoiser
-from ..models.unet import UNet
 from .graphs import GraphedUNet
 
 Network = Callable[..., Tensor]  # network(x, t, context, edits) -> eps, see UNet.forward
 
 
-def network(unet: UNet | Denoiser, compile: bool | str = False, graph: bool = False) -> Network:
+def network(unet: Denoiser, compile: bool | str = False, graph: bool = False) -> Network:
     """compile: True or the name of a torch.compile backend; graph: CUDA graphs. Not both."""
     if compile and graph:
         raise ValueError(f"got compile={compile!r} and graph=True, expected one of them")

@@ -1,4 +1,4 @@
-"""What the networks that predict the noise share: their attention sites, and what is prepared once.
+"""What the networks that predict the noise share: their sites, and what is prepared once.
 
     network(x (B, C, h, w), t, context (R, L, D), edits) -> (R, out, h, w),     R = G * B
 
@@ -8,36 +8,39 @@ where they can differ.
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .. import expect
 from . import ops
-from .attention import Attention, AttentionEdit, Implementation, check_implementation
+from .attention import NONE, Attention, AttentionEdit, Implementation, check_implementation
+from .features import FeatureEdit, edited
+from .sites import KINDS, MAPS, Edits, Site, SiteKind, Size
 
 Context = Mapping[str, tuple[Tensor, Tensor]]  # cross site -> keys, values, (R, heads, L, head_dim)
-Size = int | tuple[int, int]  # of latents, (h, w)
+
+
+def feature(x: Tensor, site: str, edits: Edits, rows: int) -> Tensor:
+    """x, or what the edit at a feature site makes of all its rows."""
+    edit: Any = edits.get(site)
+    return x if edit is None else edited(ops.repeat_rows(x, rows), edit, site)
 
 
 class Denoiser(nn.Module):
-    """The attention sites of a network by name, and its text as keys and values.
+    """The sites of a network by name, its choice of attention, its text as keys and values.
 
-    A subclass has a `config` with in_channels, sample_size and cross_attention_dim, a `grid`, and
-    calls `find_sites` when its modules are there.
+    A subclass has a `config` with in_channels, sample_size and cross_attention_dim, fills `_sites`
+    when its modules are there, and says the `grid` of each.
     """
 
     config: Any
+    _sites: Mapping[str, Site]
 
     def __init__(self) -> None:
         super().__init__()
         self._attention: Implementation = "sdpa"
-
-    def find_sites(self) -> None:
-        """Name the attention sites: the modules that are exactly Attention."""
-        names = {name: type(module) for name, module in self.named_modules()}
-        self._sites = tuple(name for name, kind in names.items() if kind is Attention)
 
     @property
     def device(self) -> torch.device:
@@ -58,32 +61,31 @@ class Denoiser(nn.Module):
 
     def sites(
         self,
-        kind: Literal["self", "cross"] | None = None,
+        kind: SiteKind | None = None,
         max_tokens: int | None = None,
         size: Size | None = None,
     ) -> list[str]:
-        """Names of the attention sites in forward order.
+        """Names of the sites that edits can address, in forward order.
 
-        kind: "self", "cross" or None for both; max_tokens: only sites with at most that many
-        queries (positions of the grid at the site's resolution) for latents of `size` (h, w), by
-        default config.sample_size.
+        kind: attention sites, "self", "cross" or None for both; or "feature" for all feature sites,
+        or those of one kind, "resnet", "transformer", "block", "skip", "q", "k", "v" or "out".
+        max_tokens: only sites with at most that many positions of the latent grid at their
+        resolution (of an attention: queries) for latents of `size` (h, w), by default
+        config.sample_size.
         """
-        if kind not in (None, "self", "cross"):
-            raise ValueError(f'kind must be "self", "cross" or None, got {kind!r}')
-        wanted = {None: ("attn1", "attn2"), "self": ("attn1",), "cross": ("attn2",)}[kind]
-        return [
-            name
-            for name in self._sites
-            if name.endswith(wanted)
-            and (max_tokens is None or math.prod(self.grid(name, size)) <= max_tokens)
-        ]
-
-    def site(self, name: str) -> Attention:
-        """The attention site of that name."""
-        return cast(Attention, self.get_submodule(name))
+        if kind not in KINDS:
+            expected = ", ".join(map(repr, KINDS))
+            raise ValueError(f"kind is {kind!r}, expected one of {expected}")
+        names = [name for name, site in self._sites.items() if site.kind in KINDS[kind]]
+        if max_tokens is None:
+            return names
+        return [name for name in names if math.prod(self.grid(name, size)) <= max_tokens]
 
     def grid(self, site: str, size: Size | None = None) -> tuple[int, int]:
-        """(h, w) of the queries at `site` for latents of `size`, by default config.sample_size."""
+        """(h, w) of the positions at a site (of an attention: its queries).
+
+        size: of the latents, by default config.sample_size. ValueError for an unknown site.
+        """
         raise NotImplementedError
 
     def latent_size(self, size: Size | None) -> tuple[int, int]:
@@ -94,13 +96,42 @@ class Denoiser(nn.Module):
         h, w = size if isinstance(size, (tuple, list)) else (size, size)
         return h, w
 
-    def known(self, edits: Mapping[str, AttentionEdit] | None) -> Mapping[str, AttentionEdit]:
-        """The edits, none if None; ValueError for a site that is not there."""
-        edits = {} if edits is None else edits
-        if unknown := [name for name in edits if name not in self._sites]:
-            named = ", ".join(unknown)
-            raise ValueError(f"no attention site is called {named}; sites() lists the names")
-        return edits
+    def heads(self, site: str) -> int:
+        """The heads of an attention site, and of its q, k, v and out; ValueError for others."""
+        if (heads := self.place(site).heads) == 0:
+            raise ValueError(f"{site} is no attention and has no heads")
+        return heads
+
+    def shape(self, site: str, size: Size | None = None, tokens: int = 77) -> tuple[int, ...]:
+        """Of one row of what is at a site: (C, h, w); of an attention (heads, queries, keys), its
+        q, k and v (heads, queries or keys, head_dim), its output (queries, C).
+
+        size: of the latents, by default config.sample_size. tokens: the keys of cross-attention.
+        """
+        return self.place(site).shape(self.grid(site, size), tokens)
+
+    def place(self, site: str) -> Site:
+        """What is known of a site; ValueError if it is not there."""
+        if site not in self._sites:
+            listed = 'unet.sites() and unet.sites("feature") list the names'
+            raise ValueError(f"no site is called {site!r:.200}; {listed}")
+        return self._sites[site]
+
+    def site(self, name: str) -> Attention:
+        """The attention site of that name."""
+        return cast(Attention, self.get_submodule(name))
+
+    def known(self, edits: Edits | None, recompute: bool) -> Edits:
+        """The edits, none if None; ValueError for a site that is not there or of the other kind."""
+        for name, edit in (edits or NONE).items():
+            expected = AttentionEdit if self.place(name).kind in MAPS else FeatureEdit
+            if type(edit) is not expected:
+                got = type(edit).__name__
+                raise ValueError(f"{name}: got {got} as the edit, expected {expected.__name__}")
+            saves = [field for field in edit._fields if field.startswith("save")]
+            if recompute and any(getattr(edit, field) is not None for field in saves):
+                raise ValueError(f"{name}: recompute=True would save twice, expected no save there")
+        return edits or NONE
 
     def prepare(self, context: Tensor) -> Context | Tensor:
         """Project the text to keys and values of every cross site, once per prompt.
@@ -124,11 +155,11 @@ class Denoiser(nn.Module):
         """{cross site: (keys, values)}, prepared if they are not."""
         if not isinstance(context, Mapping):
             context = self.keys_and_values(context)
-        rows = next(iter(context.values()))[0].shape[0]
-        self.check_rows(x, rows)
+        self.check_rows(x, next(iter(context.values()))[0].shape[0])
         return context
 
     def check_rows(self, x: Tensor, rows: int) -> None:
+        """ValueError unless a context of that many rows is one or more groups of x."""
         if rows % len(x):
             got = f"{rows} rows for {len(x)} latents"
             raise ValueError(f"context: got {got}, expected a multiple of the latents' rows")

@@ -19,7 +19,7 @@ code does not take, the positions are stretched to the range of sample_size, as 
 each side by its own, so that latents need not be square.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,9 +28,10 @@ from torch import Generator, Tensor, nn
 
 from .. import expect
 from . import ops
-from .attention import Attention, AttentionEdit, Implementation, check_implementation
-from .denoiser import Context, Denoiser, Size
+from .attention import Attention, Implementation, check_implementation
+from .denoiser import Context, Denoiser, feature
 from .dit_config import DiTConfig
+from .sites import Edits, Site, Size, inside_of
 from .unet import FeedForward, TimestepEmbedding, recomputed, timestep_embedding
 
 FREQUENCIES = 256  # of the time's sinusoids
@@ -44,8 +45,9 @@ class Conditions(NamedTuple):
 
     vector: Tensor  # time + label, (1, B or R, d)
     context: Context  # cross site -> keys and values
-    edits: Mapping[str, AttentionEdit]  # attention site -> what is changed there
+    edits: Edits  # site -> what is changed there
     attention: Implementation  # the code that computes attention
+    rows: int  # of the context, which x has too where the guidance groups differ
 
 
 class GELU(nn.Module):
@@ -109,40 +111,43 @@ class Block(nn.Module):
         self.gates = config.conditioning == "adaln_zero"
         parts = 6 if self.gates else 4
         self.norm1: Any = nn.LayerNorm(d, NORM_EPS) if affine else AdaLayerNorm(d, parts)
-        self.attn1 = Attention(d, heads, qkv_bias=True)
+        self.attn1 = Attention(d, heads, qkv_bias=True, name=f"{name}.attn1")
         attended = d if config.conditioning == "cross_attention" else config.cross_attention_dim
         self.attends = attended is not None
         if attended is not None:
             self.norm2 = nn.LayerNorm(d, NORM_EPS, elementwise_affine=affine)
-            self.attn2 = Attention(d, heads, attended, qkv_bias=True)
+            self.attn2 = Attention(d, heads, attended, qkv_bias=True, name=f"{name}.attn2")
         self.norm3 = nn.LayerNorm(d, self.eps, elementwise_affine=affine)
         self.ff = FeedForward(d, GELU)
 
     def forward(self, x: Tensor, c: Conditions) -> Tensor:
-        edit = c.edits.get(f"{self.name}.attn1")
-        if edit is not None and self.attends:  # before the text, the guidance groups are equal
-            x = ops.repeat_rows(x, c.context[f"{self.name}.attn2"][0].shape[0])
+        # Before an edit, and before the text, the guidance groups are equal.
+        if any(site in c.edits for site in (self.attn1.name, *self.attn1.features)):
+            x = ops.repeat_rows(x, c.rows)
+        edit: Any = c.edits.get(self.attn1.name)
         if not isinstance(self.norm1, AdaLayerNorm):
-            x = ops.add(x, self.attn1(self.norm1(x), None, edit, c.attention))
+            x = ops.add(x, self.attn1(self.norm1(x), None, edit, c.attention, c.edits))
             x = self.attend(x, c)
-            return ops.add(x, self.ff(self.norm3(x)))
+            x = ops.add(x, self.ff(self.norm3(x)))
+            return feature(x, self.name, c.edits, c.rows)
         parts: list[Any] = list(self.norm1.make(c.vector))
         if not self.gates:
             parts = [*parts[:2], None, *parts[2:], None]
         shift1, scale1, gate1, shift2, scale2, gate2 = parts
         h = modulated(x, NORM_EPS, shift1, scale1)
-        x = gated(x, gate1, self.attn1(h, None, edit, c.attention))
+        x = gated(x, gate1, self.attn1(h, None, edit, c.attention, c.edits))
         x = self.attend(x, c)
-        return gated(x, gate2, self.ff(modulated(x, self.eps, shift2, scale2)))
+        x = gated(x, gate2, self.ff(modulated(x, self.eps, shift2, scale2)))
+        return feature(x, self.name, c.edits, c.rows)
 
     def attend(self, x: Tensor, c: Conditions) -> Tensor:
         """x + attn2(norm2 x, context) for every row of the context; x without one."""
         if not self.attends:
             return x
-        site = f"{self.name}.attn2"
-        kv = c.context[site]
-        x = ops.repeat_rows(x, kv[0].shape[0])
-        return ops.add(x, self.attn2(self.norm2(x), kv, c.edits.get(site), c.attention))
+        x = ops.repeat_rows(x, c.rows)
+        edit: Any = c.edits.get(self.attn2.name)
+        kv = c.context[self.attn2.name]
+        return ops.add(x, self.attn2(self.norm2(x), kv, edit, c.attention, c.edits))
 
 
 class PatchEmbed(nn.Module):
@@ -188,7 +193,7 @@ class DiT(Denoiser):
         if config.modulates:
             self.proj_out_1 = nn.Linear(d, 2 * d)
         self.proj_out_2 = nn.Linear(d, outputs)
-        self.find_sites()
+        self._sites = self.find_sites()
         self.initialise()
 
     @torch.no_grad()
@@ -226,9 +231,36 @@ class DiT(Denoiser):
         expect.shape("labels", labels, "B")
         return self.class_embedder.embedding_table(labels)[:, None]
 
+    def find_sites(self) -> dict[str, Site]:
+        """{name: Site} of the attentions and the blocks, in forward order."""
+        sites: dict[str, Site] = {}
+        for block in self.transformer_blocks:
+            sites |= dict(inside_of(block, 0, self.config.width))
+            sites[block.name] = Site("block", 0, self.config.width)
+        return sites
+
+    def shape(
+        self, site: str, size: Size | None = None, tokens: int | None = None
+    ) -> tuple[int, ...]:
+        """As in UNet.shape, but of a block (N, d), N tokens; tokens: of the text, None: 77, or the
+        two of the condition that are attended to."""
+        place, (h, w) = self.place(site), self.grid(site, size)
+        N = h * w + 2 * (self.config.conditioning == "in_context")
+        if tokens is None:
+            tokens = 2 if self.config.conditioning == "cross_attention" else 77
+        return (N, place.channels) if place.kind == "block" else place.shape((N, 1), tokens)
+
     def grid(self, site: str, size: Size | None = None) -> tuple[int, int]:
-        """(h, w) of the queries at `site`, one for each patch; latents of `size`, by default
-        config.sample_size. (In-context, the two tokens of the condition come after them.)"""
+        """(h, w) of the tokens of the image, one for each patch, the same at all sites.
+
+        size: of the latents, by default config.sample_size. (In-context, the two tokens of the
+        condition come after them.)
+        """
+        self.place(site)
+        return self.patches(size)
+
+    def patches(self, size: Size | None = None) -> tuple[int, int]:
+        """(h, w) of the patches of latents of `size`, by default config.sample_size."""
         h, w = self.latent_size(size)
         return h // self.config.patch_size, w // self.config.patch_size
 
@@ -257,7 +289,7 @@ class DiT(Denoiser):
         x: Tensor,
         t: Tensor,
         context: Tensor | Context,
-        edits: Mapping[str, AttentionEdit] | None = None,
+        edits: Edits | None = None,
         *,
         attention: Implementation | None = None,
         recompute: bool = False,
@@ -279,10 +311,11 @@ class DiT(Denoiser):
         tokens = self.pos_embed(x)
         tokens = tokens + self.positions(h // p, w // p).to(self.dtype)
         tokens, vector, cross = self.conditioned(x, tokens, time, context)
-        c = Conditions(vector, cross, self.known(edits), impl)
+        recompute = recompute and torch.is_grad_enabled()
+        rows = next(iter(cross.values()))[0].shape[0] if cross else len(tokens)
+        c = Conditions(vector, cross, self.known(edits, recompute), impl, rows)
         for block in self.transformer_blocks:
-            keep = recompute and torch.is_grad_enabled()
-            tokens = recomputed(block, tokens, c) if keep else block(tokens, c)
+            tokens = recomputed(block, tokens, c) if recompute else block(tokens, c)
         out = self.last(tokens[:, : h // p * (w // p)], vector)
         return out.unflatten(1, (h // p, w // p)).permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
@@ -322,7 +355,7 @@ class DiT(Denoiser):
         A side of sample_size / patch_size places counts 0, 1, 2, ...; another is stretched to it.
         """
         d, device = self.config.width, self.device
-        sides = (h, w) if self.config.sample_size is None else self.grid("")
+        sides = (h, w) if self.config.sample_size is None else self.patches()
         i = torch.arange(d // 4, dtype=torch.float64, device=device)
         omega = 10000 ** (-i / (d // 4))
         rows, columns = (

@@ -66,19 +66,21 @@ def sites_of(unet: Any) -> dict[str, Site]:
             width = resnet.conv1.out_channels
             sites[resnet.name] = Site("resnet", inside, width)
             for transformer in attentions[i : i + 1]:
-                sites |= dict(inside_of(transformer, inside, width))
+                for inner in transformer.transformer_blocks:
+                    sites |= dict(inside_of(inner, inside, width))
                 sites[transformer.name] = Site("transformer", inside, width)
         sites[block.name] = Site("block", after, width)
     return sites
 
 
-def inside_of(transformer: Any, halvings: int, channels: int) -> Iterator[tuple[str, Site]]:
-    """(name, Site) of its attentions, in forward order."""
-    for block in transformer.transformer_blocks:
-        for attention, kind in ((block.attn1, "self"), (block.attn2, "cross")):
-            place = Site(kind, halvings, channels, attention.heads, kind == "cross")
-            *before, out = attention.features
-            for name in before:
-                yield name, place._replace(kind=name[-1])
-            yield attention.name, place
-            yield out, place._replace(kind="out")
+def inside_of(block: Any, halvings: int, channels: int) -> Iterator[tuple[str, Site]]:
+    """(name, Site) of the attentions of a transformer's block, in forward order."""
+    for name, kind in (("attn1", "self"), ("attn2", "cross")):
+        if (attention := getattr(block, name, None)) is None:
+            continue
+        place = Site(kind, halvings, channels, attention.heads, kind == "cross")
+        *before, out = attention.features
+        for feature in before:
+            yield feature, place._replace(kind=feature[-1])
+        yield attention.name, place
+        yield out, place._replace(kind="out")

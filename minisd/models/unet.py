@@ -17,15 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import checkpoint as activation_checkpoint
 
-from .. import expect
 from . import ops
-from .attention import NONE, Attention, AttentionEdit, Implementation, check_implementation
+from .attention import Attention, Implementation, check_implementation
 from .blocks import Downsample, ResnetBlock, Upsample
 from .config import read_config
-from .features import FeatureEdit, edited
-from .sites import KINDS, MAPS, Edits, Site, SiteKind, Size, sites_of
-
-Context = Mapping[str, tuple[Tensor, Tensor]]  # cross site -> keys, values, (R, heads, L, head_dim)
+from .denoiser import Context, Denoiser, feature
+from .sites import Edits, Size, sites_of
 
 CROSS_DOWN, PLAIN_DOWN = "CrossAttnDownBlock2D", "DownBlock2D"
 CROSS_UP, PLAIN_UP = "CrossAttnUpBlock2D", "UpBlock2D"
@@ -138,8 +135,7 @@ class Conditioning(NamedTuple):
 
     def feature(self, site: str, x: Tensor) -> Tensor:
         """x, or what the edit at a feature site makes of all its rows."""
-        edit: Any = self.edits.get(site)
-        return x if edit is None else edited(ops.repeat_rows(x, self.rows), edit, site)
+        return feature(x, site, self.edits, self.rows)
 
 
 class GEGLU(nn.Module):
@@ -335,7 +331,7 @@ class UpBlock(Block):
         return c.feature(self.name, x)
 
 
-class UNet(nn.Module):
+class UNet(Denoiser):
     """eps(x, t, text), the noise in x = alpha x0 + sigma eps.
 
     See `forward` for shapes, `sites` for the places that can be edited, `attention` for the code
@@ -345,7 +341,6 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig = UNetConfig()):
         super().__init__()
         self.config = config
-        self._attention: Implementation = "sdpa"
         widths, heads, layers = config.block_out_channels, config.heads, config.layers_per_block
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
@@ -381,88 +376,11 @@ class UNet(nn.Module):
         self._resnets = self.sites("resnet")
         self._time_widths = [self.resnet(name).conv1.out_channels for name in self._resnets]
 
-    @property
-    def attention(self) -> Implementation:
-        """The code that computes attention, "triton", "sdpa" or "reference"; may be set."""
-        return self._attention
-
-    @attention.setter
-    def attention(self, impl: Implementation) -> None:
-        self._attention = check_implementation(impl)
-
-    def sites(
-        self,
-        kind: SiteKind | None = None,
-        max_tokens: int | None = None,
-        size: Size | None = None,
-    ) -> list[str]:
-        """Names of the sites that edits can address, in forward order.
-
-        kind: attention sites, "self", "cross" or None for both; or "feature" for all feature sites,
-        or those of one kind, "resnet", "transformer", "block", "skip", "q", "k", "v" or "out".
-        max_tokens: only sites with at most that many positions of the latent grid at their
-        resolution (of an attention: queries) for latents of `size` (h, w), by default
-        config.sample_size.
-        """
-        if kind not in KINDS:
-            expected = ", ".join(map(repr, KINDS))
-            raise ValueError(f"kind is {kind!r}, expected one of {expected}")
-        names = [name for name, site in self._sites.items() if site.kind in KINDS[kind]]
-        if max_tokens is None:
-            return names
-        return [name for name in names if math.prod(self.grid(name, size)) <= max_tokens]
-
     def grid(self, site: str, size: Size | None = None) -> tuple[int, int]:
-        """(h, w) of the positions at a site (of an attention: its queries).
-
-        size: of the latents, by default config.sample_size. ValueError for an unknown site.
-        """
-        size = self.config.sample_size if size is None else size
-        if size is None:
-            raise ValueError("the UNet's config has no sample_size: give the latents' size (h, w)")
-        h, w = size if isinstance(size, (tuple, list)) else (size, size)
+        h, w = self.latent_size(size)
         for _ in range(self.place(site).halvings):
             h, w = (h + 1) // 2, (w + 1) // 2
         return h, w
-
-    def heads(self, site: str) -> int:
-        """The heads of an attention site, and of its q, k, v and out; ValueError for others."""
-        if (heads := self.place(site).heads) == 0:
-            raise ValueError(f"{site} is no attention and has no heads")
-        return heads
-
-    def shape(self, site: str, size: Size | None = None, tokens: int = 77) -> tuple[int, ...]:
-        """Of one row of what is at a site: (C, h, w); of an attention (heads, queries, keys), its
-        q, k and v (heads, queries or keys, head_dim), its output (queries, C).
-
-        size: of the latents, by default config.sample_size. tokens: the keys of cross-attention.
-        """
-        return self.place(site).shape(self.grid(site, size), tokens)
-
-    def place(self, site: str) -> Site:
-        """What is known of a site; ValueError if it is not there."""
-        if site not in self._sites:
-            listed = 'unet.sites() and unet.sites("feature") list the names'
-            raise ValueError(f"no site is called {site!r:.200}; {listed}")
-        return self._sites[site]
-
-    def prepare(self, context: Tensor) -> Context | Tensor:
-        """Project the text to keys and values of every cross site, once per prompt.
-
-        context (R, L, cross_attention_dim) -> {site: (k, v)}, each (R, heads, L, head_dim), of
-        today's weights; `forward` takes it in place of the context. Where somebody watches or
-        changes a layer that projects (hooks, LoRA), it is the context itself: every call projects.
-        """
-        sites = [self.site(name) for name in self.sites("cross")]
-        layers = [layer for site in sites for layer in (site.to_k, site.to_v)]
-        plain = all(ops.is_plain(layer, nn.Linear) for layer in layers)
-        return self.keys_and_values(context) if plain else context
-
-    def keys_and_values(self, context: Tensor) -> Context:
-        """{cross site: (k, v)} of a context (R, L, cross_attention_dim)."""
-        expect.shape("context", context, "R", "L", self.config.cross_attention_dim)
-        context = context.to(self.conv_in.weight.dtype)
-        return {name: self.site(name).project(context) for name in self.sites("cross")}
 
     def prepare_times(self, t: Tensor) -> Tensor:
         """Project times to what they add at every resnet, for all steps at once.
@@ -479,7 +397,7 @@ class UNet(nn.Module):
 
     def time_table(self, t: Tensor) -> Tensor:
         """What the times t (n,) add at all resnets, side by side: (n, T)."""
-        config, dtype = self.config, self.conv_in.weight.dtype
+        config, dtype = self.config, self.dtype
         channels, freq_shift = config.block_out_channels[0], config.freq_shift
         sinusoids = timestep_embedding(t, channels, config.flip_sin_to_cos, freq_shift)
         emb = self.time_embedding(sinusoids.to(dtype))  # (n, 4 * block_out_channels[0])
@@ -546,45 +464,15 @@ class UNet(nn.Module):
         x = c.feature(self.deep, x)  # replaced by what is injected, of the same shape
         return up(x, skips[::-1], x.shape[2:], c, first=1)
 
-    def site(self, name: str) -> Attention:
-        """The attention site of that name."""
-        return cast(Attention, self.get_submodule(name))
-
     def resnet(self, name: str) -> ResnetBlock:
         return cast(ResnetBlock, self.get_submodule(name))
 
-    def known(self, edits: Edits | None, recompute: bool) -> Edits:
-        """The edits, none if None; ValueError for a site that is not there or of the other kind."""
-        for name, edit in (edits or NONE).items():
-            expected = AttentionEdit if self.place(name).kind in MAPS else FeatureEdit
-            if type(edit) is not expected:
-                got = type(edit).__name__
-                raise ValueError(f"{name}: got {got} as the edit, expected {expected.__name__}")
-            saves = [field for field in edit._fields if field.startswith("save")]
-            if recompute and any(getattr(edit, field) is not None for field in saves):
-                raise ValueError(f"{name}: recompute=True would save twice, expected no save there")
-        return edits or NONE
-
     def times(self, x: Tensor, t: Tensor) -> dict[str, Tensor]:
         """{resnet: what the time adds to its channels, (1 or B, channels)}."""
-        inpaints = self.config.in_channels > 2 * self.config.out_channels
-        what = "x of an inpainting model (minisd.inpaint draws with it)" if inpaints else "x"
-        expect.shape(what, x, "B", self.config.in_channels, "h", "w")
+        if self.config.in_channels > 2 * self.config.out_channels:
+            what = "x of an inpainting model (minisd.inpaint draws with it)"
+            expect.shape(what, x, "B", self.config.in_channels, "h", "w")
         widths = self._time_widths
-        shapes = ((), *((n, *row) for n in (1, len(x)) for row in ((), (sum(widths),))))
-        if not (torch.is_tensor(t) and t.shape in shapes):
-            got = tuple(t.shape) if torch.is_tensor(t) else f"{t!r:.80}"
-            expected = f"a tensor, 0-d or with one value for each latent, ({len(x)},)"
-            raise ValueError(f"t: got {got}, expected {expected}")
+        self.check_inputs(x, t, sum(widths))
         table = self.time_table(t.reshape(-1)) if t.ndim < 2 else t
         return dict(zip(self._resnets, table.split(widths, dim=1)))
-
-    def texts(self, x: Tensor, context: Tensor | Context) -> Context:
-        """{cross site: (keys, values)}, prepared if they are not."""
-        if not isinstance(context, Mapping):
-            context = self.keys_and_values(context)
-        rows = next(iter(context.values()))[0].shape[0]
-        if rows % len(x):
-            got = f"{rows} rows for {len(x)} latents"
-            raise ValueError(f"context: got {got}, expected a multiple of the latents' rows")
-        return context

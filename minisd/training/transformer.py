@@ -38,7 +38,7 @@ def train_transformer(
     dit = DiT(recipe.dit)
     dit.attention = "reference"  # on a CPU its backward is quicker than SDPA's
     model = nn.ModuleDict({"dit": dit, "layout_head": nn.Conv2d(recipe.dit.width, 2, 1)})
-    grid = dit.grid("")
+    grid = dit.patches()
     seen: dict[str, Tensor] = {}  # what the last forward left for layout_loss
     middle = dit.transformer_blocks[recipe.dit.num_layers // 2 - 1]
     middle.register_forward_hook(lambda module, args, out: seen.update(middle=out))
