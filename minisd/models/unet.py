@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import checkpoint as activation_checkpoint
 
+from .. import expect
 from . import ops
 from .attention import Attention, Implementation, check_implementation
 from .blocks import Downsample, ResnetBlock, Upsample
