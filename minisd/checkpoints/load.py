@@ -31,7 +31,7 @@ from ..models.unet import UNet, UNetConfig
 from ..models.vae import AutoencoderKL, VAEConfig
 from ..sampling.schedule import NoiseSchedule
 from .header import Entry, read_header
-from .kinds import kind_of_channels, kind_of_tensors
+from .kinds import INPAINTING, kind_of_channels, kind_of_tensors
 from .names import LDM_PREFIX, Config, rename_diffusers, rename_ldm
 from .sources import (
     CLIP,
@@ -66,7 +66,6 @@ SD_V1_SCHEDULE = {
     "steps_offset": 1,
     "set_alpha_to_one": False,
 }
-INPAINTING = 9  # channels of an inpainting model's input, the one config that a single file shows
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 WHY_NO_PICKLES = (
     "reading one runs whatever code its author put into it; take the .safetensors file of the same "
@@ -333,8 +332,7 @@ def from_single_file(
     takes, gives = side(f"{unet}input_blocks.0.0.weight", 1), side(f"{unet}out.2.weight", 0)
     _expect_channels(path, takes, gives, side(decoder, 1))
     configs = {part: config() for part, (_, config) in MODELS.items()}
-    first = names.get(LDM_PREFIX["unet"] + "input_blocks.0.0.weight")
-    if first is not None and first.shape[1:2] == (INPAINTING,):
+    if takes == INPAINTING:
         configs["unet"] = UNetConfig(in_channels=INPAINTING)
     wanted = "a folder tokenizer/ with vocab.json and merges.txt"
     why = f"{path} has no vocabulary: put {wanted} beside it"

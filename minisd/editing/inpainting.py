@@ -69,10 +69,10 @@ def inpaint(
     are none it is returned. Without paste_back all pixels are the decoder's, as in diffusers.
     ValueError for a model of another kind.
     """
+    arguments = dict(locals())
     if (got := sd.unet.config.in_channels) != (expected := 2 * sd.channels + 1):
         why = f"the model's UNet takes {got} channels, an inpainting model's {expected}"
         raise ValueError(f"{why}: expected such a model; `blend` (minisd blend) takes any")
-    arguments = dict(locals())
     prompts, drawing = as_list(prompt), Drawing.of(options)
     masks = [read_mask(each) for each in (mask if isinstance(mask, (list, tuple)) else [mask])]
     plan = drawing.make_sampler(sd, strength)
