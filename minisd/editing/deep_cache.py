@@ -4,7 +4,7 @@ earlier step.
 Every n-th step is computed in full, and saves the last feature that comes from below: the output
 of the first layer of the last up block. The steps between inject it. What is left to compute is
 conv_in, the first layers on the way down, and the layers of the last up block whose skips those are
-(UNet.outermost). It is an approximation: docs/knobs.md says by how much the latents change.
+(UNet.outermost). It is an approximation: docs/knobs.md says how many images it costs.
 
 Source: Ma et al. 2023 (arXiv 2312.00858), the uniform schedule 1:N.
 """
