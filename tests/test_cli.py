@@ -587,6 +587,7 @@ def test_the_model_is_v1_4_where_none_is_named():
         "batch",
         "erase",
         "masactrl",
+        "pnp",
         "style",
         "excite",
         "regional",

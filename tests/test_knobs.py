@@ -38,7 +38,7 @@ def test_options_and_defaults(command):
 
 
 def test_options_and_defaults_of_the_methods_on_attention():
-    _, section = PAGE.split("\n## Methods on attention\n")
+    _, section = PAGE.split("\n## Methods on attention and features\n")
     rows = re.findall(r"^\| `minisd (\w+)`[^|]*\| `(--[\w-]+)`[^|]*\| ([^|]*) \|", section, re.M)
     assert len(rows) >= 10
     for command, name, told in rows:
