@@ -61,7 +61,7 @@ def print_image(path: str) -> None:
         why = "minisd did not draw it, or they were stripped"
         raise ValueError(f"{path} carries no settings: {why}")
     told: Mapping[str, object]
-    if "command" in chunks:
+    if "recipe" not in chunks or "command" in chunks:
         again = joined(["minisd", *command_of(chunks)])
         told = {key: value for key, value in chunks.items() if key not in ("recipe", "parameters")}
     else:  # drawn from Python
