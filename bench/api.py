@@ -57,6 +57,8 @@ class Default(str):
 
 def signature(thing: object) -> str:
     """(names and defaults), without self and annotations."""
+    if inspect.isclass(thing) and issubclass(thing, Exception):
+        return "(message)"
     plain = []
     for name, p in inspect.signature(thing).parameters.items():
         if name not in ("self", "cls", "_cls"):

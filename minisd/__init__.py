@@ -8,7 +8,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .drawing import Drawing as Drawing
+    from .again import from_recipe as from_recipe
+    from .checkpoints.sources import CheckpointError as CheckpointError
+    from .drawing import Cancelled as Cancelled, Drawing as Drawing
     from .editing.attend_and_excite import attend_and_excite as attend_and_excite
     from .editing.blended import blend as blend
     from .editing.daam import daam as daam
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from .editing.edict import edict as edict
     from .editing.erasure import erase_concepts as erase_concepts
     from .editing.freeu import freeu as freeu
+    from .editing.inpainting import inpaint as inpaint
     from .editing.inversion import (
         Inversion as Inversion,
         direct_inversion as direct_inversion,
@@ -51,6 +54,7 @@ if TYPE_CHECKING:
     from .models.vae import AutoencoderKL as AutoencoderKL, VAEConfig as VAEConfig
     from .models.vq import VQConfig as VQConfig, VQModel as VQModel
     from .pipeline import StableDiffusion as StableDiffusion, load as load
+    from .recipes import recipe as recipe, save as save
     from .sampling.ddpm import DDPM as DDPM
     from .sampling.guidance import (
         Guidance as Guidance,
@@ -79,6 +83,9 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _HOME = {  # public name -> module that defines it
+    "from_recipe": "again",
+    "CheckpointError": "checkpoints.sources",
+    "Cancelled": "drawing",
     "Drawing": "drawing",
     "attend_and_excite": "editing.attend_and_excite",
     "blend": "editing.blended",
@@ -91,6 +98,7 @@ _HOME = {  # public name -> module that defines it
     "style_aligned": "editing.style_aligned",
     "edict": "editing.edict",
     "erase_concepts": "editing.erasure",
+    "inpaint": "editing.inpainting",
     "freeu": "editing.freeu",
     "invert": "editing.inversion",
     "redraw": "editing.inversion",
@@ -127,6 +135,8 @@ _HOME = {  # public name -> module that defines it
     "load": "pipeline",
     "StableDiffusion": "pipeline",
     "DDPM": "sampling.ddpm",
+    "recipe": "recipes",
+    "save": "recipes",
     "conditional": "sampling.guidance",
     "cfg": "sampling.guidance",
     "erase": "sampling.guidance",

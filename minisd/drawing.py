@@ -12,6 +12,8 @@ and is then a few lines: embed the texts, choose the noise, run the loop, decode
 
 from __future__ import annotations
 
+import logging
+import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,8 +39,17 @@ if TYPE_CHECKING:
 SamplerName = Literal["dpm++", "dpm++ linspace", "ddim", "ddpm"]
 SAMPLERS = get_args(SamplerName)
 T = TypeVar("T")
+FAR = 2.5  # times the pixels a model was trained on: from there on things repeat or fall apart
+log = logging.getLogger("minisd")
 Rule = Callable[..., Predict]
 OnStep = Callable[[Tensor, Step], Tensor | None]
+
+
+class Cancelled(Exception):
+    """For an on_step that stops a drawing: raise it there, catch it around the call.
+
+    Nothing in minisd raises or catches it; any exception would do, this one is nobody else's.
+    """
 
 
 class Options(TypedDict, total=False):
@@ -177,7 +188,9 @@ class Drawing:
         """
         x, height, width = self.latents, self.height, self.width
         if x is None:
-            return sd.noise(self.seed, rows, height, width)
+            x = sd.noise(self.seed, rows, height, width)
+            warn_if_far(sd, x)
+            return x
         if not (isinstance(x, Tensor) and x.is_floating_point() and x.ndim == 4):
             got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"the latents are {got}, expected a tensor of floats (B, C, h, w)")
@@ -215,13 +228,35 @@ class Drawing:
     ) -> Tensor:
         """The loop, with a progress bar; `after` and then on_step see the latent after each
         step."""
+        start = time.monotonic()
         with memory_for("latents", x):
             hook = chain(after=after, on_step=self.on_step)
-            return denoise(x, self.shown(sampler), predict, hook)
+            x = denoise(x, self.shown(sampler), predict, hook)
+        seconds = time.monotonic() - start
+        what = f"{len(x)} latents of {x.shape[3]} x {x.shape[2]}"
+        log.info("%d steps of %s in %.2f s", len(sampler), what, seconds)
+        return x
 
     def shown(self, sampler: Sampler) -> tqdm[Step]:
         """The steps under a progress bar."""
         return tqdm(sampler, disable=not self.progress)
+
+
+def warn_if_far(sd: Latents, x: Tensor) -> None:
+    """A UserWarning, before minutes are spent, for images far from the size that the model knows.
+
+    x: (B, C, h, w). Where the config names no size, nothing is known.
+    """
+    own = sd.denoiser.config.sample_size
+    if own is None:
+        return
+    h, w = own if isinstance(own, tuple) else (own, own)
+    times = x.shape[2] * x.shape[3] / (h * w)
+    if not 1 / FAR <= times <= FAR:
+        factor = sd.vae.factor
+        got = f"{x.shape[3] * factor} x {x.shape[2] * factor} pixels are {times:.2g} times"
+        trained = f"those that the model was trained on ({w * factor} x {h * factor})"
+        warnings.warn(f"{got} {trained}: things may repeat or fall apart", stacklevel=4)
 
 
 def seeds(seed: int | Sequence[int], rows: int | None = None) -> list[int]:

@@ -20,9 +20,8 @@ from .engine.network import Network, network
 from .models.denoiser import Denoiser
 from .models.vae import AutoencoderKL
 from .sampling.schedule import NoiseSchedule
-from .viewing.images import as_given, to_pil, to_tensor
+from .viewing.images import ImageInput, as_given, to_pil, to_tensor
 
-ImageInput = Image.Image | Sequence[Image.Image] | Tensor
 MOST_PIXELS = 2048 * 2048  # of an image: 16 times those that Stable Diffusion v1 was trained on
 
 
@@ -137,7 +136,8 @@ class Latents:
     ) -> Tensor:
         """Image(s) as the VAE takes them, (B, 3, height, width) in [-1, 1].
 
-        PIL images, one or a list, are turned upright, made RGB and resized (Lanczos); without a
+        PIL images, files' names or bytes, and arrays (see `minisd.viewing.images.as_given`), one or
+        a list, are turned upright, made RGB and resized (Lanczos); without a
         size, to that of the first, its sides rounded down to multiples of vae.factor as in
         diffusers. A tensor must have the right size.
         """

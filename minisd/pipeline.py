@@ -8,24 +8,28 @@ Rombach et al. 2022, https://arxiv.org/abs/2112.10752; classifier-free guidance,
 https://arxiv.org/abs/2108.01073.
 """
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from . import expect
+from .checkpoints.adapters import Adapters, add_embedding, merge, token_embeddings, unmerge
 from .checkpoints.load import load_parts, locate
-from .drawing import Drawing, Options, as_list
-from .latents import ImageInput, Latents
+from .checkpoints.sources import Source
+from .drawing import Drawing, Options, as_list, log
+from .latents import ImageInput as ImageInput, Latents
 from .models.attention import IMPLEMENTATIONS, Implementation
 from .models.clip import CLIPTextModel
 from .models.tokenizer import CLIPTokenizer
 from .models.unet import UNet
 from .models.vae import AutoencoderKL
+from .recipes import tell
 from .sampling.schedule import NoiseSchedule
 from .viewing.images import as_given, to_pil
 
@@ -42,7 +46,8 @@ DTYPES = {
 class StableDiffusion(Latents):
     """The five parts, and the few functions that join them; images and latents: see `Latents`.
 
-    compile, graph: how `network` computes the UNet, see `load`.
+    compile, graph: how `network` computes the UNet, see `load`. adapters: what `merge` and
+    `add_embedding` have put in. loaded: what `load` was told.
     """
 
     tokenizer: CLIPTokenizer
@@ -52,6 +57,8 @@ class StableDiffusion(Latents):
     schedule: NoiseSchedule
     compile: bool | str = False
     graph: bool = False
+    adapters: Adapters = field(default_factory=Adapters)
+    loaded: dict[str, Any] = field(default_factory=dict)
 
     @property
     def denoiser(self) -> UNet:
@@ -82,19 +89,49 @@ class StableDiffusion(Latents):
     @torch.no_grad()
     def encode_prompt(self, prompts: str | Sequence[str]) -> Tensor:
         """Text encoder's last hidden states, (B, 77, D). Longer prompts are cut, with a warning."""
-        ids = self.tokenizer(as_list(prompts)).to(self.device)
+        tokens = token_embeddings(self, self.tokenizer(as_list(prompts)))
         # On a CPU one by one: so a text's bits are the same whatever stands beside it.
-        some = ids.split(1 if self.device.type == "cpu" else len(ids))
+        some = tokens.split(1 if self.device.type == "cpu" else len(tokens))
         return torch.cat([self.text_encoder(each) for each in some])
+
+    def merge(self, *loras: Source | tuple[Source, float]) -> None:
+        """Add LoRA files to the weights of the UNet and the text encoder, in place.
+
+            W' = W + sum_i weight_i (alpha_i / rank_i) B_i A_i,   computed in float32, rounded once
+
+        loras: files with kohya's, PEFT's or diffusers' names, each alone (weight 1) or with its
+        weight: sd.merge("style.safetensors", ("hat.safetensors", 0.5)). A layer's alpha is the
+        file's; where it says none, its rank. CheckpointError, and nothing changed, for a file that
+        does not fit: DoRA, LyCORIS' other kinds, another model's layers.
+        """
+        given = [each if isinstance(each, tuple) else (each, 1.0) for each in loras]
+        for _, weight in given:
+            expect.number("weight of a LoRA", weight)
+        merge(self, given)
+
+    def unmerge(self) -> None:
+        """Take all LoRAs back: each weight is what it was before the first merge, bit for bit."""
+        unmerge(self)
+
+    def add_embedding(self, path: Source, token: str | None = None) -> str:
+        """Teach the text encoder a new word (textual inversion) -> the word, for use in prompts.
+
+        path: a .safetensors file with one tensor, (D,) or (n, D): diffusers' layout, in which it is
+        called by its word, or A1111's, in which it is called emb_params and the word is the file's
+        name. token: another word. A word of n vectors takes n of the prompt's 75 tokens.
+        """
+        return add_embedding(self, path, token)
 
     def txt2img(self, prompt: str | Sequence[str], **options: Unpack[Options]) -> list[Image.Image]:
         """Draw prompt(s), num_images of each. options: see `minisd.drawing.Drawing`."""
+        arguments = dict(locals())
         prompts, drawing = as_list(prompt), Drawing.of(options)
         plan = drawing.make_sampler(self, rows=len(prompts) * drawing.num_images)
         uncond, cond = drawing.embed(self, prompts)
         x = drawing.noise(self, len(cond))
         predict = drawing.rule(self.network, uncond, cond, drawing.guidance)
-        return self.decode(drawing.denoise(x, plan, predict))
+        images = self.decode(drawing.denoise(x, plan, predict))
+        return tell(images, self, "txt2img", arguments, drawing, prompts)
 
     def img2img(
         self,
@@ -112,6 +149,7 @@ class StableDiffusion(Latents):
         its own size unless one is given. options: see `minisd.drawing.Drawing`. Meng et al. 2022
         (SDEdit).
         """
+        arguments = dict(locals())
         prompts, drawing = as_list(prompt), Drawing.of(options)
         rows = len(prompts) * drawing.num_images
         plan = drawing.make_sampler(self, strength, rows)
@@ -120,11 +158,13 @@ class StableDiffusion(Latents):
         noise = drawing.at(*pixels.shape[2:]).noise(self, rows)
         if len(plan) == 0:
             kept = unchanged(image, pixels, drawing)
-            return drawing.each(kept * (len(prompts) // len(kept)))
+            kept = drawing.each(kept * (len(prompts) // len(kept)))
+            return tell(kept, self, "img2img", arguments, drawing, prompts)
         uncond, cond = drawing.embed(self, prompts)
         z = drawing.per_image(self.encode_image(pixels), len(prompts))
         predict = drawing.rule(self.network, uncond, cond, drawing.guidance)
-        return self.decode(drawing.denoise(plan.start(z, noise), plan, predict))
+        images = self.decode(drawing.denoise(plan.start(z, noise), plan, predict))
+        return tell(images, self, "img2img", arguments, drawing, prompts)
 
 
 def load(
@@ -179,10 +219,28 @@ def load(
         local_files_only=local_files_only,
         tokenizer=tokenizer,
     )
-    sd = StableDiffusion(*load_parts(checkpoint, where, kind, copy), compile=compile, graph=graph)
-    auto: Implementation = "triton" if where.type == "cuda" else "sdpa"
-    sd.unet.attention = auto if attention == "auto" else attention
+    how = {"compile": compile, "graph": graph}
+    loaded = as_told(source, variant=variant, revision=revision, tokenizer=tokenizer, **how)
+    start, parts = time.monotonic(), load_parts(checkpoint, where, kind, copy)
+    sd = StableDiffusion(*parts, compile=compile, graph=graph, loaded=loaded)
+    sd.unet.attention = pick_attention(attention, where)
+    log.info("loaded %s in %.2f s: %s", source, time.monotonic() - start, sd)
     return sd
+
+
+def as_told(source: str | Path, **others: Any) -> dict[str, Any]:
+    """What `load` was told, as JSON has it; what is None or False is left out."""
+    given = {name: value for name, value in others.items() if value}
+    kept = {name: value if value is True else str(value) for name, value in given.items()}
+    return {"source": str(source), **kept}
+
+
+def pick_attention(
+    attention: Implementation | Literal["auto"], device: torch.device
+) -> Implementation:
+    if attention == "auto":
+        return "triton" if device.type == "cuda" else "sdpa"
+    return attention
 
 
 def pick_device(device: torch.device | str | None) -> torch.device:

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import minisd
 from minisd import drawing, pipeline
@@ -45,8 +47,11 @@ def pixels(path):
 
 
 def chunks(path):
+    """What a PNG tells beside its recipe and A1111's text (test_recipes.py)."""
     with Image.open(path) as image:
-        return image.text
+        told = dict(image.text)
+    told.pop("recipe", None), told.pop("parameters", None)
+    return told
 
 
 def write_image(path, mode="RGB", width=45, height=26):
@@ -140,11 +145,17 @@ def test_img2img_draws_what_the_pipeline_draws(minisd_command):
         ["img2img", "in.png", "a dog", "--strength", "0.9", "-n", "2"],
         ["img2img", "an image.jpg", "a dog", "--size", "32x32", "--negative", "cats"],
         ["img2img", "in.png", "a dog", "--strength", "0"],
+        ["txt2img", "a <cat>", "--lora", "a:b.safetensors", "--lora", "a:b.safetensors:-0.5"],
+        ["img2img", "in.png", "a <cat>", "--embedding", "cat.safetensors"],
         ["img2img", os.fsdecode(b"caf\xe9 '\x1b.png"), "$'a\\303'"],
         ["blend", os.fsdecode(b"caf\xe9 '\x1b.png"), "in.png", "a dog"],
     ],
 )
 def test_the_command_that_info_prints_draws_the_same_bits(minisd_command, draw_again, arguments):
+    lora = {"lora_unet_conv_in.lora_up.weight": torch.ones(16, 1, 1, 1)}
+    lora["lora_unet_conv_in.lora_down.weight"] = torch.ones(1, 4, 3, 3)
+    save_file(lora, "a:b.safetensors")
+    save_file({"<cat>": torch.ones(2, 24)}, "cat.safetensors")
     write_image("in.png")
     write_image("an image.jpg")
     shutil.copy("in.png", b"caf\xe9 '\x1b.png")  # a name that is no UTF-8
@@ -572,6 +583,8 @@ def test_the_model_is_v1_4_where_none_is_named():
         "heatmap",
         "invert",
         "blend",
+        "inpaint",
+        "batch",
         "erase",
         "masactrl",
         "pnp",

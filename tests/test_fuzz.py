@@ -232,7 +232,8 @@ SCHEDULES = st.fixed_dictionaries(
         "steps_offset": st.integers(-1, 5) | JSON,
         "set_alpha_to_one": st.booleans() | JSON,
         "timestep_spacing": st.sampled_from(["leading", "linspace", "trailing"]) | JSON,
-        "prediction_type": st.just("epsilon") | JSON,
+        "prediction_type": st.sampled_from(["epsilon", "v_prediction"]) | JSON,
+        "rescale_betas_zero_snr": st.booleans() | JSON,
     },
 )
 

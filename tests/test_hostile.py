@@ -330,8 +330,8 @@ ABSURD = [
     ("scheduler", {"set_alpha_to_one": "no"}, "set_alpha_to_one is 'no', expected true or false"),
     (
         "scheduler",
-        {"prediction_type": "v_prediction"},
-        "prediction_type is 'v_prediction', only 'epsilon'",
+        {"prediction_type": "sample"},
+        "prediction_type is 'sample', expected epsilon, v_prediction",
     ),
 ]
 

@@ -27,12 +27,15 @@ ALLOWED = {
     "checkpoints": FILES | {"models", "sampling"},
     "viewing": FILES | {"models", "sampling", "drawing", "editing"},  # the maps of editing
     "latents": PIPELINE - {"pipeline"},
-    "pipeline": PIPELINE | {"latents"},
+    "recipes": FILES | {"drawing", ""},  # "": minisd itself, for __version__
+    "pipeline": PIPELINE | {"latents", "recipes"},
     "labels": PIPELINE | {"latents"},
-    "editing": PIPELINE,
+    "editing": PIPELINE | {"recipes"},
+    "again": PIPELINE | {"recipes", "editing"},
+    "batch": PIPELINE | {"recipes", "editing", ""},
     "training": PIPELINE,
     "toy": {"expect", "sampling"},
-    "cli": PIPELINE | {"labels", "editing", "toy", ""},  # "": minisd itself, for __version__
+    "cli": PIPELINE | {"labels", "recipes", "editing", "toy", "batch", ""},
     "__main__": {"cli"},
 }
 MODULES = {

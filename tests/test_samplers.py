@@ -156,6 +156,57 @@ def test_dpmpp_linspace_1000_steps_stays_finite():
     assert theirs[-1].isnan().any(), "diffusers has mended this: compare with it"
 
 
+# Stable Diffusion 2's, and Lin et al. 2023's remedy, where the first level is noise alone.
+V = SD14 | {"prediction_type": "v_prediction"}
+ZERO_SNR = V | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+
+
+@pytest.mark.parametrize("config", [V, ZERO_SNR], ids=["v", "zero-snr"])
+@pytest.mark.parametrize("n", [1, 2, 5, 20, 50, 500])
+def test_v_prediction_equals_diffusers(n, config, record_property):
+    schedule = NoiseSchedule.from_dict(config)
+    for eta in (0.0, 0.7):
+        scheduler, sampler = DDIMScheduler.from_config(config), DDIM(schedule, n, eta=eta)
+        scheduler.set_timesteps(n)
+        each = drawn(sampler, X) if eta else ()
+        timesteps, theirs = reference(scheduler, slice(0, n), X, each, eta=eta)
+        assert [step.t for step in sampler] == timesteps
+        record_property("v-prediction", assert_equal(trajectory(sampler, X), theirs))
+    for karras in (True, False):
+        scheduler = DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=karras)
+        scheduler.set_timesteps(n)
+        timesteps, theirs = reference(scheduler, slice(0, n), X)
+        sampler = DPMpp2M(schedule, n, karras=karras)
+        assert [step.t for step in sampler] == timesteps
+        record_property("v-prediction", assert_equal(trajectory(sampler, X), theirs))
+    if config is V:
+        scheduler, sampler = DDIMInverseScheduler.from_config(V), DDIM(schedule, n, inverse=True)
+        scheduler.set_timesteps(n)
+        _, theirs = reference(scheduler, slice(0, n), X)
+        record_property("v-prediction", assert_equal(trajectory(sampler, X), theirs))
+
+
+def test_what_undoes_steps_of_eps_refuses_v(original):
+    import minisd
+
+    sd = minisd.load(original, device="cpu")
+    sd.schedule, image = NoiseSchedule.from_dict(V), torch.zeros(1, 3, 32, 32)
+    with pytest.raises(ValueError, match="the model predicts v_prediction, expected epsilon"):
+        minisd.edict(sd, image, "a", "b")
+    with pytest.raises(ValueError, match="refine is 2, the model predicts v_prediction"):
+        minisd.invert(sd, image, "a", refine=2)
+
+
+def test_v_and_eps_are_one_step_where_both_are_known():
+    """v = alpha eps - sigma x0, so the same network said in the other way draws the same."""
+    eps, v = NoiseSchedule.from_dict(SD14), NoiseSchedule.from_dict(V)
+    for make in (DDIM, DPMpp2M):
+        for a, b in zip(make(eps, 7), make(v, 7)):
+            out = model(X, a.t)
+            x0 = (X - a.now.sigma * out) / a.now.alpha
+            assert_equal([b(X, a.now.alpha * out - a.now.sigma * x0)[0]], [a(X, out)[0]], 1e-4)
+
+
 @pytest.mark.parametrize("n", COUNTS)
 def test_start_equals_add_noise(n):
     """Image to image: a clean latent is noised to the level at which the remaining steps begin."""

@@ -1,6 +1,7 @@
 """NoiseSchedule against diffusers' tables, and the config keys it honours, ignores and refuses."""
 
 import json
+import math
 import random
 from collections import Counter
 
@@ -110,10 +111,10 @@ def test_timesteps_that_do_not_fit(offset, n):
 @pytest.mark.parametrize(
     "change",
     [
-        {"prediction_type": "v_prediction"},
+        {"prediction_type": "sample"},
         {"clip_sample": True},
         {"thresholding": True},
-        {"rescale_betas_zero_snr": True},
+        {"rescale_betas_zero_snr": 1},
         {"use_flow_sigmas": True},
         {"beta_schedule": "squaredcos_cap_v2"},
         {"timestep_spacing": "even"},
@@ -136,6 +137,18 @@ def test_other_maths_is_refused(change):
 def test_betas_are_between_0_and_1(change):
     with pytest.raises(ValueError, match="betas are .*, expected numbers between 0 and 1"):
         NoiseSchedule.from_dict(SD14 | change)
+
+
+@pytest.mark.parametrize("kind", ["linear", "scaled_linear"])
+def test_zero_terminal_snr_equals_diffusers(kind):
+    config = SD14 | {"rescale_betas_zero_snr": True, "beta_schedule": kind}
+    schedule = NoiseSchedule.from_dict(config | {"prediction_type": "v_prediction"})
+    assert torch.equal(schedule.alphas_cumprod, DDIMScheduler.from_config(config).alphas_cumprod)
+    assert schedule.level(999) == (0.0, 1.0) and schedule.level(999).ratio == math.inf
+    theirs = DPMSolverMultistepScheduler.from_config(config)
+    assert schedule.ratios()[-1] == theirs.sigmas.max() and 4095 < schedule.ratios()[-1] < 4097
+    with pytest.raises(ValueError, match="to 0.0, the network predicts epsilon, expected below 1"):
+        NoiseSchedule.from_dict(config)
 
 
 def test_schedulers_without_betas_are_refused():

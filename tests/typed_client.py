@@ -57,6 +57,16 @@ edits: Mapping[str, AttentionEdit] = {sd.unet.sites("cross")[0]: AttentionEdit()
 reveal_type(sd.unet.forward(sd.noise(0), sd.noise(0), cond, edits))
 reveal_type(Drawing(steps=4).sampler)
 
+sd.merge("a.safetensors", ("b.safetensors", 0.5))
+reveal_type(sd.add_embedding("word.safetensors"))
+try:
+    reveal_type(minisd.inpaint(sd, "in.png", b"mask", ["a", "b"], seed=[1, 2], progress=False))
+except (minisd.Cancelled, minisd.CheckpointError) as stop:
+    reveal_type(stop)
+minisd.save(image, "a.png")
+reveal_type(minisd.recipe("a.png"))
+reveal_type(minisd.from_recipe(image, sd, progress=False))
+
 sd.txt2img("a", sampler="euler")  # WRONG
 sd.txt2img("a", stepz=4)  # WRONG
 sd.txt2img("a", 7)  # WRONG
@@ -66,3 +76,5 @@ minisd.edit_prompt(sd, "a", "b", steps="4")  # WRONG
 minisd.edit_prompt(sd, "a", "b", compat="gogle")  # WRONG
 minisd.load("shapes", attention="flash")  # WRONG
 Drawing(sampler="dpm")  # WRONG
+sd.merge(3)  # WRONG
+minisd.save("a.png", image)  # WRONG

@@ -125,6 +125,9 @@ def check_vocabulary(tokenizer: CLIPTokenizer) -> Iterator[Finding]:
 
 def check_image(sd: "StableDiffusion", is_v1_4: bool) -> Iterator[Finding]:
     """Draw the image of `acceptance`: v1.4's has known values, others' must be no flat field."""
+    if sd.unet.config.in_channels != sd.channels:
+        yield None, "an inpainting model: no image is drawn without a mask"
+        return
     image, values = acceptance(sd)
     spread = image.float().std().item()
     fine = bool(image.isfinite().all()) and spread > 0.01
@@ -146,7 +149,7 @@ def acceptance(sd: "StableDiffusion") -> tuple[Tensor, Tensor]:
     image: (1, 3, H, W) in [0, 1]. values: the nine of its blue channel in the lower right corner,
     row by row.
     """
-    shape = (1, sd.unet.config.in_channels, *sd.latent_size(None, None))
+    shape = (1, sd.channels, *sd.latent_size(None, None))
     x = torch.from_numpy(np.random.RandomState(0).standard_normal(shape)).to(sd.device, sd.dtype)
     uncond, cond = sd.encode_prompt(["", ASTRONAUT]).split(1)
     x = denoise(x, DDIM(sd.schedule, 3), cfg(sd.network, uncond, cond, 7.5))

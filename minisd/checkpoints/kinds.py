@@ -40,8 +40,8 @@ PIPELINES = {
     "LatentConsistency": "a latent consistency model",
 }
 # Channels that a UNet takes, where they are not the latent's.
+INPAINTING = 9  # latent, mask and masked latent: `minisd.inpaint` draws with it
 INPUTS = {
-    9: "an inpainting model (latent, mask and masked image)",
     8: "an InstructPix2Pix model (latent and image)",
     7: "an upscaler (latent and image)",
     5: "a model of depth to image (latent and depth)",
@@ -87,7 +87,7 @@ def kind_of_pipeline(index: Mapping[str, object]) -> str | None:
 def kind_of_channels(takes: int, gives: int, latents: int) -> str | None:
     """What a model is whose UNet takes and gives so many channels and whose VAE has latents of so
     many, if minisd does not draw with it."""
-    if takes == gives == latents:
+    if gives == latents and takes in (latents, 2 * latents + 1):
         return None
     if gives == latents and takes in INPUTS:
         return INPUTS[takes]

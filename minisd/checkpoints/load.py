@@ -31,7 +31,7 @@ from ..models.vae import AutoencoderKL, VAEConfig
 from ..sampling.schedule import NoiseSchedule
 from .configs import MODELS, dit_config, from_clip, named, read_config, read_json, read_tokenizer
 from .header import Entry, read_header
-from .kinds import kind_of_channels, kind_of_tensors
+from .kinds import INPAINTING, kind_of_channels, kind_of_tensors
 from .names import LDM_PREFIX, Config, rename_diffusers, rename_ldm
 from .sources import (
     CLIP,
@@ -311,6 +311,8 @@ def from_single_file(
     takes, gives = side(f"{unet}input_blocks.0.0.weight", 1), side(f"{unet}out.2.weight", 0)
     _expect_channels(path, takes, gives, side(decoder, 1))
     configs = {part: config() for part, (_, config) in MODELS.items()}
+    if takes == INPAINTING:
+        configs["unet"] = UNetConfig(in_channels=INPAINTING)
     wanted = "a folder tokenizer/ with vocab.json and merges.txt"
     why = f"{path} has no vocabulary: put {wanted} beside it"
     own_tokenizer = partial(

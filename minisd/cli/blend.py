@@ -1,4 +1,5 @@
-"""The commands `minisd blend` (blended latent diffusion) and `minisd erase` (concept erasure)."""
+"""The commands `minisd blend` (blended latent diffusion), `minisd inpaint` (inpainting models) and
+`minisd erase` (concept erasure)."""
 
 from __future__ import annotations
 
@@ -21,18 +22,20 @@ SIZE = "resize the image to that; without it, its own size"
 
 def add_commands(command: AddCommand) -> None:
     what = "redraw the white part of a mask according to a prompt; no other pixel changes"
-    add_blend_options(command("blend", blend, what))
+    add_blend_options(command("blend", blend, what), strength=0.95)
+    what = "fill the white part of a mask by an inpainting model, whose UNet takes 9 channels"
+    add_blend_options(command("inpaint", inpaint, what), strength=1.0)
     what = "draw a prompt, or redraw an image according to it, without the concepts named"
     add_erase_options(command("erase", erase, what))
 
 
-def add_blend_options(parser: ArgumentParser) -> None:
+def add_blend_options(parser: ArgumentParser, strength: float) -> None:
     add = parser.add_argument
     add("image", help="the image")
     add("mask", help="an image of its proportions: white is redrawn, black is kept")
     add("prompt", help="what is to be seen, of the whole image")
     how_far = "how far from the image, from 0 (itself) to 1 (not bound to it)"
-    add("--strength", type=number, default=0.95, help=how_far)
+    add("--strength", type=number, default=strength, help=how_far)
     either = parser.add_mutually_exclusive_group().add_argument
     fade = "fade inside the mask's edge over that many pixels"
     either("--feather", type=int, default=0, metavar="PIXELS", help=fade)
@@ -62,7 +65,20 @@ def add_erase_options(parser: ArgumentParser) -> None:
 
 
 def blend(args: Namespace, call: Call) -> None:
-    from ..editing.blended import blend, read_mask
+    from ..editing.blended import blend
+
+    fill(args, call, blend)
+
+
+def inpaint(args: Namespace, call: Call) -> None:
+    from ..editing.inpainting import inpaint
+
+    fill(args, call, inpaint)
+
+
+def fill(args: Namespace, call: Call, method: Callable[..., list[Image.Image]]) -> None:
+    """What both commands do with an image and a mask."""
+    from ..editing.blended import read_mask
     from ..viewing.images import read_image
 
     request = DrawRequest.of(args, call)
@@ -75,7 +91,7 @@ def blend(args: Namespace, call: Call) -> None:
 
     def run(sd: StableDiffusion, options: Options) -> list[Image.Image]:
         how = {"feather": feather, "paste_back": paste_back}
-        return blend(sd, image, mask, prompt, strength, **how, **options)
+        return method(sd, image, mask, prompt, strength, **how, **options)
 
     draw(request, run, telling(prompt, files, call))
 

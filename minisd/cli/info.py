@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 import shlex
@@ -17,9 +18,11 @@ from .output import AGAIN
 # The text chunks of a PNG that are options of the command, under the option's name.
 OPTIONS = (
     *("weights", "negative", "strength", "model", "variant", "revision", "tokenizer"),
+    *("lora", "embedding"),
     *("seed", "size", "steps", "guidance", "pag", "freeu", "seg", "deep-cache"),
     *("sampler", "dtype", "device"),
 )
+REPEATED = ("lora", "embedding")  # one in each line
 
 
 def add_commands(command: AddCommand) -> None:
@@ -57,9 +60,26 @@ def print_image(path: str) -> None:
     if not chunks.get("version", "").startswith("minisd "):
         why = "minisd did not draw it, or they were stripped"
         raise ValueError(f"{path} carries no settings: {why}")
-    settings = [f"{key + ':':16} {value}" for key, value in chunks.items()]
-    told = "\n".join([*settings, "", joined(["minisd", *command_of(chunks)])])
-    print(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda control: ascii(control[0])[1:-1], told))
+    told: Mapping[str, object]
+    if "recipe" not in chunks or "command" in chunks:
+        again = joined(["minisd", *command_of(chunks)])
+        told = {key: value for key, value in chunks.items() if key not in ("recipe", "parameters")}
+    else:  # drawn from Python
+        again = f"minisd.save(minisd.from_recipe({path!r}), {AGAIN!r})"
+        told = settings_of(chunks)
+    settings = [f"{key + ':':16} {value}" for key, value in told.items()]
+    text = "\n".join([*settings, "", again])
+    print(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda control: ascii(control[0])[1:-1], text))
+
+
+def settings_of(chunks: Mapping[str, str]) -> dict[str, object]:
+    """What a recipe says, one setting a line."""
+    try:
+        recipe = json.loads(chunks["recipe"])
+        told = {**recipe, **recipe["arguments"], **recipe["model"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"its recipe cannot be read: {error}") from error
+    return {key: value for key, value in told.items() if key not in ("arguments", "model")}
 
 
 def command_of(chunks: Mapping[str, str]) -> list[str]:
@@ -70,8 +90,9 @@ def command_of(chunks: Mapping[str, str]) -> list[str]:
         return shlex.split(chunks["arguments"])
     options = []
     for key in OPTIONS:
-        if value := chunks.get(key):
-            options += [f"--{key}={value}"] if value.startswith("-") else [f"--{key}", value]
+        value = chunks.get(key, "")
+        for each in value.splitlines() if key in REPEATED else [value] * bool(value):
+            options += [f"--{key}={each}"] if each.startswith("-") else [f"--{key}", each]
     options += ["-o", AGAIN]
     texts = [chunks[key] for key in ("image", "prompt") if key in chunks]
     dashes = any(text.startswith("-") for text in texts)  # argparse would take them for options

@@ -18,7 +18,7 @@ from contextlib import suppress
 from typing import Any, NoReturn, TextIO
 
 from .. import __version__
-from . import blend, dit, draw, edit, info, invert, methods, models, toy
+from . import batch, blend, dit, draw, edit, info, invert, methods, models, toy
 from .options import Call, Run
 
 
@@ -134,6 +134,6 @@ def build_parser() -> Parser:
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return sub
 
-    for group in (draw, info, edit, invert, blend, methods, models, toy, dit):
+    for group in (draw, info, edit, invert, blend, methods, models, toy, dit, batch):
         group.add_commands(command)
     return parser

@@ -64,6 +64,14 @@ def add_model_options(
         add("--local-files-only", action="store_true", help=only)
 
 
+def add_adapter_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    merged = "add a LoRA to the weights, e.g. style.safetensors:0.8 (repeat)"
+    add("--lora", metavar="FILE[:WEIGHT]", type=lora, action="append", help=merged)
+    word = "a textual inversion: a new word for prompts, the file's name or the one in it (repeat)"
+    add("--embedding", metavar="FILE", action="append", help=word)
+
+
 @dataclass(frozen=True)
 class ModelRequest:
     """A model: the arguments of `minisd.load` that say which files."""
@@ -73,13 +81,26 @@ class ModelRequest:
     revision: str | None
     tokenizer: str | None
     local_files_only: bool
+    loras: tuple[tuple[str, float], ...] = ()  # and what is put into it: files with their weights
+    embeddings: tuple[str, ...] = ()
 
     @classmethod
     def of(
         cls, args: argparse.Namespace, source: str, local_files_only: bool | None = None
     ) -> ModelRequest:
         local = args.local_files_only if local_files_only is None else local_files_only
-        return cls(source, args.variant, args.revision, args.tokenizer, local)
+        put_in = tuple(getattr(args, "lora", ()) or ()), tuple(getattr(args, "embedding", ()) or ())
+        return cls(source, args.variant, args.revision, args.tokenizer, local, *put_in)
+
+    def told(self) -> dict[str, object]:
+        """What says which model it is, adapters by their contents."""
+        from ..checkpoints.adapters import lora_file
+        from ..checkpoints.sources import sha256
+
+        loras = [[sha256(lora_file(path)), weight] for path, weight in self.loras]
+        words = [[Path(path).stem, sha256(Path(path))] for path in self.embeddings]
+        files = {"source": self.source, "variant": self.variant, "revision": self.revision}
+        return {**files, "tokenizer": self.tokenizer, "loras": loras, "embeddings": words}
 
     def locate(self) -> Checkpoint:
         from ..checkpoints.load import locate
@@ -120,6 +141,7 @@ def add_drawing_options(parser: argparse.ArgumentParser, size_help: str) -> None
     dtype = "without it, float16 on CUDA and float32 elsewhere"
     add("--dtype", choices=DTYPES, help=f"{dtype}; auto: bfloat16 on a CPU that computes in it")
     add_model_options(parser)
+    add_adapter_options(parser)
     where = "a .png file (-n 2: name-0.png, name-1.png), or a folder"
     add("-o", "--output", default=".", metavar="PATH", help=where)
     each = "write an image after each step there, and animations of them"
@@ -235,6 +257,15 @@ def number(text: str) -> float:
     if not math.isfinite(value := float(text)):
         raise argparse.ArgumentTypeError(f"got {text}, expected a finite number")
     return value
+
+
+def lora(text: str) -> tuple[str, float]:
+    """ "style.safetensors:0.8" -> ("style.safetensors", 0.8); without a weight it is 1."""
+    path, colon, weight = text.rpartition(":")
+    try:
+        return (path, number(weight)) if colon and path else (text, 1.0)
+    except ValueError:
+        return text, 1.0  # the colon is of the name
 
 
 def weights(text: str) -> float | list[float]:

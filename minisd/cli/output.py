@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from .lines import as_chunk
-from .options import DrawRequest
+from .options import DrawRequest, ModelRequest
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -97,20 +97,29 @@ def check_place(option: str, path: Path) -> None:
 
 def load_model(request: DrawRequest) -> StableDiffusion:
     from ..drawing import seeds
-    from ..pipeline import load
 
     seeds([request.seeds[0], request.seeds[-1]])  # the last one now, not after all others are drawn
-    model = request.model
+    sd = load_request(request.model, request.device, request.dtype)
+    request.call.before_writing()
+    return sd
+
+
+def load_request(model: ModelRequest, device: str | None, dtype: str | None) -> StableDiffusion:
+    """The model with what is put into it."""
+    from ..pipeline import load
+
     sd = load(
         model.source,
-        device=request.device,
-        dtype=request.dtype,  # type: ignore[arg-type]  # one of options.DTYPES
+        device=device,
+        dtype=dtype,  # type: ignore[arg-type]  # one of options.DTYPES
         variant=model.variant,
         revision=model.revision,
         local_files_only=model.local_files_only,
         tokenizer=model.tokenizer,
     )
-    request.call.before_writing()
+    sd.merge(*model.loras)
+    for path in model.embeddings:
+        sd.add_embedding(path)
     return sd
 
 
@@ -197,6 +206,10 @@ def text_chunks(
         "variant": model.variant,
         "revision": model.revision,
         "tokenizer": model.tokenizer,
+        "lora": "\n".join(f"{path}:{weight}" for path, weight in model.loras) or None,
+        "lora_sha256": "\n".join(sha for _, sha, _ in sd.adapters.merged) or None,
+        "embedding": "\n".join(model.embeddings) or None,
+        "embedding_sha256": "\n".join(sha for _, sha, _ in sd.adapters.words) or None,
         "seed": seed,
         "size": told.get("size", f"{image.width}x{image.height}"),
         "steps": options["steps"],
@@ -245,8 +258,10 @@ def write_png(path: Path, image: Image.Image, chunks: Mapping[str, object]) -> N
 def save_png(path: Path, image: Image.Image, chunks: Mapping[str, object]) -> None:
     from PIL.PngImagePlugin import PngInfo
 
+    from ..recipes import texts
+
     text = PngInfo()
-    for key, value in chunks.items():
+    for key, value in {**texts(image), **chunks}.items():
         if value is not None:
             text.add_text(key, as_chunk(str(value)))
     image.save(path, format="PNG", pnginfo=text)

@@ -52,7 +52,9 @@ def find_word(tokenizer: CLIPTokenizer, prompt: str, word: str) -> list[int]:
     of which "stop" is the first two.
     """
     text, wanted = (unicodedata.normalize("NFC", each) for each in (prompt, word))
-    parts = (wanted.strip(string.punctuation + string.whitespace) or wanted).split()
+    if word not in tokenizer.added:  # "<my-cat>" as it is
+        wanted = wanted.strip(string.punctuation + string.whitespace) or wanted
+    parts = wanted.split()
     if not parts:
         return []
     phrase = r"\s+".join(map(re.escape, parts))

@@ -16,11 +16,11 @@ too, goes back to pixels in the end, by fitting the decoder or by Poisson blendi
 exact.
 """
 
+import io
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
@@ -32,6 +32,7 @@ from torch import Tensor
 from .. import expect
 from ..drawing import Drawing, Options, as_list, seeds
 from ..pipeline import ImageInput, unchanged
+from ..recipes import tell
 from ..sampling.samplers import Step
 from ..sampling.schedule import Level
 from ..viewing.images import as_given, read_image, to_rgb
@@ -66,6 +67,7 @@ def blend(
     the image's own size, whatever it is; on_step sees the latent with its background. ValueError
     for what does not fit.
     """
+    arguments = dict(locals())
     prompts, drawing = as_list(prompt), Drawing.of(options)
     masks = [read_mask(each) for each in (mask if isinstance(mask, (list, tuple)) else [mask])]
     plan = drawing.make_sampler(sd, strength)
@@ -81,7 +83,7 @@ def blend(
     drawing = drawing.at(*pixels.shape[2:])
     start, behind = noises(drawing, sd, len(images))
     if len(plan) == 0:
-        return images
+        return tell(images, sd, "blend", arguments, drawing, prompts)
 
     h, w = start.shape[2:]
     m = torch.cat([latent_mask(each, h, w) for each in masks]).to(sd.device)
@@ -91,9 +93,9 @@ def blend(
     x = background(plan.start(z0, start), next(iter(plan)).now)
     x = drawing.denoise(x, plan, predict, background.after)
     drawn = sd.decode(background(x, Level(1.0, 0.0)))
-    if not paste_back:
-        return drawn
-    return [paste(*each, feather) for each in zip(images, drawn, masks)]
+    if paste_back:
+        drawn = [paste(*each, feather) for each in zip(images, drawn, masks)]
+    return tell(drawn, sd, "blend", arguments, drawing, prompts)
 
 
 @dataclass(frozen=True)
@@ -126,15 +128,16 @@ def noises(drawing: Drawing, sd: "StableDiffusion", rows: int) -> tuple[Tensor, 
 
 
 def read_mask(mask: Any) -> Mask:
-    """A mask as (H, W) bool, True where it is white, of a file, a PIL image, or an array or tensor.
+    """A mask as (H, W) bool, True where it is white, of a file, its bytes, a PIL image, or an array
+    or tensor.
 
     Images of any mode are made grey, and white is 128 of 255 or more; an array (H, W) is bool, or
     8-bit, or floats from 0 to 1 (white from 0.5). ValueError for a mask that cannot be understood
     or has no white.
     """
-    if isinstance(mask, (str, os.PathLike)):
-        read_image(Path(mask))  # says what is wrong with a file
-        with Image.open(mask) as file:
+    if isinstance(mask, (str, os.PathLike, bytes)):
+        read_image(mask)  # says what is wrong with a file
+        with Image.open(io.BytesIO(mask) if isinstance(mask, bytes) else mask) as file:
             return read_mask(file)
     if isinstance(mask, Image.Image):
         alpha = np.asarray(mask.convert("RGBA"))[..., 3]

@@ -25,6 +25,7 @@ from torch import Tensor
 from .. import expect
 from ..drawing import Drawing, Options, as_list, chain, embed
 from ..pipeline import ImageInput
+from ..recipes import tell
 from ..sampling.guidance import Predict
 from ..sampling.samplers import DDIM, Step
 
@@ -111,12 +112,16 @@ def edict(
     uncond, height, width, progress and on_step of `minisd.drawing.Drawing`; on_step sees the first
     of the pair, on the way to the target. ValueError for what does not fit.
     """
+    arguments = dict(locals())
     drawing = Drawing.of(options, without=WITHOUT, steps=50, guidance=3.0)
     expect.number("p", p)
     if not 0.5 < p <= 1:
         expected = "above 0.5, where the mixing can be undone, to 1 (none)"
         raise ValueError(f"p is {p!r}, expected {expected}")
     expect.number("strength", strength, 0, 1)
+    if sd.schedule.prediction != "epsilon":  # back from x' the same v is another line
+        got = f"the model predicts {sd.schedule.prediction}"
+        raise ValueError(f"{got}, expected epsilon: its steps are those that EDICT undoes")
     plan = DDIM(sd.schedule, drawing.steps, drawing.steps - int(drawing.steps * strength))
     z = sd.encode_image(image, None, drawing.height, drawing.width).double()
     uncond = drawing.uncond
@@ -129,4 +134,4 @@ def edict(
     pair = edict_invert((z, z), inverse, back, p, sd.dtype)
     after = chain(on_step=drawing.on_step)
     x, _ = edict_denoise(pair, drawing.shown(plan), forth, p, sd.dtype, after)
-    return sd.decode(x.float())
+    return tell(sd.decode(x.float()), sd, "edict", arguments, drawing, [target])

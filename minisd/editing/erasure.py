@@ -18,6 +18,7 @@ from PIL import Image
 from .. import expect
 from ..drawing import Drawing, Options, as_list, embed
 from ..pipeline import ImageInput, unchanged
+from ..recipes import tell
 from ..sampling.guidance import Predict, erase
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def erase_concepts(
     ...), called as guide(network, uncond, cond, concepts, guidance, erase_scale). options: see
     `minisd.drawing.Drawing` (here steps=50). ValueError for what does not fit.
     """
+    arguments = dict(locals())
     prompts, concepts = as_list(prompt), as_list(concepts)
     if not concepts or not all(isinstance(text, str) and text.strip() for text in concepts):
         expected = "at least one text, each saying what to leave out"
@@ -65,9 +67,11 @@ def erase_concepts(
     if image is not None and pixels is not None:
         if len(plan) == 0:
             kept = unchanged(image, pixels, drawing)
-            return drawing.each(kept * (rows // len(kept)))
+            kept = drawing.each(kept * (rows // len(kept)))
+            return tell(kept, sd, "erase_concepts", arguments, drawing, prompts)
         x = plan.start(drawing.per_image(sd.encode_image(pixels), rows), x)
     uncond, cond = drawing.embed(sd, prompts * (rows // len(prompts)))
     named = embed(sd, concepts)
     predict = guide(sd.network, uncond, cond, named, drawing.guidance, erase_scale)
-    return sd.decode(drawing.denoise(x, plan, predict))
+    images = sd.decode(drawing.denoise(x, plan, predict))
+    return tell(images, sd, "erase_concepts", arguments, drawing, prompts)

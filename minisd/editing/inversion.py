@@ -240,6 +240,9 @@ def invert(
         got = f"skip is {skip} of {drawing.steps} steps"
         raise ValueError(f"{got}, expected at least one step to run")
     expect.whole_number("refine", refine, 0)
+    if refine and sd.schedule.prediction != "epsilon":  # of v, the two ways are two lines
+        got = f"refine is {refine}, the model predicts {sd.schedule.prediction}"
+        raise ValueError(f"{got}: expected 0, iterations lead back where eps is predicted")
     z = sd.encode_image(image, None, drawing.height, drawing.width).float()
     prompts = as_list(prompt)
     expect.rows("images", images=len(z), prompts=len(prompts))

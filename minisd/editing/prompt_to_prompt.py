@@ -39,6 +39,7 @@ from torch import Tensor
 from .. import expect
 from ..drawing import Drawing, Options, as_list, chain, check_names
 from ..models.attention import AttentionEdit
+from ..recipes import tell
 from ..sampling.samplers import Step
 from .local_blend import LocalBlend, is_of_rows
 from .maps import Maps
@@ -252,6 +253,7 @@ def edit_prompt(
     `latents`; a list of seeds draws all prompts once with each. To edit a given image: see
     `Inversion.edit_options`. ValueError for what does not fit.
     """
+    arguments = dict(locals())
     drawing, edit = split(options)
     drawing = drawing.for_each_seed()
     prompts = all_prompts(source, targets, edit.get("reweight"))
@@ -268,7 +270,8 @@ def edit_prompt(
     predict = drawing.rule(sd.network, uncond, cond, drawing.guidance, p2p)
     both = chain(after=after, local_blend=blend)
     sampler = drawing.make_sampler(sd, rows=drawing.num_images)
-    return sd.decode(drawing.denoise(x, sampler, predict, both))
+    images = sd.decode(drawing.denoise(x, sampler, predict, both))
+    return tell(images, sd, "edit_prompt", arguments, drawing, prompts, drawing.num_images)
 
 
 def blend_arguments(given: Sequence[str] | Mapping[str, Any], drawing: Drawing) -> dict[str, Any]:
@@ -288,13 +291,15 @@ def seed_baseline(
     sd: "StableDiffusion", source: str, *targets: str, **options: Unpack[Options]
 ) -> list[Image.Image]:
     """The seed-only baseline of `edit_prompt`: all prompts from the same noise, without an edit."""
+    arguments = dict(locals())
     drawing = Drawing.of(options, steps=50, sampler="ddim").for_each_seed()
     prompts = [source, *targets]
     x = shared_noise(drawing, sd, prompts)
     uncond, cond = drawing.embed(sd, prompts)
     predict = drawing.rule(sd.network, uncond, cond, drawing.guidance)
     sampler = drawing.make_sampler(sd, rows=drawing.num_images)
-    return sd.decode(drawing.denoise(x, sampler, predict))
+    images = sd.decode(drawing.denoise(x, sampler, predict))
+    return tell(images, sd, "seed_baseline", arguments, drawing, prompts, drawing.num_images)
 
 
 def split(options: Mapping[str, Any]) -> tuple[Drawing, dict[str, Any]]:

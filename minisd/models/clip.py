@@ -75,7 +75,7 @@ class CLIPTextConfig:
 
 
 class Embeddings(nn.Module):
-    """token_embedding[ids] + position_embedding[0..L-1]."""
+    """token_embedding[ids] + position_embedding[0..L-1]; embeddings may stand in place of ids."""
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
@@ -87,7 +87,8 @@ class Embeddings(nn.Module):
         self.position_embedding = nn.Embedding.from_pretrained(position, freeze=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+        tokens = ids if ids.is_floating_point() else self.token_embedding(ids)
+        return tokens + self.position_embedding.weight[: ids.shape[1]]
 
 
 class CausalSelfAttention(nn.Module):
@@ -154,8 +155,10 @@ class Encoder(nn.Module):
 class CLIPTextModel(nn.Module):
     """ids (B, L) -> final_layer_norm of the last layer, (B, L, hidden).
 
-    As in Stable Diffusion there is no padding mask: pads are attended to like any token. ValueError
-    if L exceeds the position embeddings.
+    In place of ids, floats (B, L, hidden) are taken for the rows of the token embedding: words that
+    its table does not have (textual inversion), or whatever gradients are wanted of. As in Stable
+    Diffusion there is no padding mask: pads are attended to like any token. ValueError if L exceeds
+    the position embeddings.
     """
 
     def __init__(self, config: CLIPTextConfig = CLIPTextConfig()) -> None:
@@ -166,7 +169,10 @@ class CLIPTextModel(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, ids: Tensor) -> Tensor:
-        expect.shape("token ids", ids, "B", "L")
+        if isinstance(ids, Tensor) and ids.is_floating_point():
+            expect.shape("token embeddings", ids, "B", "L", self.config.hidden_size)
+        else:
+            expect.shape("token ids", ids, "B", "L")
         if ids.shape[1] > (most := self.config.max_position_embeddings):
             raise ValueError(f"token ids: got {ids.shape[1]} in a row, expected at most {most}")
         return self.final_layer_norm(self.encoder(self.embeddings(ids)))

@@ -16,12 +16,11 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from tokenizers import (
     AddedToken,
-    Encoding,
     Regex,
     Tokenizer,
     decoders,
@@ -38,6 +37,14 @@ WORD_END = "</w>"
 WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
+
+
+class Encoding(NamedTuple):
+    """A text's ids, their pieces, and where each begins and ends in the text."""
+
+    ids: list[int]
+    tokens: list[str]
+    offsets: list[tuple[int, int]]
 
 
 def byte_pair_encoder(vocab: dict[str, int], merges: list[Merge]) -> Tokenizer:
@@ -101,6 +108,8 @@ class CLIPTokenizer:
         self.max_length, self.pad_token = max_length, pad_token
         self.any_case = frozenset(any_case)
         self.bos_id, self.eos_id, self.pad_id = vocab[BOS], vocab[EOS], vocab[pad_token]
+        self.first_new = 1 + max(vocab.values())  # ids from here on are words that were added
+        self.added: dict[str, int] = {}  # such a word -> how many ids it has
         self._bpe = byte_pair_encoder(vocab, merges)
         special = dict.fromkeys((BOS, EOS, pad_token))
         self._bpe.add_special_tokens(
@@ -162,6 +171,19 @@ class CLIPTokenizer:
         merges = [_pair(merge) for merge in saved["model"]["merges"]]
         any_case = [token["content"] for token in saved["added_tokens"] if token["normalized"]]
         return cls(vocab, merges, max_length, pad, any_case)
+
+    def add_token(self, token: str, count: int = 1) -> None:
+        """Make a text a word of its own, with `count` ids (textual inversion).
+
+        The first added word has the ids first_new, first_new + 1, ..., the next those that follow.
+        It is found wherever the text stands, in any case. ValueError for a word that is there.
+        """
+        there = self._bpe.token_to_id(token) is not None
+        if not token.strip() or token != token.strip() or there or count < 1:
+            why = "the vocabulary has it" if there else "expected a word without blanks around it"
+            raise ValueError(f"{shortened(token)} cannot be added to the vocabulary: {why}")
+        self._bpe.add_tokens([AddedToken(token, normalized=True)])
+        self.added[token] = count
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write vocab.json, merges.txt and tokenizer_config.json.
@@ -227,7 +249,28 @@ class CLIPTokenizer:
             raise ValueError(
                 f"expected a prompt of valid Unicode, got lone surrogates in {shortened(text)}"
             )
-        return self._bpe.encode(text, add_special_tokens=False)
+        encoding = self._bpe.encode(text, add_special_tokens=False)
+        pieces = Encoding(encoding.ids, encoding.tokens, encoding.offsets)
+        return self._with_added(pieces) if self.added else pieces
+
+    def _with_added(self, pieces: Encoding) -> Encoding:
+        """Each word that was added as its own ids, all at its place in the text."""
+        first: dict[str, int] = {}
+        start = self.first_new
+        for word, count in self.added.items():
+            first[word], start = start, start + count
+        spread = Encoding([], [], [])
+        known = {self._bpe.token_to_id(word): word for word in self.added}
+        for i, piece, offset in zip(pieces.ids, pieces.tokens, pieces.offsets):
+            token = known.get(i)
+            count = 1 if token is None else self.added[token]
+            if token is not None:
+                i, piece = first[token], token + WORD_END
+            for n in range(count):
+                spread.ids.append(i + n)
+                spread.tokens.append(piece if n == count - 1 else piece.removesuffix(WORD_END))
+                spread.offsets.append(offset)
+        return spread
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text, uncut, without <bos>, <eos> and padding.

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import checkpoint as activation_checkpoint
 
+from .. import expect
 from . import ops
 from .attention import Attention, Implementation, check_implementation
 from .blocks import Downsample, ResnetBlock, Upsample
@@ -469,6 +470,9 @@ class UNet(Denoiser):
 
     def times(self, x: Tensor, t: Tensor) -> dict[str, Tensor]:
         """{resnet: what the time adds to its channels, (1 or B, channels)}."""
+        if self.config.in_channels > 2 * self.config.out_channels:
+            what = "x of an inpainting model (minisd.inpaint draws with it)"
+            expect.shape(what, x, "B", self.config.in_channels, "h", "w")
         widths = self._time_widths
         self.check_inputs(x, t, sum(widths))
         table = self.time_table(t.reshape(-1)) if t.ndim < 2 else t

@@ -61,7 +61,8 @@ class DDPM(Sampler):
         x_D = next.alpha * large / now.sigma**2
         x_x = now.alpha / next.alpha * (next.sigma / now.sigma) ** 2
         x_noise = s[self.variance] if next.sigma else 0.0  # the last step ends at the mean
-        return Coefficients.of_eps(now, c=0.0, x_x=x_x, x_D=x_D, x_eps=0.0, x_noise=x_noise)
+        others = {"c": 0.0, "x_x": x_x, "x_D": x_D, "x_eps": 0.0, "x_noise": x_noise}
+        return Coefficients.of(self.schedule.prediction, now, **others)
 
     def learned(self, now: Level, next: Level) -> LearnedRange | None:
         if self.variance != "learned_range":

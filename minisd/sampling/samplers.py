@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import expect
-from .schedule import Level, NoiseSchedule
+from .schedule import Level, NoiseSchedule, Prediction
 
 Seed = int | tuple[int, ...]  # of all rows together, or one for each
 
@@ -56,9 +56,22 @@ class Coefficients(NamedTuple):
     x_noise: float = 0.0
 
     @classmethod
+    def of(cls, prediction: Prediction, now: Level, **others: float) -> "Coefficients":
+        """Of a network that predicts this, at the level `now`."""
+        return (cls.of_v if prediction == "v_prediction" else cls.of_eps)(now, **others)
+
+    @classmethod
     def of_eps(cls, now: Level, **others: float) -> "Coefficients":
-        """Of a network that predicts eps: x0 = (x - sigma eps) / alpha at the level `now`."""
+        """Of a network that predicts eps: x0 = (x - sigma eps) / alpha."""
         return cls(1 / now.alpha, -now.sigma / now.alpha, 0.0, 1.0, **others)
+
+    @classmethod
+    def of_v(cls, now: Level, **others: float) -> "Coefficients":
+        """Of one that predicts v = alpha eps - sigma x0 (Salimans and Ho 2022, arXiv 2202.00512).
+
+        x0 = alpha x - sigma v,      eps = sigma x + alpha v,      at alpha = 0, too
+        """
+        return cls(now.alpha, -now.sigma, now.sigma, now.alpha, **others)
 
 
 def advance(
@@ -237,7 +250,8 @@ class DDIM(Sampler):
         if self.eta:
             s = self.eta * next.sigma / now.sigma * math.sqrt(1 - (now.alpha / next.alpha) ** 2)
         x_eps = math.sqrt(next.sigma**2 - s**2)
-        return Coefficients.of_eps(now, c=0.0, x_x=0.0, x_D=next.alpha, x_eps=x_eps, x_noise=s)
+        others = {"c": 0.0, "x_x": 0.0, "x_D": next.alpha, "x_eps": x_eps, "x_noise": s}
+        return Coefficients.of(self.schedule.prediction, now, **others)
 
     def noise_seed(self) -> Seed | None:
         return self.seed if self.eta else None
@@ -295,7 +309,8 @@ class DPMpp2M(Sampler):
         if h_previous and next.sigma:  # 0 too where two timesteps are one (1000 steps, linspace)
             c = math.log(now.ratio / next.ratio) / (2 * h_previous)
         x_x, x_D = next.sigma / now.sigma, next.alpha * (1 - next.ratio / now.ratio)
-        return Coefficients.of_eps(now, c=c, x_x=x_x, x_D=x_D, x_eps=0.0)
+        prediction = self.schedule.prediction
+        return Coefficients.of(prediction, now, c=c, x_x=x_x, x_D=x_D, x_eps=0.0)
 
 
 def _split(x: Tensor, out: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -9,7 +9,7 @@ Source: Ho et al. 2020 (arXiv 2006.11239); the scaled_linear betas are latent di
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -31,18 +31,20 @@ class Level(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        return self.sigma / self.alpha
+        """sigma / alpha, infinite at alpha = 0."""
+        return self.sigma / self.alpha if self.alpha else math.inf
 
 
+Prediction = Literal["epsilon", "v_prediction"]  # what the network says of x
+PREDICTIONS = get_args(Prediction)
+LEAST = 2**-24  # of alphas_cumprod where a sampler counts in ratios: diffusers' choice
 SPACINGS = ("leading", "linspace", "trailing")
 
 # Keys that would change the maths, with the one value that is implemented. An absent key means that
 # value, too.
 ONLY = {
-    "prediction_type": "epsilon",
     "clip_sample": False,
     "thresholding": False,
-    "rescale_betas_zero_snr": False,
     "use_flow_sigmas": False,
     "timestep_type": "discrete",
     "sigma_min": None,
@@ -62,13 +64,16 @@ class NoiseSchedule:
 
     steps_offset is added to "leading" timesteps. set_alpha_to_one: DDIM ends at alpha = 1, not at
     timestep 0's level. timestep_spacing: "leading" | "linspace" | "trailing"; None lets each
-    sampler take its own (see samplers.py).
+    sampler take its own (see samplers.py). prediction: what the network predicts, "epsilon" or
+    "v_prediction" (v = alpha eps - sigma x0), which also knows x0 where alpha is 0 (zero terminal
+    SNR).
     """
 
     alphas_cumprod: Tensor
     steps_offset: int = 0
     set_alpha_to_one: bool = True
     timestep_spacing: str | None = None
+    prediction: Prediction = "epsilon"
 
     @classmethod
     def from_dict(cls, config: dict) -> "NoiseSchedule":
@@ -90,27 +95,34 @@ class NoiseSchedule:
         for key, only in ONLY.items():
             if config.get(key, only) != only:
                 raise ValueError(f"{wrong}{key} is {config[key]!r}, only {only!r} is supported")
-        spacing = config.get("timestep_spacing")
-        if spacing not in (None, *SPACINGS):
-            expected = ", ".join(SPACINGS)
-            raise ValueError(f"{wrong}timestep_spacing is {spacing!r}, expected {expected}")
+        prediction = config.get("prediction_type", "epsilon")
+        spacing, rescale = (
+            config.get("timestep_spacing"),
+            config.get("rescale_betas_zero_snr", False),
+        )
+        for key, value, known in (
+            ("timestep_spacing", spacing, (None, *SPACINGS)),
+            ("prediction_type", prediction, PREDICTIONS),
+        ):
+            if value not in known:
+                expected = ", ".join(map(str, known))
+                raise ValueError(f"{wrong}{key} is {value!r:.80}, expected {expected}")
         for key, (least, most) in WHOLE_NUMBERS.items():
             if type(value := config.get(key, least)) is not int or not least <= value <= most:
                 expected = f"a whole number, {least} to {most}"
                 raise ValueError(f"{wrong}{key} is {value!r:.80}, expected {expected}")
-        if type(last := config.get("set_alpha_to_one", True)) is not bool:
-            raise ValueError(f"{wrong}set_alpha_to_one is {last!r:.80}, expected true or false")
-        alphas_cumprod = torch.cumprod(1 - betas(config), dim=0)
+        to_one = config.get("set_alpha_to_one", True)
+        for key, flag in (("set_alpha_to_one", to_one), ("rescale_betas_zero_snr", rescale)):
+            if type(flag) is not bool:
+                raise ValueError(f"{wrong}{key} is {flag!r:.80}, expected true or false")
+        each = betas(config)
+        alphas_cumprod = torch.cumprod(1 - (zero_terminal_snr(each) if rescale else each), dim=0)
         first, last = alphas_cumprod[0].item(), alphas_cumprod[-1].item()
-        if not (first < 1 and last > 1e-30):  # sigma / alpha has to be above 0 and finite
-            got = f"alphas_cumprod run from {first} to {last}"
+        lowest = -1.0 if rescale and prediction == "v_prediction" else 1e-30
+        if not (first < 1 and last > lowest):  # sigma / alpha has to be above 0 and finite
+            got = f"alphas_cumprod run from {first} to {last}, the network predicts {prediction}"
             raise ValueError(f"{wrong}{got}, expected below 1 and above 0")
-        return cls(
-            alphas_cumprod,
-            config.get("steps_offset", 0),
-            config.get("set_alpha_to_one", True),
-            spacing,
-        )
+        return cls(alphas_cumprod, config.get("steps_offset", 0), to_one, spacing, prediction)
 
     def __len__(self) -> int:
         """N, the number of training timesteps."""
@@ -130,8 +142,13 @@ class NoiseSchedule:
         return Level(1.0, 0.0) if self.set_alpha_to_one else self.level(0)
 
     def ratios(self) -> np.ndarray:
-        """sigma / alpha of every training timestep, (N,) fp32, ascending."""
-        return (((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5).numpy()
+        """sigma / alpha of every training timestep, (N,) fp32, ascending; 4096 where alpha is 0."""
+        a = (
+            self.alphas_cumprod.clamp(min=LEAST)
+            if not self.alphas_cumprod[-1]
+            else self.alphas_cumprod
+        )
+        return (((1 - a) / a) ** 0.5).numpy()
 
     def timesteps(self, n: int, spacing: str) -> list[int]:
         """n of the N training timesteps, descending: table 2 of Lin et al. 2023 (arXiv 2305.08891).
@@ -152,6 +169,17 @@ class NoiseSchedule:
             room = f"the schedule's 0 to {len(self) - 1}"
             raise ValueError(f"{got}, do not fit into {room}: take fewer steps")
         return [int(i) for i in t]
+
+
+def zero_terminal_snr(betas: Tensor) -> Tensor:
+    """Betas with which the last level is all noise, alpha = 0 (Lin et al. 2023, algorithm 1).
+
+    alpha_t <- (alpha_t - alpha_N) alpha_1 / (alpha_1 - alpha_N):  alpha_1 stays, the last becomes 0
+    """
+    alphas = torch.cumprod(1 - betas, dim=0).sqrt()
+    first, last = alphas[0].clone(), alphas[-1].clone()
+    a = ((alphas - last) * (first / (first - last))) ** 2
+    return 1 - torch.cat([a[:1], a[1:] / a[:-1]])
 
 
 def betas(config: dict) -> Tensor:

@@ -4,11 +4,11 @@ The conversions are those of diffusers' VaeImageProcessor.
 """
 
 import io
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,32 +17,38 @@ from torch import Tensor
 
 from ..files import expect_file
 
+OneImage = Image.Image | str | os.PathLike[str] | bytes | np.ndarray[Any, Any]
+ImageInput = OneImage | Sequence[OneImage] | Tensor
 # Of Pillow's formats those in which people keep images, none of which runs another program, as EPS
 # does Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "ICO", "JPEG2000", "AVIF")
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """A file as a viewer shows it, in RGB (see `to_rgb`); of an animation the first frame.
+def read_image(file: str | os.PathLike[str] | bytes) -> Image.Image:
+    """A file, or its bytes, as a viewer shows it, in RGB (see `to_rgb`); of an animation the first
+    frame.
 
     FileNotFoundError, or ValueError: the file is cut, no image, none of FORMATS, or so large (89
     megapixels) that it is no photograph.
     """
-    with open_image(path) as image:
+    with open_image(file) as image:
         return to_rgb(image)
 
 
 @contextmanager
-def open_image(path: str | Path) -> Iterator[Image.Image]:
-    """`with open_image(path) as image`: as it is in the file; errors as of `read_image`, also for
+def open_image(file: str | os.PathLike[str] | bytes) -> Iterator[Image.Image]:
+    """`with open_image(file) as image`: as it is in the file; errors as of `read_image`, also for
     what is found out inside."""
+    path = f"an image of {len(file)} bytes" if isinstance(file, bytes) else os.fspath(file)
     try:
-        expect_file(path)
+        if not isinstance(file, bytes):
+            expect_file(file)
+        source = io.BytesIO(file) if isinstance(file, bytes) else file
         Image.init()  # all formats, of which one may be missing here
         known = [name for name in FORMATS if name in Image.OPEN]
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=known) as image:
+            with Image.open(source, formats=known) as image:
                 yield image
     except FileNotFoundError:
         raise
@@ -76,12 +82,44 @@ def to_pil(image: Tensor) -> list[Image.Image]:
     return [Image.fromarray(each) for each in values.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-def as_given(image: Image.Image | Sequence[Image.Image] | Tensor) -> list[Image.Image]:
-    """One image or more, PIL's or a tensor, as a list of RGB images, each of its own size."""
+def as_given(image: ImageInput) -> list[Image.Image]:
+    """One image or more as a list of RGB images, each of its own size.
+
+    A tensor is (B, 3, H, W) in [-1, 1]. All others, one or a list of them: a PIL image, a file's
+    name, a file's bytes, or an array (H, W, 3) or (H, W), 8-bit or floats in [0, 1]; an array (B,
+    H, W, 3) is B of them.
+    """
     if isinstance(image, Tensor):
         return to_pil(image)
-    images = image if isinstance(image, (list, tuple)) else [cast(Image.Image, image)]
-    return [to_rgb(each) for each in images]
+    if isinstance(image, np.ndarray) and image.ndim == 4:
+        image = list(image)
+    images = image if isinstance(image, (list, tuple)) else [image]
+    return [one_image(each) for each in images]
+
+
+def one_image(image: Any) -> Image.Image:
+    """One image of any kind but a tensor, in RGB. TypeError or ValueError for what is none."""
+    if isinstance(image, (str, os.PathLike)):
+        return read_image(image)
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return read_image(bytes(image))
+    if isinstance(image, np.ndarray):
+        return from_array(image)
+    return to_rgb(image)
+
+
+def from_array(values: np.ndarray[Any, Any]) -> Image.Image:
+    """An array (H, W, 3) or (H, W), uint8 or floats from 0 to 1, as an RGB image."""
+    fits = values.ndim == 2 or (values.ndim == 3 and values.shape[2] == 3)
+    floats = values.dtype.kind == "f"
+    if fits and values.size and (values.dtype == np.uint8 or floats):
+        if floats and values.min() >= 0 and values.max() <= 1:  # NaN is not
+            values, floats = (255 * values).round().astype(np.uint8), False
+        if not floats:
+            return Image.fromarray(values).convert("RGB")
+    low, high = (values.min(), values.max()) if values.size else (0, 0)
+    got = f"an array of {values.dtype} {values.shape}, {low} to {high}"
+    raise ValueError(f"got {got}, expected (H, W, 3) or (H, W) of uint8, or of floats from 0 to 1")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -92,7 +130,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     if not isinstance(image, Image.Image):
         got = type(image).__name__
-        raise TypeError(f"got a {got}, expected a PIL image or a tensor (B, 3, H, W) in [-1, 1]")
+        kinds = "a PIL image, a file's name or bytes, an array (H, W, 3)"
+        raise TypeError(f"got a {got}, expected {kinds} or a tensor (B, 3, H, W) in [-1, 1]")
     sixteen = image.mode.startswith("I;16") or (
         image.mode == "I" and image.format in ("PNG", "PPM")
     )

@@ -1,0 +1,327 @@
+"""`minisd batch`: rows to images, equal to what Python draws; what is there is skipped, a bad row
+takes no other with it, and workers that are killed -9 are replaced."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import minisd
+from minisd.batch import engines, rows
+from minisd.batch.work import own_folder, work
+from minisd.cli.batch import LoadModel
+from minisd.cli.options import ModelRequest
+
+TINY = ["--model", "tiny", "--device", "cpu", "--to", "out"]
+MODEL = ModelRequest("tiny", None, None, None, False)
+pytestmark = pytest.mark.usefixtures("here")
+
+
+def write(*given, path="rows.jsonl"):
+    lines = [each if isinstance(each, str) else json.dumps(each) for each in given]
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def index():
+    return [json.loads(line)["id"] for line in Path("out/index.jsonl").read_text().splitlines()]
+
+
+def names():
+    return sorted(path.name for path in Path("out").iterdir())
+
+
+def equal(path, image):
+    with Image.open(path) as drawn:
+        return drawn.size == image.size and drawn.tobytes() == image.tobytes()
+
+
+def test_rows_are_what_python_draws(minisd_command):
+    values = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+    Image.fromarray(values).save("in.png")
+    write(
+        {"prompt": "a cat", "steps": 2, "seed": 3},
+        {"prompt": "Zürich, 雪", "steps": 2, "guidance": 1, "width": 40, "height": 24},
+        {"method": "img2img", "image": "in.png", "prompt": "a", "strength": 0.7, "steps": 3},
+        {
+            "method": "edit",
+            "source": "a cat",
+            "target": "a dog",
+            "steps": 2,
+            "self_steps": [0, 0.5],
+        },
+        "",
+        {"prompt": "a cat", "seed": 3, "steps": 2},  # the first again
+    )
+    code, out, err = minisd_command("batch", "rows.jsonl", *TINY)
+    assert code == 0, err
+    assert out.startswith("4 drawn in ") and out.endswith("0 there already, 0 failed\n")
+    sd, how = minisd.load("tiny", device="cpu"), {"progress": False, "steps": 2}
+    ids = index()
+    assert ids[4] == ids[0] and len(set(ids)) == 4
+    assert names() == sorted([*(f"{id}.png" for id in set(ids)), "index.jsonl"])
+    assert equal(f"out/{ids[0]}.png", sd.txt2img("a cat", seed=3, **how)[0])
+    small = {"width": 40, "height": 24, "guidance": 1}
+    assert equal(f"out/{ids[1]}.png", sd.txt2img("Zürich, 雪", **small, **how)[0])
+    expected = sd.img2img("in.png", "a", 0.7, steps=3, progress=False)[0]
+    assert equal(f"out/{ids[2]}.png", expected)
+    edited = minisd.edit_prompt(sd, "a cat", "a dog", self_steps=(0, 0.5), **how)
+    assert equal(f"out/{ids[3]}.png", edited[1])
+    assert equal(f"out/{ids[3]}.png", minisd.from_recipe(f"out/{ids[3]}.png", progress=False))
+
+    (Path("out") / f"{ids[1]}.png").unlink()
+    before = {path.name: path.stat().st_mtime_ns for path in Path("out").glob("*.png")}
+    code, out, err = minisd_command("batch", "rows.jsonl", *TINY)
+    assert code == 0 and out.startswith("1 drawn in ") and "3 there already" in out
+    assert before.items() <= {p.name: p.stat().st_mtime_ns for p in Path("out").glob("*")}.items()
+
+
+def test_a_bad_row_becomes_its_error(minisd_command):
+    write(
+        '{"prompt": "cut of',
+        "[1]",
+        {"prompt": "a", "stepz": 2},
+        {"prompt": "a", "steps": 0},
+        {"prompt": "a", "steps": 2},
+        {"method": "img2img", "prompt": "a", "image": "none.png"},
+        {"prompt": "a", "steps": 2, "width": 13, "height": 16},  # known when it is drawn
+        {"method": "system", "prompt": "a"},
+        {"prompt": 5},
+        {"prompt": "a", "seed": [1, 2]},
+        {"source": "a"},
+    )
+    code, out, err = minisd_command("batch", "rows.jsonl", *TINY, "--batch-size", "4")
+    assert code == 2 and out.startswith("1 drawn in ") and "10 failed" in out
+    assert "10 rows failed, each with its ID.error.json; row 1: " in err
+    ids = index()
+    found = {i: Path(f"out/{id}.error.json") for i, id in enumerate(ids, 1)}
+    assert [i for i, path in found.items() if not path.exists()] == [5]
+    errors = {i: json.loads(p.read_text()) for i, p in found.items() if p.exists()}
+    assert all(error["row"] == i for i, error in errors.items())
+    expected = {
+        1: "Unterminated string",
+        2: "got a list, expected an object",
+        3: "got the argument 'stepz', expected prompt, ",
+        4: "steps is 0",
+        6: "No such file",
+        7: "the image is 13 x 16 pixels, expected positive multiples of 4",
+        8: "method is 'system', expected one of txt2img, img2img, edit",
+        9: "prompt is 5, expected a text",
+        10: "seed is a list",
+        11: "got the argument 'source'",
+    }
+    for i, text in expected.items():
+        assert text in errors[i]["error"], (i, errors[i])
+    assert errors[7]["given"]["width"] == 13
+    there = [path.name for path in found.values() if path.exists()]
+    assert names() == sorted(["index.jsonl", f"{ids[4]}.png", *there])
+
+
+def test_no_model_and_no_rows_are_errors(minisd_command):
+    write({"prompt": "a"})
+    code, _, err = minisd_command("batch", "rows.jsonl", "--model", "none", "--to", "out")
+    assert code == 2 and "there is no model 'none'" in err
+    code, _, err = minisd_command("batch", "other.jsonl", *TINY)
+    assert code == 2 and "other.jsonl" in err
+    code, _, err = minisd_command("batch", "rows.jsonl", *TINY, "--engine", "torchrun")
+    assert code == 2 and "'RANK' is not set" in err
+
+
+def jobs_of(*given):
+    found = [rows.read_row(i, json.dumps(each), {}) for i, each in enumerate(given, 1)]
+    assert all(isinstance(each, rows.Job) for each in found)
+    return found
+
+
+def test_pieces_are_of_equal_shapes_and_of_the_file_alone():
+    a, b = {"prompt": "a", "steps": 2}, {"prompt": "a", "steps": 3}
+    given = [{**(a if i % 2 else b), "seed": i, "negative_prompt": "x" * i} for i in range(7)]
+    found = rows.pieces(jobs_of(*given), 3)
+    assert [[job.row for job in piece] for piece in found] == [[1, 3, 5], [2, 4, 6], [7]]
+    assert [len(piece) for piece in rows.pieces(jobs_of(*given), 1)] == [1] * 7
+
+
+def test_what_is_missing_of_a_piece_is_drawn_with_the_others(tmp_path):
+    sd, folder = minisd.load("tiny", device="cpu"), tmp_path / "out"
+    folder.mkdir()
+    texts = ["a cat", "b", "c dog"]
+    piece = jobs_of(*({"prompt": p, "seed": 5, "steps": 2, "guidance": 3} for p in texts))
+    done = work(sd, piece, folder)
+    assert done.drawn == [job.id for job in piece]
+    together = sd.txt2img(texts, seed=[5] * 3, steps=2, guidance=3, progress=False)
+    for job, image in zip(piece, together):
+        assert equal(folder / f"{job.id}.png", image)
+    path = folder / f"{piece[1].id}.png"
+    path.unlink()
+    done = work(sd, piece, folder)
+    assert (done.drawn, len(done.there)) == ([piece[1].id], 2)
+    assert equal(path, together[1])
+    assert equal(path, minisd.from_recipe(path, progress=False))
+
+
+def test_the_ids_tell_models_images_and_options_apart(tmp_path):
+    Image.new("RGB", (8, 8)).save("in.png")
+    row = {"method": "img2img", "image": "in.png", "prompt": "a"}
+    first = rows.read_row(1, json.dumps(row), {"source": "tiny"})
+    other = rows.read_row(9, json.dumps(dict(reversed(row.items()))), {"source": "tiny"})
+    assert first.id == other.id
+    ids = {first.id, rows.read_row(1, json.dumps(row), {"source": "shapes"}).id}
+    ids.add(rows.read_row(1, json.dumps(row | {"seed": 1}), {"source": "tiny"}).id)
+    Image.new("RGB", (8, 8), "red").save("in.png")
+    ids.add(rows.read_row(1, json.dumps(row), {"source": "tiny"}).id)
+    assert len(ids) == 4
+
+
+# ---- workers that die
+
+
+def killing(engine, folder, moments, stop):
+    """kill -9 of a random worker, be it loading or drawing, at each of the moments: (images that
+    are there, seconds after that)."""
+    choose = random.Random(0)
+    for images, seconds in moments:
+        while len(list(folder.glob("*.png"))) < images:
+            if stop.wait(0.01):
+                return
+        stop.wait(seconds)
+        if pids := list(children()):
+            os.kill(int(choose.choice(pids)), signal.SIGKILL)
+            engine.killed += 1
+
+
+def children():
+    """The workers: children of this process that Python's spawn has started."""
+    own = str(os.getpid())
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            stat, line = (path / "stat").read_text(), (path / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if stat.rpartition(")")[2].split()[1] == own and b"multiprocessing.spawn" in line:
+            yield path.name
+
+
+def kill_test(tmp_path, count, moments, steps):
+    """Two workers of which one is killed at each moment -> (engine, ids drawn)."""
+    jobs = jobs_of(*({"prompt": f"a {i}", "seed": i, "steps": steps} for i in range(count)))
+    serial, folder = tmp_path / "serial", tmp_path / "out"
+    serial.mkdir(), folder.mkdir()
+    load, pieces = LoadModel(MODEL, "cpu", None), rows.pieces(jobs, 1)
+    sd = load(None)
+    for piece in pieces:
+        assert work(sd, piece, serial).drawn
+    engine, stop = engines.Local(load, folder, 2, [None]), threading.Event()
+    engine.killed = 0
+    killer = threading.Thread(target=killing, args=(engine, folder, moments, stop))
+    killer.start()
+    try:
+        done = list(engine(pieces))
+    finally:
+        stop.set()
+        killer.join()
+    drawn = [id for each in done for id in each.drawn]
+    there = [id for each in done for id in each.there]
+    # Drawn twice only where the worker died between the file and its word: then it is `there`.
+    assert sorted(drawn + there) == sorted(job.id for job in jobs)
+    assert not any(each.failed for each in done) and len(there) <= engine.restarts
+    assert sorted(path.name for path in folder.iterdir()) == sorted(f"{j.id}.png" for j in jobs)
+    for job in jobs:
+        with Image.open(serial / f"{job.id}.png") as image:
+            assert equal(folder / f"{job.id}.png", image)
+    return engine
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_killed_worker_is_replaced(tmp_path):
+    """Reduced: one kill, which is sure to hit a worker that draws."""
+    engine = kill_test(tmp_path, 6, [(1, 0.05)], 10)
+    assert engine.killed == engine.restarts == 1
+
+
+@pytest.mark.full
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_twenty_kills_at_random_moments(tmp_path, record_property):
+    choose = random.Random(7)
+    counts = sorted(choose.sample(range(40), 20))
+    start, moments = time.monotonic(), [(count, choose.uniform(0, 0.5)) for count in counts]
+    engine = kill_test(tmp_path, 60, moments, 20)
+    record_property("batch: kills", engine.killed)
+    record_property("batch: seconds with kills", time.monotonic() - start)
+    assert engine.killed == 20 == engine.restarts
+
+
+def test_a_piece_that_kills_its_workers_fails(tmp_path, monkeypatch):
+    """The engine's side, with workers that are threads here: no process has to be started."""
+    jobs = jobs_of({"prompt": "a"}, {"prompt": "b"})
+    engine = engines.Local(lambda device: None, tmp_path, 1, [None])
+
+    class Dead:
+        exitcode = -9
+
+        def join(self):
+            pass
+
+        kill = join
+
+    def start(number):
+        ours, theirs = engines.mp.Pipe()
+        worker = engines.Worker(Dead(), ours, number)
+
+        def run():
+            theirs.send("ready")
+            [job] = theirs.recv()
+            if job.arguments["prompt"] == "b":
+                theirs.send(engines.Done([job.id], [], []))
+                theirs.recv()
+            theirs.close()
+
+        threading.Thread(target=run, daemon=True).start()
+        return worker
+
+    monkeypatch.setattr(engine, "start", start)
+    done = list(engine(rows.pieces(jobs, 1)))
+    assert [each.drawn for each in done] == [[], [jobs[1].id]]
+    [failure] = done[0].failed
+    assert failure.error == "5 workers died over it, the last with exit code -9"
+    assert (tmp_path / f"{jobs[0].id}.error.json").exists() and engine.restarts == 5
+    own_folder(tmp_path).rmdir()
+
+
+def test_ranks_of_torchrun_share_the_rows(tmp_path, monkeypatch):
+    jobs = jobs_of(*({"prompt": "a", "seed": i, "steps": 1} for i in range(5)))
+    sd = minisd.load("tiny", device="cpu")
+    drawn = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        pieces = rows.pieces(jobs, 1)
+        drawn.append([done.drawn for done in engines.torchrun(lambda _: sd, tmp_path, pieces)])
+    assert drawn == [[[jobs[i].id] for i in (0, 2, 4)], [[jobs[i].id] for i in (1, 3)]]
+
+
+@pytest.mark.full
+def test_torchrun_itself(here):
+    write(*({"prompt": "a", "seed": i, "steps": 1} for i in range(4)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--standalone", "-m", "minisd", "batch", "rows.jsonl", *TINY]
+    done = subprocess.run([*command, "--engine", "torchrun"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert sorted(names()) == sorted([*(f"{id}.png" for id in index()), "index.jsonl"])
+
+
+@pytest.mark.full
+def test_ray_itself(here, minisd_command):
+    pytest.importorskip("ray.data", reason="the extra ray")
+    write(*({"prompt": "a", "seed": i, "steps": 1} for i in range(4)))
+    code, out, err = minisd_command("batch", "rows.jsonl", *TINY, "--engine", "ray", "--workers", 2)
+    assert code == 0, err
+    assert out.startswith("4 drawn") and len(set(index())) == 4

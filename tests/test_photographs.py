@@ -1,0 +1,85 @@
+"""Real photographs, scikit-image's (public domain or CC0): there and back, inversion, blending,
+heat maps. The bundled model has seen none such; nothing here says that it draws them."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import minisd
+
+FOUND = find_spec("skimage")
+pytestmark = pytest.mark.skipif(FOUND is None, reason="the photographs are scikit-image's")
+# A cat and a cup of coffee (CC0), an astronaut (NASA), a rocket (SpaceX, CC0); read as files, since
+# skimage itself would import scipy.
+NAMES = ["chelsea.png", "coffee.png", "astronaut.png", "rocket.jpg"]
+
+
+@pytest.fixture(scope="module")
+def sd():
+    return minisd.load("shapes", device="cpu")
+
+
+def photograph(name):
+    return Path(FOUND.submodule_search_locations[0]) / "data" / name
+
+
+def values(image):
+    return np.asarray(image, dtype=float)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_there_and_back_through_the_bundled_autoencoder(sd, name, record_property):
+    """Mean squared error in 8-bit values against the same image, resized alone."""
+    x = sd.pixels(photograph(name), 128, 128)
+    back = sd.decode(sd.encode_image(x), as_tensor=True)
+    psnr = -10 * ((back - x) / 2).square().mean().log10().item()
+    flat = -10 * ((x.mean((2, 3), keepdim=True) - x) / 2).square().mean().log10().item()
+    record_property("autoencoder: lost of a photograph, 1 / PSNR in dB", 1 / psnr)
+    assert psnr > flat + 5 and psnr > PSNR
+
+
+PSNR = 15.0
+
+
+def test_inversion_leads_back(sd, record_property):
+    """By steps without guidance; the rest is the autoencoder's."""
+    prompt = "a photograph of a cat"
+    how = {"steps": 25, "progress": False}
+    inversion = minisd.invert(
+        sd, photograph("chelsea.png"), prompt, refine=2, height=64, width=64, **how
+    )
+    noise = inversion.latents
+    assert 0.8 < noise.std() < 1.2
+    predict = minisd.conditional(sd.network, sd.encode_prompt([prompt]))
+    z = minisd.denoise(noise, minisd.DDIM(sd.schedule, 25), predict)
+    error = ((z - inversion.z).abs().max() / inversion.z.abs().max()).item()
+    record_property("inversion of a photograph, latents", error)
+    assert error < 0.02
+
+
+def test_blend_keeps_every_pixel_outside_the_mask(sd):
+    with Image.open(photograph("coffee.png")) as file:
+        image = file.convert("RGB").crop((150, 80, 283, 181))  # odd sides
+    mask = np.zeros((101, 133), bool)
+    mask[30:70, 40:95] = True
+    [drawn] = minisd.blend(sd, image, mask, "a red circle", steps=2, progress=False)
+    same = (values(drawn) == values(image)).all(-1)
+    assert drawn.size == image.size and same[~mask].all() and same[mask].mean() < 0.2
+
+
+def test_heat_maps_of_a_photograph(sd):
+    prompt = "a red circle on a white background"
+    how = {"steps": 4, "progress": False}
+    inversion = minisd.invert(sd, photograph("rocket.jpg"), prompt, height=64, width=64, **how)
+    latents = {"latents": inversion.latents, "sampler": "ddim", "guidance": 1}
+    [image], maps = minisd.heatmap(sd, prompt, **latents, **how)
+    red = maps.word("red")
+    assert torch.isfinite(red).all() and red.min() >= 0 and red.std() > 0
+    other = minisd.heatmap(sd, prompt, seed=1, sampler="ddim", guidance=1, **how)[1].word("red")
+    assert (red - other).abs().max() > 0.01 * red.max()  # of this image, not of the prompt alone
+    sheet = minisd.word_sheet(image, maps, ("red", "circle"))
+    assert sheet.width > image.width
