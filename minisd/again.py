@@ -75,8 +75,11 @@ def decoded(name: str, value: Any, given: Any) -> Any:
     if "$tuple" in value:
         return tuple(decoded(name, value["$tuple"], given))
     if "$name" in value:
+        own = value.get("$with", {})
+        if callable(given) and any("$sha256" in str(each) for each in own.values()):
+            return given  # with what a recipe cannot hold: a network, say
         function = getattr(import_module("minisd"), value["$name"])
-        how = {key: decoded(name, each, None) for key, each in value.get("$with", {}).items()}
+        how = {key: decoded(name, each, None) for key, each in own.items()}
         return partial(function, **how) if how else function
     if "$sha256" in value:
         if isinstance(given, str) or (given is None and "$file" in value):

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
+from types import FunctionType
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
@@ -139,7 +140,7 @@ def encoded(value: Any) -> Any:
         return {key: encoded(each) for key, each in value.items()}
     if isinstance(value, partial):
         return {**encoded(value.func), "$with": encoded(value.keywords)}
-    if callable(value) and getattr(value, "__module__", "").startswith("minisd."):
+    if isinstance(value, FunctionType) and value.__module__.startswith("minisd."):
         return {"$name": value.__name__}
     file = {"$file": os.fspath(value)} if isinstance(value, os.PathLike) else {}
     return {**file, "$sha256": fingerprint(value)}

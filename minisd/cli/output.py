@@ -207,9 +207,11 @@ def text_chunks(
         "revision": model.revision,
         "tokenizer": model.tokenizer,
         "lora": "\n".join(f"{path}:{weight}" for path, weight in model.loras) or None,
-        "lora_sha256": "\n".join(sha for _, sha, _ in sd.adapters.merged) or None,
+        "lora_sha256": "\n".join(sha for _, sha, _ in sd.adapters.merged) if model.loras else None,
         "embedding": "\n".join(model.embeddings) or None,
-        "embedding_sha256": "\n".join(sha for _, sha, _ in sd.adapters.words) or None,
+        "embedding_sha256": "\n".join(sha for _, sha, _ in sd.adapters.words)
+        if model.embeddings
+        else None,
         "seed": seed,
         "size": told.get("size", f"{image.width}x{image.height}"),
         "steps": options["steps"],
