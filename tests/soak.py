@@ -25,6 +25,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 MODEL = ["--model", "shapes", "--device", "cpu", "--steps", "2"]
 RED, BLUE = "a red circle", "a blue circle"
@@ -212,6 +214,8 @@ def run_and_kill(argv, seconds):
         null = os.open(os.devnull, os.O_RDWR)
         for number in range(3):
             os.dup2(null, number)
+        # The bar's own lock is shared with children: one that is killed holding it would stop all.
+        tqdm.set_lock(threading.RLock())
         os._exit(silent_main(*argv))
     end = time.monotonic() + seconds
     while time.monotonic() < end:
