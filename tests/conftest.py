@@ -19,9 +19,35 @@ def compiled(item) -> bool:
     return item.path.name == "test_kernels_compiled.py"
 
 
+def interpreter(item) -> bool:
+    return item.name == "test_the_kernels_in_the_interpreter"
+
+
 def pytest_collection_modifyitems(items):
-    """The tests of the compiled kernels come last: their compiles run beside all others."""
-    items.sort(key=compiled)
+    """What runs beside all other tests is looked at last: the interpreter, the compiles."""
+    items.sort(key=lambda item: 2 * compiled(item) + interpreter(item))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreted(request, tmp_path_factory):
+    """(process, log) of the kernels' tests in Triton's interpreter, begun with the session.
+
+    It has to be set before Triton is imported and must not reach the other tests, so they are a
+    session of their own, on the core that most tests leave idle.
+    """
+    if not any(map(interpreter, request.session.items)):
+        yield None
+        return
+    tests, log = Path(__file__).parent, tmp_path_factory.mktemp("interpreter") / "log"
+    names = ("interpreter", "fused", "fields", "forms", "gradients", "diffusers", "minisd")
+    files = [str(tests / f"test_kernels_{name}.py") for name in names]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider"]
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    with open(log, "w") as out:
+        process = subprocess.Popen([*command, *files], env=env, stdout=out, stderr=out)
+    yield process, log
+    process.terminate()
+    process.wait()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,9 +1,9 @@
 """The Triton kernels themselves, run by Triton's interpreter on CPU tensors, against float64.
 
-TRITON_INTERPRET must be set before Triton is imported and must not reach the other tests, so this
-file runs itself: in the ordinary test session `test_in_its_own_process` starts one pytest on this
-file and those that it names (OTHERS) with the variable set, and shows its report if it fails;
-everything else in the file is only collected there. By hand:
+TRITON_INTERPRET must be set before Triton is imported and must not reach the other tests, so the
+ordinary test session starts a second one with the variable set (`interpreted` in conftest.py),
+which runs beside it and whose report is shown if it fails; everything else in this file is only
+collected there. By hand:
 
     cd tests; TRITON_INTERPRET=1 python -m pytest \\
         test_kernels_{interpreter,fused,fields,forms,gradients,diffusers,minisd}.py
@@ -15,9 +15,6 @@ rounding.
 
 import dataclasses
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -41,28 +38,13 @@ from minisd_kernels import dispatch, ops, reference
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if not INTERPRETED:
-    OTHERS = ("fused", "fields", "forms", "gradients", "diffusers", "minisd")
 
-    def test_in_its_own_process():
-        files = [
-            __file__,
-            *(str(Path(__file__).with_name(f"test_kernels_{name}.py")) for name in OTHERS),
-        ]
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "--no-header",
-            "-p",
-            "no:cacheprovider",
-            *files,
-        ]
-        env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-5000:]
-        print(done.stdout)
+    def test_the_kernels_in_the_interpreter(interpreted):
+        process, log = interpreted  # conftest.py has started it
+        code = process.wait()
+        told = log.read_text()
+        assert code == 0, told[-25000:]
+        print(told)
 
 else:
     import numpy as np
