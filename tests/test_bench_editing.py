@@ -197,6 +197,7 @@ def test_bars(record, kind):
     assert edit["other_iou"] > baseline["other_iou"] + 0.09 and edit["psnr"] > baseline["psnr"] + 10
 
 
+@pytest.mark.full
 def test_eight_pairs_again(record, sd):
     """Two pairs of each kind score as the record says; a pixel near a threshold may differ between
     machines."""

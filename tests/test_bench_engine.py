@@ -74,6 +74,7 @@ def build(names):
     return {name: lambda: torch.zeros(3_000_000) for name in names}
 
 
+@pytest.mark.full
 def test_contenders_take_turns_in_their_own_processes(capsys):
     out = harness.contest(
         {"one": (build, ["a", "b"]), "other": (build, ["missing"])}, "cpu", rounds=2
@@ -286,6 +287,7 @@ def fake_tree(folder, ms, minisd="minisd"):
     return folder
 
 
+@pytest.mark.full
 def test_a_tree_is_timed_against_another(tmp_path, monkeypatch, capsys):
     """Each in a process of its own, with its own code; a tree that finds another's is refused."""
     other = fake_tree(tmp_path / "other", ms=40)
@@ -403,6 +405,7 @@ def test_the_run_on_a_card_needs_no_installation_but_a_card():
     assert done.returncode == 2 and "no CUDA device" in done.stderr
 
 
+@pytest.mark.full
 def test_gpu_tests_that_cannot_be_imported_are_skipped(tmp_path):
     """With diffusers out of reach, pytest really collecting: also where a module of the tests' own
     imports it."""
@@ -470,6 +473,7 @@ def test_what_is_not_done_at_the_deadline_is_interrupted(deaf, capsys):
     assert capsys.readouterr().out.split() == ([] if deaf else ["tidy"])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("slow", [True, False])
 def test_the_part_in_which_the_time_ends(slow, tmp_path, monkeypatch, capsys):
     """It is interrupted, whatever it makes of that; if it failed first, that is what it is listed

@@ -46,7 +46,15 @@ def test_each_block_says_what_it_is():
         assert page.read_text().count("```") == 2 * len(kinds), page
 
 
-@pytest.mark.parametrize("page", RUNNING, ids=lambda page: page.name)
+# Pages that take less than a few seconds, and the README, are in the first tier.
+LONG = "editing looking-inside extending methods one-dimension watching img2img scale inversion dit"
+TIERS = [
+    pytest.param(page, marks=pytest.mark.full if page.stem in LONG.split() else (), id=page.name)
+    for page in RUNNING
+]
+
+
+@pytest.mark.parametrize("page", TIERS)
 def test_the_code_of_the_page_runs(page, hub, repo, tmp_path, monkeypatch):
     hub.repos["CompVis/stable-diffusion-v1-4"] = repo  # for `minisd fetch`
     folder = tmp_path / "reader"

@@ -17,6 +17,7 @@ def code():
     return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
 
 
+@pytest.mark.full
 def test_its_code_runs(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     names, gradients = {"__name__": "notebook"}, torch.is_grad_enabled()

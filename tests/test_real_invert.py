@@ -77,6 +77,7 @@ def test_a_small_run(sd, monkeypatch):
     assert page.width == 9 * (128 + 6) + 6
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not RESULTS.exists(), reason="not measured yet")
 def test_the_first_scenes_come_back_as_recorded(sd):
     part = json.loads(RESULTS.read_text())["invert"]
