@@ -75,12 +75,16 @@ def loops(sd):
 
 
 def on_attention(sd, options):
-    """The methods on attention edits."""
+    """The methods on edits of attention and of features."""
     size = sd.unet.config.sample_size * sd.vae.factor
     mask = torch.zeros(size, size).index_fill(1, torch.arange(size // 2), 1.0)
     image, long, weighted = image_of(size), f"{PROMPTS[0]} " * 12, "a (red:2.0) circle"
     word = PROMPTS[0].split()[-1]
+    freeu = partial(minisd.cfg, edits=minisd.freeu(sd.unet))
+    deep = partial(minisd.deep_cache, unet=sd.unet, every=2)
     return {
+        "freeu": (lambda: sd.txt2img(PROMPTS, rule=freeu, **options), 1),
+        "deep cache": (lambda: sd.txt2img(PROMPTS, rule=deep, **options), 2),
         "pag": (lambda: sd.txt2img(PROMPTS, rule=minisd.pag, **options), 1),
         "masactrl": (lambda: minisd.masactrl(sd, *PROMPTS, start=1, **options), 1),
         "regional": (lambda: minisd.regional(sd, PROMPTS[0], {PROMPTS[1]: mask}, **options), 1),
