@@ -19,10 +19,10 @@ from .checkpoints.dit import load_dit_parts, locate_dit
 from .checkpoints.sources import Source
 from .drawing import Drawing, Options
 from .latents import Latents
-from .models.attention import IMPLEMENTATIONS, Implementation
+from .models.attention import Implementation
 from .models.dit import DiT
 from .models.vae import AutoencoderKL
-from .pipeline import DtypeName, pick_device, pick_dtype
+from .pipeline import DtypeName, pick_attention, pick_device, pick_dtype
 from .sampling.ddpm import DDPM, Variance
 from .sampling.guidance import cfg
 from .sampling.samplers import Sampler
@@ -118,9 +118,7 @@ def load_dit(
     """
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
-    if attention not in ("auto", *IMPLEMENTATIONS):
-        expected = f"auto, {', '.join(IMPLEMENTATIONS)}"
-        raise ValueError(f"attention is {attention!r}, expected {expected}")
+    implementation = pick_attention(attention, where)
     if graph and where.type != "cuda":
         raise ValueError(f"graph=True replays CUDA graphs and needs a CUDA device, got {where}")
     checkpoint = locate_dit(
@@ -132,6 +130,5 @@ def load_dit(
     )
     parts = load_dit_parts(checkpoint, where, kind)
     dit = LabelDiffusion(*parts, compile=compile, graph=graph)
-    auto: Implementation = "triton" if where.type == "cuda" else "sdpa"
-    dit.dit.attention = auto if attention == "auto" else attention
+    dit.dit.attention = implementation
     return dit

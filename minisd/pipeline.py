@@ -207,9 +207,7 @@ def load(
     """
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
-    if attention not in ("auto", *IMPLEMENTATIONS):
-        expected = f"auto, {', '.join(IMPLEMENTATIONS)}"
-        raise ValueError(f"attention is {attention!r}, expected {expected}")
+    implementation = pick_attention(attention, where)
     if graph and where.type != "cuda":
         raise ValueError(f"graph=True replays CUDA graphs and needs a CUDA device, got {where}")
     checkpoint = locate(
@@ -223,7 +221,7 @@ def load(
     loaded = as_told(source, variant=variant, revision=revision, tokenizer=tokenizer, **how)
     start, parts = time.monotonic(), load_parts(checkpoint, where, kind, copy)
     sd = StableDiffusion(*parts, compile=compile, graph=graph, loaded=loaded)
-    sd.unet.attention = pick_attention(attention, where)
+    sd.unet.attention = implementation
     log.info("loaded %s in %.2f s: %s", source, time.monotonic() - start, sd)
     return sd
 
@@ -238,6 +236,10 @@ def as_told(source: str | Path, **others: Any) -> dict[str, Any]:
 def pick_attention(
     attention: Implementation | Literal["auto"], device: torch.device
 ) -> Implementation:
+    """The code that computes attention there; ValueError for an unknown name."""
+    if attention not in ("auto", *IMPLEMENTATIONS):
+        expected = f"auto, {', '.join(IMPLEMENTATIONS)}"
+        raise ValueError(f"attention is {attention!r}, expected {expected}")
     if attention == "auto":
         return "triton" if device.type == "cuda" else "sdpa"
     return attention
