@@ -21,9 +21,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """`with atomic_write(path) as temporary`: write the file `temporary`; then it becomes `path`.
 
     If that fails or is interrupted, nothing is left behind, and an older file of that name is as it
-    was; else the new file has the older one's mode. An OSError names `path`.
+    was; else the new file has the older one's mode. An OSError names `path`. ValueError for a pipe
+    or a device, which nothing can take the place of.
     """
     target = Path(os.path.realpath(path))  # through a link: replace what it points to
+    if target.exists():
+        expect_file(path)
     with new_folder(target.parent), _unfinished(path, target.parent) as folder:
         yield (temporary := folder / target.name)
         if target.exists():

@@ -22,7 +22,7 @@ from .latents import Latents
 from .models.attention import Implementation
 from .models.dit import DiT
 from .models.vae import AutoencoderKL
-from .pipeline import DtypeName, pick_attention, pick_device, pick_dtype
+from .pipeline import DtypeName, pick, pick_device, pick_dtype
 from .sampling.ddpm import DDPM, Variance
 from .sampling.guidance import cfg
 from .sampling.samplers import Sampler
@@ -116,11 +116,7 @@ def load_dit(
     published weights are under CC-BY-NC 4.0. CheckpointError for what is missing or does not fit,
     and for the published .pt files, which are pickles.
     """
-    where = pick_device(device)
-    kind = pick_dtype(dtype, where)
-    implementation = pick_attention(attention, where)
-    if graph and where.type != "cuda":
-        raise ValueError(f"graph=True replays CUDA graphs and needs a CUDA device, got {where}")
+    where, kind, implementation = pick(device, dtype, attention, graph)
     checkpoint = locate_dit(
         source,
         compat=compat,

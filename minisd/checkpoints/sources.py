@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -75,7 +75,12 @@ def hub_repo(source: object) -> str | None:
 
 def weights_file(part: Part, variant: str | None) -> str:
     """Where a part's weights are in diffusers' layout: "text_encoder/model.fp16.safetensors"."""
-    return f"{part}/{WEIGHTS[part]}{'' if variant is None else f'.{variant}'}.safetensors"
+    return with_variant(f"{part}/{WEIGHTS[part]}.safetensors", variant)
+
+
+def with_variant(name: str, variant: str | None) -> str:
+    """ "unet/x.safetensors" -> "unet/x.fp16.safetensors"."""
+    return name if variant is None else f"{name.removesuffix('safetensors')}{variant}.safetensors"
 
 
 def download(
@@ -109,16 +114,29 @@ def download(
             if (folder / name).exists():
                 with atomic_write(to / name) as temporary:
                     shutil.copyfile(folder / name, temporary)
-    weights = {part: weights_file(part, variant) for part in parts}
-    place = folder if to is None else to
+    plain = [weights_file(part, None) for part in parts]
+    return fetch_weights(repo, plain, variant, folder, local_files_only, to, repair)
+
+
+def fetch_weights(
+    repo: str,
+    plain: Iterable[str],
+    variant: str | None,
+    snapshot: Path,
+    local_files_only: bool,
+    to: Path | None = None,
+    repair: bool = False,
+) -> Path:
+    """Fetch weights of a variant, and where the repo has some of it, of the others the plain file
+    -> their folder. plain: their names without a variant. snapshot: where the small files are."""
+    plain, place = list(plain), snapshot if to is None else to
+    names = [with_variant(name, variant) for name in plain]
     if variant is not None:
-        every = list(weights.values())
         first = [CONFIGS[0]] if to is None else []  # it is there, and names the folder
-        _fetch(repo, first, commit, local_files_only, every, to, repair)
-        if any((place / name).exists() for name in every):
-            for part in [part for part in parts if not (place / weights[part]).exists()]:
-                weights[part] = weights_file(part, None)
-    return _fetch(repo, list(weights.values()), commit, local_files_only, (), to, repair)
+        _fetch(repo, first, snapshot.name, local_files_only, names, to, repair)
+        if any((place / name).exists() for name in names):
+            names = [own if (place / own).exists() else p for own, p in zip(names, plain)]
+    return _fetch(repo, names, snapshot.name, local_files_only, (), to, repair)
 
 
 def expect_pipeline(folder: Path, where: object) -> None:

@@ -79,10 +79,10 @@ def inpaint(args: Namespace, call: Call) -> None:
 def fill(args: Namespace, call: Call, method: Callable[..., list[Image.Image]]) -> None:
     """What both commands do with an image and a mask."""
     from ..editing.blended import read_mask
-    from ..viewing.images import read_image
+    from ..viewing.images import read_as_it_is
 
     request = DrawRequest.of(args, call)
-    image, mask = read_image(args.image), read_mask(args.mask)  # before the model, which is slow
+    image, mask = read_as_it_is(args.image), read_mask(args.mask)  # before the model, which is slow
     prompt, strength, feather = args.prompt, args.strength, args.feather
     paste_back = not args.no_paste_back
     if not paste_back:  # argparse does not notice a default that is typed
@@ -98,13 +98,13 @@ def fill(args: Namespace, call: Call, method: Callable[..., list[Image.Image]]) 
 
 def erase(args: Namespace, call: Call) -> None:
     from ..editing.erasure import erase_concepts
-    from ..viewing.images import read_image
+    from ..viewing.images import read_as_it_is
 
     call.refuse("erasure has a rule of guidance of its own", "pag")
     request = DrawRequest.of(args, call, negative_at_1=True)
     if args.image is None:
         call.refuse("expected --image with it", "strength")
-    image = None if args.image is None else read_image(args.image)
+    image = None if args.image is None else read_as_it_is(args.image)
     files = {} if args.image is None else file_chunks(image=args.image)
     prompt, concepts = args.prompt, args.concepts
     strength, scale, guide = args.strength, args.erase_scale, guide_of(args, call)

@@ -81,7 +81,10 @@ def free_names(folder: Path) -> Iterator[Path]:
 
 
 def check_place(option: str, path: Path) -> None:
-    """OSError if nothing can be written there; before the drawing, which may take minutes."""
+    """OSError or ValueError if nothing can be written there; before the drawing, which may take
+    minutes."""
+    from ..files import expect_file
+
     parents = Path(os.path.realpath(path)).parents
     existing = next(parent for parent in parents if parent.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
@@ -89,7 +92,9 @@ def check_place(option: str, path: Path) -> None:
     try:
         path.lstat()
     except FileNotFoundError:
-        pass  # and not, say, OSError: File name too long
+        return  # and not, say, OSError: File name too long
+    if path.exists() and not path.is_dir():
+        expect_file(path)
 
 
 # drawing

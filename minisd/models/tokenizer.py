@@ -153,6 +153,8 @@ class CLIPTokenizer:
             token = special.get(key) or config.get(key) or (BOS if key == "bos_token" else EOS)
             pad = token["content"] if isinstance(token, dict) else token  # at last, pad_token's
             normalized[pad] = isinstance(token, dict) and token.get("normalized", True)
+            if key != "pad_token" and pad != (own := BOS if key == "bos_token" else EOS):
+                raise ValueError(f"{folder}: {key} is {pad!r:.80}, expected CLIP's {own!r}")
         any_case = [token for token, yes in normalized.items() if yes]
         _expect_no_more(folder, config, special, {BOS, EOS, *normalized})
         max_length = config.get("model_max_length", 77) if max_length is None else max_length
