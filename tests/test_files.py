@@ -73,6 +73,22 @@ def test_a_file_that_somebody_has_open_stays_what_it_was(tmp_path):
         assert file.read() == "old"
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs")
+def test_pipes_and_devices_are_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    (tmp_path / "null").symlink_to(os.devnull)
+    before = tree(tmp_path)
+    for name in ("pipe", "link", "null"):
+        with (
+            pytest.raises(ValueError, match=f"{name} is a pipe or a device, expected a file"),
+            atomic_write(tmp_path / name),
+        ):
+            raise AssertionError("begun")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode) and tree(tmp_path) == before
+    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+
+
 def test_folders_that_are_in_use_stay(tmp_path):
     with pytest.raises(OSError), new_folder(tmp_path / "a" / "b"):
         (tmp_path / "a" / "kept").write_text("")

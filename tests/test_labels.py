@@ -2,6 +2,7 @@
 diffusers' pipeline and against the published loop."""
 
 import json
+import shutil
 import warnings
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_ddpm import DIT
 
 import minisd
-from minisd.checkpoints.sources import CheckpointError
+from minisd.checkpoints.sources import CheckpointError, bundled
 from minisd.sampling.ddpm import DDPM
 
 CONFIG = dict(sample_size=8, num_layers=2, num_attention_heads=2, attention_head_dim=12)
@@ -40,8 +41,6 @@ def pair(tmp_path_factory):
 @pytest.fixture
 def folder(pair, tmp_path):
     """A copy that a test may change."""
-    import shutil
-
     return shutil.copytree(pair[1], tmp_path / "dit")
 
 
@@ -162,8 +161,11 @@ def test_loading_is_strict(folder):
     save_file(state, folder / WEIGHTS)
     with pytest.raises(CheckpointError) as error:
         minisd.load_dit(folder)
+    told = str(error.value).splitlines()
+    assert told[0].startswith(f"transformer, {folder / WEIGHTS}: ")
+    assert told[0].endswith("; in all 3 tensors do not fit the models")
+    assert f"{told[2].strip()}; in all" in told[0]  # the first of them
     for line in (
-        "3 tensors do not fit",
         "missing proj_out_2.bias, expected shape (32,)",
         "unexpected extra, shape (3,)",
         "misshapen proj_out_1.bias, got (3,), expected (48,)",
@@ -199,10 +201,87 @@ def test_what_takes_texts_says_where_labels_go(folder):
         minisd.load(folder, device="cpu")
 
 
+def refusal(source, load=minisd.load_dit, **arguments):
+    with pytest.raises(CheckpointError) as error:
+        load(source, device="cpu", **arguments)
+    return str(error.value)
+
+
 def test_missing_files_are_named(folder):
     (folder / WEIGHTS).rename(folder / "transformer" / "diffusion_pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"model.safetensors is missing: a DiT has"):
-        minisd.load_dit(folder)
+    told = refusal(folder)
+    assert told.startswith(f"{folder / WEIGHTS} is missing; {folder / 'transformer'} has diffusion")
+    assert "minisd does not read pickles" in told
+    (folder / "scheduler" / "scheduler_config.json").unlink()
+    assert refusal(folder).endswith(
+        "is missing: a DiT has transformer/, vae/ and scheduler/, with .safetensors files"
+    )
+
+
+def test_parts_and_other_models_get_the_right_hint(folder):
+    for part in ("transformer", "vae", "model_index.json"):
+        assert refusal(folder / part) == (
+            f"{folder / part} is a part of a model: give the folder of all parts, {folder}"
+        )
+    assert "with its unet/, minisd.load and the other commands take it" in refusal(
+        bundled()["shapes"]
+    )
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    assert (
+        refusal(folder) == f"{folder} is a model of the Flux kind, which minisd does not draw with"
+    )
+
+
+def test_another_file_in_its_place_is_named(folder):
+    save_file({"lora_unet_x.lora_down.weight": torch.zeros(2, 2)}, folder / WEIGHTS)
+    first = refusal(folder).splitlines()[0]
+    assert first.startswith(
+        f"transformer, {folder / WEIGHTS}: it is a LoRA, an addition to a model"
+    )
+
+
+@pytest.mark.parametrize("takes", ["labels", "a text"])
+def test_a_variant_is_taken_part_by_part(folder, takes, text_folder):
+    folder, load = (folder, minisd.load_dit) if takes == "labels" else (text_folder, minisd.load)
+    half = folder / "transformer" / "diffusion_pytorch_model.fp16.safetensors"
+    (folder / WEIGHTS).rename(half)
+    assert "variant fp16 takes diffusion_pytorch_model.fp16.safetensors" in refusal(folder, load)
+    with pytest.warns(UserWarning) as caught:
+        load(folder, device="cpu", variant="fp16")
+    told = [str(each.message) for each in caught]
+    parts = ["vae"] if takes == "labels" else ["vae", "text_encoder"]
+    assert len(told) == len(parts) and all(
+        each.startswith(f"there is no variant fp16 of {folder / part}")
+        for each, part in zip(told, parts)
+    )
+    assert "bf16.safetensors is missing" in refusal(folder, load, variant="bf16")
+
+
+@pytest.fixture
+def text_folder(tmp_path, original):
+    """A tiny DiT of texts in a folder: transformer/ in the place of unet/."""
+    folder = tmp_path / "text"
+    for part in ("vae", "text_encoder", "tokenizer", "scheduler"):
+        shutil.copytree(original / part, folder / part)
+    config = {"sample_size": 8, "num_layers": 1, "num_attention_heads": 2}
+    config |= {"attention_head_dim": 12, "num_embeds_ada_norm": None, "cross_attention_dim": 24}
+    (folder / "transformer").mkdir()
+    (folder / "transformer" / "config.json").write_text(json.dumps(config | {"out_channels": 8}))
+    dit = minisd.DiT(minisd.DiTConfig(**config))
+    save_file(tiny.randomise(dit, 0).state_dict(), folder / WEIGHTS)
+    return folder
+
+
+def test_a_dit_of_texts_that_does_not_go_with_its_other_parts(text_folder):
+    minisd.load(text_folder, device="cpu")
+    change(text_folder / "transformer" / "config.json", cross_attention_dim=32)
+    assert "its network takes texts of width 32, its text encoder gives 24" in refusal(
+        text_folder, minisd.load
+    )
+    change(text_folder / "transformer" / "config.json", in_channels=8, out_channels=16)
+    assert "takes 8 and gives 8 channels beside a VAE with latents of 4" in refusal(
+        text_folder, minisd.load
+    )
 
 
 def test_moving_and_dtypes(pair):

@@ -27,6 +27,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from .. import expect
+from ..files import expect_file
 from .folders import PICKLES
 from .kinds import kind_of_tensors
 from .load import is_finite
@@ -130,6 +131,8 @@ def lora_file(source: Source) -> Path:
     """The file of a LoRA: itself, or adapter_model.safetensors in a folder that PEFT saved."""
     path = Path(source)
     path = path / "adapter_model.safetensors" if path.is_dir() else path
+    if path.exists() and not path.is_dir():
+        expect_file(path)
     if not path.is_file():
         raise CheckpointError(f"there is no LoRA file {str(path)!r:.200}")
     return path
@@ -271,6 +274,8 @@ def scaled_alpha(name: str, factors: Factors, config: dict[str, Any]) -> float:
 def add_embedding(sd: "StableDiffusion", source: Source, token: str | None = None) -> str:
     """Teach the model a new word, see `StableDiffusion.add_embedding`."""
     path = Path(source)
+    if path.exists() and not path.is_dir():
+        expect_file(path)
     if not path.is_file():
         raise CheckpointError(f"there is no embedding file {str(path)!r:.200}")
     tensors, _ = read_small(path)
@@ -283,7 +288,9 @@ def add_embedding(sd: "StableDiffusion", source: Source, token: str | None = Non
     if vectors is None or len(tensors) != 1 or vectors.ndim not in (1, 2) or not vectors.numel():
         got = ", ".join(f"{name} {tuple(x.shape)}" for name, x in list(tensors.items())[:SHOWN])
         expected = "one tensor, (D,) or (n, D), called by its token or emb_params"
-        raise CheckpointError(f"{path} is no textual inversion: got {got}, expected {expected}")
+        raise CheckpointError(
+            f"{path} is no textual inversion: got {got or 'nothing'}, expected {expected}"
+        )
     vectors = vectors.reshape(-1, vectors.shape[-1])
     if vectors.shape[1] != width or not vectors.is_floating_point():
         got = f"{vectors.dtype} of {vectors.shape[1]} numbers"
@@ -315,7 +322,7 @@ def read_small(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) of an adapter's .safetensors file; CheckpointError where it is none."""
     if path.suffix.lower() != ".safetensors":
         why = ": minisd reads no pickles, which run whatever code their author put into them"
-        is_pickle = path.suffix in PICKLES
+        is_pickle = path.suffix.lower() in PICKLES
         raise CheckpointError(f"{path} is not a .safetensors file{why if is_pickle else ''}")
     for name, entry in read_header(path).items():  # says what is wrong with a file
         if entry.dtype not in (*FLOATS, "I64", "I32"):

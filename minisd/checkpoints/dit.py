@@ -19,7 +19,7 @@ from ..models.dit_config import DiTConfig
 from ..models.vae import AutoencoderKL, VAEConfig
 from ..sampling.schedule import NoiseSchedule
 from .configs import dit_config, named, read_config, read_json
-from .folders import PICKLES, WHY_NO_PICKLES, find_weights, why_a_part
+from .folders import PICKLES, WHY_NO_PICKLES, expect_names, find_weights, why_a_part
 from .header import Entry, read_header
 from .load import build, fill
 from .names import rename_diffusers
@@ -51,7 +51,8 @@ def locate_dit(
     local_files_only: bool = False,
 ) -> DiTCheckpoint:
     """Find the files of a folder or a Hub repo and read the configs. See `minisd.load_dit`."""
-    if Path(source).suffix in PICKLES:
+    expect_names(source, variant, revision)
+    if Path(source).suffix.lower() in PICKLES:
         got = f"minisd does not read the pickle {source}: {WHY_NO_PICKLES}"
         raise CheckpointError(f"{got}. {LICENCE}")
     folder = Path(source)

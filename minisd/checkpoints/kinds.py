@@ -13,7 +13,8 @@ PICKLE = rb"\x80[\x02-\x05]|PK\x03\x04"  # of Python, and a zip archive of torch
 NO_MODEL = "an addition to a model and no model"
 # A pattern that one of a file's names matches -> what the file is. The first that fits is it.
 FILES = {
-    r"lora_(up|down|A|B)\b|\.lora\.(up|down)\b|\.(hada|lokr)_w": f"a LoRA, {NO_MODEL}",
+    r"lora_(up|down|A|B)\b|[._]lora(_linear_layer)?\.(up|down)\b"
+    r"|\.(hada|lokr)_w": f"a LoRA, {NO_MODEL}",
     r"(^|\.)ip_adapter\.|^image_proj\.": f"an IP-Adapter, {NO_MODEL}",
     r"motion_modules\.": f"a motion module of AnimateDiff, {NO_MODEL}",
     r"^(control_model|controlnet_\w+)\.|^input_hint_block\.": f"a ControlNet, {NO_MODEL}",

@@ -11,8 +11,6 @@ tensor_file.py reads them, names.py says what their tensors are called here.
 
 import dataclasses
 import math
-import os
-import re
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,7 +27,7 @@ from ..models.unet import UNet, UNetConfig
 from ..models.vae import AutoencoderKL, VAEConfig
 from ..sampling.schedule import NoiseSchedule
 from .configs import MODELS, dit_config, from_clip, named, read_config, read_json, read_tokenizer
-from .folders import PICKLES, WHY_NO_PICKLES, P, find_weights, why_a_part
+from .folders import PICKLES, WHY_NO_PICKLES, P, expect_names, find_weights, why_a_part
 from .header import Entry, read_header
 from .kinds import INPAINTING, kind_of_channels, kind_of_tensors
 from .names import LDM_PREFIX, Config, rename_diffusers, rename_ldm
@@ -101,14 +99,8 @@ def locate(
     tokenizer: Source | None = None,
 ) -> Checkpoint:
     """Find the files of a source and read its configs. See `minisd.load` for the arguments."""
-    _expect_names(source, variant, revision)
+    expect_names(source, variant, revision)
     path = Path(source)
-    try:
-        path.exists()
-    except OSError as error:  # too long a name, no right to look
-        raise CheckpointError(
-            f"the model {str(source)!r:.200} cannot be looked for: {error.strerror}"
-        ) from error
     if (repo := hub_repo(source)) is not None:
         try:
             folder = download(repo, variant, revision, local_files_only)
@@ -138,28 +130,16 @@ def locate(
     raise CheckpointError(_why_no_model(source, path))
 
 
-def _expect_names(source: Source, variant: str | None, revision: str | None) -> None:
-    """ValueError for what can be no source, no variant or no revision."""
-    if not isinstance(source, (str, os.PathLike)) or not os.fspath(source):
-        raise ValueError(
-            f"the model is {source!r}, expected a bundled name, a Hub repo id, a folder or a file"
-        )
-    for name, value, pattern, example in (
-        ("variant", variant, r"[\w-]+", "fp16"),
-        ("revision", revision, r"\w[\w-]*([./]\w[\w-]*)*", "main"),
-    ):
-        if value is not None and not (isinstance(value, str) and re.fullmatch(pattern, value)):
-            raise ValueError(f"{name} is {value!r}, expected a name such as {example}")
-
-
 def _why_no_model(source: Source, path: Path) -> str:
     """What is wrong with a source that is neither bundled, on the Hub, a folder nor a file."""
-    if path.suffix in PICKLES:
+    if path.suffix.lower() in PICKLES:
         return f"minisd does not read the pickle {path}: {WHY_NO_PICKLES}"
     if (part := why_a_part(path)) is not None:
         return part
     if path.is_file():
         return f"{path} is not a .safetensors file"
+    if path.exists():
+        return f"{path} is a pipe or a device, expected a folder or a file"
     models = bundled()
     if not isinstance(source, str) and (str(source) in models or hub_repo(str(source))):
         kind = "bundled model" if str(source) in models else "Hub repo"
@@ -191,7 +171,8 @@ def from_folder(
         return _text_dit(folder, variant, tokenizer, local_files_only)
     has_encoder = (folder / "text_encoder").is_dir()
     plain = {part: weights_file(part, None) for part in MODELS}
-    paths = find_weights(folder, plain, variant, () if has_encoder else ("text_encoder",))
+    optional: tuple[Part, ...] = () if has_encoder else ("text_encoder",)
+    paths = find_weights(folder, plain, variant, optional)
     configs = {
         part: read_config(part, path.parent / "config.json")
         for part, path in paths.items()

@@ -30,6 +30,7 @@ WEIGHTS: dict[Part, str] = {  # part -> name of its weights file in diffusers' l
 INDEX = "model_index.json"
 CONFIGS = ("scheduler/scheduler_config.json", *(f"{part}/config.json" for part in WEIGHTS))
 VOCABULARY_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".gguf", ".json")  # no repo's name
 SHORT_NAMES = {
     "sd-v1-4": "CompVis/stable-diffusion-v1-4",
     "sd-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -67,7 +68,7 @@ def bundled() -> dict[str, Path]:
 
 def hub_repo(source: object) -> str | None:
     """The Hub repo that a source names, or None; a folder or file of that name is preferred."""
-    if not isinstance(source, str) or Path(source).exists() or source.endswith(".safetensors"):
+    if not isinstance(source, str) or Path(source).exists() or source.lower().endswith(FILES):
         return None
     repo = SHORT_NAMES.get(source, MOVED.get(source, source))
     return repo if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo, re.ASCII) else None
@@ -145,7 +146,7 @@ def expect_pipeline(folder: Path, where: object) -> None:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     except FileNotFoundError:  # diffusers needs it, minisd does not
         return
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / INDEX}: {error}") from error
     if isinstance(index, dict) and (kind := kind_of_pipeline(index)):
         raise CheckpointError(f"{where} is {kind}, which minisd does not draw with")

@@ -63,7 +63,8 @@ def print_image(path: str) -> None:
     told: Mapping[str, object]
     if "recipe" not in chunks or "command" in chunks:
         again = joined(["minisd", *command_of(chunks)])
-        told = {key: value for key, value in chunks.items() if key not in ("recipe", "parameters")}
+        own = {key: value for key, value in chunks.items() if key not in ("recipe", "parameters")}
+        told = {key: of_chunk(value) for key, value in own.items()}
     else:  # drawn from Python
         again = f"minisd.save(minisd.from_recipe({path!r}), {AGAIN!r})"
         told = settings_of(chunks)

@@ -96,20 +96,29 @@ def fetch(args: Namespace, call: Call) -> None:
 
 
 def expect_readable(folder: Path) -> None:
-    """CheckpointError for what came and is no config or no weights; whether they go together is
-    for `minisd check`."""
+    """CheckpointError for what came and is no config, no vocabulary or no weights; whether they go
+    together is for `minisd check`."""
     from ..checkpoints.header import read_header
-    from ..checkpoints.kinds import kind_of_tensors
-    from ..checkpoints.sources import CONFIGS, WEIGHTS, CheckpointError
+    from ..checkpoints.kinds import kind_of_bytes, kind_of_tensors
+    from ..checkpoints.sources import (
+        CONFIGS,
+        INDEX,
+        VOCABULARY_FILES,
+        WEIGHTS,
+        CheckpointError,
+    )
 
-    for name in CONFIGS:
-        if (folder / name).is_file():
+    small = [f"tokenizer/{name}" for name in (*VOCABULARY_FILES, "tokenizer.json")]
+    for path in [folder / name for name in (*CONFIGS, INDEX, *small)]:
+        if path.is_file() and path.suffix == ".json":
             try:
-                is_config = isinstance(json.loads((folder / name).read_bytes()), dict)
+                is_config = isinstance(json.loads(path.read_bytes()), dict)
             except (ValueError, RecursionError):
                 is_config = False
             if not is_config:
-                raise CheckpointError(f"{folder / name} came, and is no JSON object")
+                raise CheckpointError(f"{path} came, and is no JSON object")
+        elif path.is_file() and (kind := kind_of_bytes(path.read_bytes()[:64])):  # merges.txt
+            raise CheckpointError(f"{path} came, and {kind}")
     for path in [path for part in WEIGHTS for path in sorted(folder.glob(f"{part}/*.safetensors"))]:
         shapes = {name: entry.shape for name, entry in read_header(path).items()}
         kind = kind_of_tensors(shapes)

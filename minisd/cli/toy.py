@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from .. import __version__
 from .options import AddCommand, Call, count, number, positive
-from .output import check_place, line_again, write_png
+from .output import check_file, line_again, write_png
 
 if TYPE_CHECKING:
     from ..sampling.samplers import Sampler
@@ -37,7 +37,7 @@ def toy(args: Namespace, call: Call) -> None:
         raise ValueError(f"--to {path}: expected a name that ends in .png")
     if args.label is None:
         call.refuse("expected --label K with it", "guidance")
-    check_place("--to", path)
+    check_file("--to", path)
     from ..drawing import seeds
     from ..sampling.loop import denoise
     from ..toy.exact import ExactNoise, guided

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..files import expect_file
@@ -68,6 +68,8 @@ def open_image(file: str | os.PathLike[str] | bytes) -> Iterator[Image.Image]:
         ) from error
     except Exception as error:  # Pillow's decoders raise many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, UnidentifiedImageError):
+            reason += f", expected one of {', '.join(FORMATS)}"
         raise ValueError(f"{path} cannot be read as an image: {reason}") from error
 
 

@@ -32,7 +32,7 @@ def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
         if mode == "RGB" and _says_srgb(transform):
             return image
         converted = _applied(transform, image.convert(mode))
-    except (ImageCms.PyCMSError, OSError, ValueError) as error:
+    except (ImageCms.PyCMSError, OSError, TypeError, ValueError) as error:
         reason = (str(error).splitlines() or [""])[0]
         told = f"an image's colour profile cannot be used ({reason}): its colours are taken as sRGB"
         warnings.warn(told, stacklevel=2)
