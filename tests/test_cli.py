@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 import minisd
@@ -519,7 +520,43 @@ def test_info_of_an_image_that_means_ill(minisd_command, here):
     )
     assert out.endswith("\n\nminisd edit 'a cat;' rm -rf '$HOME' '`id`' $'a\\302\\233m'\n")
     output.write_png(here / "a.png", Image.new("RGB", (8, 8)), chunks | {"arguments": "edit 'a"})
-    assert minisd_command("info", "a.png")[::2] == (2, "minisd: error: No closing quotation\n")
+    assert minisd_command("info", "a.png")[::2] == (
+        2,
+        "minisd: error: its arguments cannot be read: No closing quotation\n",
+    )
+
+
+def test_info_of_lines_that_look_like_its_own(minisd_command, here):
+    """A prompt's second line is no command; a file's name may hold what Unicode calls a line's
+    end."""
+    told = {"version": "minisd 0", "prompt": "a\n\nminisd evil", "lora": "a\u2028b:1.0\nc:0.5"}
+    output.write_png(here / "a.png", Image.new("RGB", (8, 8)), told)
+    code, out, _ = minisd_command("info", "a.png")
+    lines = out.split("\n")
+    assert code == 0 and [line for line in lines if line.startswith("minisd")] == [lines[-2]]
+    assert lines[-2].endswith("--lora $'a\\342\\200\\250b:1.0' --lora c:0.5 -o again.png")
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"recipe": "["}, "its recipe cannot be read: "),
+        ({"recipe": "[" * 100_000}, "its recipe cannot be read: "),
+        ({"recipe": "[]"}, "its recipe cannot be read: expected an object with arguments and mod"),
+        ({"recipe": '{"arguments": [], "model": 1}'}, "expected an object with arguments and mod"),
+        (None, "a.png cannot be read as a PNG image: "),
+        ({"bomb": "\0" * 10**8}, "a.png cannot be read as a PNG image: "),
+    ],
+)
+def test_info_of_what_cannot_be_read(minisd_command, here, told, message):
+    text = PngInfo()
+    for key, value in {"version": "minisd 0", **(told or {})}.items():
+        text.add_text(key, value, zip=key == "bomb")
+    Image.new("RGB", (8, 8)).save("a.png", pnginfo=text)
+    if told is None:
+        (here / "a.png").write_bytes((here / "a.png").read_bytes()[:50])
+    code, out, err = minisd_command("info", "a.png")
+    assert (code, out) == (2, "") and message in err and err.count("\n") == 1
 
 
 def test_info_of_a_model(minisd_command):
@@ -628,7 +665,7 @@ def test_choices_are_those_of_the_pipeline():
             "the image is 30 x 32 pixels, expected positive multiples of 4",
         ),
         (["txt2img", "a", "-n", "0"], "got 0, expected at least 1"),
-        (["txt2img", "a", "--steps", "x"], "invalid positive value: 'x'"),
+        (["txt2img", "a", "--steps", "x"], "--steps: got x, expected a whole number"),
         (
             ["txt2img", "a", *TINY, "--steps", "1001"],
             "steps is 1001, expected a whole number from 1 to 1000",

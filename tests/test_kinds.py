@@ -154,8 +154,12 @@ CHANNELS = [
     ({"in_channels": 8}, {}, "an InstructPix2Pix model"),
     ({"in_channels": 7}, {}, "an upscaler"),
     ({"in_channels": 5}, {}, "a model of depth to image"),
-    ({"in_channels": 4, "out_channels": 8}, {}, "a UNet that takes 4 and gives 8 channels beside"),
-    ({}, {"latent_channels": 16}, "a UNet that takes 4 and gives 4 channels beside a VAE with"),
+    (
+        {"in_channels": 4, "out_channels": 8},
+        {},
+        "a network that takes 4 and gives 8 channels beside",
+    ),
+    ({}, {"latent_channels": 16}, "a network that takes 4 and gives 4 channels beside a VAE with"),
 ]
 
 

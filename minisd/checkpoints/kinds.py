@@ -93,6 +93,6 @@ def kind_of_channels(takes: int, gives: int, latents: int) -> str | None:
     if gives == latents and takes in INPUTS:
         return INPUTS[takes]
     return (
-        f"a UNet that takes {takes} and gives {gives} channels beside a VAE with latents of "
+        f"a network that takes {takes} and gives {gives} channels beside a VAE with latents of "
         f"{latents}, which have to be as many"
     )

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .options import AddCommand, Call, DrawRequest, add_drawing_options, number, weights
+from .options import AddCommand, Call, DrawRequest, add_drawing_options, number, weights, whole
 from .output import draw, file_chunks, line_again
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def add_blend_options(parser: ArgumentParser, strength: float) -> None:
     add("--strength", type=number, default=strength, help=how_far)
     either = parser.add_mutually_exclusive_group().add_argument
     fade = "fade inside the mask's edge over that many pixels"
-    either("--feather", type=int, default=0, metavar="PIXELS", help=fade)
+    either("--feather", type=whole, default=0, metavar="PIXELS", help=fade)
     bare = "the decoded image as it is, in which every pixel changes"
     either("--no-paste-back", action="store_true", help=bare)
     add_drawing_options(parser, size_help=SIZE)
@@ -57,7 +57,7 @@ def add_erase_options(parser: ArgumentParser) -> None:
     most = "with --sega: the quantile from which on it shows most"
     add("--threshold", type=number, default=0.9, help=most)
     first = "with --sega: nothing is done in so many first steps"
-    add("--warmup", type=int, default=10, metavar="STEPS", help=first)
+    add("--warmup", type=whole, default=10, metavar="STEPS", help=first)
     earlier = "with --sega: how much of earlier steps' direction is added"
     add("--momentum", type=number, default=0.1, help=earlier)
     add_drawing_options(parser, size_help=SIZE)

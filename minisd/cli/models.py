@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import SOURCE, AddCommand, Call, ModelRequest, add_model_options
+from .options import SOURCE, AddCommand, Call, ModelRequest, add_model_options, number
 from .output import check_place
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def add_commands(command: AddCommand) -> None:
 
 
 def seconds(text: str) -> float:
-    if not 0 < (value := float(text)) <= 10**8:
+    if not 0 < (value := number(text)) <= 10**8:
         raise ArgumentTypeError(f"got {text}, expected seconds, more than 0")
     return value
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import __version__
-from .options import AddCommand, Call, count, number, positive
+from .options import AddCommand, Call, count, number, positive, whole
 from .output import check_file, line_again, write_png
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def add_commands(command: AddCommand) -> None:
     one = "lead to this component of the data, 0, 1 or 2; without it, to all of them"
     add("--label", type=count, metavar="K", help=one)
     add("--guidance", type=number, default=1.0, help="guidance scale, with --label; 1 is none")
-    add("--seed", type=int, default=0, help="seed of the trajectories")
+    add("--seed", type=whole, default=0, help="seed of the trajectories")
 
 
 def toy(args: Namespace, call: Call) -> None:

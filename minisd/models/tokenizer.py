@@ -152,9 +152,10 @@ class CLIPTokenizer:
         normalized: dict[str, bool] = {}
         for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
             token = special.get(key) or config.get(key) or (BOS if key == "bos_token" else EOS)
-            pad = token.get("content") if isinstance(token, dict) else token  # at last, pad_token's
-            if not isinstance(pad, str):
+            content = token.get("content") if isinstance(token, dict) else token
+            if not isinstance(content, str):
                 raise ValueError(f"{folder}: {key} is {token!r:.80}, expected a text")
+            pad = content  # at last, pad_token's
             normalized[pad] = isinstance(token, dict) and token.get("normalized", True)
             if key != "pad_token" and pad != (own := BOS if key == "bos_token" else EOS):
                 raise ValueError(f"{folder}: {key} is {pad!r:.80}, expected CLIP's {own!r}")
@@ -170,11 +171,15 @@ class CLIPTokenizer:
                 f"{folder} has neither vocab.json and merges.txt nor tokenizer.json"
             )
         saved = _read_json(folder / "tokenizer.json")
-        _expect_no_more(folder, {}, {}, {BOS, EOS, *normalized}, saved["added_tokens"])
-        added = {token["content"]: token["id"] for token in saved["added_tokens"]}
-        vocab = saved["model"]["vocab"] | added
-        merges = [_pair(merge) for merge in saved["model"]["merges"]]
-        any_case = [token["content"] for token in saved["added_tokens"] if token["normalized"]]
+        try:
+            _expect_no_more(folder, {}, {}, {BOS, EOS, *normalized}, saved["added_tokens"])
+            added = {token["content"]: token["id"] for token in saved["added_tokens"]}
+            vocab = saved["model"]["vocab"] | added
+            merges = [_pair(merge) for merge in saved["model"]["merges"]]
+            any_case = [token["content"] for token in saved["added_tokens"] if token["normalized"]]
+        except (KeyError, TypeError) as error:
+            told = f"{type(error).__name__} {error!s:.80}"
+            raise ValueError(f"tokenizer.json is not as transformers writes it: {told}") from error
         return cls(vocab, merges, max_length, pad, any_case)
 
     def add_token(self, token: str, count: int = 1) -> None:
@@ -389,7 +394,7 @@ def _expect_no_more(
     words = [entry.get("content") if isinstance(entry, dict) else entry for entry in entries]
     if bad := [word for word in words if not isinstance(word, str)]:
         raise ValueError(f"{folder} adds {bad[0]!r:.80} to the vocabulary, expected a text")
-    if more := sorted(set(words) - known):
+    if more := sorted(set(map(str, words)) - known):
         raise ValueError(
             f"{folder} adds {more!r:.200} to the vocabulary, expected that of CLIP alone: words of "
             "textual inversions come from their own files"

@@ -112,8 +112,9 @@ def as_kept(image: ImageInput) -> list[Image.Image]:
 def kept(image: Image.Image) -> Image.Image:
     rgb = to_rgb(image)
     profile = image.info.get("icc_profile")
-    was_converted = profile is not None and "icc_profile" not in rgb.info
-    if image.mode == "RGB" and was_converted and not image.has_transparency_data:
+    was_converted = "icc_profile" not in rgb.info
+    opaque = image.mode == "RGB" and not image.has_transparency_data
+    if isinstance(profile, bytes) and was_converted and opaque:
         try:
             from_srgb(Image.new("RGB", (1, 1)), profile)
         except ValueError:  # it leads from its colours alone, as a scanner's
