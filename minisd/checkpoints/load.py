@@ -203,13 +203,13 @@ def _text_dit(
     folder: Path, variant: str | None, tokenizer: Source | None, local_files_only: bool
 ) -> Checkpoint:
     """Of a folder in which transformer/, a DiT that takes a text, is in the place of unet/."""
-    network = Path(weights_file("unet", None)).name
-    plain: dict[Part, str] = {part: weights_file(part, None) for part in MODELS}
-    files = find_weights(folder, plain | {"unet": f"transformer/{network}"}, variant)
-    dit = dit_config(files["unet"].parent / "config.json")
+    dit = dit_config(folder / "transformer" / "config.json")
     if dit.num_embeds_ada_norm is not None:
         why = "its DiT takes labels: minisd.load_dit and `minisd dit` take it"
         raise CheckpointError(f"{folder} is for no texts, {why}")
+    plain: dict[Part, str] = {part: weights_file(part, None) for part in MODELS}
+    plain["unet"] = plain["unet"].replace("unet", "transformer")
+    files = find_weights(folder, plain, variant)
     configs: dict[Part, Config] = {"unet": dit}
     for part in ("vae", "text_encoder"):
         configs[part] = read_config(part, files[part].parent / "config.json")
