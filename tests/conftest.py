@@ -31,6 +31,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
+@pytest.fixture
+def record_property(record_property):
+    """pytest's, for numbers: NumPy's and torch's do not pass from a process to another."""
+    return lambda name, value: record_property(name, float(value))
+
+
 @pytest.fixture(scope="session")
 def original(tmp_path_factory):
     """The folder of a tiny random model in diffusers layout."""
