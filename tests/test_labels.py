@@ -257,6 +257,16 @@ def test_a_variant_is_taken_part_by_part(folder, takes, text_folder):
     assert "bf16.safetensors is missing" in refusal(folder, load, variant="bf16")
 
 
+def test_a_variant_comes_from_the_hub_part_by_part(folder, hub):
+    (folder / WEIGHTS).rename(folder / WEIGHTS.replace(".safe", ".fp16.safe"))
+    hub.repos["owner/dit"] = folder
+    with pytest.warns(UserWarning, match="there is no variant fp16 of .*vae"):
+        minisd.load_dit("owner/dit", device="cpu", variant="fp16")
+    weights = [name for name in hub.asked() if name.endswith(".safetensors")]
+    assert [name.partition("/")[0] for name in weights] == ["transformer", "vae"]
+    assert f"{WEIGHTS} does not exist at revision" in refusal("owner/dit")
+
+
 @pytest.fixture
 def text_folder(tmp_path, original):
     """A tiny DiT of texts in a folder: transformer/ in the place of unet/."""
