@@ -108,6 +108,7 @@ def load_dit(
     variant: str | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
+    copy: bool = False,
 ) -> LabelDiffusion:
     """Load a DiT for labels: a folder in diffusers layout, or a Hub repo, facebook/DiT-XL-2-256.
 
@@ -124,7 +125,7 @@ def load_dit(
         revision=revision,
         local_files_only=local_files_only,
     )
-    parts = load_dit_parts(checkpoint, where, kind)
+    parts = load_dit_parts(checkpoint, where, kind, copy)
     dit = LabelDiffusion(*parts, compile=compile, graph=graph)
     dit.dit.attention = implementation
     return dit

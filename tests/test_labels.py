@@ -294,6 +294,16 @@ def test_a_dit_of_texts_that_does_not_go_with_its_other_parts(text_folder):
     )
 
 
+def test_a_copy_is_not_changed_by_what_is_written_into_its_files(folder):
+    copied = minisd.load_dit(folder, device="cpu", copy=True)
+    before = {name: x.clone() for name, x in copied.dit.state_dict().items()}
+    size = (folder / WEIGHTS).stat().st_size
+    with open(folder / WEIGHTS, "r+b") as file:
+        file.write(bytes(size))
+    for name, x in copied.dit.state_dict().items():
+        assert torch.equal(x, before[name])
+
+
 def test_moving_and_dtypes(pair):
     dit = minisd.load_dit(pair[1], device="cpu", dtype="bfloat16")
     assert dit.dtype == torch.bfloat16

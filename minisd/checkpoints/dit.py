@@ -89,7 +89,7 @@ def locate_dit(
 
 
 def load_dit_parts(
-    checkpoint: DiTCheckpoint, device: torch.device, dtype: torch.dtype
+    checkpoint: DiTCheckpoint, device: torch.device, dtype: torch.dtype, copy: bool = False
 ) -> tuple[DiT, AutoencoderKL, NoiseSchedule]:
     """The modules with the files' tensors, in evaluation mode and without gradients.
 
@@ -102,7 +102,7 @@ def load_dit_parts(
         return AutoencoderKL(checkpoint.vae_config) if is_vae else DiT(checkpoint.config)
 
     modules, entries = build(checkpoint.files, make, partial(match, checkpoint))
-    fill(modules, checkpoint.files, entries, device, dtype)
+    fill(modules, checkpoint.files, entries, device, dtype, copy)
     dit, vae = cast(DiT, modules["transformer"]), cast(AutoencoderKL, modules["vae"])
     return dit, vae, checkpoint.schedule
 
