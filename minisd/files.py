@@ -88,14 +88,14 @@ def atomic_folder(path: str | os.PathLike[str], last: str) -> Iterator[Path]:
         if not is_there:
             os.rename(temporary, target)
             return
-        moved: list[Path] = []
+        entries = sorted(temporary.iterdir(), key=lambda each: (each.name == last, each.name))
         try:
-            for each in sorted(temporary.iterdir(), key=lambda each: each.name == last):
-                moved.append(target / each.name)
-                os.rename(each, moved[-1])
+            for each in entries:
+                os.rename(each, target / each.name)  # fails on what another process has moved there
         except BaseException:
-            for each in moved:
-                shutil.rmtree(each, ignore_errors=True)
+            for each in entries:
+                if not each.exists():  # it was moved, and is ours
+                    (target / each.name).rename(each)  # to where all of it goes
             raise
 
 

@@ -224,6 +224,21 @@ def test_an_empty_folder_is_filled_last_entry_last_or_not_at_all(tmp_path, monke
     assert moved[-1] == "model_index.json" and tree(tmp_path) == FILLED
 
 
+def test_two_that_fill_one_empty_folder_do_not_take_from_each_other(tmp_path):
+    """The later one fails, and what is there is the other's, whole."""
+    target = tmp_path / "target"
+    target.mkdir()
+    with pytest.raises(OSError, match="target"), atomic_folder(target, "model_index.json") as mine:
+        fill(mine)
+        (mine / "vae" / "config.json").write_text("mine")
+        with atomic_folder(target, "model_index.json") as theirs:
+            fill(theirs)
+            (theirs / "a").unlink()
+        (mine / "a").unlink()
+    assert tree(target) == [name for name in FILLED if name != "a"]
+    assert (target / "vae" / "config.json").read_text() == "whole"
+
+
 def test_what_a_killed_process_left_is_nothing(tmp_path):
     (tmp_path / ".abcdefgh.part").mkdir()
     (tmp_path / ".abcdefgh.part" / "half").write_text("")
