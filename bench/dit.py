@@ -2,7 +2,7 @@
 held-out renderings, against the cost of the network.
 
     python -m minisd.training miniature --run RUN --to DIR
-    python -m bench.dit DIR [--n 480] [--samples 100] [--sheet OUT.png]
+    python -m bench.dit DIR [--n 480] [--samples 100] [--only ROW ...] [--sheet OUT.png]
 
 Each draws its labels in 25 steps of DPM-Solver++ Karras without guidance, as in the paper's figure,
 from the same noises. The distance is Frechet's in EfficientNet-Lite0 features, of as many images as
@@ -11,13 +11,15 @@ sets of this size have without a difference, "autoencoder" what these lose there
 images in which bench.scorer finds one thing of the label's colour and shape. GFLOPs:
 multiply-adds of one call for one image. --sheet: eight labels by the UNet of `shapes`, to which
 they are captions (guidance 7.5), and by each DiT with guidance 4; and how many of such images are
-right. Writes bench/results/cpu/dit.json and the plot, docs/dit.png; --plot draws it of that file.
+right. Writes bench/results/cpu/dit.json, with --only these rows of it anew, and the plot,
+docs/dit.png; --plot draws it of that file.
 """
 
 import argparse
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -39,6 +41,7 @@ from minisd.viewing.visualize import contact_sheet
 JSON, PLOT = harness.ROOT / "bench/results/cpu/dit.json", harness.ROOT / "docs/dit.png"
 BATCH, STEPS, GUIDANCE = 48, 25, 4.0
 SEEDS = {"renderings": 2001, "other renderings": 2002, "images": 0}
+ROWS = ("other renderings", "autoencoder", *MINIATURE.dits)
 SHOWN = (0, 1, 8, 9, 12, 17, 20, 23)  # labels on the sheet: two of each shape, all colours
 
 
@@ -82,8 +85,10 @@ def about(dit: DiT) -> dict:
     return numbers | {"parameters": sum(p.numel() for p in dit.parameters()), "gflops": gflops(dit)}
 
 
-def measure(models: dict[str, LabelDiffusion], vae, n: int, samples: int) -> dict[str, dict]:
-    """name -> what is in its row of the table."""
+def measure(
+    models: dict[str, LabelDiffusion], vae, n: int, samples: int, only: Sequence[str] = ()
+) -> dict[str, dict]:
+    """name -> what is in its row of the table. only: of these rows; without any, of all."""
     texts, labels = captions(n), [i % len(LABELS) for i in range(n)]
     others = render_labels(n, SEEDS["other renderings"])
     sets = {"other renderings": lambda: others, "autoencoder": lambda: through(vae, others)}
@@ -91,8 +96,8 @@ def measure(models: dict[str, LabelDiffusion], vae, n: int, samples: int) -> dic
     held_out = render_labels(n, SEEDS["renderings"])
     true = features.features(held_out, n, "renderings")
     rows = {}
-    for name, make in sets.items():
-        images = make()
+    for name in only or sets:
+        images = sets[name]()
         found = features.features(images, n, name)
         row = {"frechet": feature_distance(true, found, samples), "right": right(images, texts)}
         rows[name] = row | (about(models[name].dit) if name in models else {})
@@ -188,6 +193,26 @@ def plot(record: dict) -> Image.Image:
     return page.resize((640, 400), Image.Resampling.BOX).quantize(64)
 
 
+def result(args: argparse.Namespace, old: dict) -> dict:
+    """What the JSON file holds; old: what it held, if only some rows are made anew."""
+    every = not args.only or args.sheet is not None
+    names = [name for name in MINIATURE.dits if every or name in args.only]
+    models = {name: minisd.load_dit(args.folder / name, device="cpu") for name in names}
+    sd = minisd.load("shapes", device="cpu")
+    rows = old.get("rows", {}) | measure(models, sd, args.n, args.samples, args.only)
+    for name in names:
+        index = json.loads((args.folder / name / "model_index.json").read_text(encoding="utf-8"))
+        if name in rows:
+            rows[name]["trained_steps"] = index["trained_steps"]
+    record = old | harness.provenance("cpu")
+    record |= {"n": args.n, "samples": args.samples, "seeds": SEEDS}
+    record["rows"] = {name: rows[name] for name in ROWS if name in rows}
+    if args.sheet is not None:
+        few = 4 * len(LABELS)
+        record |= {"guided_n": few, "guided": beside(models, sd, few, args.sheet)}
+    return record
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.dit", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -195,26 +220,22 @@ def main(arguments: list[str] | None = None) -> int:
     add("folder", type=Path, nargs="?", metavar="DIR", help="of the four models")
     add("--n", type=int, default=480, help="images of each model (default: %(default)s)")
     add("--samples", type=int, default=100, help="bootstraps (default: %(default)s)")
+    add("--only", nargs="+", choices=ROWS, default=(), help="these rows anew, the others kept")
     add("--sheet", type=Path, help="where the sheet of eight labels goes (PNG)")
-    add("--trained", type=int, help="steps that the models were trained for, for the record")
     add("--plot", action="store_true", help="measure nothing, draw the plot anew")
     args = parser.parse_args(arguments)
     if args.plot != (args.folder is None):
         parser.error("expected either DIR or --plot")
     if args.folder is not None:
-        models = {
-            name: minisd.load_dit(args.folder / name, device="cpu") for name in MINIATURE.dits
-        }
-        sd = minisd.load("shapes", device="cpu")
-        record = harness.provenance("cpu") | {"n": args.n, "samples": args.samples, "seeds": SEEDS}
-        record["trained_steps"] = args.trained
-        record["rows"] = measure(models, sd, args.n, args.samples)
-        if args.sheet is not None:
-            few = 4 * len(LABELS)
-            record |= {"guided_n": few, "guided": beside(models, sd, few, args.sheet)}
+        old = json.loads(JSON.read_text("utf-8")) if args.only and JSON.exists() else {}
+        if (other := old.get("n", args.n)) != args.n:
+            parser.error(f"--only: the rows at hand are of {other} images, got --n {args.n}")
+        record = result(args, old)
         print(f"wrote {harness.write(JSON, record)}")
         print(table(record))
-    plot(json.loads(JSON.read_text(encoding="utf-8"))).save(PLOT)
+    record = json.loads(JSON.read_text("utf-8"))
+    if record["rows"].keys() >= set(ROWS):
+        plot(record).save(PLOT)
     return 0
 
 

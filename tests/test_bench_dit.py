@@ -24,7 +24,7 @@ def model(tmp_path_factory):
         for parameter in dit.parameters():
             parameter.normal_(std=0.1)
     folder = tmp_path_factory.mktemp("dit") / "small-4"
-    write_dit(dit.config, dit.state_dict(), folder)
+    write_dit(dit.config, dit.state_dict(), 0, folder)
     loaded = minisd.load_dit(folder, device="cpu")
     for name, value in loaded.dit.state_dict().items():
         assert torch.equal(value, dit.state_dict()[name].half().float())

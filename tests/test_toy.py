@@ -5,10 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageDraw
 
 import minisd
 from minisd.cli import main as cli
+from minisd.sampling.schedule import Level
+from minisd.toy import figure
 from minisd.toy.exact import ExactNoise, guided, label, no_label
+from minisd.toy.figure import FINE
 from minisd.toy.learned import train
 from minisd.toy.mixture import Mixture, kolmogorov
 from minisd.toy.world import LINE, PLANE, ho_schedule, start
@@ -315,6 +319,105 @@ def test_training_is_a_function_of_its_seed_and_leaves_torchs_alone():
         assert torch.allclose(one(x, t, rows[:4])[[i]], one(x[[i]], t[i], rows[[i]]), atol=1e-6)
     with pytest.raises(ValueError, match="got edits of a, expected none"):
         one(x, t, rows, {"a": None})
+
+
+# ---- the figure
+
+
+def page_of(draw, *arguments, size=(400, 200)):
+    """(height, width, 3) of what a function of figure.py draws on a page of 3 times that size."""
+    page = Image.new("RGB", (size[0] * FINE, size[1] * FINE), "white")
+    target = page if draw is figure.field else ImageDraw.Draw(page)
+    draw(target, (0, 0, *size), *arguments)
+    return np.asarray(page, int)
+
+
+def has(page, place, colour, reach=4):
+    """Whether there is a pixel of the colour near (x, y)."""
+    x, y = (round(value) for value in place)
+    near = page[max(y - reach, 0) : y + reach + 1, max(x - reach, 0) : x + reach + 1]
+    return (near == colour).all(-1).any()
+
+
+def points(axes, x, y):
+    [place] = axes.points(*(torch.tensor([value], dtype=torch.float64) for value in (x, y)))
+    return place
+
+
+def test_axes_have_y_above():
+    axes = figure.Axes((10, 20, 110, 220), (0.0, 1.0), (-1.0, 1.0))
+    x, y = torch.tensor([[0.0, 1.0, 0.5], [-1.0, 1.0, 0.0]])
+    assert axes.points(x, y) == [(30, 660), (330, 60), (180, 360)]
+
+
+def test_paths_keep_the_first_rows():
+    x, sampler = LINE.sample(5), minisd.DDIM(SCHEDULE, 6)
+    paths, seen = figure.Paths(x[:2]), [x]
+    predict = guided(EXACT, LINE)
+
+    def after(x, step):
+        seen.append(x.clone())
+        return paths(x, step)
+
+    minisd.denoise(x, sampler, predict, after)
+    assert torch.equal(paths.stacked(), torch.stack(seen)[:, :2, 0]) and len(seen) == 7
+
+
+def test_trajectories_are_coloured_by_where_they_end():
+    """Two that change places; beside them the density at the first step, and the data's."""
+    way = torch.linspace(-2, 2, 30, dtype=torch.float64)
+    paths = torch.stack([way, -way], dim=1)  # to components 2 and 0
+    drawn = [page_of(figure.trajectories, LINE, SCHEDULE, paths, t) for t in (900, 20)]
+    axes = figure.Axes((90, 0, 310, 200), (0, 29), (-2.2, 2.2))
+    for page in drawn:
+        for step, value in ((2, way[2].item()), (27, way[27].item())):
+            assert has(page, points(axes, step, value), figure.COLOURS[2])
+            assert has(page, points(axes, step, -value), figure.COLOURS[0])
+            assert not has(page, points(axes, step, -value), figure.COLOURS[2])
+    left, right = (slice(None), slice(0, 90 * FINE - 4)), (slice(None), slice(310 * FINE + 4, None))
+    assert (drawn[0][left] != drawn[1][left]).any() and (drawn[0][right] == drawn[1][right]).all()
+    x = torch.linspace(-2.2, 2.2, 400, dtype=torch.float64)[:, None]
+    p = LINE.at(SCHEDULE.level(900)).log_density(x).exp()
+    beside = figure.Axes((0, 0, 90, 200), (0, 1.1 * p.max().item()), (-2.2, 2.2))
+    for i in (100, 200, 250):
+        assert has(drawn[0], points(beside, p[i].item(), x[i].item()), (0, 0, 0))
+
+
+def test_densities_go_from_dark_to_light():
+    page = page_of(figure.densities, LINE, SCHEDULE, (0, 999))
+    x = torch.linspace(-4, 4, 500, dtype=torch.float64)[:, None]
+    curves = [LINE.at(SCHEDULE.level(t)).log_density(x).exp() for t in (0, 999)]
+    axes = figure.Axes((0, 0, 400, 200), (-4.0, 4.0), (0.0, 1.1 * curves[0].max().item()))
+    for curve, colour in zip(curves, ((0, 0, 55), (200, 200, 255))):
+        for i in (130, 245, 320):
+            assert has(page, points(axes, x[i].item(), curve[i].item()), colour)
+
+
+def test_the_field_points_uphill():
+    """One Gaussian, whose score is the way to its mean over s^2: arrows of 0.16 times the root of
+    that length; the ground is darkest at the mean."""
+    for mean in ([0.0, 0.0], [2.0, 1.0]):
+        data = Mixture.of([1], [mean], [1.0])
+        page = page_of(figure.field, data, Level(1.0, 0.0), "", size=(400, 400))
+        axes = figure.Axes((0, 0, 400, 400), (-4.0, 4.0), (-4.0, 4.0))
+        blue = figure.COLOURS[1]
+        start = torch.tensor([0.94 * 4, 0.0], dtype=torch.float64)
+        score = torch.tensor(mean, dtype=torch.float64) - start
+        tip = score / score.norm().sqrt()
+        for part in (0.02, 0.09, 0.15):
+            assert has(page, points(axes, *(start + part * tip).tolist()), blue)
+        assert not has(page, points(axes, *(start - 0.05 * tip).tolist()), blue)
+        assert not has(page, points(axes, *(start + 0.2 * tip).tolist()), blue)
+        x, y = mean
+
+        def shade(x, y, page=page, axes=axes):
+            across, down = map(round, points(axes, x, y))
+            return np.median(page[down - 9 : down + 10, across - 9 : across + 10])
+
+        assert (
+            shade(x, y) < 150 and shade(-3, -3) > 240 and (x == y or shade(y, x) > shade(x, y) + 50)
+        )
+        assert y == 0 or shade(x, -y) > shade(x, y) + 50
 
 
 # ---- the command

@@ -432,6 +432,7 @@ def test_four_labelled_dits_learn_and_are_read_back(tmp_path, monkeypatch):
         assert loaded.generate(3, steps=2, progress=False)[0].size == (64, 64)
     index = json.loads((folder / "small-4" / "model_index.json").read_text())
     assert index["id2label"]["0"] == "a red circle" and len(index["id2label"]) == 24
+    assert index["trained_steps"] == 60
     main(line)  # all done: nothing is trained again
     assert len(losses) == 120
 

@@ -105,14 +105,15 @@ def export_miniature(recipe: MiniatureRecipe, run: Path, folder: Path) -> None:
     with the bundled autoencoder and schedule. All of them or nothing."""
     with atomic_folder(folder, last=list(recipe.dits)[-1]) as temporary:
         for name, config in recipe.dits.items():
-            state = torch.load(run / f"{name}.pt", map_location="cpu", mmap=True)["average"]
-            write_dit(
-                config, {key.removeprefix("dit."): x for key, x in state.items()}, temporary / name
-            )
+            run_state = torch.load(run / f"{name}.pt", map_location="cpu", mmap=True)
+            average = run_state["average"]
+            state = {key.removeprefix("dit."): tensor for key, tensor in average.items()}
+            write_dit(config, state, run_state["step"], temporary / name)
 
 
-def write_dit(config: DiTConfig, state: dict[str, Tensor], folder: Path) -> None:
-    """A DiT in diffusers' layout: a copy of the embedders in every block."""
+def write_dit(config: DiTConfig, state: dict[str, Tensor], steps: int, folder: Path) -> None:
+    """A DiT in diffusers' layout: a copy of the embedders in every block. steps: of its training,
+    for model_index.json."""
     halves = {}
     for name, tensor in state.items():
         embeds = name.startswith(("timestep_embedder.", "class_embedder."))
@@ -125,4 +126,5 @@ def write_dit(config: DiTConfig, state: dict[str, Tensor], folder: Path) -> None
     write_json(own / "config.json", asdict(config) | {"_class_name": "DiT"})
     save_file(halves, own / Path(weights_file("unet", None)).name, metadata={"format": "pt"})
     names = {str(i): str(thing) for i, thing in enumerate(LABELS)}
-    write_json(folder / "model_index.json", {"_class_name": "DiTPipeline", "id2label": names})
+    index = {"_class_name": "DiTPipeline", "id2label": names, "trained_steps": steps}
+    write_json(folder / "model_index.json", index)

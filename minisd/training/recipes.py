@@ -96,7 +96,7 @@ MINIATURE = MiniatureRecipe(  # one CPU core, about ten minutes
         "large-4": small_dit(6, 4, 4),
         "large-2": small_dit(6, 4, 2),
     },
-    how=Hyperparameters(steps=800, batch=64, lr=2e-3, pool=6000, ema=0.99),
+    how=Hyperparameters(steps=500, batch=64, lr=2e-3, pool=6000, ema=0.99),
     max_weight=20.0,
     noisy_share=0.2,
 )
