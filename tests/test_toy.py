@@ -13,7 +13,7 @@ from minisd.sampling.schedule import Level
 from minisd.toy import figure
 from minisd.toy.exact import ExactNoise, guided, label, no_label
 from minisd.toy.figure import FINE
-from minisd.toy.learned import train
+from minisd.toy.learned import NoiseMLP, train
 from minisd.toy.mixture import Mixture, kolmogorov
 from minisd.toy.world import LINE, PLANE, ho_schedule, start
 
@@ -92,6 +92,33 @@ def test_kolmogorov_by_hand():
     x = torch.tensor([[1.0], [-1.0]])
     # F is 0.159 and 0.841; the share goes 0 -> 1/2 -> 1 there
     assert kolmogorov(x, flat) == pytest.approx(0.5 - 0.158655, abs=1e-6)
+    for alone in (x[:1], x[1:]):  # from 0 to 1 at once, at F = 0.841 and at 0.159
+        assert kolmogorov(alone, flat) == pytest.approx(1 - 0.158655, abs=1e-6)
+
+
+def test_the_world_is_ho_et_als_and_a_start_is_of_its_level():
+    """abar_T of beta from 1e-4 to 0.02 is 4.04e-5; a later start is far from N(0, 1)."""
+    assert SCHEDULE.alphas_cumprod[-1].item() == pytest.approx(4.036e-5, rel=1e-3)
+    later = minisd.DDIM(SCHEDULE, 20, skip=14)
+    first = next(iter(later))
+    q, one = LINE.at(first.now), start(LINE, later, N)
+    assert kolmogorov(one, q) < SAMPLE < kolmogorov(one, LINE.at(first.next))
+    assert kolmogorov(one, Mixture.of([1], [0], [1])) > 0.05
+    assert torch.equal(start(LINE, later, 9, seed=3), start(LINE, later, 9, seed=3))
+    assert not torch.equal(start(LINE, later, 9, seed=3), one[:9])
+
+
+def test_weights_count_by_their_shares_and_what_does_not_fit_is_said():
+    x = torch.linspace(-1, 2, 5, dtype=torch.float64)[:, None]
+    one, other = (Mixture.of(w, [0, 1], [1, 2]) for w in ([0.25, 0.75], [2, 6]))
+    assert torch.allclose(one.log_density(x), other.log_density(x))
+    with pytest.raises(ValueError, match="the mixture has 2 dimensions, expected 1"):
+        PLANE.cdf(x)
+    for k in (3, -1):
+        with pytest.raises(ValueError, match=f"component is {k}, expected a whole number"):
+            LINE.component(k)
+    with pytest.raises(ValueError, match="context: got"):
+        EXACT(x, torch.tensor(3), torch.ones(5, 1, 2))
 
 
 @pytest.mark.parametrize(
@@ -317,8 +344,32 @@ def test_training_is_a_function_of_its_seed_and_leaves_torchs_alone():
         alone = one(x[[i]], t[2], rows[[i]])
         assert torch.allclose(both[[i]], alone, atol=1e-6)
         assert torch.allclose(one(x, t, rows[:4])[[i]], one(x[[i]], t[i], rows[[i]]), atol=1e-6)
+    both = one(x, t, rows)  # a time for each, and two groups
+    for group in (slice(0, 4), slice(4, 8)):
+        assert torch.allclose(both[group], one(x, t, rows[group]), atol=1e-6)
+    assert not any(parameter.requires_grad for parameter in one.parameters())
     with pytest.raises(ValueError, match="got edits of a, expected none"):
         one(x, t, rows, {"a": None})
+    for options, message in (({"steps": 0}, "steps is 0"), ({"unlabelled": 2}, "unlabelled is 2")):
+        with pytest.raises(ValueError, match=message):
+            train(PLANE, SCHEDULE, **options)
+
+
+def test_a_share_of_the_samples_hides_its_label(monkeypatch):
+    seen, forward = [], NoiseMLP.forward
+
+    def recorded(self, x, t, context, edits=None):
+        seen.append(context[:, 0].double())
+        return forward(self, x, t, context, edits)
+
+    monkeypatch.setattr(NoiseMLP, "forward", recorded)
+    train(LINE, SCHEDULE, steps=2, batch=4096, unlabelled=0.2)
+    contexts = torch.cat(seen)
+    hidden = (contexts - LINE.weights).abs().max(1).values < 1e-6
+    assert abs(hidden.double().mean().item() - 0.2) < 0.03
+    assert (contexts[~hidden].max(1).values == 1).all() and (contexts[~hidden].sum(1) == 1).all()
+    shares = contexts[~hidden].mean(0)
+    assert (shares - LINE.weights).abs().max() < 0.04  # each its own label
 
 
 # ---- the figure
