@@ -16,6 +16,11 @@ A diffusion transformer on the bundled model's latents and texts, in a run folde
     python -m minisd.training transformer --run RUN
         the third loss, eps_theta a DiT; with --to DIR its average is then written as a model
 
+Four small ones on labels, trained alike, for `python -m bench.dit`, in a run folder of their own:
+
+    python -m minisd.training miniature --run RUN
+        the third loss and L_t of the variance; with --to DIR each is then written as DIR/NAME
+
 The objective is that of Rombach et al. 2022, https://arxiv.org/abs/2112.10752 (eq. 2).
 """
 
@@ -27,12 +32,14 @@ from pathlib import Path
 import torch
 
 from .export import export
-from .recipes import RECIPES, TRANSFORMER
+from .miniature import export_miniature, train_miniature
+from .recipes import MINIATURE, RECIPES, TRANSFORMER
 from .stages import train_autoencoder, train_diffusion, train_text
 from .transformer import export_transformer, train_transformer
 
 ORDER = ("autoencoder", "text", "diffusion", "export")
 NEEDS = {"diffusion": ("autoencoder.pt", "text.pt"), "export": ("pool.pt", "diffusion.pt")}
+OWN = ("transformer", "miniature")  # each in a run folder of its own
 STAGES = {  # name on the command line -> what trains it, its hyperparameters in the recipe
     "autoencoder": (train_autoencoder, "autoencoder"),
     "text": (train_text, "text_encoder"),
@@ -55,7 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("stage", choices=(*ORDER, "transformer"))
+    add("stage", choices=(*ORDER, *OWN))
     add("--run", type=Path, required=True, help="folder of the run: its states, the encoded pool")
     add(
         "--recipe",
@@ -68,15 +75,15 @@ def make_parser() -> argparse.ArgumentParser:
         add(f"--{name.replace('_', '-')}", type=float, help=f"diffusion: {what}")
     add("--seed", type=int, default=0)
     add("--device", default="cpu")
-    add("--to", type=Path, help="export, transformer: the folder to write")
+    add("--to", type=Path, help="export, transformer, miniature: the folder to write")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(arguments)
-    if args.stage != "transformer" and (args.stage == "export") != (args.to is not None):
-        parser.error("--to goes with export and transformer, and export needs it")
+    if args.stage not in OWN and (args.stage == "export") != (args.to is not None):
+        parser.error("--to goes with export and with DiTs, and export needs it")
     for name in NEEDS.get(args.stage, ()):
         if not (args.run / name).exists():
             parser.error(
@@ -90,6 +97,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         train_transformer(own, args.run, args.seed, torch.device(args.device))
         if args.to is not None:
             export_transformer(own, args.run, args.to)
+        return
+    if args.stage == "miniature":
+        four = MINIATURE
+        if args.steps is not None:
+            four = replace(four, how=replace(four.how, steps=args.steps))
+        train_miniature(four, args.run, args.seed, torch.device(args.device))
+        if args.to is not None:
+            export_miniature(four, args.run, args.to)
         return
     recipe = RECIPES[args.recipe]
     if args.stage == "export":
