@@ -184,10 +184,9 @@ def ray(load: Load, folder: Path, pieces: Sequence[Piece], workers: int) -> Iter
         rows = [{"piece": pickle.dumps(piece)} for piece in pieces]
         blocks = min(len(rows), MOST_BLOCKS)
         gpus = {"num_gpus": 1} if torch.cuda.is_available() else {}
-        told = {"max_restarts": -1, "max_task_retries": -1}
-        pool = _ray.data.ActorPoolStrategy(size=workers)
+        pool = _ray.data.ActorPoolStrategy(size=workers)  # restarts and retries without end
         found = _ray.data.from_items(rows, override_num_blocks=blocks)
-        for row in found.map_batches(Actor, batch_size=1, compute=pool, **gpus, **told).iter_rows():
+        for row in found.map_batches(Actor, batch_size=1, compute=pool, **gpus).iter_rows():
             yield pickle.loads(row["done"])
     finally:
         if ours:

@@ -50,7 +50,7 @@ EMOJI = replace(
     unet=replace(SMALL.unet, sample_size=8),
     autoencoder=Hyperparameters(steps=500, batch=16, lr=2e-3, pool=0, ema=0.98),
     text_encoder=Hyperparameters(steps=300, batch=8, lr=2e-3, pool=0, ema=0.98),
-    diffusion=Hyperparameters(steps=6000, batch=32, lr=1e-3, pool=0, ema=0.998),
+    diffusion=Hyperparameters(steps=6000, batch=16, lr=1e-3, pool=0, ema=0.998),
     layout_weight=0.0,
     summary_weight=0.0,
     faint_share=0.0,
