@@ -1,4 +1,4 @@
-"""The notebook in docs/ runs from its first cell to its last, by nbclient in a kernel of its own."""
+"""The notebook in docs/ runs from its first cell to its last, by nbclient in its own kernel."""
 
 import json
 import os
