@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .. import expect
 from ..drawing import Drawing, Options, as_list
+from ..recipes import tell
 from ..sampling.samplers import Step
 from .maps import Maps
 
@@ -49,6 +50,7 @@ def attend_and_excite(
     options: see `minisd.drawing.Drawing` (here steps=50, sampler="ddim"). ValueError for a word
     that is not there.
     """
+    arguments = dict(locals())
     drawing = Drawing.of(options, steps=50, sampler="ddim")
     expect.number("scale", scale)
     expect.number("until", until, 0, 1)
@@ -82,7 +84,8 @@ def attend_and_excite(
         return excite(x, following[step.index]) if step.index in following else x
 
     predict = drawing.rule(sd.network, uncond, cond, drawing.guidance)
-    return sd.decode(drawing.denoise(excite(x, steps[0]), plan, predict, after))
+    images = sd.decode(drawing.denoise(excite(x, steps[0]), plan, predict, after))
+    return tell(images, sd, "attend_and_excite", arguments, drawing, [prompt])
 
 
 @torch.enable_grad()

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..drawing import Drawing, Options
 from ..models.attention import AttentionEdit
 from ..models.features import FeatureEdit
+from ..recipes import tell
 from ..sampling.guidance import Edits, with_edits
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def style_aligned(
     Image i of a prompt follows image i of the reference. options: see `minisd.drawing.Drawing`
     (here steps=50, sampler="ddim").
     """
+    arguments = dict(locals())
     drawing = Drawing.of(options, steps=50, sampler="ddim")
     if not prompts:
         raise ValueError("got no prompt beside the reference, expected at least one")
@@ -54,9 +56,9 @@ def style_aligned(
             at |= {site: shared, f"{site}.q": moved, f"{site}.k": moved}
         return lambda step: at
 
-    return sd.decode(
-        drawing.denoise(x, drawing.make_sampler(sd, rows=len(x)), with_edits(predict, edits))
-    )
+    plan = drawing.make_sampler(sd, rows=len(x))
+    images = sd.decode(drawing.denoise(x, plan, with_edits(predict, edits)))
+    return tell(images, sd, "style_aligned", arguments, drawing, [reference, *prompts])
 
 
 def aligned(x: Tensor, row: Tensor) -> Tensor:
