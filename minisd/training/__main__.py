@@ -40,7 +40,7 @@ import torch
 from .emoji import EMOJI, export_emoji, train_emoji
 from .export import export
 from .miniature import export_miniature, train_miniature
-from .recipes import MINIATURE, RECIPES, TRANSFORMER
+from .recipes import MINIATURE, RECIPES, TRANSFORMER, Recipe
 from .stages import train_autoencoder, train_diffusion, train_text
 from .transformer import export_transformer, train_transformer
 
@@ -108,16 +108,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         export(recipe, args.run, args.to)
         return
     train_stage, hyperparameters = STAGES[args.stage]
-    recipe = replace(recipe, **given_weights(args))
+    recipe = with_weights(recipe, args)
     if args.steps is not None:
         how = replace(getattr(recipe, hyperparameters), steps=args.steps)
         recipe = replace(recipe, **{hyperparameters: how})
     train_stage(recipe, args.run, args.seed, torch.device(args.device))
 
 
-def given_weights(args: argparse.Namespace) -> dict[str, float]:
-    """The recipe's numbers that were given on the command line."""
-    return {name: number for name in WEIGHTS if (number := getattr(args, name)) is not None}
+def with_weights(recipe: Recipe, args: argparse.Namespace) -> Recipe:
+    """The recipe with the numbers that were given on the command line."""
+    given = {name: number for name in WEIGHTS if (number := getattr(args, name)) is not None}
+    return replace(recipe, **given)
 
 
 def train_other(args: argparse.Namespace) -> None:
@@ -133,7 +134,8 @@ def train_other(args: argparse.Namespace) -> None:
         train_miniature(four, *where)
         write = partial(export_miniature, four, args.run)
     else:
-        emoji = replace(EMOJI, diffusion=replace(EMOJI.diffusion, **steps), **given_weights(args))
+        emoji = replace(EMOJI, diffusion=replace(EMOJI.diffusion, **steps))
+        emoji = with_weights(emoji, args)
         train_emoji(emoji, args.icons, *where)
         write = partial(export_emoji, emoji, args.icons, args.run)
     if args.to is not None:
