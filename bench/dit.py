@@ -72,7 +72,7 @@ def right(images: list[Image.Image], texts: list[str]) -> dict[str, float]:
 
 def gflops(dit: DiT) -> float:
     """Multiply-adds of one call, in 1e9; torch counts two for each."""
-    x, context = torch.zeros(1, 4, *dit.latent_size()), dit.embed_labels([0])
+    x, context = torch.zeros(1, 4, *dit.latent_size(None)), dit.embed_labels([0])
     with FlopCounterMode(display=False) as counter:
         dit(x, torch.tensor([0]), context, attention="reference")
     return counter.get_total_flops() / 2e9
