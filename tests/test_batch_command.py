@@ -292,10 +292,10 @@ def test_what_others_are_writing_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(work_module.os, "readlink", lambda path: "pid:[7]")
     own_folder(tmp_path, 2**30).mkdir()  # no process has that
     monkeypatch.undo()
-    before = sorted(path.name for path in tmp_path.iterdir())
+    before = sorted(path.name for path in tmp_path.glob(".worker-*"))
     own_folder(tmp_path, 2**30).mkdir()
     work_module.clean(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == before and len(before) == 2
+    assert sorted(path.name for path in tmp_path.glob(".worker-*")) == before and len(before) == 2
 
 
 class Ray:

@@ -451,7 +451,7 @@ def test_command_line(tmp_path, capsys):
     assert stop.value.code == 0 and "eps_theta" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["export", "--run", str(tmp_path)])
-    assert "--to goes with export, transformer, emoji" in capsys.readouterr().err
+    assert "--to goes with export and with" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["diffusion", "--run", str(tmp_path)])
     assert "autoencoder.pt is not there: the stages run in order" in capsys.readouterr().err
