@@ -173,6 +173,20 @@ def test_unets_of_other_inputs_are_refused_when_they_are_loaded(folder, capsys):
         assert cli.main(["check", str(folder)]) == 2 and kind in capsys.readouterr().err
 
 
+def test_stable_diffusion_2_is_refused_in_words(folder, capsys):
+    """By its UNet's config, and by its text encoder's alone."""
+    change(folder / "text_encoder/config.json", hidden_size=1024, hidden_act="gelu")
+    for part in ("text_encoder", "unet"):
+        told = refusal(folder)
+        assert told.startswith(
+            f"{folder / part / 'config.json'}: it is of a Stable Diffusion 2 model"
+        )
+        assert "another encoder (OpenCLIP's), which minisd does not draw with" in told
+        assert cli.main(["check", str(folder)]) == 2 and "OpenCLIP" in capsys.readouterr().err
+        shutil.copy(SHAPES / "text_encoder/config.json", folder / "text_encoder")
+        change(folder / "unet/config.json", cross_attention_dim=1024, use_linear_projection=True)
+
+
 def test_single_files_of_other_inputs_are_refused(tmp_path):
     names = {
         "model.diffusion_model.input_blocks.0.0.weight": (320, 8, 3, 3),

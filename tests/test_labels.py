@@ -4,11 +4,13 @@ diffusers' pipeline and against the published loop."""
 import json
 import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
+from hub_server import COMMIT
 from oracle_dit import Published, diffusers_pair
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -317,6 +319,79 @@ def test_compiled_it_draws_the_same(pair):
     for dit, kept in ((one, last), (other, compiled)):
         dit.generate([3], steps=3, on_step=final(kept), **HOW)
     assert relative(compiled["x"], last["x"]) <= 1e-5
+
+
+# ---- the Hub
+
+
+@pytest.fixture
+def dit_hub(hub, pair):
+    """A Hub with owner/dit in the layout of facebook/DiT-XL-2-256: four folders, and what else such
+    a repo has. -> the Hub, and what minisd needs of the repo."""
+    hub.repos["owner/dit"] = hub.repos["facebook/DiT-XL-2-256"] = pair[1]
+    needed = {"model_index.json", "scheduler/scheduler_config.json"}
+    needed |= {f"{part}/config.json" for part in ("transformer", "vae")}
+    return hub, needed | {WEIGHTS, WEIGHTS.replace("transformer", "vae")}
+
+
+def test_a_repo_of_the_hub_is_loaded(dit_hub, pair):
+    hub, needed = dit_hub
+    dit = minisd.load_dit("owner/dit", device="cpu")
+    own = minisd.load_dit(pair[1], device="cpu")
+    for part in ("dit", "vae"):
+        state, expected = (getattr(model, part).state_dict() for model in (dit, own))
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[name], expected[name]) for name in state)
+    asked = hub.asked()
+    assert set(asked) == needed and len(asked) == len(needed)
+    assert all(name.endswith(".safetensors") for name in asked[-2:])  # the large files last
+    hub.log.clear()
+    minisd.load_dit("owner/dit", device="cpu")
+    assert not hub.asked()
+    minisd.load_dit("owner/dit", device="cpu", local_files_only=True, revision=COMMIT)
+    with pytest.raises(CheckpointError, match="the repo has no revision 'v9'"):
+        minisd.load_dit("owner/dit", device="cpu", revision="v9")
+    with pytest.raises(CheckpointError, match="fp16.safetensors does not exist at revision"):
+        minisd.load_dit("owner/dit", device="cpu", variant="fp16")
+
+
+def test_a_repo_is_fetched_and_the_licence_is_said(dit_hub, minisd_command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hub, needed = dit_hub
+    code, out, err = minisd_command("fetch", "facebook/DiT-XL-2-256", "--to", "own")
+    assert code == 0 and out == "own\n", err
+    assert "it is a DiT, for `minisd dit --model own`" in err and "CC-BY-NC" in err
+    files = {p.relative_to("own").as_posix() for p in Path("own").rglob("*") if p.is_file()}
+    assert {name for name in files if not name.startswith(".cache")} == needed
+    hub.log.clear()
+    minisd.load_dit("own", device="cpu")
+    code, out, err = minisd_command("fetch", "owner/dit")
+    assert code == 0 and "minisd dit --model owner/dit" in err and "CC-BY-NC" not in err
+    assert Path(out.strip()).name == COMMIT and not Path("own/owner").exists()
+    line = ["dit", "--label", "3", "--model", "owner/dit", "--steps", "2", "--device", "cpu"]
+    hub.log.clear()
+    assert minisd_command(*line, "-o", "a.png")[0] == 0 and not hub.asked()
+
+
+def test_a_damaged_file_is_not_kept(dit_hub, minisd_command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dit_hub[0].faults[WEIGHTS] = ["damaged"]
+    code, out, err = minisd_command("fetch", "owner/dit", "--to", "own")
+    assert code == 2 and not out and "the damaged file was removed, try again" in err
+    assert not Path("own", WEIGHTS).exists()
+
+
+def test_a_repo_of_pickles_is_refused_in_words(dit_hub, folder, minisd_command):
+    """The form in which diffusers' older repos, and facebookresearch, have weights."""
+    (folder / WEIGHTS).rename((folder / WEIGHTS).with_suffix(".bin"))
+    dit_hub[0].repos["owner/old"] = folder
+    why = r"transformer/.*safetensors does not exist .*minisd reads .safetensors, not .bin pickles"
+    with pytest.raises(CheckpointError, match=why):
+        minisd.load_dit("owner/old", device="cpu")
+    code, out, err = minisd_command("fetch", "owner/old")
+    assert code == 2 and not out and "not .bin pickles" in err
+    with pytest.raises(CheckpointError, match="does not read the pickle .* CC-BY-NC 4.0"):
+        minisd.load_dit("facebook/DiT-XL-2-256/DiT-XL-2-256x256.pt", device="cpu")
 
 
 # ---- the command

@@ -7,6 +7,7 @@ itself are pickles (.pt), which are not read; both are under CC-BY-NC 4.0, for n
 """
 
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -14,6 +15,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import nn
 
+from ..files import atomic_write
 from ..models.dit import DiT
 from ..models.dit_config import DiTConfig
 from ..models.vae import AutoencoderKL, VAEConfig
@@ -23,7 +25,15 @@ from .folders import PICKLES, WHY_NO_PICKLES, expect_names, find_weights, why_a_
 from .header import Entry, read_header
 from .load import build, fill
 from .names import rename_diffusers
-from .sources import CheckpointError, Source, _fetch, expect_pipeline, fetch_weights, hub_repo
+from .sources import (
+    INDEX,
+    CheckpointError,
+    Source,
+    _fetch,
+    expect_pipeline,
+    fetch_weights,
+    hub_repo,
+)
 from .tensor_file import FLOATS, read_tensors
 
 PUBLISHED = "facebook/DiT-XL-2-256"
@@ -57,8 +67,7 @@ def locate_dit(
         raise CheckpointError(f"{got}. {LICENCE}")
     folder = Path(source)
     if (repo := hub_repo(source)) is not None:
-        folder = _fetch(repo, CONFIGS, revision, local_files_only)
-        fetch_weights(repo, WEIGHTS.values(), variant, folder, local_files_only)
+        folder = download_dit(repo, variant, revision, local_files_only)
     elif revision is not None:
         raise ValueError(f"revision={revision!r} is for Hub repos, and {source!r} is not one")
     if (part := why_a_part(folder)) is not None:
@@ -86,6 +95,27 @@ def locate_dit(
     scheduler = folder / CONFIGS[2]
     schedule = named(scheduler, lambda path: NoiseSchedule.from_dict(read_json(path)))
     return DiTCheckpoint(config, vae_config, schedule, files)
+
+
+def download_dit(
+    repo: str,
+    variant: str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    to: Path | None = None,
+    repair: bool = False,
+) -> Path:
+    """Fetch the files of a Hub repo that a DiT needs, and no other -> their folder.
+
+    The small ones first, all of one commit; to, repair: as in `sources.download`.
+    """
+    folder = _fetch(repo, CONFIGS, revision, local_files_only, [INDEX], repair=repair)
+    if to is not None:
+        for name in [*CONFIGS, INDEX]:
+            if (folder / name).exists():
+                with atomic_write(to / name) as temporary:
+                    shutil.copyfile(folder / name, temporary)
+    return fetch_weights(repo, WEIGHTS.values(), variant, folder, local_files_only, to, repair)
 
 
 def load_dit_parts(

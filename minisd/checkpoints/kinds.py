@@ -11,6 +11,7 @@ from collections.abc import Mapping
 PAGES = (b"<!doctype", b"<html", b"<?xml", b"<head")
 PICKLE = rb"\x80[\x02-\x05]|PK\x03\x04"  # of Python, and a zip archive of torch.save
 NO_MODEL = "an addition to a model and no model"
+SD2 = "a Stable Diffusion 2 model, whose texts go through another encoder (OpenCLIP's)"
 # A pattern that one of a file's names matches -> what the file is. The first that fits is it.
 FILES = {
     r"lora_(up|down|A|B)\b|[._]lora(_linear_layer)?\.(up|down)\b"
@@ -22,7 +23,7 @@ FILES = {
     r"(^|\.)(double_blocks|single_transformer_blocks)\.": "a model of the Flux kind",
     r"(^|\.)joint_blocks\.": "a Stable Diffusion 3 model",
     r"^conditioner\.embedders\.": "a Stable Diffusion XL model",
-    r"^cond_stage_model\.model\.": "a Stable Diffusion 2 model in one file",
+    r"^cond_stage_model\.model\.": f"{SD2}, in one file",
     r"\.(absmax|quant_map|quant_state)(\.|$)|\.SCB$": "quantised by bitsandbytes",
     r"^(down_blocks\..*|mid_block\..*)attn2\.": "a UNet alone",
     r"^(encoder|decoder)\.(mid|mid_block|up|down)\b": "a VAE alone",
@@ -83,6 +84,14 @@ def kind_of_pipeline(index: Mapping[str, object]) -> str | None:
     """What a model is, of the contents of its model_index.json, if minisd does not draw with it."""
     name = str(index.get("_class_name"))
     return next((kind for part, kind in PIPELINES.items() if part in name), None)
+
+
+def kind_of_config(values: Mapping[str, object]) -> str | None:
+    """What a model is of whose UNet or text encoder this is the config.json, if minisd does not
+    draw with it: OpenCLIP's encoder and what takes its texts are 1024 wide."""
+    text = values.get("hidden_size") == 1024 and values.get("hidden_act") == "gelu"
+    unet = values.get("cross_attention_dim") == 1024 and values.get("use_linear_projection") is True
+    return SD2 if text or unet else None
 
 
 def kind_of_channels(takes: int, gives: int, latents: int) -> str | None:

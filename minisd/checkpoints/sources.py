@@ -140,6 +140,19 @@ def fetch_weights(
     return _fetch(repo, names, snapshot.name, local_files_only, (), to, repair)
 
 
+def pipeline_of(repo: str, revision: str | None = None) -> tuple[str | None, str]:
+    """The class that a Hub repo's model_index.json names, None without one, and the commit.
+
+    What was damaged in the cache is fetched again, with a warning.
+    """
+    folder = _fetch(repo, [CONFIGS[0]], revision, False, [INDEX], repair=True)
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):  # whoever needs it says what is wrong
+        index = None
+    return (index.get("_class_name") if isinstance(index, dict) else None), folder.name
+
+
 def expect_pipeline(folder: Path, where: object) -> None:
     """CheckpointError for a model whose model_index.json names one that minisd does not know."""
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -90,9 +91,24 @@ def fetch(args: Namespace, call: Call) -> None:
     to = None if args.to is None else Path(args.to)
     call.before_writing()
     with deadline(args.deadline):
-        folder = sources.download(repo, args.variant, args.revision, to=to, repair=True)
+        pipeline, commit = sources.pipeline_of(repo, args.revision)
+        if pipeline == "DiTPipeline":
+            folder = fetch_dit(repo, args, commit, to)
+        else:
+            folder = sources.download(repo, args.variant, commit, to=to, repair=True)
     expect_readable(folder)
     print(folder)
+
+
+def fetch_dit(repo: str, args: Namespace, commit: str, to: Path | None) -> Path:
+    """The folder, and a line that says what draws with it, and of facebook's under what licence."""
+    from ..checkpoints.dit import LICENCE, download_dit, locate_dit
+
+    folder = download_dit(repo, args.variant, commit, to=to, repair=True)
+    locate_dit(folder, variant=args.variant)
+    told = f"; {LICENCE}" if repo.startswith("facebook/DiT") else ""
+    print(f"it is a DiT, for `minisd dit --model {to or repo}`{told}", file=sys.stderr)
+    return folder
 
 
 def expect_readable(folder: Path) -> None:

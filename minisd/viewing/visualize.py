@@ -26,6 +26,7 @@ from ..editing.alignment import find_word
 from ..editing.maps import Maps
 from ..editing.recording import Recording
 from ..editing.sites import Where
+from ..recipes import tell
 from .images import to_rgb
 
 if TYPE_CHECKING:
@@ -49,13 +50,14 @@ def heatmap(
     the steps only, 0.2 for the first fifth, in which the layout forms. options: see
     `minisd.drawing.Drawing`.
     """
-    drawing = Drawing.of(options)
+    arguments, drawing = dict(locals()), Drawing.of(options)
     x = drawing.noise(sd, drawing.num_images)
     height, width = (side * sd.vae.factor for side in x.shape[2:])
     sites = sd.unet.sites("cross") if where is None else where
     maps = Maps(sd, [prompt] * len(x), drawing.steps, sites, height, width, until)
     predict = drawing.rule(sd.network, *drawing.embed(sd, [prompt]), drawing.guidance, maps)
-    return sd.decode(drawing.denoise(x, drawing.make_sampler(sd), predict)), maps
+    images = sd.decode(drawing.denoise(x, drawing.make_sampler(sd), predict))
+    return tell(images, sd, "heatmap", arguments, drawing, [prompt]), maps
 
 
 def word_sheet(
