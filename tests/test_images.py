@@ -429,9 +429,13 @@ def test_an_image_that_is_not_redrawn_is_said_to_be(tmp_path):
     mask = np.ones((64, 64), bool)
     with pytest.warns(UserWarning, match="are less than one step"):
         minisd.blend(sd, image, mask, "a", 0.1, steps=5)
+    with pytest.warns(UserWarning, match="are less than one step"):
+        [same] = minisd.diffedit(sd, image, "a", "b", strength=0.1, steps=5)
+    assert (values(same) == values(image)).all()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sd.img2img(image, "a", 0.0, steps=3)
+        minisd.diffedit(sd, image, "a", "b", strength=0.0, steps=5)
 
 
 # profiles where pixels are kept
