@@ -71,7 +71,7 @@ def test_rows_have_what_they_say(model, monkeypatch):
         [np.asarray(image.resize((4, 4)), float).ravel() for image in images]
     )
     monkeypatch.setattr(features, "features", small)
-    rows = bench.measure({"small-4": model}, minisd.load("shapes", device="cpu"), 50, 10)
+    rows = bench.measure({"small-4": model}, minisd.load("shapes", device="cpu"), 24, 5)
     assert list(rows) == ["other renderings", "autoencoder", "small-4"]
     near, through, far = (row["frechet"]["value"] for row in rows.values())
     assert near < far and through < far and near != through
