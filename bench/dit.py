@@ -141,7 +141,9 @@ def table(record: dict) -> str:
         distance = f"{f['value']:.1f} ({f['low']:.1f} to {f['high']:.1f})"
         lines.append((name, *size, distance, f"{100 * row['right']['all']:.0f} %"))
     heads = "|layers x width|tokens|parameters|GFLOPs|Frechet distance (95 %)|right"
-    return f"{harness.origin(record)}\n\n{harness.markdown(heads.split('|'), lines)}"
+    steps = {row["trained_steps"] for row in record["rows"].values() if "trained_steps" in row}
+    how = f"{record['n']} images each, after {' or '.join(map(str, sorted(steps)))} steps"
+    return f"{harness.machine(record)}; {how}\n\n{harness.markdown(heads.split('|'), lines)}"
 
 
 def guided_table(record: dict) -> str:
