@@ -195,8 +195,8 @@ def plot(record: dict) -> Image.Image:
             low, high = (at(row["gflops"], row["frechet"][end])[1] for end in ("low", "high"))
             pen.line((x, low, x, high), colour, FINE)
             pen.ellipse((x - 4 * FINE, y - 4 * FINE, x + 4 * FINE, y + 4 * FINE), colour)
-            anchor = "lt" if side > 0 else "lb"
-            pen.text((x + 7 * FINE, y + side * 4 * FINE), name, colour, font, anchor=anchor)
+            anchor, place = "rt" if side > 0 else "lb", (x - side * 5 * FINE, y + side * 5 * FINE)
+            pen.text(place, name, colour, font, anchor=anchor)
     return page.resize((640, 400), Image.Resampling.BOX).quantize(64)
 
 
