@@ -60,6 +60,7 @@ setup(
         "ray": ["ray[data]"],
         "test": [
             "pytest",
+            "pytest-xdist",  # two processes
             "hypothesis",
             "diffusers",
             "transformers",
