@@ -19,6 +19,8 @@ from typing import NamedTuple
 from bench import (
     api,
     attention,
+    distance,
+    dit,
     editing,
     editing_speed,
     fused,
@@ -58,6 +60,9 @@ TABLES = [
     Table(REPORT, "bench.editing real: erase", ("editing_real",), real_blend.erase_table),
     Table(REPORT, "bench.photographs", ("photographs",), photographs.table),
     Table(REPORT, "bench.methods", ("methods",), methods.table),
+    Table(REPORT, "bench.distance", ("distance_decoded", "distance_drawn"), distance.table),
+    Table("docs/dit.md", "bench.dit", ("dit",), dit.table),
+    Table("docs/dit.md", "bench.dit guided", ("dit",), dit.guided_table),
     Table(REPORT, "bench.unet", ("unet",), unet.table),
     Table(REPORT, "bench.editing speed", ("editing_speed",), editing_speed.table),
     Table(REPORT, "bench.startup", ("startup",), startup.table),

@@ -65,6 +65,7 @@ def tell(
         for key, value in given.items()
         if key not in (*NOT_TOLD, "options")
     }
+    images = [image.copy() for image in images]  # one that is kept may be there several times
     each, rows = len(images) // len(prompts), rows or len(images)
     for i, image in enumerate(images):
         recipe = {

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 import minisd
-from minisd.batch import engines, rows
+from minisd.batch import engines, rows, work as work_module
 from minisd.batch.work import own_folder, work
 from minisd.cli.batch import LoadModel
 from minisd.cli.options import ModelRequest
@@ -284,6 +284,18 @@ def test_twenty_kills_at_random_moments(tmp_path, record_property):
     record_property("batch: kills", engine.killed)
     record_property("batch: seconds with kills", time.monotonic() - start)
     assert engine.killed == 20 == engine.restarts
+
+
+def test_what_others_are_writing_is_left_alone(tmp_path, monkeypatch):
+    """A container that shares this machine's name has pids of its own."""
+    (tmp_path / ".worker-elsewhere-1").mkdir()
+    monkeypatch.setattr(work_module.os, "readlink", lambda path: "pid:[7]")
+    own_folder(tmp_path, 2**30).mkdir()  # no process has that
+    monkeypatch.undo()
+    before = sorted(path.name for path in tmp_path.glob(".worker-*"))
+    own_folder(tmp_path, 2**30).mkdir()
+    work_module.clean(tmp_path)
+    assert sorted(path.name for path in tmp_path.glob(".worker-*")) == before and len(before) == 2
 
 
 class Ray:

@@ -73,6 +73,7 @@ def test_the_same_bits_again(sd, tmp_path, name):
     given |= {"latents": sd.noise(5)} if name == "given noise" else {}
     given |= {"regions": {"a cat": mask()}} if name == "regional" else {}
     last = images[-1]
+    assert [minisd.recipe(each)["image"] for each in images] == list(range(len(images)))
     told = minisd.recipe(last)
     assert told["of"] == len(images) and told["version"] == f"minisd {minisd.__version__}"
     assert told == json.loads(json.dumps(told))

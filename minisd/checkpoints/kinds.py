@@ -14,7 +14,8 @@ NO_MODEL = "an addition to a model and no model"
 SD2 = "a Stable Diffusion 2 model, whose texts go through another encoder (OpenCLIP's)"
 # A pattern that one of a file's names matches -> what the file is. The first that fits is it.
 FILES = {
-    r"lora_(up|down|A|B)\b|\.lora\.(up|down)\b|\.(hada|lokr)_w": f"a LoRA, {NO_MODEL}",
+    r"lora_(up|down|A|B)\b|[._]lora(_linear_layer)?\.(up|down)\b"
+    r"|\.(hada|lokr)_w": f"a LoRA, {NO_MODEL}",
     r"(^|\.)ip_adapter\.|^image_proj\.": f"an IP-Adapter, {NO_MODEL}",
     r"motion_modules\.": f"a motion module of AnimateDiff, {NO_MODEL}",
     r"^(control_model|controlnet_\w+)\.|^input_hint_block\.": f"a ControlNet, {NO_MODEL}",
@@ -101,6 +102,6 @@ def kind_of_channels(takes: int, gives: int, latents: int) -> str | None:
     if gives == latents and takes in INPUTS:
         return INPUTS[takes]
     return (
-        f"a UNet that takes {takes} and gives {gives} channels beside a VAE with latents of "
+        f"a network that takes {takes} and gives {gives} channels beside a VAE with latents of "
         f"{latents}, which have to be as many"
     )

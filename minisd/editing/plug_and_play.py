@@ -67,16 +67,15 @@ def plug_and_play(
     def edits(groups: Sequence[str]) -> Edits:
         own = torch.arange(len(groups) * len(x), dtype=torch.int64, device=x.device)
         sources = own % n + (len(groups) - 1) * len(x)  # of the same image, conditional
-        rows = torch.where(own % len(x) < n, own, sources)
+        rows = own, torch.where(own % len(x) < n, own, sources)
+        # tensors of their own: a graph in which both were one would not serve the other steps
+        features = [FeatureEdit(source_row=row.clone()) for row in rows]
+        attention = [AttentionEdit(source_row=row) for row in rows]
 
         def of(step: Step) -> dict[str, AttentionEdit | FeatureEdit]:
             early = step.index < int(feature_steps * drawing.steps)
             earlier = step.index < int(self_steps * drawing.steps)
-            attend = AttentionEdit(source_row=rows if earlier else own)
-            return {
-                feature: FeatureEdit(source_row=rows if early else own),
-                **dict.fromkeys(sites, attend),
-            }
+            return {feature: features[early], **dict.fromkeys(sites, attention[earlier])}
 
         return of
 
