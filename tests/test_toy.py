@@ -79,6 +79,15 @@ def test_cdf_score_and_shares_belong_to_the_density():
     assert torch.allclose(alone, data.component(1).log_density(x))
 
 
+def test_densities_of_the_plane_are_of_sum_1():
+    """The whole, and each component alone, by its values on a grid."""
+    line = torch.linspace(-6, 6, 241, dtype=torch.float64)
+    grid = torch.cartesian_prod(line, line)
+    for data in (PLANE, *(PLANE.component(k) for k in range(3))):
+        total = data.log_density(grid).exp().sum() * 0.05**2
+        assert total.item() == pytest.approx(1, rel=1e-6)
+
+
 def test_a_projection_of_the_plane_is_a_mixture_on_a_line():
     x = PLANE.sample(N, seed=1)
     for direction in ([1.0, 0.0], [0.3, -1.2]):
