@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 Axis = Literal["step", "site", "head", "token"]
 AXES = get_args(Axis)
+TOKENS: tuple[Axis, ...] = ("token",)
 SHOWN = 7  # images of the parts with the greatest effect that are kept
 
 
@@ -83,7 +84,7 @@ def attribute(
     prompt: str,
     region: MaskInput,
     *,
-    by: Collection[Axis] = ("token",),
+    by: Collection[Axis] = TOKENS,
     sites: Where | None = None,
     steps: Steps = 25,
     of_steps: int | None = None,
