@@ -10,9 +10,9 @@ together is not the sum of what each does.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -20,7 +20,6 @@ from PIL import Image
 from torch import Tensor
 
 from .. import expect
-from ..drawing import Drawing, Options
 from ..editing.blended import MaskInput, read_mask
 from ..editing.sites import Where, select_sites
 from ..models.attention import AttentionEdit
@@ -28,7 +27,7 @@ from ..models.sites import Edits as SiteEdits
 from ..sampling.guidance import Edits, cfg
 from ..sampling.samplers import Step
 from .images import to_tensor
-from .inside import Steps, chosen_steps
+from .inside import Steps, chosen_steps, of_one_image
 from .visualize import contact_sheet
 
 if TYPE_CHECKING:
@@ -103,9 +102,7 @@ def attribute(
     """
     every: dict[str, Any]
     chosen, count = chosen_steps(steps, of_steps)
-    drawing = replace(
-        Drawing.of(cast(Options, options), without=("num_images", "rule")), steps=count
-    )
+    drawing = of_one_image(options, count)
     expect.whole_number("batch", batch, 1)
     x = drawing.noise(sd, 1)
     size = (x.shape[2], x.shape[3])

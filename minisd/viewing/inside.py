@@ -140,9 +140,7 @@ def capture(
     drawn. options: see `minisd.drawing.Drawing`, for one image.
     """
     chosen, count = chosen_steps(steps, of_steps)
-    drawing = replace(
-        Drawing.of(cast(Options, options), without=("num_images", "rule")), steps=count
-    )
+    drawing = of_one_image(options, count)
     plan, x = drawing.make_sampler(sd), drawing.noise(sd, 1)
     size = (x.shape[2], x.shape[3])
     names = select_sites(sd.unet, kinds, sites, size)
@@ -170,6 +168,12 @@ def capture(
     predict = cfg(sd.network, *drawing.embed(sd, [prompt]), drawing.guidance, edits)
     [image] = sd.decode(drawing.denoise(x, plan, predict, store))
     return Capture(prompt, sd.tokenizer, kind_of, grids, kept, t, image)
+
+
+def of_one_image(options: Any, steps: int) -> Drawing:
+    """The drawing of these options, which say neither num_images nor rule."""
+    given = Drawing.of(cast(Options, options), without=("num_images", "rule"))
+    return replace(given, steps=steps)
 
 
 def chosen_steps(steps: Steps, of_steps: int | None) -> tuple[list[int], int]:
