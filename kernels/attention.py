@@ -54,13 +54,14 @@ def visit(
     keys,
     before,
     D: tl.constexpr,
+    STEP: tl.constexpr,
     CAUSAL: tl.constexpr,
     EVEN_N: tl.constexpr,
     MASK_L: tl.constexpr,
 ):
     """One block of keys: scores, new maximum, rescale, add. x: Inputs; block: Queries; before: keys
     of other rows, which come first in the bias."""
-    s = scores(x, block, k, offs_l, keys, D, EVEN_N, MASK_L)
+    s = scores(x, block, k, offs_l, keys, D, STEP, EVEN_N, MASK_L)
     if CAUSAL and MASK_L:  # blocks without a mask are of keys before the first query
         s = tl.where(offs_l[None, :] <= block.offs_n[:, None], s, float("-inf"))
 
@@ -96,6 +97,7 @@ def walk(
     keys,
     before,
     D: tl.constexpr,
+    STEP: tl.constexpr,
     BLOCK_L: tl.constexpr,
     CAUSAL: tl.constexpr,
     EVEN_N: tl.constexpr,
@@ -107,15 +109,15 @@ def walk(
     if CAUSAL:
         whole = tl.minimum(keys, start_n) // BLOCK_L * BLOCK_L
     for start in range(0, whole, BLOCK_L):
-        at = start + offs_l
-        acc, m, l = visit(acc, m, l, x, block, k, v, at, keys, before, D, CAUSAL, EVEN_N, False)
+        now = (acc, m, l, x, block, k, v, start + offs_l, keys, before)
+        acc, m, l = visit(*now, D, STEP, CAUSAL, EVEN_N, False)
     if CAUSAL:
         for start in range(whole, tl.minimum(keys, start_n + block.b_q.shape[0]), BLOCK_L):
-            at = start + offs_l
-            acc, m, l = visit(acc, m, l, x, block, k, v, at, keys, before, D, CAUSAL, EVEN_N, True)
+            now = (acc, m, l, x, block, k, v, start + offs_l, keys, before)
+            acc, m, l = visit(*now, D, STEP, CAUSAL, EVEN_N, True)
     elif not EVEN_L:
-        at = whole + offs_l
-        acc, m, l = visit(acc, m, l, x, block, k, v, at, keys, before, D, CAUSAL, EVEN_N, True)
+        now = (acc, m, l, x, block, k, v, whole + offs_l, keys, before)
+        acc, m, l = visit(*now, D, STEP, CAUSAL, EVEN_N, True)
     return acc, m, l
 
 
@@ -198,11 +200,11 @@ def attention_kernel(
                     b_v = first + joined_row(kv_row, stride_rows, b - first, j)
                 of_k, of_v = head(k, stride_k, b_k, h_kv, UNIT), head(v, stride_v, b_v, h_kv, UNIT)
                 now, before = (acc, m, l, x, block, start_n, of_k, of_v, keys), j * keys
-                acc, m, l = walk(*now, before, D, BLOCK_L, CAUSAL, EVEN_N, EVEN_L)
+                acc, m, l = walk(*now, before, D, STEP, BLOCK_L, CAUSAL, EVEN_N, EVEN_L)
         else:
             of_k, of_v = head(k, stride_k, b_map, h_kv, UNIT), head(v, stride_v, b, h_kv, UNIT)
             now = (acc, m, l, x, block, start_n, of_k, of_v, keys)
-            acc, m, l = walk(*now, 0, D, BLOCK_L, CAUSAL, EVEN_N, EVEN_L)
+            acc, m, l = walk(*now, 0, D, STEP, BLOCK_L, CAUSAL, EVEN_N, EVEN_L)
         if bias is not None:  # a query from which all keys are hidden attends to nothing
             l = tl.where(l == 0, 1.0, l)
         store(to_out, acc / l[:, None], offs_n, offs_d, queries, D)

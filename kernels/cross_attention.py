@@ -59,7 +59,7 @@ def softmax_map(
     x: Inputs."""
     block = load_queries(x, b, h, offs_n, D, STEP, UNIT, EVEN_N)
     k = head(x.k, x.stride_k, b, h // x.group, UNIT)
-    s = scores(x, block, k, offs_l, L, D, EVEN_N, offs_l.shape[0] != L)
+    s = scores(x, block, k, offs_l, L, D, STEP, EVEN_N, offs_l.shape[0] != L)
     # exp(x) = 2^(x log2 e), and log2 e is in the scale
     if x.bias is not None:
         s = s * x.scale + load_bias(block.bias, offs_n, offs_l, block.biased, L)
@@ -98,17 +98,19 @@ def add_moved(acc, source, moves, first, limit: tl.constexpr, PIECE: tl.constexp
         acc = add_moved(acc, left, moves, first, limit, PIECE)
         return add_moved(acc, right, moves, first + HALF, limit, PIECE)
     else:
-        rows, cols = first + tl.arange(0, WIDTH), tl.arange(0, acc.shape[1])
+        rows, cols = tl.arange(0, WIDTH) + first, tl.arange(0, acc.shape[1])
         b_m = load(moves, rows, cols, limit, limit, acc.shape[1] != limit, acc.shape[1] != limit)
         return dot(source, b_m.to(source.dtype), acc)
 
 
 @triton.jit
-def store_columns(d, p, v, out, offs_n, queries, L: tl.constexpr, D: tl.constexpr):
-    """Columns d of out = P V."""
-    MASK_D: tl.constexpr = D % d.shape[0] != 0
-    b_v = load(v, tl.arange(0, p.shape[1]), d, L, D, p.shape[1] != L, MASK_D)
-    acc = dot(p.to(b_v.dtype), b_v, zeros(p.shape[0], d.shape[0]))
+def store_columns(
+    start, p, v, out, offs_n, queries, L: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr
+):
+    """STEP columns of out = P V."""
+    d, offs_l = start + tl.arange(0, STEP), tl.arange(0, p.shape[1])
+    b_v = load(v, offs_l, d, L, D, p.shape[1] != L, D % STEP != 0)
+    acc = dot(p.to(b_v.dtype), b_v, zeros(p.shape[0], STEP))
     store(out, acc, offs_n, d, queries, D)
 
 
@@ -199,12 +201,11 @@ def cross_attention_kernel(
             store(head(save, stride_save, edited, h, 1), p, offs_n, offs_l, queries, L)
 
     of_v, to_out = head(v, stride_v, b, h // group, UNIT), head(out, stride_out, b, h, UNIT)
-    d = tl.arange(0, STEP)
     if STEP < D:
         for start in range(0, head_dim, STEP):
-            store_columns(start + d, p, of_v, to_out, offs_n, queries, L, D)
+            store_columns(start, p, of_v, to_out, offs_n, queries, L, D, STEP)
     else:
-        store_columns(d, p, of_v, to_out, offs_n, queries, L, D)
+        store_columns(0, p, of_v, to_out, offs_n, queries, L, D, STEP)
 
 
 @triton.jit(do_not_specialize=["heads"], do_not_specialize_on_alignment=["save_mean"])

@@ -121,10 +121,19 @@ def load_queries(
 
 
 @triton.jit
-def scores(x, block, k, offs_l, keys, D: tl.constexpr, EVEN_N: tl.constexpr, MASK_L: tl.constexpr):
+def scores(
+    x,
+    block,
+    k,
+    offs_l,
+    keys,
+    D: tl.constexpr,
+    STEP: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    MASK_L: tl.constexpr,
+):
     """q k^T: (BLOCK_N, BLOCK_L), -inf for keys beyond the last. x: Inputs; block: Queries; k: one
-    head, as a Matrix. If a block is narrower than D, q and k are read so many columns at a time."""
-    STEP: tl.constexpr = block.b_q.shape[1]
+    head, as a Matrix. If STEP < D, q and k are read STEP columns at a time."""
     d = tl.arange(0, STEP)
     s = zeros(block.b_q.shape[0], offs_l.shape[0])
     if STEP < D:
