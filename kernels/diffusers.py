@@ -20,10 +20,10 @@ class KernelAttention:
     Follows diffusers' AttnProcessor2_0, step by step: spatial_norm, group_norm, norm_q and
     norm_k, norm_cross, the residual connection and rescale_output_factor. attention_mask: what
     diffusers passes, added to the scores (diffusers makes one of a boolean mask before the
-    processor is called). Fewer key heads than query heads are taken (kv_heads), which diffusers' own
-    is not able to. ValueError for attention the kernels do not have: added_kv projections, heads of
-    other widths for keys; whatever ops.attention refuses; and for arguments that this processor
-    does not know, so that none is ignored.
+    processor is called). Fewer key heads than query heads are taken (kv_heads). ValueError for
+    attention the kernels do not have: added_kv projections, heads of other widths for keys;
+    whatever ops.attention refuses; and for arguments that this processor does not know, so that
+    none is ignored.
     """
 
     def __call__(
