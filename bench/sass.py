@@ -39,7 +39,7 @@ class Instruction(NamedTuple):
 
 LINE = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+(@!?U?P[\dT]+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", re.M)
 # what nvdisasm of CUDA 12.8 adds for sm_100 and later: "BRA 0x710  &req={3}  ?trans7"
-NOTE = re.compile(r"[ \t]+[&?](?=[a-z])[^\s;]*")
+NOTE = re.compile(r"[ \t]+[&?](?=[A-Za-z])[^\s;]*")
 
 
 def parse(listing: str) -> list[Instruction]:

@@ -221,10 +221,10 @@ TABLE = (
     ("cross_attention, wide", "half", "any", 256, Tile(16, 0, 32, 8, 1)),
     # A bias is one more tile of scores in registers, and its addresses: with half the warps joined
     # rows and two maps spill.
-    ("attention, bias", "half", "warpgroup", 128, Tile(64, 64, ALL, 8, 2)),
-    # with 64 keys joined rows spill
-    ("attention, bias", "half", "warpgroup", 256, Tile(64, 32, ALL, 8, 2)),
-    ("attention, bias", "half", "mma", 256, Tile(64, 32, 32, 8, 2)),
+    ("attention, bias", "half", "warpgroup", 64, Tile(64, 64, ALL, 8, 1)),
+    # with 64 keys, or q in one piece, joined rows spill
+    ("attention, bias", "half", "warpgroup", 256, Tile(64, 32, 64, 8, 1)),
+    ("attention, bias", "half", "mma", 256, Tile(64, 32, 32, 8, 1)),
     # with STEP 64 it spills
     ("cross_attention, bias", "half", "warpgroup", 256, Tile(64, 0, 32, 8, 1)),
     # with 64 rows it spills on sm_120

@@ -111,7 +111,7 @@ def test_a_kernel_that_is_known_to_be_wrong_is_found():
 def test_what_nvdisasm_notes_beside_an_instruction_is_left_out():
     text = """
         /*0010*/                   LDG.E R2, desc[UR4][R2.64]          &req={3} &wr=0x1  ?trans7 ;
-        /*0020*/              @!P0 BRA 0x710                           ?trans6;
+        /*0020*/              @!P0 BRA 0x710                  ?WAIT15_END_GROUP;
     """
     assert [str(ins) for ins in sass.parse(text)] == [
         "0x0010  LDG.E R2, desc[UR4][R2.64]",
