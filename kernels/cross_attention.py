@@ -251,14 +251,14 @@ def row_of(L: int, bias, saves, edits) -> str:
     return ", ".join(["cross_attention", *(["wide"] if L > 128 else names[:1])])
 
 
-def prepare(
-    q, k, v, source_row, inject, token_map, blend, reweight, bias, save, save_mean, scale, out
-) -> Callable:
+def prepare(q, k, v, source_row, inject, token_map, blend, reweight, bias, *others) -> Callable:
     """The launches for tensors like these; all checks are done in checks.py. It takes the same
-    arguments.
+    arguments. others: save and save_mean, if the op has them, scale and out.
 
     The mean is taken of maps in q's dtype, which are `save` if that is as exact.
     """
+    *saves, scale, out = others
+    save, save_mean = saves or (None, None)
     (B, H, N, D), L = q.shape, k.shape[2]
     edit = (source_row, inject, reweight, bias, save, save_mean)
     S = next((x.shape[0] for x in edit if x is not None), 0)
@@ -283,11 +283,13 @@ def prepare(
         sizes = {"L": L, "KEYS": width(L), "BLOCK_N": MEAN_BLOCK}
         add_mean = Launch(mean_kernel, grid, numbers, **sizes, num_warps=4)
 
-    def launch(
-        q, k, v, source_row, inject, token_map, blend, reweight, bias, save, save_mean, scale, out
-    ):
+    moved = token_map is not None and not token_map.is_contiguous()
+
+    def launch(q, k, v, source_row, inject, token_map, blend, reweight, bias, *others):
+        *saves, _, out = others
+        save, save_mean = saves or (None, None)
         maps = q.new_empty(S, H, N, L) if own_maps else save
-        token_map = None if token_map is None else token_map.contiguous()
+        token_map = token_map.contiguous() if moved else token_map
         attend(q, k, v, source_row, inject, token_map, blend, reweight, bias, maps, out)
         if save_mean is not None:
             add_mean(maps, save_mean)

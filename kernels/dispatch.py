@@ -75,12 +75,10 @@ def prepare(name: str, args: tuple, out) -> Callable:
     is here."""
     from . import attention, backward, cross_attention
 
-    if name == "cross_attention":
-        launch = cross_attention.prepare(*args[:-1], None, None, args[-1], out)
-        return lambda *args: launch(*args[:-2], None, None, *args[-2:])
     of = {
         "attention": attention.prepare,
         "attention_lse": attention.prepare,
+        "cross_attention": cross_attention.prepare,
         "cross_attention_save": cross_attention.prepare,
         "attention_backward": backward.prepare,
     }
