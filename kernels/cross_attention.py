@@ -239,9 +239,9 @@ MEAN_BLOCK = 16  # queries
 
 
 def piece(keys: int, itemsize: int) -> int:
-    """Rows of a token map to a product: no more than every card has shared memory for, and float32
-    products registers."""
-    return min(keys, 64 if itemsize == 2 else 16)
+    """Rows of a token map to a product: all of them, or of a wide one what every card has shared
+    memory for; in float32 what a thread has registers for."""
+    return 16 if itemsize == 4 else min(keys, 128 if keys <= 128 else 64)
 
 
 def row_of(L: int, bias, saves, edits) -> str:
