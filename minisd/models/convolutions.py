@@ -134,17 +134,18 @@ def winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def add_row(above: Tensor, below: Tensor, i: int, *m: Tensor) -> None:
     """y0 = m0 + m1 + m2, y1 = m1 - m2 + m3 of rows, the i-th m at a time, its two columns in m."""
-    for j, y in enumerate(m):
+    for column, y in enumerate(m):
+        y0, y1 = above[..., column, :], below[..., column, :]
         if i == 0:
-            above[..., j, :] = y
-        if i in (1, 2):
-            above[..., j, :] += y
-        if i == 1:
-            below[..., j, :] = y
-        if i == 2:
-            below[..., j, :] -= y
-        if i == 3:
-            below[..., j, :] += y
+            y0.copy_(y)
+        elif i == 1:
+            y0.add_(y)
+            y1.copy_(y)
+        elif i == 2:
+            y0.add_(y)
+            y1.sub_(y)
+        else:
+            y1.add_(y)
 
 
 def product_plus(x: Tensor, weight: Tensor, y: Tensor) -> Tensor:
