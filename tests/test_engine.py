@@ -89,14 +89,7 @@ def test_loaded_models_are_computed_by_onednn(folder, monkeypatch):
     torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4 * ours.abs().max().item())
 
 
-LEFT_OUT = (
-    "no guidance",
-    "inverse",
-    "uncond for each step",
-    # two latents where others here have one; and the methods on attention but PAG, whose compiled
-    # graphs nobody has counted yet
-    *("masactrl", "regional", "long prompt", "weights", "daam", "diffedit", "excite"),
-)
+LEFT_OUT = "no guidance", "inverse", "uncond for each step"  # two latents; others have one
 SHAPES = {  # those that no method before has had
     "dpm++": ["2 latents under guidance"],
     "img2img": ["1 latent under guidance"],
@@ -107,7 +100,18 @@ SHAPES = {  # those that no method before has had
     "freeu": ["2 latents under guidance, features edited"],
     "deep cache": ["the whole UNet, a feature saved", "its outermost layers"],
     "pag": ["2 latents, guidance of 3 groups, a group disturbed"],
-    "null-text": ["1 latent under guidance, the text as it is"],  # its own calls are not compiled
+    "seg": ["2 latents, guidance of 3 groups, its queries blurred"],
+    "plug-and-play": ["2 latents under guidance, a feature and maps of other rows"],
+    "style": ["2 latents under guidance, keys of two rows, q and k aligned"],
+    "masactrl": ["2 latents under guidance, keys and values of other rows"],
+    "regional": ["1 latent under guidance, two texts and a bias"],
+    "long prompt": ["1 latent under guidance, a longer text"],
+    "weights": ["1 latent under guidance, a bias in all rows"],
+    "daam": ["1 latent under guidance, all sites' maps summed"],
+    "null-text": [
+        "1 latent under guidance, the text as it is"
+    ],  # its own calls, as those of excite,
+    # have gradients and are not compiled
 }
 
 

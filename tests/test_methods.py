@@ -246,8 +246,9 @@ LONG = "a (cat:1.5) on my mat, " + "mat " * 20 + "and a (dog:0.5)"
 
 
 def test_parse():
-    assert parse("a (cat:1.5) on (my mat: 2)") == ("a cat on my mat", [(2, 5, 1.5), (9, 15, 2.0)])
-    assert parse("a (cat) at 10:30 (:3)") == ("a (cat) at 10:30 ", [(17, 17, 3.0)])
+    weights = [1.0] * 2 + [1.5] * 3 + [1.0] * 4 + [2.0] * 6  # of each character
+    assert parse("a (cat:1.5) on (my mat: 2)") == ("a cat on my mat", weights)
+    assert parse("a (cat) at 10:30 (:3)") == ("a (cat) at 10:30 ", [1.0] * 17)
     with pytest.raises(ValueError, match=r"got the weight '\(cat:1.2.3\)', expected \(word:1.3\)"):
         parse("a (cat:1.2.3)")
 
@@ -410,12 +411,14 @@ class Largest(TorchDispatchMode):
 
 
 def at_4096_positions(sd):
-    """Each method but the one with gradients, one step of an image of 64 x 64 latents."""
+    """One step of an image of 64 x 64 latents; the other methods' are in test_feature_methods."""
     how = {"height": 256, "width": 256, "steps": 1, "progress": False}
     given = image().resize((256, 256))
     return {
         "PAG": lambda: sd.txt2img(SOURCE, rule=minisd.pag, **how),
         "MasaCtrl": lambda: minisd.masactrl(sd, SOURCE, TARGET, start=0, first=0, **how),
+        "StyleAligned": lambda: minisd.style_aligned(sd, SOURCE, TARGET, **how),
+        "Attend-and-Excite": lambda: minisd.attend_and_excite(sd, SOURCE, "cat", until=1.0, **how),
         "DiffEdit": lambda: minisd.diffedit(
             sd, given, SOURCE, TARGET, strength=1.0, noises=1, steps=1, progress=False
         ),

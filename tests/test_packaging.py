@@ -25,7 +25,7 @@ ALLOWED = {
     "sampling": {"expect"},  # and no model: the network comes as a callable
     "drawing": {"expect", "sampling"},
     "checkpoints": FILES | {"models", "sampling"},
-    "viewing": FILES | {"models", "sampling", "drawing", "editing"},  # the maps of editing
+    "viewing": FILES | {"models", "sampling", "drawing", "recipes", "editing"},  # editing's maps
     "latents": PIPELINE - {"pipeline"},
     "recipes": FILES | {"drawing", ""},  # "": minisd itself, for __version__
     "pipeline": PIPELINE | {"latents", "recipes"},

@@ -14,6 +14,7 @@ Source: Chefer et al. 2023 (arXiv 2301.13826) and its code: scale 20; 50 steps, 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Unpack
 
 import torch
@@ -23,6 +24,8 @@ from torch import Tensor
 
 from .. import expect
 from ..drawing import Drawing, Options, as_list
+from ..recipes import tell
+from ..sampling.guidance import Predict, conditional
 from ..sampling.samplers import Step
 from .maps import Maps
 
@@ -49,6 +52,7 @@ def attend_and_excite(
     options: see `minisd.drawing.Drawing` (here steps=50, sampler="ddim"). ValueError for a word
     that is not there.
     """
+    arguments = dict(locals())
     drawing = Drawing.of(options, steps=50, sampler="ddim")
     expect.number("scale", scale)
     expect.number("until", until, 0, 1)
@@ -58,48 +62,39 @@ def attend_and_excite(
     height, width = (side * sd.vae.factor for side in x.shape[2:])
     maps = Maps(sd, [prompt] * len(x), drawing.steps, height=height, width=width)
     columns = [maps.columns(word) for word in as_list(words)]
+    impl = "reference" if sd.unet.attention == "reference" else "sdpa"  # which have gradients
+    look = conditional(partial(sd.unet, attention=impl), cond, maps)
     plan = drawing.make_sampler(sd, rows=len(x))
-    last = int(until * drawing.steps)
+    moved = list(plan)[: int(until * drawing.steps)]  # the steps ahead of which x is
     goals = {int(share * drawing.steps): goal for share, goal in REFINED.items()}
 
-    def excite(x: Tensor, step: Step) -> Tensor:
-        if step.index >= last:
+    def excite(x: Tensor, i: int) -> Tensor:
+        """x moved ahead of step i."""
+        if i >= len(moved):
             return x
-        move = scale * (1 - 0.5 * step.index / max(drawing.steps - 1, 1)) ** 0.5
-        loss, gradient = loss_and_gradient(sd, x, step, cond, maps, columns)
-        for _ in range(refinements if step.index in goals else 0):
-            above = loss > goals[step.index]
-            if not above.any():
+        move = scale * (1 - 0.5 * i / max(drawing.steps - 1, 1)) ** 0.5
+        for tried in range(refinements + 1):
+            loss, gradient = loss_and_gradient(x, moved[i], look, maps, columns)
+            above = loss > goals.get(i, 1.0)  # 1: no loss is
+            if tried == refinements or not above.any():
                 break
             x = torch.where(above[:, None, None, None], x - move * gradient, x)
-            loss, gradient = loss_and_gradient(sd, x, step, cond, maps, columns)
         return x - move * gradient
 
-    steps = list(plan)
-    following = {step.index: after for step, after in zip(steps, steps[1:])}
-
-    def after(x: Tensor, step: Step) -> Tensor:
-        return excite(x, following[step.index]) if step.index in following else x
-
     predict = drawing.rule(sd.network, uncond, cond, drawing.guidance)
-    return sd.decode(drawing.denoise(excite(x, steps[0]), plan, predict, after))
+    after = lambda x, step: excite(x, step.index + 1)
+    images = sd.decode(drawing.denoise(excite(x, 0), plan, predict, after))
+    return tell(images, sd, "attend_and_excite", arguments, drawing, [prompt])
 
 
 @torch.enable_grad()
 def loss_and_gradient(
-    sd: "StableDiffusion",
-    x: Tensor,
-    step: Step,
-    cond: Tensor,
-    maps: Maps,
-    columns: Sequence[Sequence[int]],
+    x: Tensor, step: Step, look: Predict, maps: Maps, columns: Sequence[Sequence[int]]
 ) -> tuple[Tensor, Tensor]:
     """The loss (B,) of latents x (B, C, h, w) at a step, and its gradient (B, C, h, w)."""
     x = x.detach().requires_grad_()
     maps.reset(maps.prompts)  # sums of this call alone, which carry gradients
-    t = torch.full((), step.t, dtype=torch.int64, device=x.device)
-    impl = "reference" if sd.unet.attention == "reference" else "sdpa"
-    sd.unet(x, t, cond, maps(step), attention=impl)
+    look(x, step)
     loss = excitation(maps.mean(), columns)
     (gradient,) = torch.autograd.grad(loss.sum(), x)
     return loss.detach(), gradient
@@ -112,15 +107,13 @@ def excitation(A: Tensor, columns: Sequence[Sequence[int]]) -> Tensor:
     """
     B = (100 * A[..., 1:-1]).softmax(-1)
     words = torch.stack([B[..., [i - 1 for i in own]].mean(-1) for own in columns], 1)
-    smooth = F.conv2d(
-        F.pad(words, (1, 1, 1, 1), mode="reflect"), gaussian(words), groups=len(columns)
-    )
-    return (1 - smooth.amax((2, 3))).amax(1)
+    return (1 - smoothed(words).amax((2, 3))).amax(1)
 
 
-def gaussian(like: Tensor) -> Tensor:
-    """3 x 3 weights exp(-d^2 / (2 sigma^2)) with sigma 0.5 and sum 1, one for each channel."""
-    line = torch.tensor([-1.0, 0.0, 1.0], dtype=like.dtype, device=like.device)
-    line = (-(line**2) / (2 * 0.5**2)).exp()
-    kernel = line[:, None] * line / line.sum() ** 2
-    return kernel.expand(like.shape[1], 1, 3, 3)
+def smoothed(x: Tensor) -> Tensor:
+    """x (B, C, h, w) under 3 x 3 weights exp(-d^2 / (2 sigma^2)) of sum 1, sigma 0.5; the edge is
+    reflected."""
+    d = torch.tensor([-1.0, 0.0, 1.0], dtype=x.dtype, device=x.device)
+    line = (-(d**2) / (2 * 0.5**2)).softmax(0)
+    windows = F.pad(x, (1, 1, 1, 1), mode="reflect").unfold(2, 3, 1).unfold(3, 3, 1)
+    return windows @ line @ line  # (B, C, h, w, 3, 3) -> (B, C, h, w)

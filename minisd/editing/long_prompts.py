@@ -12,9 +12,9 @@ Source: the long prompt weighting of AUTOMATIC1111's web UI and of diffusers' co
 (embedding).
 """
 
-import math
 import re
 from collections.abc import Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Literal, Unpack, get_args
 
 import torch
@@ -25,6 +25,7 @@ from .. import expect
 from ..drawing import Drawing, Options, as_list
 from ..models.attention import AttentionEdit
 from ..models.tokenizer import CLIPTokenizer
+from ..recipes import tell
 from ..sampling.guidance import Edits, with_edits
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def long_prompt(
     weights: "embedding" or "bias", see above. options: see `minisd.drawing.Drawing`. ValueError for
     a weight that is no number, and for 0 and less as a bias.
     """
+    arguments = dict(locals())
     drawing, prompts = Drawing.of(options, without=("uncond",)), as_list(prompt)
     if weights not in get_args(Weights):
         raise ValueError(f"weights is {weights!r}, expected one of {get_args(Weights)}")
@@ -54,64 +56,59 @@ def long_prompt(
     states, w = encode(sd, [*negatives, *prompts])
     if weights == "embedding":
         states = weighted(states, w)
-    parts = [(negatives, slice(len(negatives))), (prompts, slice(len(negatives), None))]
-    uncond, cond = (drawing.per_image(states[rows], len(prompts)) for _, rows in parts)
-    predict = drawing.rule(sd.network, uncond, cond, drawing.guidance)
+    sizes = [len(negatives), len(prompts)]
+    of_images = lambda texts: [drawing.per_image(x, len(prompts)) for x in texts.split(sizes)]
+    predict = drawing.rule(sd.network, *of_images(states), drawing.guidance)
     if weights == "bias" and (w != 1).any():
         if (w <= 0).any():
             raise ValueError(f"a weight is {w.min():g}, expected more than 0 for a bias, ln w")
-        of_no_text, of_text = (drawing.per_image(w[rows].log(), len(prompts)) for _, rows in parts)
+        uncond, cond = of_images(w.log()[:, None, None])
 
         def edits(groups: Sequence[str]) -> Edits:
-            each = [of_no_text if name == "uncond" else of_text for name in groups]
-            bias = AttentionEdit(bias=torch.cat(each)[:, None, None])
-            everywhere = dict.fromkeys(sd.unet.sites("cross"), bias)
-            return lambda step: everywhere
+            bias = torch.cat([uncond if name == "uncond" else cond for name in groups])
+            return lambda step: dict.fromkeys(sd.unet.sites("cross"), AttentionEdit(bias=bias))
 
         predict = with_edits(predict, edits)
-    return sd.decode(drawing.denoise(x, drawing.make_sampler(sd, rows=len(x)), predict))
+    images = sd.decode(drawing.denoise(x, drawing.make_sampler(sd, rows=len(x)), predict))
+    return tell(images, sd, "long_prompt", arguments, drawing, prompts)
 
 
-def parse(prompt: str) -> tuple[str, list[tuple[int, int, float]]]:
-    """The prompt without its weights, and (start, end, weight) of each span of characters."""
-    text, spans, last = "", [], 0
-    for match in WEIGHTED.finditer(prompt):
-        text += prompt[last : match.start()]
+def parse(prompt: str) -> tuple[str, list[float]]:
+    """The prompt without its weights, and the weight of each of its characters."""
+    text, *rest = WEIGHTED.split(prompt)
+    weights = [1.0] * len(text)
+    for word, weight, after in zip(rest[::3], rest[1::3], rest[2::3]):
         try:
-            spans.append((len(text), len(text) + len(match[1]), float(match[2])))
+            weights += [float(weight)] * len(word) + [1.0] * len(after)
         except ValueError:
-            raise ValueError(f"got the weight {match[0]!r}, expected (word:1.3)") from None
-        text, last = text + match[1], match.end()
-    return text + prompt[last:], spans
+            raise ValueError(f"got the weight '({word}:{weight})', expected (word:1.3)") from None
+        text += word + after
+    return text, weights
 
 
-def chunks(tokenizer: CLIPTokenizer, prompt: str) -> tuple[list[list[int]], list[list[float]]]:
-    """Rows of max_length ids, <bos> chunk <eos> pads, at least one; and the weight of each id."""
-    text, spans = parse(prompt)
-    ids, weights = tokenizer.encode(text), [1.0] * len(tokenizer.encode(text))
-    for i, (a, b) in enumerate(tokenizer.spans(text)):
-        weights[i] *= math.prod(w for start, end, w in spans if a < end and b > start)
-    L = tokenizer.max_length
-    starts = range(0, max(len(ids), 1), L - 2)
-    rows = [[tokenizer.bos_id, *ids[i : i + L - 2], tokenizer.eos_id] for i in starts]
-    rows = [row + [tokenizer.pad_id] * (L - len(row)) for row in rows]
-    own = [[1.0, *weights[i : i + L - 2]] for i in starts]
-    return rows, [row + [1.0] * (L - len(row)) for row in own]
+def chunks(tokenizer: CLIPTokenizer, prompt: str) -> list[list[tuple[int, float]]]:
+    """Rows of max_length (id, weight), <bos> chunk <eos> pads, at least one.
+
+    A token's weight is the mean of its characters'.
+    """
+    (text, weights), L = parse(prompt), tokenizer.max_length
+    each = [fmean(weights[a:b]) for a, b in tokenizer.spans(text)]
+    tokens = list(zip(tokenizer.encode(text), each))
+    bos, eos, pad = ((i, 1.0) for i in (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id))
+    starts = range(0, max(len(tokens), 1), L - 2)
+    return [[bos, *tokens[i : i + L - 2], eos, *[pad] * L][:L] for i in starts]
 
 
 @torch.no_grad()
 def encode(sd: "StableDiffusion", prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
     """States (B, L chunks, D) and weights (B, L chunks) float32 of texts of any length."""
     parts = [chunks(sd.tokenizer, prompt) for prompt in prompts]
-    empty, ones = chunks(sd.tokenizer, "")
-    most = max(len(rows) for rows, _ in parts)
-    states, weights = [], []
-    for rows, own in parts:
-        spare = most - len(rows)
-        ids = torch.tensor(rows + empty * spare, dtype=torch.int64, device=sd.device)
-        states.append(torch.cat([sd.text_encoder(row) for row in ids.split(1)], 1))
-        weights.append(torch.tensor(own + ones * spare, dtype=torch.float32, device=sd.device))
-    return torch.cat(states), torch.stack([w.flatten() for w in weights])
+    empty, most = chunks(sd.tokenizer, ""), max(map(len, parts))
+    rows = [part + empty * (most - len(part)) for part in parts]
+    table = torch.tensor(rows, dtype=torch.float64, device=sd.device)  # (B, chunks, L, 2)
+    chunk_ids = table[..., 0].long().flatten(0, 1).split(1)
+    states = torch.cat([sd.text_encoder(ids) for ids in chunk_ids])
+    return states.unflatten(0, (len(rows), most)).flatten(1, 2), table[..., 1].flatten(1).float()
 
 
 def weighted(states: Tensor, weights: Tensor) -> Tensor:

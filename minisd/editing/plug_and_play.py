@@ -22,6 +22,7 @@ from .. import expect
 from ..drawing import Drawing, Options, chain
 from ..models.attention import AttentionEdit
 from ..models.features import FeatureEdit
+from ..recipes import tell
 from ..sampling.guidance import Edits, with_edits
 from ..sampling.samplers import Step
 from .prompt_to_prompt import shared_noise
@@ -47,6 +48,7 @@ def plug_and_play(
     `edit_prompt` (`Inversion.edit_options` edits a given image). options: see
     `minisd.drawing.Drawing` (here steps=50, sampler="ddim").
     """
+    arguments = dict(locals())
     drawing = Drawing.of(options, steps=50, sampler="ddim").for_each_seed()
     expect.number("feature_steps", feature_steps, 0, 1)
     expect.number("self_steps", self_steps, 0, 1)
@@ -65,18 +67,18 @@ def plug_and_play(
     def edits(groups: Sequence[str]) -> Edits:
         own = torch.arange(len(groups) * len(x), dtype=torch.int64, device=x.device)
         sources = own % n + (len(groups) - 1) * len(x)  # of the same image, conditional
-        rows = torch.where(own % len(x) < n, own, sources)
+        rows = own, torch.where(own % len(x) < n, own, sources)
+        # tensors of their own: a graph in which both were one would not serve the other steps
+        features = [FeatureEdit(source_row=row.clone()) for row in rows]
+        attention = [AttentionEdit(source_row=row) for row in rows]
 
         def of(step: Step) -> dict[str, AttentionEdit | FeatureEdit]:
             early = step.index < int(feature_steps * drawing.steps)
             earlier = step.index < int(self_steps * drawing.steps)
-            attend = AttentionEdit(source_row=rows if earlier else own)
-            return {
-                feature: FeatureEdit(source_row=rows if early else own),
-                **dict.fromkeys(sites, attend),
-            }
+            return {feature: features[early], **dict.fromkeys(sites, attention[earlier])}
 
         return of
 
     plan = drawing.make_sampler(sd, rows=n)
-    return sd.decode(drawing.denoise(x, plan, with_edits(predict, edits), chain(after=after)))
+    images = sd.decode(drawing.denoise(x, plan, with_edits(predict, edits), chain(after=after)))
+    return tell(images, sd, "plug_and_play", arguments, drawing, prompts, n)

@@ -12,7 +12,8 @@ image has noise of its own. There are twice as many keys, so self-attention take
 Source: Hertz et al. 2024 (arXiv 2312.02133) and its code: shared attention with AdaIN of q and k.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from ..drawing import Drawing, Options
 from ..models.attention import AttentionEdit
 from ..models.features import FeatureEdit
+from ..recipes import tell
 from ..sampling.guidance import Edits, with_edits
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ def style_aligned(
     Image i of a prompt follows image i of the reference. options: see `minisd.drawing.Drawing`
     (here steps=50, sampler="ddim").
     """
+    arguments = dict(locals())
     drawing = Drawing.of(options, steps=50, sampler="ddim")
     if not prompts:
         raise ValueError("got no prompt beside the reference, expected at least one")
@@ -46,21 +49,32 @@ def style_aligned(
 
     def edits(groups: Sequence[str]) -> Edits:
         own = torch.arange(len(groups) * len(x), dtype=torch.int64, device=x.device)
-        row = own - own % len(x) + own % drawing.num_images  # the reference of each, in its group
+        row = references(own, len(x), drawing.num_images)
         shared = AttentionEdit(kv_row=torch.stack([row, own], 1))
-        moved = FeatureEdit(apply=lambda x: aligned(x, row))
+        moved = FeatureEdit(apply=aligning(len(x), drawing.num_images))
         at: dict[str, Any] = {}
         for site in sd.unet.sites("self"):
             at |= {site: shared, f"{site}.q": moved, f"{site}.k": moved}
         return lambda step: at
 
-    return sd.decode(
-        drawing.denoise(x, drawing.make_sampler(sd, rows=len(x)), with_edits(predict, edits))
-    )
+    plan = drawing.make_sampler(sd, rows=len(x))
+    images = sd.decode(drawing.denoise(x, plan, with_edits(predict, edits)))
+    return tell(images, sd, "style_aligned", arguments, drawing, [reference, *prompts])
 
 
-def aligned(x: Tensor, row: Tensor) -> Tensor:
-    """x (R, H, N, D) with the mean and deviation over N of the rows that `row` (R,) names."""
-    wide = x.float()
-    mean, deviation = wide.mean(2, keepdim=True), (wide.var(2, keepdim=True) + 1e-5).sqrt()
-    return (deviation[row] * (wide - mean) / deviation + mean[row]).to(x)
+def references(own: Tensor, B: int, n: int) -> Tensor:
+    """The reference's row of each row, in its own group of B; of a group the first n are its."""
+    return own - own % B + own % n
+
+
+@functools.cache  # one function for all runs: a graph is of one
+def aligning(B: int, n: int) -> Callable[[Tensor], Tensor]:
+    """x (R, H, N, D) -> x with the mean and deviation over N of the reference's rows."""
+
+    def apply(x: Tensor) -> Tensor:
+        row = references(torch.arange(len(x), dtype=torch.int64, device=x.device), B, n)
+        wide = x.float()
+        mean, deviation = wide.mean(2, keepdim=True), (wide.var(2, keepdim=True) + 1e-5).sqrt()
+        return (deviation[row] * (wide - mean) / deviation + mean[row]).to(x)
+
+    return apply
