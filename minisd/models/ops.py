@@ -278,7 +278,7 @@ def upsample_conv(conv: Layer, x: Tensor, size: tuple[int, int]) -> Tensor:
     if bands.is_large(x, 2) and twice and is_plain(conv, nn.Conv2d):
         return bands.upsample_conv(conv, x)
     if twice and by_onednn(conv, nn.Conv2d, x) and is_usual_3x3(conv):
-        return upsampled(x, conv.weight, conv.bias, many(x))
+        return in_parts(lambda x: upsampled(x, conv.weight, conv.bias), x, many(x))
     return conv2d(conv, F.interpolate(x, size=size, mode="nearest"))
 
 
