@@ -212,14 +212,18 @@ def regional(sd, rng, seed) -> Trial:
 
 
 def long(sd, rng, seed) -> Trial:
-    """A caption behind 80 tokens that say no more than its background."""
-    said = replace(two(rng), background=background(rng))
-    before = f"on a {said.background} background "
-    text, how = before * 20 + str(said), of_seed(seed)
+    """A thing behind 80 tokens that say no more than the background; others may be there."""
+    a, behind = thing(rng), f"on a {background(rng)} background "
+    text, how = behind * 20 + str(a), of_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is cut
         without, drawn = sd.txt2img(text, **how), minisd.long_prompt(sd, text, **how)
-    return judged(f"{before}... {said}", without, drawn, has(said, "all"))
+
+    def right(image: Image.Image) -> bool:
+        wanted = a.shape, a.colour, a.texture
+        return wanted in [(o.shape, o.colour, o.texture) for o in read(image).objects]
+
+    return judged(f"{behind}... {a}", without, drawn, right)
 
 
 def weights(by: str, weight: float, sd, rng, seed) -> Trial:
@@ -298,7 +302,7 @@ METHODS = [
     Method(
         "regional prompts", "regional", "regional prompts", regional, "the thing in its quarter"
     ),
-    Method("long prompts", "long_prompts", "long prompts", long, "what stands behind 80 tokens"),
+    Method("long prompts", "long_prompts", "long prompts", long, "the thing behind 80 tokens"),
     Method(
         "weights: embedding",
         "long_prompts",
