@@ -426,15 +426,16 @@ def scored(sd, method: Method, n: int) -> tuple[dict, Trial]:
 
 
 def table(record: dict) -> str:
-    """The Markdown table of a result file."""
+    """The Markdown table of a result file; -: not measured."""
     lines = []
     for row in record["methods"]:
-        if not {"error", "score", "cost"} <= row.keys():
-            continue  # not measured whole
-        score, cost = row["score"], row["cost"]
-        shares = [f"{100 * score[key]:.0f} %" for key in ("without", "with")]
-        cells = [f"{row['lines']}", f"{row['error']:.1e}", row["right"], *shares]
-        lines.append((row["name"], *cells, f"{cost['time']:.2f}", f"{cost['memory'] / 1e6:.0f} MB"))
+        if "lines" not in row:
+            continue  # nothing of it is measured
+        score, cost = row.get("score"), row.get("cost")
+        shares = [f"{100 * score[key]:.0f} %" if score else "-" for key in ("without", "with")]
+        over = [f"{cost['time']:.2f}", f"{cost['memory'] / 1e6:.0f} MB"] if cost else ["-", "-"]
+        error = f"{row['error']:.1e}" if "error" in row else "-"
+        lines.append((row["name"], f"{row['lines']}", error, row["right"], *shares, *over))
     heads = ("method", "lines", "from its formula", "right is", "without", "with")
     heads += ("time / plain", "memory over plain")
     return f"{harness.origin(record)}\n\n{harness.markdown(heads, lines)}"
