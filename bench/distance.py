@@ -132,7 +132,8 @@ def images_of(folder: Path) -> dict[str, Path]:
 def compare(args: argparse.Namespace) -> dict:
     """All figures of two folders."""
     a, b = images_of(args.a), images_of(args.b)
-    record: dict = {"a": len(a), "b": len(b), "samples": args.samples, "seed": args.seed}
+    record: dict = {"folders": [args.a.name, args.b.name], "a": len(a), "b": len(b)}
+    record |= {"samples": args.samples, "seed": args.seed}
     if args.only != "pixels":
         sets = [
             network.features(map(read_image, files.values()), len(files), folder.name)
@@ -168,6 +169,22 @@ def told(record: dict) -> str:
         for name, figure in record["pixels"].items():
             add(f"{name} of {figure['n']} pairs", figure, UNITS[name])
     return "\n".join(lines)
+
+
+def table(*records: dict) -> str:
+    """The Markdown table of result files, a line for each."""
+    span = lambda low, high: f"{low:.1f} to {high:.1f}"
+    lines = []
+    for record in records:
+        f, pairs = record["frechet"], record.get("pixels", {})
+        distance = f"{f['value']:.1f} ({span(f['low'], f['high'])})"
+        both = (f"{pairs[name]['value']:.4g}" if name in pairs else "-" for name in UNITS)
+        what = " and ".join(record["folders"])
+        lines.append((what, record["a"], record["b"], distance, span(*f["mixed"]), *both))
+    heads = ("folders", "A", "B", "Frechet distance (95 %)", "A and B mixed")
+    names = ("PSNR in dB", "MSE", "SSIM", "structure")
+    origins = dict.fromkeys(harness.machine(record) for record in records)
+    return f"{'; '.join(origins)}\n\n{harness.markdown((*heads, *names), lines)}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """How well a model of the `shapes` world draws what captions say: the table in weights/README.md.
 
     python -m bench.shapes [--model shapes|FOLDER] [--n 200] [--json OUT] [--sheet OUT.png]
+                           [--images DIR]
 
 Draws n captions of each split that training never saw, and scores the images with bench.scorer:
 `heldout` are captions of known colour-shape pairs, `composition` name a pair that training never
@@ -107,19 +108,31 @@ def hashes(folder: Path) -> dict[str, str]:
     }
 
 
-def measure(sd, n: int, options: dict, page: Path | None) -> dict:
-    """{"scores": split -> tally, "psnr": of the VAE}; page: where a contact sheet goes."""
+def save(images: list[Image.Image], folder: Path | None) -> None:
+    """As 000.png, 001.png, ... of a folder, for bench.distance."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, image in enumerate(images):
+            image.save(folder / f"{i:03}.png")
+
+
+def measure(sd, n: int, options: dict, page: Path | None, folder: Path | None = None) -> dict:
+    """{"scores": split -> tally, "psnr": of the VAE}; page: where a contact sheet goes; folder:
+    where all images go, in folders of their own."""
     tallies = {}
     for split in ("heldout", "composition"):
         texts = captions(split, n)
         images = generate(sd, texts, **options)
         verdicts = [score(image, text) for image, text in zip(images, texts)]
         tallies[split] = tally(texts, verdicts)
+        save(images, folder and folder / split)
         if page and split == "heldout":
             sheet(images[:64], texts[:64], verdicts[:64]).save(page)
     texts, images, decoded = reconstruct(sd, n)
     verdicts = [score(image, text) for image, text in zip(decoded, texts)]
     tallies["reconstruction"] = tally(texts, verdicts)
+    save(images, folder and folder / "rendered")
+    save(decoded, folder and folder / "decoded")
     fidelity = [psnr(values(a), values(b)) for a, b in zip(images, decoded)]
     return {"psnr": float(np.mean(fidelity)), "scores": tallies}
 
@@ -134,12 +147,13 @@ def main(arguments=None):
     add("--guidance", type=float, default=7.5, help="guidance scale (default: 7.5)")
     add("--json", type=Path, help="write all figures here")
     add("--sheet", type=Path, help="write a contact sheet of the held-out captions here (PNG)")
+    add("--images", type=Path, help="write all images here: DIR/heldout/000.png, ...")
     args = parser.parse_args(arguments)
 
     started, folder = time.time(), bundled().get(args.model, Path(args.model))
     sd = minisd.load(args.model)
     options = {"steps": args.steps, "guidance": args.guidance, "sampler": "dpm++"}
-    found = measure(sd, args.n, options, args.sheet)
+    found = measure(sd, args.n, options, args.sheet, args.images)
     print(table(found["scores"]))
     print(f"\nVAE reconstruction: {found['psnr']:.2f} dB, mean of {args.n} images")
     if args.json:

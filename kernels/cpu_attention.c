@@ -22,6 +22,8 @@
 #define TILE (LANES * VECTORS)
 #define BLOCK 128             /* keys */
 #define STEP 8                /* keys, or head dims, whose sums are in registers together */
+#define LOG2_E 1.44269504f
+#define LINE 64               /* bytes of a cache line */
 #define MOST_THREADS 256
 #define SHARE 4000000         /* products of a thread, at least */
 
@@ -44,20 +46,21 @@ typedef struct {
     int failed;
 } Share;
 
-/* exp(x) for x <= 0, 2 ulp: 2^n 2^f, n = round(x log2 e), 2^f by its Taylor polynomial. */
-INLINE F32 __m512 exp_negative(__m512 x)
+/* 2^x for x <= 0 by 2^n 2^r, n = round(x), 2^r by the polynomial whose relative error is the least on
+   [-1/2, 1/2]: of degree 6 to 2 ulp or, where bfloat16 follows, of degree 4 to 3e-6. */
+INLINE F32 __m512 exp2_negative(__m512 x, int half)
 {
-    x = _mm512_max_ps(_mm512_set1_ps(-87.0f), x); /* NaN stays */
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
-    __m512 p = _mm512_set1_ps(1.3981999e-3f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.16657845e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.66666651e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    static const float wide[] = {1.0f, 6.93147206e-1f, 2.40226469e-1f, 5.55032878e-2f,
+                                 9.61848898e-3f, 1.33999312e-3f, 1.53458086e-4f};
+    static const float narrow[] = {9.99999261e-1f, 6.93121815e-1f, 2.40247448e-1f, 5.59178603e-2f,
+                                   9.57010191e-3f};
+    const float *factors = half ? narrow : wide;
+    int degree = half ? 4 : 6;
+    x = _mm512_max_ps(_mm512_set1_ps(-126.0f), x); /* NaN stays */
+    __m512 n = _mm512_roundscale_ps(x, 8), r = _mm512_sub_ps(x, n);
+    __m512 p = _mm512_set1_ps(factors[degree]);
+    for (int i = degree - 1; i >= 0; i--)
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(factors[i]));
     return _mm512_scalef_ps(p, n);
 }
 
@@ -95,37 +98,71 @@ INLINE BF16 void products_bf16(__m512 sums[STEP][VECTORS], const int32_t *left, 
 typedef struct {
     void *q;                /* the tile: [dim][TILE] float32 or [dim / 2][TILE] pairs, scaled */
     void *k, *v;            /* the head: [keys][dim] and, of bfloat16, v as pairs of keys */
-    float *scores;          /* [BLOCK][TILE] */
+    float *scores;          /* [BLOCK][TILE], times log2 e */
     int32_t *pairs;         /* [BLOCK / 2][TILE] */
     float *out;             /* [dim][TILE] */
     float maximum[TILE], sum[TILE];
 } Room;
 
-/* Scores of one block to exp(score - maximum); the maximum and the sum so far, and the output with
-   them, are brought to the new maximum. */
-INLINE F32 void softmax_block(Room *room, int64_t count, int64_t dim)
+/* The maximum so far is brought up to that of a block's scores, and the sum and the output so far to
+   that maximum, which is returned. w: the first of LANES queries of the tile. */
+INLINE F32 __m512 new_maximum(Room *room, int w, int64_t count, int64_t dim)
+{
+    __m512 before = _mm512_loadu_ps(room->maximum + w), now = before;
+    for (int64_t j = 0; j < count; j++)
+        now = _mm512_max_ps(now, _mm512_loadu_ps(room->scores + j * TILE + w));
+    if (_mm512_cmp_ps_mask(now, before, _CMP_NEQ_UQ)) {
+        __m512 factor = exp2_negative(_mm512_sub_ps(before, now), 0);
+        _mm512_storeu_ps(room->sum + w, _mm512_mul_ps(_mm512_loadu_ps(room->sum + w), factor));
+        for (int64_t d = 0; d < dim; d++) {
+            float *out = room->out + d * TILE + w;
+            _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_loadu_ps(out), factor));
+        }
+        _mm512_storeu_ps(room->maximum + w, now);
+    }
+    return now;
+}
+
+INLINE F32 void add_to_sum(Room *room, int w, __m512 sum)
+{
+    _mm512_storeu_ps(room->sum + w, _mm512_add_ps(_mm512_loadu_ps(room->sum + w), sum));
+}
+
+/* Scores of one block, times log2 e, to exp(score - maximum). */
+INLINE F32 void softmax_f32(Room *room, int64_t count, int64_t dim)
 {
     for (int w = 0; w < TILE; w += LANES) {
-        float *scores = room->scores + w;
-        __m512 before = _mm512_loadu_ps(room->maximum + w), now = before;
-        for (int64_t j = 0; j < count; j++)
-            now = _mm512_max_ps(now, _mm512_loadu_ps(scores + j * TILE));
-        __m512 sum = _mm512_setzero_ps(), all = _mm512_loadu_ps(room->sum + w);
-        if (_mm512_cmp_ps_mask(now, before, _CMP_NEQ_UQ)) {
-            __m512 factor = exp_negative(_mm512_sub_ps(before, now));
-            all = _mm512_mul_ps(all, factor);
-            for (int64_t d = 0; d < dim; d++) {
-                float *out = room->out + d * TILE + w;
-                _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_loadu_ps(out), factor));
-            }
-            _mm512_storeu_ps(room->maximum + w, now);
-        }
+        __m512 now = new_maximum(room, w, count, dim), sum = _mm512_setzero_ps();
         for (int64_t j = 0; j < count; j++) {
-            __m512 p = exp_negative(_mm512_sub_ps(_mm512_loadu_ps(scores + j * TILE), now));
+            float *score = room->scores + j * TILE + w;
+            __m512 p = exp2_negative(_mm512_sub_ps(_mm512_loadu_ps(score), now), 0);
             sum = _mm512_add_ps(sum, p);
-            _mm512_storeu_ps(scores + j * TILE, p);
+            _mm512_storeu_ps(score, p);
         }
-        _mm512_storeu_ps(room->sum + w, _mm512_add_ps(all, sum));
+        add_to_sum(room, w, sum);
+    }
+}
+
+/* The same to pairs of bfloat16, of two keys each, the first one low. */
+INLINE BF16 void softmax_bf16(Room *room, int64_t count, int64_t dim)
+{
+    uint16_t order[2 * LANES];
+    for (int i = 0; i < 2 * LANES; i++) order[i] = i / 2 + i % 2 * LANES;
+    __m512i alternating = _mm512_loadu_si512(order);
+    for (int w = 0; w < TILE; w += LANES) {
+        __m512 now = new_maximum(room, w, count, dim), sum = _mm512_setzero_ps();
+        for (int64_t j = 0; j < count; j += 2) {
+            const float *score = room->scores + j * TILE + w;
+            __m512 p = exp2_negative(_mm512_sub_ps(_mm512_loadu_ps(score), now), 1);
+            __m512 next = _mm512_setzero_ps();
+            if (j + 1 < count)
+                next = exp2_negative(_mm512_sub_ps(_mm512_loadu_ps(score + TILE), now), 1);
+            sum = _mm512_add_ps(sum, _mm512_add_ps(p, next));
+            __m512i pair = (__m512i)_mm512_cvtne2ps_pbh(next, p);
+            _mm512_storeu_si512(room->pairs + j / 2 * TILE + w,
+                                _mm512_permutexvar_epi16(alternating, pair));
+        }
+        add_to_sum(room, w, sum);
     }
 }
 
@@ -163,7 +200,7 @@ F32 static void tile_f32(const Call *call, Room *room)
             products_f32(sums, k + j * dim, dim, 1, room->q, dim);
             store_sums(sums, room->scores + j * TILE);
         }
-        softmax_block(room, count, dim);
+        softmax_f32(room, count, dim);
         for (int64_t d = 0; d < dim; d += STEP) {
             __m512 sums[STEP][VECTORS];
             clear_sums(sums);
@@ -173,21 +210,10 @@ F32 static void tile_f32(const Call *call, Room *room)
     }
 }
 
-/* Two float32 >= 0 to a pair of bfloat16 in 32 bits, the first one low. */
-INLINE F32 __m512i pair(__m512 low, __m512 high)
-{
-    const __m512i half = _mm512_set1_epi32(0x7fff), one = _mm512_set1_epi32(1);
-    __m512i a = _mm512_castps_si512(low), b = _mm512_castps_si512(high);
-    a = _mm512_add_epi32(a, _mm512_add_epi32(half, _mm512_and_si512(_mm512_srli_epi32(a, 16), one)));
-    b = _mm512_add_epi32(b, _mm512_add_epi32(half, _mm512_and_si512(_mm512_srli_epi32(b, 16), one)));
-    return _mm512_or_si512(_mm512_srli_epi32(a, 16),
-                           _mm512_and_si512(b, _mm512_set1_epi32((int)0xffff0000)));
-}
-
 BF16 static void tile_bf16(const Call *call, Room *room)
 {
     int64_t dim = call->dim, half = dim / 2;
-    __m512 scale = _mm512_set1_ps(call->scale);
+    __m512 scale = _mm512_set1_ps(call->scale * LOG2_E);
     for (int64_t start = 0; start < call->keys; start += BLOCK) {
         int64_t count = call->keys - start < BLOCK ? call->keys - start : BLOCK;
         const int32_t *k = (int32_t *)room->k + start * half, *v = (int32_t *)room->v + start * half;
@@ -199,14 +225,7 @@ BF16 static void tile_bf16(const Call *call, Room *room)
                 for (int w = 0; w < VECTORS; w++) sums[i][w] = _mm512_mul_ps(sums[i][w], scale);
             store_sums(sums, room->scores + j * TILE);
         }
-        softmax_block(room, count, dim);
-        if (count & 1) memset(room->scores + count * TILE, 0, TILE * sizeof(float));
-        for (int64_t j = 0; j < count; j += 2)
-            for (int w = 0; w < TILE; w += LANES) {
-                const float *p = room->scores + j * TILE + w;
-                _mm512_storeu_si512(room->pairs + j / 2 * TILE + w,
-                                    pair(_mm512_loadu_ps(p), _mm512_loadu_ps(p + TILE)));
-            }
+        softmax_bf16(room, count, dim);
         for (int64_t d = 0; d < dim; d += STEP) {
             __m512 sums[STEP][VECTORS];
             clear_sums(sums);
@@ -242,6 +261,7 @@ static void pack_head(const Call *call, Room *room, int64_t row, int64_t head)
 static void pack_tile(const Call *call, Room *room, const char *q, int64_t count)
 {
     int64_t dim = call->dim, step = call->q_stride[2];
+    float scale = call->scale * LOG2_E;
     memset(room->q, 0, dim * TILE * (call->half ? 2 : 4));
     for (int64_t i = 0; i < count; i++) {
         if (call->half)
@@ -249,7 +269,7 @@ static void pack_tile(const Call *call, Room *room, const char *q, int64_t count
                 memcpy((int32_t *)room->q + d * TILE + i, (const int16_t *)q + i * step + 2 * d, 4);
         else
             for (int64_t d = 0; d < dim; d++)
-                ((float *)room->q)[d * TILE + i] = ((const float *)q)[i * step + d] * call->scale;
+                ((float *)room->q)[d * TILE + i] = ((const float *)q)[i * step + d] * scale;
     }
     memset(room->out, 0, dim * TILE * sizeof(float));
     for (int i = 0; i < TILE; i++) {
@@ -281,10 +301,12 @@ static void *work(void *argument)
     const Call *call = share->call;
     int64_t size = call->half ? 2 : 4, tiles = (call->queries + TILE - 1) / TILE;
     int64_t dim = call->dim, packed = (call->keys + 2 * STEP) * dim * size;
+    packed = (packed + LINE - 1) / LINE * LINE;
+    int64_t bytes = 2 * packed + dim * TILE * (size + 4) + BLOCK * TILE * 6;
     Room *room = calloc(1, sizeof(Room));
-    char *memory = calloc(1, 2 * packed + dim * TILE * (size + 4) + BLOCK * TILE * 6 + 64);
-    share->failed = !room || !memory;
-    if (!share->failed) {
+    char *all = calloc(1, bytes + LINE), *memory = all + (LINE - (uintptr_t)all % LINE);
+    share->failed = !room || !all;
+    if (!share->failed) { /* each begins with a line of the cache */
         room->k = memory;
         room->v = memory + packed;
         room->q = memory + 2 * packed;
@@ -307,7 +329,7 @@ static void *work(void *argument)
         else tile_f32(call, room);
         unpack_tile(call, room, call->out + out * size, count);
     }
-    free(memory);
+    free(all);
     free(room);
     return 0;
 }

@@ -1,9 +1,11 @@
 """Drawing an image again, by its recipe (recipes.py): the call that drew it, on the same model."""
 
+import inspect
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
+from inspect import Parameter
 from pathlib import Path
 from typing import IO, Any
 
@@ -11,13 +13,21 @@ from PIL import Image
 
 from .checkpoints.sources import sha256
 from .drawing import check_names
+from .editing.attend_and_excite import attend_and_excite
 from .editing.blended import blend
+from .editing.diffedit import diffedit
 from .editing.edict import edict
 from .editing.erasure import erase_concepts
 from .editing.inpainting import inpaint
+from .editing.long_prompts import long_prompt
+from .editing.masactrl import masactrl
+from .editing.plug_and_play import plug_and_play
 from .editing.prompt_to_prompt import edit_prompt, seed_baseline
+from .editing.regional import regional
+from .editing.style_aligned import style_aligned
 from .pipeline import StableDiffusion, load
 from .recipes import about, fingerprint, recipe
+from .viewing.visualize import heatmap
 
 METHODS: dict[str, Callable[..., list[Image.Image]]] = {
     "txt2img": StableDiffusion.txt2img,
@@ -28,6 +38,14 @@ METHODS: dict[str, Callable[..., list[Image.Image]]] = {
     "inpaint": inpaint,
     "erase_concepts": erase_concepts,
     "edict": edict,
+    "diffedit": diffedit,
+    "masactrl": masactrl,
+    "plug_and_play": plug_and_play,
+    "style_aligned": style_aligned,
+    "attend_and_excite": attend_and_excite,
+    "regional": regional,
+    "long_prompt": long_prompt,
+    "heatmap": lambda sd, prompt, **how: heatmap(sd, prompt, **how)[0],
 }
 
 
@@ -58,11 +76,20 @@ def from_recipe(
     sd = model_of(told) if sd is None else sd
     if (own := about(sd)) != told["model"] and own.get("source") is not None:
         raise ValueError(f"the model is {own!r:.300}, the recipe's {told['model']!r:.300}")
-    positional = []
-    if "targets" in arguments:
-        positional = [arguments.pop("source"), *arguments.pop("targets")]
-    images = METHODS[told["method"]](sd, *positional, **arguments, **free)
+    method = METHODS[told["method"]]
+    images = method(sd, *unnamed(method, arguments), **arguments, **free)
     return images[told["image"]]
+
+
+def unnamed(method: Callable[..., Any], arguments: dict[str, Any]) -> list[Any]:
+    """Takes out of the arguments those that a call cannot name: *targets, and what is before."""
+    kinds = {name: each.kind for name, each in inspect.signature(method).parameters.items()}
+    rest = [name for name, kind in kinds.items() if kind is Parameter.VAR_POSITIONAL]
+    if not rest:
+        return []
+    before = [name for name, kind in kinds.items() if kind is Parameter.POSITIONAL_OR_KEYWORD]
+    found = [arguments.pop(name) for name in before if name != "sd"]
+    return [*found, *arguments.pop(rest[0])]
 
 
 def decoded(name: str, value: Any, given: Any) -> Any:
@@ -89,7 +116,8 @@ def decoded(name: str, value: Any, given: Any) -> Any:
         if fingerprint(given) != value["$sha256"]:
             raise ValueError(f"{name} is not the one that was drawn with: its sha256 is another")
         return given
-    return {key: decoded(name, each, None) for key, each in value.items()}
+    own = given if isinstance(given, Mapping) else {}
+    return {key: decoded(name, each, own.get(key)) for key, each in value.items()}
 
 
 def model_of(told: Mapping[str, Any]) -> StableDiffusion:

@@ -21,9 +21,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """`with atomic_write(path) as temporary`: write the file `temporary`; then it becomes `path`.
 
     If that fails or is interrupted, nothing is left behind, and an older file of that name is as it
-    was; else the new file has the older one's mode. An OSError names `path`.
+    was; else the new file has the older one's mode. An OSError names `path`. ValueError for a pipe
+    or a device, which nothing can take the place of.
     """
     target = Path(os.path.realpath(path))  # through a link: replace what it points to
+    if target.exists():
+        expect_file(path)
     with new_folder(target.parent), _unfinished(path, target.parent) as folder:
         yield (temporary := folder / target.name)
         if target.exists():
@@ -85,14 +88,14 @@ def atomic_folder(path: str | os.PathLike[str], last: str) -> Iterator[Path]:
         if not is_there:
             os.rename(temporary, target)
             return
-        moved: list[Path] = []
+        entries = sorted(temporary.iterdir(), key=lambda each: (each.name == last, each.name))
         try:
-            for each in sorted(temporary.iterdir(), key=lambda each: each.name == last):
-                moved.append(target / each.name)
-                os.rename(each, moved[-1])
+            for each in entries:
+                os.rename(each, target / each.name)  # fails on what another process has moved there
         except BaseException:
-            for each in moved:
-                shutil.rmtree(each, ignore_errors=True)
+            for each in entries:
+                if not each.exists():  # it was moved, and is ours
+                    (target / each.name).rename(each)  # to where all of it goes
             raise
 
 

@@ -22,7 +22,7 @@ from .latents import Latents
 from .models.attention import Implementation
 from .models.dit import DiT
 from .models.vae import AutoencoderKL
-from .pipeline import DtypeName, pick_attention, pick_device, pick_dtype
+from .pipeline import DtypeName, pick, pick_device, pick_dtype
 from .sampling.ddpm import DDPM, Variance
 from .sampling.guidance import cfg
 from .sampling.samplers import Sampler
@@ -108,6 +108,7 @@ def load_dit(
     variant: str | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
+    copy: bool = False,
 ) -> LabelDiffusion:
     """Load a DiT for labels: a folder in diffusers layout, or a Hub repo, facebook/DiT-XL-2-256.
 
@@ -116,11 +117,7 @@ def load_dit(
     published weights are under CC-BY-NC 4.0. CheckpointError for what is missing or does not fit,
     and for the published .pt files, which are pickles.
     """
-    where = pick_device(device)
-    kind = pick_dtype(dtype, where)
-    implementation = pick_attention(attention, where)
-    if graph and where.type != "cuda":
-        raise ValueError(f"graph=True replays CUDA graphs and needs a CUDA device, got {where}")
+    where, kind, implementation = pick(device, dtype, attention, graph)
     checkpoint = locate_dit(
         source,
         compat=compat,
@@ -128,7 +125,7 @@ def load_dit(
         revision=revision,
         local_files_only=local_files_only,
     )
-    parts = load_dit_parts(checkpoint, where, kind)
+    parts = load_dit_parts(checkpoint, where, kind, copy)
     dit = LabelDiffusion(*parts, compile=compile, graph=graph)
     dit.dit.attention = implementation
     return dit

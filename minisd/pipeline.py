@@ -31,7 +31,7 @@ from .models.unet import UNet
 from .models.vae import AutoencoderKL
 from .recipes import tell
 from .sampling.schedule import NoiseSchedule
-from .viewing.images import as_given, to_pil
+from .viewing.images import as_kept, to_pil
 
 DtypeName = Literal["float16", "bfloat16", "float32", "float64", "auto"]
 DTYPES = {
@@ -205,11 +205,7 @@ def load(
     that minisd does not draw with, if tensors are missing, unexpected or misshapen (one error that
     lists them all, the first fault in its first line), or if a weight is not finite.
     """
-    where = pick_device(device)
-    kind = pick_dtype(dtype, where)
-    implementation = pick_attention(attention, where)
-    if graph and where.type != "cuda":
-        raise ValueError(f"graph=True replays CUDA graphs and needs a CUDA device, got {where}")
+    where, kind, implementation = pick(device, dtype, attention, graph)
     checkpoint = locate(
         source,
         variant=variant,
@@ -231,6 +227,21 @@ def as_told(source: str | Path, **others: Any) -> dict[str, Any]:
     given = {name: value for name, value in others.items() if value}
     kept = {name: value if value is True else str(value) for name, value in given.items()}
     return {"source": str(source), **kept}
+
+
+def pick(
+    device: torch.device | str | None,
+    dtype: torch.dtype | DtypeName | None,
+    attention: Implementation | Literal["auto"],
+    graph: bool,
+) -> tuple[torch.device, torch.dtype, Implementation]:
+    """What the arguments of `load` mean here; ValueError for what this machine does not have."""
+    where = pick_device(device)
+    kind = pick_dtype(dtype, where)
+    implementation = pick_attention(attention, where)
+    if graph and where.type != "cuda":
+        raise ValueError(f"graph=True replays CUDA graphs and needs a CUDA device, got {where}")
+    return where, kind, implementation
 
 
 def pick_attention(
@@ -278,6 +289,7 @@ def pick_dtype(dtype: torch.dtype | DtypeName | None, device: torch.device) -> t
 
 
 def unchanged(image: ImageInput, pixels: Tensor, drawing: Drawing) -> list[Image.Image]:
-    """The images themselves where no step is run; resized, as `pixels` are, if a size is given."""
+    """The images themselves, in their own colours, where no step is run; resized, as `pixels` are,
+    if a size is given."""
     own_size = drawing.height is None and drawing.width is None
-    return as_given(image) if own_size else to_pil(pixels)
+    return as_kept(image) if own_size else to_pil(pixels)

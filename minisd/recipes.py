@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .pipeline import StableDiffusion
 
 # Arguments that change no image (on_step may: then it has to be handed in again).
-FILES = ("image", "mask")  # arguments whose texts are names of files
+FILES = ("image", "mask", "regions")  # arguments whose texts are names of files
 NOT_TOLD = ("sd", "self", "progress", "on_step")
 A1111_SAMPLERS = {
     "dpm++": "DPM++ 2M Karras",
@@ -65,6 +65,7 @@ def tell(
         for key, value in given.items()
         if key not in (*NOT_TOLD, "options")
     }
+    images = [image.copy() for image in images]  # one that is kept may be there several times
     each, rows = len(images) // len(prompts), rows or len(images)
     for i, image in enumerate(images):
         recipe = {
@@ -150,6 +151,8 @@ def as_path(value: Any) -> Any:
     """Texts, of which each is the name of a file, as paths."""
     if isinstance(value, (list, tuple)):
         return [as_path(each) for each in value]
+    if isinstance(value, Mapping):
+        return {key: as_path(each) for key, each in value.items()}
     return Path(value) if isinstance(value, str) else value
 
 
@@ -177,7 +180,8 @@ def recipe(image: Image.Image | str | os.PathLike[str] | IO[bytes]) -> dict[str,
     name, or an open file).
 
     ValueError for one that carries no recipe: drawn by something else, changed into another image,
-    or stripped on its way.
+    or stripped on its way; or drawn from what no text can hold, an inversion (`redraw`), a
+    recording (`replay`), a DiT's label (`LabelDiffusion.generate`), a loop of your own.
     """
     if not isinstance(image, Image.Image):
         with Image.open(image) as file:
@@ -189,7 +193,8 @@ def recipe(image: Image.Image | str | os.PathLike[str] | IO[bytes]) -> dict[str,
         found = None
     if not isinstance(found, dict) or not {"method", "arguments", "model", "image"} <= set(found):
         why = "minisd did not draw it, or it was changed or stripped since"
-        raise ValueError(f"the image carries no recipe: {why}")
+        without = "redraw, replay, LabelDiffusion.generate and loops of your own write none"
+        raise ValueError(f"the image carries no recipe: {why}; {without}")
     return found
 
 

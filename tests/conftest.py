@@ -1,5 +1,5 @@
-"""What several tests of the command and the Hub need; the kernels' compiles, which run beside the
-other tests; and, below pytest's summary, the measured figures."""
+"""What several tests of the command and the Hub need; which files come first; and, below pytest's
+summary, the measured figures."""
 
 import os
 import shutil
@@ -10,78 +10,31 @@ from pathlib import Path
 
 import pytest
 
+# Files that keep a process for minutes. With several processes (`pytest -n 2 --dist loadfile`) they
+# are begun first, so that no process waits for another at the end.
+LONG = "test_kernels_compiled", "test_kernels_interpreter", "test_docs", "test_null_text"
+
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # torch's threads, before its import
+    threads = max(1, (os.cpu_count() or 1) // int(workers))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
 
 def pytest_addoption(parser):
     parser.addoption("--model", help="of `-m weights`: the real v1.4 weights, as for minisd.load")
 
 
-def compiled(item) -> bool:
-    return item.path.name == "test_kernels_compiled.py"
-
-
-def interpreter(item) -> bool:
-    return item.name == "test_the_kernels_in_the_interpreter"
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # pytest-xdist would sort by the number of tests
 
 
 def pytest_collection_modifyitems(items):
-    """What runs beside all other tests is looked at last: the interpreter, the compiles."""
-    items.sort(key=lambda item: 2 * compiled(item) + interpreter(item))
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def interpreted(request, tmp_path_factory):
-    """(process, log) of the kernels' tests in Triton's interpreter, begun with the session.
-
-    It has to be set before Triton is imported and must not reach the other tests, so they are a
-    session of their own, on the core that most tests leave idle.
-    """
-    if not any(map(interpreter, request.session.items)):
-        yield None
-        return
-    tests, log = Path(__file__).parent, tmp_path_factory.mktemp("interpreter") / "log"
-    names = ("interpreter", "fused", "fields", "forms", "gradients", "diffusers", "minisd")
-    files = [str(tests / f"test_kernels_{name}.py") for name in names]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider"]
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    with open(log, "w") as out:
-        process = subprocess.Popen([*command, *files], env=env, stdout=out, stderr=out)
-    yield process, log
-    process.terminate()
-    process.wait()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compiles(request, tmp_path_factory):
-    """(process, folder): where test_kernels_compiled.py is to run, its compiles, begun with the
-    session.
-
-    At low priority: they take the core that most tests leave idle, and write table.json and log
-    into the folder.
-    """
-    if not any(map(compiled, request.session.items)):
-        yield None
-        return
-    folder = tmp_path_factory.mktemp("kernels")
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
-        "OMP_NUM_THREADS": "1"
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "bench.kernel_resources",
-        "--jobs",
-        "2",
-        "--json",
-        str(folder / "table.json"),
-    ]
-    with open(folder / "log", "w") as log:
-        process = subprocess.Popen(
-            command, cwd=Path(__file__).parents[1], env=env, stdout=log, stderr=log
-        )
-    os.setpriority(os.PRIO_PROCESS, process.pid, 10)
-    yield process, folder
-    process.terminate()
-    process.wait()
+@pytest.fixture
+def record_property(record_property):
+    """pytest's, for numbers: NumPy's and torch's do not pass from a process to another."""
+    return lambda name, value: record_property(name, float(value))
 
 
 @pytest.fixture(scope="session")

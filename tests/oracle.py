@@ -72,4 +72,4 @@ def return_latents(sd, monkeypatch):
     monkeypatch.setattr(sd, "decode", lambda z: z, raising=False)
     for name, module in list(sys.modules.items()):
         if name.startswith("minisd.") and "tell" in vars(module):
-            monkeypatch.setattr(module, "tell", lambda images, *about: images)
+            monkeypatch.setattr(module, "tell", lambda images, *about, **more: images)

@@ -355,7 +355,7 @@ def test_what_is_no_textual_inversion(sd, tmp_path):
     ):
         with pytest.raises(CheckpointError, match=why):
             sd.add_embedding(path)
-    good = saved(tmp_path, {"<a>": torch.zeros(24)}, "4.safetensors")
+    good = saved(tmp_path, {"<a>": torch.zeros(24)}, "4.SAFETENSORS")
     with pytest.raises(ValueError, match="the vocabulary has it"):
         sd.add_embedding(good, token="a")
     sd.add_embedding(good)

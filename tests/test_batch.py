@@ -111,6 +111,12 @@ def test_layers(dtype, threads):
         width = 16 if out > 200 else 32
         layer = nn.Conv2d(width, out, kernel, padding=kernel // 2)
         same(layer, ops.conv2d, torch.randn(4, width, side, side))
+    for side in (8, 16, 18):
+        layer = nn.Conv2d(ops.CHANNELS, 160, 3, padding=1)  # Winograd's form in float32
+        same(layer, ops.conv2d, torch.randn(4, ops.CHANNELS, side, side))
+        twice = (2 * side, 2 * side)
+        enlarged = lambda layer, x, twice=twice: ops.upsample_conv(layer, x, twice)
+        same(nn.Conv2d(24, 32, 3, padding=1), enlarged, torch.randn(4, 24, side, side))
     for side in (4, 31, 32, 40):
         norm = nn.GroupNorm(4, 32)
         nn.init.normal_(norm.weight)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from PIL import Image
 
 import minisd
-from minisd.batch import engines, rows
+from minisd.batch import engines, rows, work as work_module
 from minisd.batch.work import own_folder, work
 from minisd.cli.batch import LoadModel
 from minisd.cli.options import ModelRequest
@@ -185,7 +186,7 @@ def test_the_ids_tell_models_images_and_options_apart(tmp_path):
 # ---- workers that die
 
 
-def killing(engine, folder, moments, stop):
+def killing(engine, folder, moments, stop, workers):
     """kill -9 of a random worker, be it loading or drawing, at each of the moments: (images that
     are there, seconds after that)."""
     choose = random.Random(0)
@@ -194,24 +195,39 @@ def killing(engine, folder, moments, stop):
             if stop.wait(0.01):
                 return
         stop.wait(seconds)
-        if pids := list(children()):
+        if pids := list(workers()):
             os.kill(int(choose.choice(pids)), signal.SIGKILL)
             engine.killed += 1
 
 
+def processes():
+    """{pid: (parent's, command line)} of all that run."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            stat, line = (path / "stat").read_text(), (path / "cmdline").read_bytes()
+            found[int(path.name)] = int(stat.rpartition(")")[2].split()[1]), line
+    return found
+
+
 def children():
     """The workers: children of this process that Python's spawn has started."""
-    own = str(os.getpid())
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            stat, line = (path / "stat").read_text(), (path / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if stat.rpartition(")")[2].split()[1] == own and b"multiprocessing.spawn" in line:
-            yield path.name
+    for pid, (parent, line) in processes().items():
+        if parent == os.getpid() and b"multiprocessing.spawn" in line:
+            yield pid
 
 
-def kill_test(tmp_path, count, moments, steps):
+def actors():
+    """Ray's, of the cluster that this process has started: by their titles and their ancestry."""
+    found = processes()
+    for pid, (parent, line) in found.items():
+        while parent in found and parent != os.getpid():
+            parent = found[parent][0]
+        if parent == os.getpid() and line.startswith(b"ray::MapWorker"):
+            yield pid
+
+
+def kill_test(tmp_path, count, moments, steps, engine_of, workers=children):
     """Two workers of which one is killed at each moment -> (engine, ids drawn)."""
     jobs = jobs_of(*({"prompt": f"a {i}", "seed": i, "steps": steps} for i in range(count)))
     serial, folder = tmp_path / "serial", tmp_path / "out"
@@ -222,9 +238,9 @@ def kill_test(tmp_path, count, moments, steps):
     for piece in pieces:
         assert work(sd, piece, serial).drawn
     torch.set_num_threads(threads)
-    engine, stop = engines.Local(load, folder, 2, [None]), threading.Event()
+    engine, stop = engine_of(load, folder), threading.Event()
     engine.killed = 0
-    killer = threading.Thread(target=killing, args=(engine, folder, moments, stop))
+    killer = threading.Thread(target=killing, args=(engine, folder, moments, stop, workers))
     killer.start()
     try:
         done = list(engine(pieces))
@@ -235,7 +251,7 @@ def kill_test(tmp_path, count, moments, steps):
     there = [id for each in done for id in each.there]
     # Drawn twice only where the worker died between the file and its word: then it is `there`.
     assert sorted(drawn + there) == sorted(job.id for job in jobs)
-    assert not any(each.failed for each in done) and len(there) <= engine.restarts
+    assert not any(each.failed for each in done) and len(there) <= engine.killed
     assert sorted(path.name for path in folder.iterdir()) == sorted(f"{j.id}.png" for j in jobs)
     for job in jobs:
         with Image.open(serial / f"{job.id}.png") as image:
@@ -243,23 +259,84 @@ def kill_test(tmp_path, count, moments, steps):
     return engine
 
 
+def local(load, folder):
+    return engines.Local(load, folder, 2, [None])
+
+
+def random_moments(kills, images):
+    choose = random.Random(7)
+    counts = sorted(choose.sample(range(images), kills))
+    return [(count, choose.uniform(0, 0.5)) for count in counts]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_killed_worker_is_replaced(tmp_path):
     """Reduced: one kill, which is sure to hit a worker that draws."""
-    engine = kill_test(tmp_path, 6, [(1, 0.05)], 10)
+    engine = kill_test(tmp_path, 6, [(1, 0.05)], 10, local)
     assert engine.killed == engine.restarts == 1
 
 
 @pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_twenty_kills_at_random_moments(tmp_path, record_property):
-    choose = random.Random(7)
-    counts = sorted(choose.sample(range(40), 20))
-    start, moments = time.monotonic(), [(count, choose.uniform(0, 0.5)) for count in counts]
-    engine = kill_test(tmp_path, 60, moments, 20)
+    start = time.monotonic()
+    engine = kill_test(tmp_path, 60, random_moments(20, 40), 20, local)
     record_property("batch: kills", engine.killed)
     record_property("batch: seconds with kills", time.monotonic() - start)
     assert engine.killed == 20 == engine.restarts
+
+
+def test_what_others_are_writing_is_left_alone(tmp_path, monkeypatch):
+    """A container that shares this machine's name has pids of its own."""
+    (tmp_path / ".worker-elsewhere-1").mkdir()
+    monkeypatch.setattr(work_module.os, "readlink", lambda path: "pid:[7]")
+    own_folder(tmp_path, 2**30).mkdir()  # no process has that
+    monkeypatch.undo()
+    before = sorted(path.name for path in tmp_path.glob(".worker-*"))
+    own_folder(tmp_path, 2**30).mkdir()
+    work_module.clean(tmp_path)
+    assert sorted(path.name for path in tmp_path.glob(".worker-*")) == before and len(before) == 2
+
+
+class Ray:
+    """Ray's engine with two actors, which write down what they begin to draw."""
+
+    def __init__(self, load, folder):
+        self.folder, self.log = folder, folder.parent / "begun"
+        log = self.log
+
+        def logged(device):
+            sd = load(device)
+            draw = sd.txt2img
+
+            def txt2img(**how):
+                with open(log, "a") as file:
+                    file.write(f"{how['seed']}\n")
+                return draw(**how)
+
+            sd.txt2img = txt2img
+            return sd
+
+        self.load = logged
+
+    def __call__(self, pieces):
+        return engines.ray(self.load, self.folder, pieces, 2)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_killed_actors_of_ray_are_replaced(tmp_path, record_property):
+    """MINISD_RAY_KILLS: how many, 2 without it; an actor needs seconds to start."""
+    pytest.importorskip("ray.data", reason='Ray is an extra: pip install "ray[data]"')
+    kills = int(os.environ.get("MINISD_RAY_KILLS", 2))
+    start = time.monotonic()
+    engine = kill_test(tmp_path, 8 * kills, random_moments(kills, 6 * kills), 20, Ray, actors)
+    begun = engine.log.read_text().split()
+    record_property("batch, Ray: kills", engine.killed)
+    record_property("batch, Ray: seconds with kills", time.monotonic() - start)
+    record_property("batch, Ray: begun twice", len(begun) - len(set(begun)))
+    assert engine.killed == kills
+    assert len(begun) - 8 * kills <= kills  # what was drawn twice, a kill had cut off
 
 
 def test_a_piece_that_kills_its_workers_fails(tmp_path, monkeypatch):
@@ -284,7 +361,8 @@ def test_a_piece_that_kills_its_workers_fails(tmp_path, monkeypatch):
             [job] = theirs.recv()
             if job.arguments["prompt"] == "b":
                 theirs.send(engines.Done([job.id], [], []))
-                theirs.recv()
+                with suppress(EOFError):  # the engine is done
+                    theirs.recv()
             theirs.close()
 
         threading.Thread(target=run, daemon=True).start()
@@ -312,18 +390,35 @@ def test_ranks_of_torchrun_share_the_rows(tmp_path, monkeypatch):
 
 
 @pytest.mark.full
-def test_torchrun_itself(here):
-    write(*({"prompt": "a", "seed": i, "steps": 1} for i in range(4)))
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_torchrun_starts_anew_when_a_rank_is_killed(here):
+    given = [{"prompt": f"a {i}", "seed": i, "steps": 20} for i in range(20)]
+    write(*given)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--standalone", "-m", "minisd", "batch", "rows.jsonl", *TINY]
-    done = subprocess.run([*command, "--engine", "torchrun"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    command += ["--standalone", "--max-restarts", "1", "-m", "minisd", "batch", "rows.jsonl", *TINY]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}  # torchrun's own choice
+    with open("log", "w") as log:
+        told = {"env": env, "stdout": log, "stderr": log}
+        run = subprocess.Popen([*command, "--engine", "torchrun"], **told)
+        while len(list(Path("out").glob("*.png"))) < 2 and run.poll() is None:
+            time.sleep(0.01)
+        ranks = [pid for pid, (parent, _) in processes().items() if parent == run.pid]
+        os.kill(max(ranks), signal.SIGKILL)
+        assert run.wait() == 0, Path("log").read_text()[-2000:]
+    told = Path("log").read_text()
+    assert "Signal 9" in told or "exitcode: -9" in told or "SIGKILL" in told, told[-2000:]
     assert sorted(names()) == sorted([*(f"{id}.png" for id in index()), "index.jsonl"])
+    sd, threads = minisd.load("tiny", device="cpu"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    for row, id in zip(given, index(), strict=True):
+        [image] = sd.txt2img(**row, progress=False)
+        assert equal(f"out/{id}.png", image)
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.full
 def test_ray_itself(here, minisd_command):
-    pytest.importorskip("ray.data", reason="the extra ray")
+    pytest.importorskip("ray.data", reason='Ray is an extra: pip install "ray[data]"')
     write(*({"prompt": "a", "seed": i, "steps": 1} for i in range(4)))
     code, out, err = minisd_command("batch", "rows.jsonl", *TINY, "--engine", "ray", "--workers", 2)
     assert code == 0, err

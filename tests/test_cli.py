@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 import minisd
@@ -297,6 +298,19 @@ def test_several_images_and_folders(minisd_command, here):
     )  # the working folder is the default
 
 
+def test_names_that_are_like_others_of_the_command_are_kept_apart(minisd_command, here):
+    """Beside those that are refused: what is written is as much as is printed."""
+    for i, places in enumerate(
+        [("x.png", "x-2.png"), ("x.png", "x.png"), ("x.png", "x-01.png"), ("d/", "d/")]
+        + [("d/", "d/minisd-1.png"), ("x.png", "d/x-0.png"), ("d/x-0.png", "x.png")]
+    ):
+        (here / str(i)).mkdir()
+        image, sheet = (f"{i}/{name}" for name in places)
+        code, out, err = minisd_command("edit", "a", "b", *TINY, "-o", image, "--sheet", sheet)
+        assert code == 0 and len(out.splitlines()) == 3, err
+        assert len(list((here / str(i)).rglob("*.png"))) == 3
+
+
 @pytest.mark.full
 def test_processes_that_draw_into_one_folder_lose_nothing(here):
     command = [sys.executable, "-m", "minisd", "txt2img", "a", *TINY, "--steps", "1", "-n", "6"]
@@ -506,7 +520,43 @@ def test_info_of_an_image_that_means_ill(minisd_command, here):
     )
     assert out.endswith("\n\nminisd edit 'a cat;' rm -rf '$HOME' '`id`' $'a\\302\\233m'\n")
     output.write_png(here / "a.png", Image.new("RGB", (8, 8)), chunks | {"arguments": "edit 'a"})
-    assert minisd_command("info", "a.png")[::2] == (2, "minisd: error: No closing quotation\n")
+    assert minisd_command("info", "a.png")[::2] == (
+        2,
+        "minisd: error: its arguments cannot be read: No closing quotation\n",
+    )
+
+
+def test_info_of_lines_that_look_like_its_own(minisd_command, here):
+    """A prompt's second line is no command; a file's name may hold what Unicode calls a line's
+    end."""
+    told = {"version": "minisd 0", "prompt": "a\n\nminisd evil", "lora": "a\u2028b:1.0\nc:0.5"}
+    output.write_png(here / "a.png", Image.new("RGB", (8, 8)), told)
+    code, out, _ = minisd_command("info", "a.png")
+    lines = out.split("\n")
+    assert code == 0 and [line for line in lines if line.startswith("minisd")] == [lines[-2]]
+    assert lines[-2].endswith("--lora $'a\\342\\200\\250b:1.0' --lora c:0.5 -o again.png")
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"recipe": "["}, "its recipe cannot be read: "),
+        ({"recipe": "[" * 100_000}, "its recipe cannot be read: "),
+        ({"recipe": "[]"}, "its recipe cannot be read: expected an object with arguments and mod"),
+        ({"recipe": '{"arguments": [], "model": 1}'}, "expected an object with arguments and mod"),
+        (None, "a.png cannot be read as a PNG image: "),
+        ({"bomb": "\0" * 10**8}, "a.png cannot be read as a PNG image: "),
+    ],
+)
+def test_info_of_what_cannot_be_read(minisd_command, here, told, message):
+    text = PngInfo()
+    for key, value in {"version": "minisd 0", **(told or {})}.items():
+        text.add_text(key, value, zip=key == "bomb")
+    Image.new("RGB", (8, 8)).save("a.png", pnginfo=text)
+    if told is None:
+        (here / "a.png").write_bytes((here / "a.png").read_bytes()[:50])
+    code, out, err = minisd_command("info", "a.png")
+    assert (code, out) == (2, "") and message in err and err.count("\n") == 1
 
 
 def test_info_of_a_model(minisd_command):
@@ -615,7 +665,7 @@ def test_choices_are_those_of_the_pipeline():
             "the image is 30 x 32 pixels, expected positive multiples of 4",
         ),
         (["txt2img", "a", "-n", "0"], "got 0, expected at least 1"),
-        (["txt2img", "a", "--steps", "x"], "invalid positive value: 'x'"),
+        (["txt2img", "a", "--steps", "x"], "--steps: got x, expected a whole number"),
         (
             ["txt2img", "a", *TINY, "--steps", "1001"],
             "steps is 1001, expected a whole number from 1 to 1000",
@@ -651,6 +701,22 @@ def test_choices_are_those_of_the_pipeline():
             ["txt2img", "a", *TINY, "-o", "file/out.png"],
             "file is not a folder that can be written to",
         ),
+        (["txt2img", "a", *TINY, "-o", "pipe.png"], "pipe.png is a pipe or a device, expected a f"),
+        (["txt2img", "a", *TINY, "-o", "null.png"], "null.png is a pipe or a device, expected a f"),
+        (["edit", "a", "b", *TINY, "--sheet", "pipe.png"], "pipe.png is a pipe or a device"),
+        (["edit", "a", "b", *TINY, "-o", "x.png", "--sheet", "x-1.png"], "that is a name of -o"),
+        (
+            ["edit", "a", "b", *TINY, "-n", "2", "-o", "./x.png", "--sheet", "x.png"],
+            "--sheet x.png: that is a name of -o, expected another",
+        ),
+        (
+            ["edit", "a", "b", *TINY, "-o", "d/", "--sheet", "d/minisd-00001.png"],
+            "that is a name of -o",
+        ),
+        (
+            ["txt2img", "a", *TINY, "--trace", "t", "--trace-format", "png", "-o", "t/images.png"],
+            "-o t/images.png: it is in the folder of --trace",
+        ),
         (
             ["img2img", "in.png", "a", *TINY, "--strength", "1.1"],
             "strength is 1.1, expected a number from 0 to 1",
@@ -670,6 +736,8 @@ def test_choices_are_those_of_the_pipeline():
 def test_errors_are_one_line_and_exit_code_2(minisd_command, here, arguments, message):
     write_image("in.png")
     (here / "file").write_text("no image")
+    os.mkfifo(here / "pipe.png")
+    (here / "null.png").symlink_to(os.devnull)
     before = files(here)
     code, out, err = minisd_command(*arguments)
     assert code == 2 and out == "" and message in err
@@ -714,14 +782,11 @@ def test_options_without_effect_are_noticed(minisd_command, here, arguments, mes
 def test_checkpoint_errors_of_many_lines_show_the_first(minisd_command, original, here):
     shutil.copytree(original, here / "broken")
     config = here / "broken/unet/config.json"
-    config.write_text(
-        config.read_text().replace('"cross_attention_dim": 24', '"cross_attention_dim": 32')
-    )
+    config.write_text(config.read_text().replace('"layers_per_block": 1', '"layers_per_block": 2'))
     code, _, err = minisd_command("txt2img", "a", "--model", "broken")
     assert code == 2 and re.fullmatch(
-        r"minisd: error: unet, broken/unet/diffusion_pytorch_model.safetensors: misshapen down_"
-        r"blocks[\w.]+attn2.to_[kv].weight, got \(16, 24\), expected \(16, 32\); in all \d+ "
-        r"tensors do not fit the models \(\d+ more lines with --debug\)\n",
+        r"minisd: error: unet, broken/unet/diffusion_pytorch_model.safetensors: (missing|misshapen)"
+        r" [\w.]+, .+; in all \d+ tensors do not fit the models \(\d+ more lines with --debug\)\n",
         err,
     )
 
@@ -762,6 +827,10 @@ def images(tmp_path_factory):
     (folder / "empty.png").write_bytes(b"")
     (folder / "folder.png").mkdir()
     write_image(folder / "float.tif", "F")
+    tiff = write_image(folder / "whole.tif").read_bytes()
+    samples = struct.pack("<HHIH", 277, 3, 1, 3)  # a tag of Pillow's, of which Pillow logs, too
+    assert samples in tiff
+    (folder / "odd.tif").write_bytes(tiff.replace(samples, struct.pack("<HHIH", 277, 3, 1, 260)))
     write_image(folder / "dot.png", width=1, height=1)
     huge = whole.read_bytes().replace(struct.pack(">II", 40, 24), struct.pack(">II", 20000, 20000))
     (folder / "huge.png").write_bytes(
@@ -780,6 +849,7 @@ def test_bad_images_are_refused_in_one_line(minisd_command, here, images, argume
         ("cut.png", "{path} cannot be read as "),
         ("cut.jpg", "{path} cannot be read as "),
         ("float.tif", "of mode F has no known white"),
+        ("odd.tif", "{path} cannot be read as "),
         ("huge.png", "{path} is too large: expected at most 89,478,485 pixels"),
         ("dot.png", ""),  # too small to draw, or not of the mask's proportions
     ]:

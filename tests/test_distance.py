@@ -40,7 +40,7 @@ def test_frechet_in_closed_form():
     s = a.std(ddof=1) - b.std(ddof=1)
     assert frechet(a, b) == pytest.approx((a.mean() - b.mean()) ** 2 + s**2, rel=1e-12)
     x = correlated(300, 5, 5)
-    assert frechet(x, x) < 1e-9
+    assert 0 <= frechet(x, x) < 1e-9 and 0 <= frechet(x[:4], x[:4]) < 1e-9
     assert frechet(x, x + 2) == pytest.approx(5 * 4, rel=1e-9)
     assert frechet(x - x.mean(0), 3 * (x - x.mean(0))) == pytest.approx(
         4 * np.trace(np.cov(x, rowvar=False)), rel=1e-9
@@ -60,6 +60,20 @@ def test_the_interval_covers_the_true_distance():
         found = distance.feature_distance(a, b, samples=60, seed=trial)
         covered += found["low"] <= true <= found["high"]
     assert 33 <= covered
+
+
+def test_the_interval_is_that_of_the_basic_bootstrap(monkeypatch):
+    """[2 d - high, 2 d - low], from 0; beside it what mixed sets have."""
+    a, b = correlated(20, 3, 1), correlated(25, 3, 2)
+    value = frechet(a, b)
+    monkeypatch.setattr(distance, "bootstrap", lambda *_: (0.9 * value, 1.3 * value))
+    found = distance.feature_distance(a, b, samples=10, seed=4)
+    assert found["low"] == pytest.approx(0.7 * value) and found["value"] == value
+    assert found["high"] == pytest.approx(1.1 * value)
+    assert found["mixed"] == distance.mixed(a, b, 10, 4)
+    monkeypatch.setattr(distance, "bootstrap", lambda *_: (2.5 * value, 3 * value))
+    found = distance.feature_distance(a, b, samples=10)
+    assert found["low"] == found["high"] == 0
 
 
 def test_mixed_sets_tell_a_difference_from_none():
@@ -158,6 +172,32 @@ def test_pixel_metrics_of_pairs(folders, tmp_path, capsys):
     assert "pairs: 100%" in said.err  # the progress bar
 
 
+def test_figures_are_means_over_the_pairs_that_have_them(tmp_path):
+    """One pair of five differs: the bootstraps' means go up to three fifths of it. A mask of
+    everything leaves its pair the layout alone."""
+    folders = [tmp_path / name for name in ("a", "b", "masks")]
+    for folder in folders:
+        folder.mkdir()
+    pairs = []
+    for i in range(5):
+        pairs.append((folders[0] / f"{i}.png", folders[1] / f"{i}.png"))
+        noise(i).save(pairs[-1][0])
+        noise(i if i else 77).save(pairs[-1][1])
+        Image.new("L", (20, 16), 255 if i == 4 else 0).save(folders[2] / f"{i}.png")
+    found = distance.pixel_metrics(pairs, None, samples=400)
+    one = 5 * found["mse"]["value"]
+    assert one > 0.1 and found["mse"]["n"] == 5 and found["mse"]["low"] == 0
+    assert found["mse"]["high"] == pytest.approx(0.6 * one)
+    masked = distance.pixel_metrics(pairs, folders[2], samples=10)
+    assert {name: figure["n"] for name, figure in masked.items()} == {
+        "psnr": 4,
+        "mse": 4,
+        "ssim": 4,
+        "structure": 5,
+    }
+    assert masked["mse"]["value"] == pytest.approx(one / 4)
+
+
 def test_the_command_names_the_features_as_what_they_are(folders, capsys, monkeypatch):
     given = {"a": correlated(9, 4, 1), "b": correlated(8, 4, 2)}
     monkeypatch.setattr(features, "features", lambda images, count, name: given[name])
@@ -168,6 +208,18 @@ def test_the_command_names_the_features_as_what_they_are(folders, capsys, monkey
     assert f"Frechet distance in EfficientNet-Lite0 features: {value:.4g} (95 %:" in out
     assert "the same where A and B are mixed: " in out
     assert "FID" not in out and "pairs" not in out
+
+
+def test_the_table_has_a_line_for_each_comparison():
+    frechet = {"value": 57.46, "low": 40.07, "high": 49.56, "mixed": [32.03, 35.86]}
+    figure = {"value": 14.66, "low": 13.9, "high": 15.2, "n": 3}
+    machine = {"processor": "one", "threads": 2, "torch": "2", "commit": "0" * 40, "device": "cpu"}
+    alone = {**machine, "folders": ["x", "y"], "a": 3, "b": 4, "frechet": frechet}
+    table = distance.table(alone, alone | {"b": 3, "pixels": {"psnr": figure}})
+    assert table.splitlines()[-2:] == [
+        "| x and y | 3 | 4 | 57.5 (40.1 to 49.6) | 32.0 to 35.9 | - | - | - | - |",
+        "| x and y | 3 | 3 | 57.5 (40.1 to 49.6) | 32.0 to 35.9 | 14.66 | - | - | - |",
+    ]
 
 
 def test_says_what_is_missing(folders, tmp_path, capsys, monkeypatch):
@@ -185,7 +237,7 @@ def test_says_what_is_missing(folders, tmp_path, capsys, monkeypatch):
         ([a, str(tmp_path / "gone")], "gone is no folder"),
         ([a, str(tmp_path / "none")], "none has no image"),
         ([a, str(empty), "--only", "pixels"], "no file name in common"),
-        ([a, str(odd), "--only", "pixels"], "expected one size"),
+        ([a, str(odd), "--only", "pixels"], f"1.png and {odd / '1.png'}: images"),
         ([b, a, "--only", "pixels", "--masks", str(empty)], "1.png"),
     ):
         assert distance.main(arguments) == 2

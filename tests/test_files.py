@@ -73,6 +73,22 @@ def test_a_file_that_somebody_has_open_stays_what_it_was(tmp_path):
         assert file.read() == "old"
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs")
+def test_pipes_and_devices_are_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    (tmp_path / "null").symlink_to(os.devnull)
+    before = tree(tmp_path)
+    for name in ("pipe", "link", "null"):
+        with (
+            pytest.raises(ValueError, match=f"{name} is a pipe or a device, expected a file"),
+            atomic_write(tmp_path / name),
+        ):
+            raise AssertionError("begun")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode) and tree(tmp_path) == before
+    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+
+
 def test_folders_that_are_in_use_stay(tmp_path):
     with pytest.raises(OSError), new_folder(tmp_path / "a" / "b"):
         (tmp_path / "a" / "kept").write_text("")
@@ -206,6 +222,21 @@ def test_an_empty_folder_is_filled_last_entry_last_or_not_at_all(tmp_path, monke
     with atomic_folder(tmp_path, "model_index.json") as temporary:
         fill(temporary)
     assert moved[-1] == "model_index.json" and tree(tmp_path) == FILLED
+
+
+def test_two_that_fill_one_empty_folder_do_not_take_from_each_other(tmp_path):
+    """The later one fails, and what is there is the other's, whole."""
+    target = tmp_path / "target"
+    target.mkdir()
+    with pytest.raises(OSError, match="target"), atomic_folder(target, "model_index.json") as mine:
+        fill(mine)
+        (mine / "vae" / "config.json").write_text("mine")
+        with atomic_folder(target, "model_index.json") as theirs:
+            fill(theirs)
+            (theirs / "a").unlink()
+        (mine / "a").unlink()
+    assert tree(target) == [name for name in FILLED if name != "a"]
+    assert (target / "vae" / "config.json").read_text() == "whole"
 
 
 def test_what_a_killed_process_left_is_nothing(tmp_path):

@@ -302,6 +302,11 @@ ABSURD = [
     ("text_encoder", {"vocab_size": 10**12}, "vocab_size: got 1000000000000"),
     ("text_encoder", {"hidden_size": 0}, "hidden_size: got 0"),
     (
+        "text_encoder",
+        {"hidden_size": 256, "num_attention_heads": 4},
+        "its network takes texts of width 128, its text encoder gives 256, which have to be as",
+    ),
+    (
         "scheduler",
         {"num_train_timesteps": 10**12},
         "steps is 1000000000000, expected a whole number, 1 to 100000",
@@ -396,6 +401,16 @@ VOCABULARIES = [
         "tokenizer_config.json",
         '{"additional_special_tokens": [{"content": "<cat>"}]}',
         "adds ['<cat>'] to the vocabulary",
+    ),
+    (
+        "tokenizer_config.json",
+        '{"bos_token": "a</w>"}',
+        "bos_token is 'a</w>', expected CLIP's '<|",
+    ),
+    (
+        "special_tokens_map.json",
+        '{"eos_token": {"content": "!"}}',
+        "eos_token is '!', expected CLI",
     ),
     ("tokenizer_config.json", '{"model_max_length": 1000000000}', "max_length is 1000000000"),
     ("tokenizer_config.json", '{"pad_token": 3}', "tokenizer: "),

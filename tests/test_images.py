@@ -14,6 +14,7 @@ from PIL import Image, ImageCms, features
 
 import minisd
 from minisd.viewing.images import FORMATS, read_image
+from minisd.viewing.profiles import from_srgb, to_srgb
 from minisd.viewing.visualize import contact_sheet, has_letter, wrap
 
 
@@ -322,7 +323,8 @@ def test_profiles_that_cannot_be_used_are_told(tmp_path, profile):
     rgb = colours()
     Image.fromarray(rgb).save(tmp_path / "a.png", icc_profile=profile)
     with pytest.warns(UserWarning, match="colour profile cannot be used .* are taken as sRGB"):
-        assert (values(read_image(tmp_path / "a.png")) == rgb).all()
+        image = read_image(tmp_path / "a.png")
+    assert (values(image) == rgb).all() and "icc_profile" not in image.info
 
 
 # formats
@@ -420,3 +422,98 @@ def test_an_image_that_is_not_redrawn_is_said_to_be(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sd.img2img(image, "a", 0.0, steps=3)
+
+
+# profiles where pixels are kept
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    return minisd.load("shapes", device="cpu")
+
+
+def inverse(values, columns, power):
+    """sRGB's values as those of a matrix profile, cut to what it can show."""
+    x = values / 255.0
+    linear = np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
+    return 255 * np.clip(linear @ SRGB.T @ np.linalg.inv(columns).T, 0, 1) ** (1 / power)
+
+
+def test_pixels_that_are_kept_are_in_their_own_colours(tmp_path, shapes):
+    """Half of a mask: on one side the file's own numbers, on the other what is drawn, in the
+    file's colours; with its profile."""
+    path, profile, how = tmp_path / "a.png", matrix_profile(P3, 2.2), {"steps": 2}
+    own = colours(64, 64)
+    Image.fromarray(own).save(path, icc_profile=profile)
+    mask = np.zeros((64, 64), bool)
+    mask[:, 32:] = True
+    for image in (path, path.read_bytes(), Image.open(path)):
+        [pasted] = minisd.blend(shapes, image, mask, "a red circle", **how, progress=False)
+        assert pasted.info["icc_profile"] == profile
+        assert (values(pasted)[:, :32] == own[:, :32]).all()
+    [drawn] = minisd.blend(
+        shapes, path, mask, "a red circle", **how, paste_back=False, progress=False
+    )
+    assert "icc_profile" not in drawn.info
+    expected = inverse(values(drawn), P3, 2.2)
+    off = np.abs(values(pasted) - expected)[:, 32:]
+    light = (values(drawn) > 40)[:, 32:].all(-1)  # in the dark one step of 255 is many
+    assert light.mean() > 0.3 and off[light].max() <= 3
+    for method in (shapes.img2img, lambda *a, **o: minisd.erase_concepts(shapes, *a, "a", **o)):
+        [same] = method(path, "a", strength=0.0, progress=False)
+        assert (values(same) == own).all() and same.info["icc_profile"] == profile
+        [resized] = method(path, "a", strength=0.0, height=32, width=32, progress=False)
+        assert "icc_profile" not in resized.info
+    [drawn] = shapes.img2img(path, "a", strength=0.5, **how, progress=False)
+    assert "icc_profile" not in drawn.info
+
+
+def test_a_profile_leads_there_and_back():
+    """Of colours that both can show: those in the middle."""
+    inner = colours(40, 40) // 2 + 64
+    for columns, power in ((P3, 2.2), (SRGB, 1.8)):
+        profile = matrix_profile(columns, power)
+        there = from_srgb(Image.fromarray(inner), profile)
+        assert there.info["icc_profile"] == profile
+        assert np.abs(values(there) - inverse(inner, columns, power)).max() <= 2
+        assert np.abs(values(to_srgb(there, profile)) - inner).max() <= 2
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    same = from_srgb(Image.fromarray(inner), srgb)
+    assert (values(same) == inner).all() and same.info["icc_profile"] == srgb
+    for profile in (b"none", grey_profile(2.0)):
+        with pytest.raises(ValueError, match="the colour profile leads to no colours"):
+            from_srgb(same, profile)
+
+
+def test_what_cannot_be_kept_is_pasted_into_as_it_shows(tmp_path, shapes):
+    """Inks, transparency, palettes, a profile that says nothing: sRGB, and no profile."""
+    mask = np.zeros((64, 64), bool)
+    mask[:, 32:] = True
+    rgb = Image.fromarray(colours(64, 64))
+    clear = rgb.copy()
+    clear.putalpha(128)
+    lab = np.full((16, 3), 128)
+    for image, profile in (
+        (rgb.convert("CMYK"), cmyk_profile(lab)),
+        (clear, matrix_profile(P3, 2.2)),
+        (rgb.quantize(16), matrix_profile(P3, 2.2)),
+        (rgb, b"damaged"),
+        (rgb, grey_profile(2.0)),
+    ):
+        path = tmp_path / ("a.tif" if image.mode == "CMYK" else "a.png")
+        image.save(path, icc_profile=profile)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            shown = values(read_image(path))
+            [pasted] = minisd.blend(shapes, path, mask, "a", steps=2, progress=False)
+        assert "icc_profile" not in pasted.info
+        assert (values(pasted)[:, :32] == shown[:, :32]).all()
+
+
+def test_images_of_a_sheet_are_in_one_space_of_colours():
+    image = Image.new("RGB", (128, 128), (200, 40, 40))
+    image.info["icc_profile"] = matrix_profile(P3, 2.2)
+    page = contact_sheet([image, Image.new("RGB", (128, 128))])
+    expected = encoded((np.array([200, 40, 40]) / 255.0) ** 2.2 @ P3.T @ np.linalg.inv(SRGB).T)
+    assert "icc_profile" not in page.info
+    assert np.abs(values(page)[64, 64] - expected).max() <= 2

@@ -2,10 +2,9 @@
 memory, tensor cores.
 
 The table is that of `python -m bench.kernel_resources`. Its compiles run in processes of their own,
-because they cannot share one with the interpreter (test_kernels_interpreter.py), and from the start
-of the session to its end, which is when these tests come (conftest.py): most other tests leave one
-core idle. The larger list (`--matrix`), with sm_89, sm_100 and sm_120 and with other versions of
-Triton, is run by hand; its results are in bench/results/sass/.
+because they cannot share one with the interpreter (test_kernels_interpreter.py). The larger list
+(`--matrix`), with sm_89, sm_100 and sm_120 and with other versions of Triton, is run by hand; its
+results are in bench/results/sass/.
 """
 
 import json
@@ -31,16 +30,25 @@ from bench.kernel_resources import (
 )
 
 pytest.importorskip("triton")
+ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.full
 
 
 @pytest.fixture(scope="module")
-def table(compiles):
-    """One row for each specialisation."""
-    process, folder = compiles
-    process.wait()
-    assert (folder / "table.json").exists(), (folder / "log").read_text()[-15000:]
-    return json.loads((folder / "table.json").read_text())
+def table(tmp_path_factory):
+    """One row for each specialisation; compiled on the processors that other processes of this
+    session (pytest-xdist) leave."""
+    path = tmp_path_factory.mktemp("kernels") / "table.json"
+    sessions = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    jobs = max(1, (os.cpu_count() or 1) // sessions)
+    command = [sys.executable, "-m", "bench.kernel_resources", "--jobs", str(jobs)]
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["OMP_NUM_THREADS"] = "1"
+    done = subprocess.run(
+        [*command, "--json", str(path)], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert path.exists(), done.stdout[-15000:] + done.stderr[-5000:]
+    return json.loads(path.read_text())
 
 
 def fail_with(rows, text):
@@ -83,7 +91,7 @@ def test_a_kernel_that_is_known_to_be_wrong_is_found():
     """split_tiles.py was wrong on a card with ptxas 12.8; what a newer one makes of it is right."""
     from triton import knobs
 
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     env.pop("TRITON_INTERPRET", None)
 
     def look(**more):
@@ -241,7 +249,7 @@ def test_the_fold_is_not_tf32_on_sm_100(tmp_path):
     env = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [*command, "--json", str(tmp_path / "t.json")],
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
         env=env,
         capture_output=True,
         text=True,

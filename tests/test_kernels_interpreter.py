@@ -1,9 +1,8 @@
 """The Triton kernels themselves, run by Triton's interpreter on CPU tensors, against float64.
 
 TRITON_INTERPRET must be set before Triton is imported and must not reach the other tests, so the
-ordinary test session starts a second one with the variable set (`interpreted` in conftest.py),
-which runs beside it and whose report is shown if it fails; everything else in this file is only
-collected there. By hand:
+ordinary test session starts a second one with the variable set, whose report is shown if it fails;
+everything else in this file is only collected there. By hand:
 
     cd tests; TRITON_INTERPRET=1 python -m pytest \\
         test_kernels_{interpreter,fused,fields,forms,gradients,diffusers,minisd}.py
@@ -15,6 +14,9 @@ rounding.
 
 import dataclasses
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,12 +41,15 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if not INTERPRETED:
 
-    def test_the_kernels_in_the_interpreter(interpreted):
-        process, log = interpreted  # conftest.py has started it
-        code = process.wait()
-        told = log.read_text()
-        assert code == 0, told[-25000:]
-        print(told)
+    def test_the_kernels_in_the_interpreter():
+        names = "interpreter", "fused", "fields", "forms", "gradients", "diffusers", "minisd"
+        files = [str(Path(__file__).with_name(f"test_kernels_{name}.py")) for name in names]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header"]
+        env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        command += ["-p", "no:cacheprovider", *files]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-25000:] + done.stderr[-5000:]
+        print(done.stdout)
 
 else:
     import numpy as np

@@ -3,7 +3,9 @@ name, in the first line."""
 
 import io
 import json
+import os
 import pickle
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -42,6 +44,7 @@ FILES = [
         "a LoRA, an addition",
         ["unet.down_blocks.0.attn1.to_q.lora.up.weight"],
     ),
+    ("a LoRA, an addition", ["unet.down_blocks.0.attn1.processor.to_q_lora.down.weight"]),
     ("a LoRA, an addition", ["lora_unet_mid_block_attentions_0.hada_w1_a"]),
     ("a LoRA, an addition", ["lora_te_text_model_encoder_layers_0_mlp_fc1.lokr_w1"]),
     ("an IP-Adapter", ["image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"]),
@@ -151,8 +154,12 @@ CHANNELS = [
     ({"in_channels": 8}, {}, "an InstructPix2Pix model"),
     ({"in_channels": 7}, {}, "an upscaler"),
     ({"in_channels": 5}, {}, "a model of depth to image"),
-    ({"in_channels": 4, "out_channels": 8}, {}, "a UNet that takes 4 and gives 8 channels beside"),
-    ({}, {"latent_channels": 16}, "a UNet that takes 4 and gives 4 channels beside a VAE with"),
+    (
+        {"in_channels": 4, "out_channels": 8},
+        {},
+        "a network that takes 4 and gives 8 channels beside",
+    ),
+    ({}, {"latent_channels": 16}, "a network that takes 4 and gives 4 channels beside a VAE with"),
 ]
 
 
@@ -164,6 +171,20 @@ def test_unets_of_other_inputs_are_refused_when_they_are_loaded(folder, capsys):
         assert refusal(folder).startswith(f"{folder} is {kind}")
         assert refusal(folder).endswith("which minisd does not draw with")
         assert cli.main(["check", str(folder)]) == 2 and kind in capsys.readouterr().err
+
+
+def test_stable_diffusion_2_is_refused_in_words(folder, capsys):
+    """By its UNet's config, and by its text encoder's alone."""
+    change(folder / "text_encoder/config.json", hidden_size=1024, hidden_act="gelu")
+    for part in ("text_encoder", "unet"):
+        told = refusal(folder)
+        assert told.startswith(
+            f"{folder / part / 'config.json'}: it is of a Stable Diffusion 2 model"
+        )
+        assert "another encoder (OpenCLIP's), which minisd does not draw with" in told
+        assert cli.main(["check", str(folder)]) == 2 and "OpenCLIP" in capsys.readouterr().err
+        shutil.copy(SHAPES / "text_encoder/config.json", folder / "text_encoder")
+        change(folder / "unet/config.json", cross_attention_dim=1024, use_linear_projection=True)
 
 
 def test_single_files_of_other_inputs_are_refused(tmp_path):
@@ -198,7 +219,7 @@ def test_pipelines_of_other_kinds_are_named(folder):
 
 def test_parts_of_a_model_get_the_right_hint(folder):
     hint = f"is a part of a model: give the folder of all parts, {folder}"
-    for name in ("model_index.json", "unet", "vae", "text_encoder"):
+    for name in ("model_index.json", "unet", "vae", "text_encoder", "scheduler", "tokenizer"):
         assert refusal(folder / name) == f"{folder / name} {hint}"
     assert refusal(folder / "unet/config.json").endswith("is not a .safetensors file")
     (folder / UNET).rename(folder / UNET.replace("unet/", ""))
@@ -206,6 +227,42 @@ def test_parts_of_a_model_get_the_right_hint(folder):
     told = refusal(folder)
     assert told.startswith(f"{folder / UNET} is missing; {folder} has diffusion_pytorch_model.safe")
     assert "shards" not in told and "pickle" not in told and "variant" not in told
+
+
+@pytest.mark.parametrize("load", [minisd.load, minisd.load_dit])
+def test_names_of_files_are_no_repos_and_odd_names_are_refused(tmp_path, monkeypatch, load):
+    """None of them asks the Hub; load and load_dit say it in one way."""
+    monkeypatch.chdir(tmp_path)
+
+    def asked(*_, **__):
+        raise AssertionError("the Hub was asked")
+
+    monkeypatch.setattr(sources, "_fetch", asked)
+    for name in (
+        "a/b.SAFETENSORS",
+        "a/b.safetensors",
+        "a/b.ckpt",
+        "a/b.PT",
+        "a/b.gguf",
+        "a/b.json",
+    ):
+        with pytest.raises(sources.CheckpointError) as caught:
+            load(name, device="cpu")
+        is_pickle = name.lower().endswith((".ckpt", ".pt"))
+        assert ("does not read the pickle" if is_pickle else "there is no ") in str(caught.value)
+    os.mkfifo("pipe.safetensors")
+    for source, arguments, message in (
+        (None, {}, "the model is None, expected a bundled name"),
+        ("", {}, "the model is '', expected"),
+        ("a" * 3000, {}, "cannot be looked for: File name too long"),
+        ("a", {"variant": "../fp16"}, "variant is '../fp16', expected a name such as fp16"),
+        ("a", {"variant": 5}, "variant is 5"),
+        ("a/b", {"revision": "../main"}, "revision is '../main', expected a name such as main"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            load(source, device="cpu", **arguments)
+    if load is minisd.load:
+        assert "is a pipe or a device, expected a folder" in refusal("pipe.safetensors")
 
 
 def test_a_variant_is_taken_part_by_part_and_said(folder):

@@ -2,19 +2,22 @@
 diffusers' pipeline and against the published loop."""
 
 import json
+import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
+from hub_server import COMMIT
 from oracle_dit import Published, diffusers_pair
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_ddpm import DIT
 
 import minisd
-from minisd.checkpoints.sources import CheckpointError
+from minisd.checkpoints.sources import CheckpointError, bundled
 from minisd.sampling.ddpm import DDPM
 
 CONFIG = dict(sample_size=8, num_layers=2, num_attention_heads=2, attention_head_dim=12)
@@ -40,8 +43,6 @@ def pair(tmp_path_factory):
 @pytest.fixture
 def folder(pair, tmp_path):
     """A copy that a test may change."""
-    import shutil
-
     return shutil.copytree(pair[1], tmp_path / "dit")
 
 
@@ -162,8 +163,11 @@ def test_loading_is_strict(folder):
     save_file(state, folder / WEIGHTS)
     with pytest.raises(CheckpointError) as error:
         minisd.load_dit(folder)
+    told = str(error.value).splitlines()
+    assert told[0].startswith(f"transformer, {folder / WEIGHTS}: ")
+    assert told[0].endswith("; in all 3 tensors do not fit the models")
+    assert f"{told[2].strip()}; in all" in told[0]  # the first of them
     for line in (
-        "3 tensors do not fit",
         "missing proj_out_2.bias, expected shape (32,)",
         "unexpected extra, shape (3,)",
         "misshapen proj_out_1.bias, got (3,), expected (48,)",
@@ -199,10 +203,107 @@ def test_what_takes_texts_says_where_labels_go(folder):
         minisd.load(folder, device="cpu")
 
 
+def refusal(source, load=minisd.load_dit, **arguments):
+    with pytest.raises(CheckpointError) as error:
+        load(source, device="cpu", **arguments)
+    return str(error.value)
+
+
 def test_missing_files_are_named(folder):
     (folder / WEIGHTS).rename(folder / "transformer" / "diffusion_pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"model.safetensors is missing: a DiT has"):
-        minisd.load_dit(folder)
+    told = refusal(folder)
+    assert told.startswith(f"{folder / WEIGHTS} is missing; {folder / 'transformer'} has diffusion")
+    assert "minisd does not read pickles" in told
+    (folder / "scheduler" / "scheduler_config.json").unlink()
+    assert refusal(folder).endswith(
+        "is missing: a DiT has transformer/, vae/ and scheduler/, with .safetensors files"
+    )
+
+
+def test_parts_and_other_models_get_the_right_hint(folder):
+    for part in ("transformer", "vae", "model_index.json"):
+        assert refusal(folder / part) == (
+            f"{folder / part} is a part of a model: give the folder of all parts, {folder}"
+        )
+    assert "with its unet/, minisd.load and the other commands take it" in refusal(
+        bundled()["shapes"]
+    )
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    assert (
+        refusal(folder) == f"{folder} is a model of the Flux kind, which minisd does not draw with"
+    )
+
+
+def test_another_file_in_its_place_is_named(folder):
+    save_file({"lora_unet_x.lora_down.weight": torch.zeros(2, 2)}, folder / WEIGHTS)
+    first = refusal(folder).splitlines()[0]
+    assert first.startswith(
+        f"transformer, {folder / WEIGHTS}: it is a LoRA, an addition to a model"
+    )
+
+
+@pytest.mark.parametrize("takes", ["labels", "a text"])
+def test_a_variant_is_taken_part_by_part(folder, takes, text_folder):
+    folder, load = (folder, minisd.load_dit) if takes == "labels" else (text_folder, minisd.load)
+    half = folder / "transformer" / "diffusion_pytorch_model.fp16.safetensors"
+    (folder / WEIGHTS).rename(half)
+    assert "variant fp16 takes diffusion_pytorch_model.fp16.safetensors" in refusal(folder, load)
+    with pytest.warns(UserWarning) as caught:
+        load(folder, device="cpu", variant="fp16")
+    told = [str(each.message) for each in caught]
+    parts = ["vae"] if takes == "labels" else ["vae", "text_encoder"]
+    assert len(told) == len(parts) and all(
+        each.startswith(f"there is no variant fp16 of {folder / part}")
+        for each, part in zip(told, parts)
+    )
+    assert "bf16.safetensors is missing" in refusal(folder, load, variant="bf16")
+
+
+def test_a_variant_comes_from_the_hub_part_by_part(folder, hub):
+    (folder / WEIGHTS).rename(folder / WEIGHTS.replace(".safe", ".fp16.safe"))
+    hub.repos["owner/dit"] = folder
+    with pytest.warns(UserWarning, match="there is no variant fp16 of .*vae"):
+        minisd.load_dit("owner/dit", device="cpu", variant="fp16")
+    weights = [name for name in hub.asked() if name.endswith(".safetensors")]
+    assert [name.partition("/")[0] for name in weights] == ["transformer", "vae"]
+    assert f"{WEIGHTS} does not exist at revision" in refusal("owner/dit")
+
+
+@pytest.fixture
+def text_folder(tmp_path, original):
+    """A tiny DiT of texts in a folder: transformer/ in the place of unet/."""
+    folder = tmp_path / "text"
+    for part in ("vae", "text_encoder", "tokenizer", "scheduler"):
+        shutil.copytree(original / part, folder / part)
+    config = {"sample_size": 8, "num_layers": 1, "num_attention_heads": 2}
+    config |= {"attention_head_dim": 12, "num_embeds_ada_norm": None, "cross_attention_dim": 24}
+    (folder / "transformer").mkdir()
+    (folder / "transformer" / "config.json").write_text(json.dumps(config | {"out_channels": 8}))
+    dit = minisd.DiT(minisd.DiTConfig(**config))
+    save_file(tiny.randomise(dit, 0).state_dict(), folder / WEIGHTS)
+    return folder
+
+
+def test_a_dit_of_texts_that_does_not_go_with_its_other_parts(text_folder):
+    minisd.load(text_folder, device="cpu")
+    change(text_folder / "transformer" / "config.json", cross_attention_dim=32)
+    assert "its network takes texts of width 32, its text encoder gives 24" in refusal(
+        text_folder, minisd.load
+    )
+    change(text_folder / "transformer" / "config.json", in_channels=8, out_channels=16)
+    assert "takes 8 and gives 8 channels beside a VAE with latents of 4" in refusal(
+        text_folder, minisd.load
+    )
+
+
+def test_a_copy_is_not_changed_by_what_is_written_into_its_files(folder):
+    copied = minisd.load_dit(folder, device="cpu", copy=True)
+    before = {name: x.clone() for name, x in copied.dit.state_dict().items()}
+    size = (folder / WEIGHTS).stat().st_size
+    with open(folder / WEIGHTS, "r+b") as file:
+        file.write(bytes(size))
+    for name, x in copied.dit.state_dict().items():
+        assert torch.equal(x, before[name])
 
 
 def test_moving_and_dtypes(pair):
@@ -218,6 +319,79 @@ def test_compiled_it_draws_the_same(pair):
     for dit, kept in ((one, last), (other, compiled)):
         dit.generate([3], steps=3, on_step=final(kept), **HOW)
     assert relative(compiled["x"], last["x"]) <= 1e-5
+
+
+# ---- the Hub
+
+
+@pytest.fixture
+def dit_hub(hub, pair):
+    """A Hub with owner/dit in the layout of facebook/DiT-XL-2-256: four folders, and what else such
+    a repo has. -> the Hub, and what minisd needs of the repo."""
+    hub.repos["owner/dit"] = hub.repos["facebook/DiT-XL-2-256"] = pair[1]
+    needed = {"model_index.json", "scheduler/scheduler_config.json"}
+    needed |= {f"{part}/config.json" for part in ("transformer", "vae")}
+    return hub, needed | {WEIGHTS, WEIGHTS.replace("transformer", "vae")}
+
+
+def test_a_repo_of_the_hub_is_loaded(dit_hub, pair):
+    hub, needed = dit_hub
+    dit = minisd.load_dit("owner/dit", device="cpu")
+    own = minisd.load_dit(pair[1], device="cpu")
+    for part in ("dit", "vae"):
+        state, expected = (getattr(model, part).state_dict() for model in (dit, own))
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[name], expected[name]) for name in state)
+    asked = hub.asked()
+    assert set(asked) == needed and len(asked) == len(needed)
+    assert all(name.endswith(".safetensors") for name in asked[-2:])  # the large files last
+    hub.log.clear()
+    minisd.load_dit("owner/dit", device="cpu")
+    assert not hub.asked()
+    minisd.load_dit("owner/dit", device="cpu", local_files_only=True, revision=COMMIT)
+    with pytest.raises(CheckpointError, match="the repo has no revision 'v9'"):
+        minisd.load_dit("owner/dit", device="cpu", revision="v9")
+    with pytest.raises(CheckpointError, match="fp16.safetensors does not exist at revision"):
+        minisd.load_dit("owner/dit", device="cpu", variant="fp16")
+
+
+def test_a_repo_is_fetched_and_the_licence_is_said(dit_hub, minisd_command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hub, needed = dit_hub
+    code, out, err = minisd_command("fetch", "facebook/DiT-XL-2-256", "--to", "own")
+    assert code == 0 and out == "own\n", err
+    assert "it is a DiT, for `minisd dit --model own`" in err and "CC-BY-NC" in err
+    files = {p.relative_to("own").as_posix() for p in Path("own").rglob("*") if p.is_file()}
+    assert {name for name in files if not name.startswith(".cache")} == needed
+    hub.log.clear()
+    minisd.load_dit("own", device="cpu")
+    code, out, err = minisd_command("fetch", "owner/dit")
+    assert code == 0 and "minisd dit --model owner/dit" in err and "CC-BY-NC" not in err
+    assert Path(out.strip()).name == COMMIT and not Path("own/owner").exists()
+    line = ["dit", "--label", "3", "--model", "owner/dit", "--steps", "2", "--device", "cpu"]
+    hub.log.clear()
+    assert minisd_command(*line, "-o", "a.png")[0] == 0 and not hub.asked()
+
+
+def test_a_damaged_file_is_not_kept(dit_hub, minisd_command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dit_hub[0].faults[WEIGHTS] = ["damaged"]
+    code, out, err = minisd_command("fetch", "owner/dit", "--to", "own")
+    assert code == 2 and not out and "the damaged file was removed, try again" in err
+    assert not Path("own", WEIGHTS).exists()
+
+
+def test_a_repo_of_pickles_is_refused_in_words(dit_hub, folder, minisd_command):
+    """The form in which diffusers' older repos, and facebookresearch, have weights."""
+    (folder / WEIGHTS).rename((folder / WEIGHTS).with_suffix(".bin"))
+    dit_hub[0].repos["owner/old"] = folder
+    why = r"transformer/.*safetensors does not exist .*minisd reads .safetensors, not .bin pickles"
+    with pytest.raises(CheckpointError, match=why):
+        minisd.load_dit("owner/old", device="cpu")
+    code, out, err = minisd_command("fetch", "owner/old")
+    assert code == 2 and not out and "not .bin pickles" in err
+    with pytest.raises(CheckpointError, match="does not read the pickle .* CC-BY-NC 4.0"):
+        minisd.load_dit("facebook/DiT-XL-2-256/DiT-XL-2-256x256.pt", device="cpu")
 
 
 # ---- the command

@@ -1,32 +1,12 @@
-"""The notebook in docs/ runs from its first cell to its last: by nbclient in a kernel of its own
-where that is installed, and else its code, cell after cell."""
+"""The notebook in docs/ runs from its first cell to its last, by nbclient in its own kernel."""
 
 import json
 import os
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
 
 PATH = Path(__file__).parents[1] / "docs" / "prompt-to-prompt.ipynb"
-
-
-def code():
-    cells = json.loads(PATH.read_text(encoding="utf-8"))["cells"]
-    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-
-
-@pytest.mark.full
-def test_its_code_runs(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    names, gradients = {"__name__": "notebook"}, torch.is_grad_enabled()
-    try:
-        for i, source in enumerate(code()):
-            exec(compile(source, f"cell {i}", "exec"), names)
-    finally:
-        torch.set_grad_enabled(gradients)
-    assert len(names["sweep"]) == 4
 
 
 def test_it_holds_no_outputs_and_no_long_lines():
@@ -36,12 +16,9 @@ def test_it_holds_no_outputs_and_no_long_lines():
 
 
 @pytest.mark.full
-@pytest.mark.skipif(
-    find_spec("nbclient") is None or find_spec("ipykernel") is None,
-    reason="nbclient and ipykernel run notebooks",
-)
-def test_it_runs_as_a_notebook(tmp_path):
-    import nbformat
+def test_it_runs(tmp_path):
+    nbformat = pytest.importorskip("nbformat", reason="nbclient and ipykernel run notebooks")
+    pytest.importorskip("ipykernel", reason="nbclient and ipykernel run notebooks")
     from nbclient import NotebookClient
 
     notebook = nbformat.read(PATH, as_version=4)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minisd import AutoencoderKL, CLIPTextConfig, CLIPTextModel, UNet, UNetConfig, VAEConfig
-from minisd.models import ops
+from minisd.models import convolutions, ops
 
 onednn = pytest.mark.skipif(
     not ops.onednn_computes(torch.float32), reason="no oneDNN for this processor"
@@ -102,7 +102,7 @@ def test_a_convolution(size, kernel, stride, padding, dilation, product, bias, l
 @torch.no_grad()
 def test_windows():
     x = torch.randn(2, 3, 5, 4)
-    windows = ops.windows_3x3(x)
+    windows = convolutions.windows_3x3(x)
     padded = F.pad(x, (1, 1, 1, 1))
     for b, i, j in ((0, 0, 0), (1, 4, 3), (1, 2, 1)):
         window = padded[b, :, i : i + 3, j : j + 3]  # (C, 3, 3)

@@ -25,7 +25,7 @@ ALLOWED = {
     "sampling": {"expect"},  # and no model: the network comes as a callable
     "drawing": {"expect", "sampling"},
     "checkpoints": FILES | {"models", "sampling"},
-    "viewing": FILES | {"models", "sampling", "drawing", "editing"},  # the maps of editing
+    "viewing": FILES | {"models", "sampling", "drawing", "recipes", "editing"},  # editing's maps
     "latents": PIPELINE - {"pipeline"},
     "recipes": FILES | {"drawing", ""},  # "": minisd itself, for __version__
     "pipeline": PIPELINE | {"latents", "recipes"},
@@ -257,7 +257,7 @@ def test_the_changelog_begins_with_this_version():
 
 def test_ci_runs_the_test_line_of_the_readme():
     [line] = re.findall(
-        r"^ +(pip install .* && pytest)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M
+        r"^ +(pip install .* && pytest .*)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M
     )
     assert f"({line})" in (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
 

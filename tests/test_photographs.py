@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import minisd
+from bench import photographs as bench
 
 FOUND = find_spec("skimage")
 pytestmark = pytest.mark.skipif(FOUND is None, reason="the photographs are scikit-image's")
@@ -82,3 +83,14 @@ def test_heat_maps_of_a_photograph(sd):
     assert (red - other).abs().max() > 0.01 * red.max()  # of this image, not of the prompt alone
     sheet = minisd.word_sheet(image, maps, ("red", "circle"))
     assert sheet.width > image.width
+
+
+def test_the_table_of_the_full_size():
+    """bench/photographs.py takes minutes and is run by hand; its photographs and its table."""
+    image = bench.photograph("rocket.jpg")  # not square
+    assert image.size == (512, 512) and values(image).std() > 10
+    record = {"command": "python -m bench.photographs", "device": "cpu", "processor": "a CPU"}
+    record |= {"threads": 1, "torch": "2.13", "triton": None, "commit": "abc", "python": "3.11"}
+    found = {"changed outside": 0, "inside": 0.98, "finite": True, "latents": [1, 4, 64, 64]}
+    table = bench.table(record | {"rows": {"blend": {"found": found, "seconds": 12.3}}})
+    assert "| blend | changed outside 0, inside 0.98 | 12 s |" in table

@@ -51,8 +51,18 @@ CALLS = {
         sd, image(), "a", "b", guide=partial(minisd.sega, warmup=1), strength=1, **HOW
     ),
     "edict": lambda sd: minisd.edict(sd, image(), "a cat", "a dog", **HOW),
+    "diffedit": lambda sd: minisd.diffedit(sd, image(), "a cat", "a dog", noises=2, **HOW),
+    "masactrl": lambda sd: minisd.masactrl(sd, "a", "b", "c", start=1, num_images=2, **HOW),
+    "plug and play": lambda sd: minisd.plug_and_play(
+        sd, "a cat", "a dog", feature_steps=0.7, **HOW
+    ),
+    "style": lambda sd: minisd.style_aligned(sd, "a cat", "a dog", "a cow", seed=[5, 6, 7], **HOW),
+    "excite": lambda sd: minisd.attend_and_excite(sd, "a cat", ["a", "cat"], refinements=1, **HOW),
+    "regional": lambda sd: minisd.regional(sd, "a", {"a cat": mask()}, width=40, height=24, **HOW),
+    "long": lambda sd: minisd.long_prompt(sd, ["(a:1.3) cat", "dog " * 90], weights="bias", **HOW),
+    "heat map": lambda sd: minisd.heatmap(sd, "a cat", until=0.5, num_images=2, **HOW)[0],
 }
-GIVEN = {"img2img", "nothing to do", "blend", "sega", "edict"}  # an image
+GIVEN = {"img2img", "nothing to do", "blend", "sega", "edict", "diffedit"}  # an image
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -61,7 +71,9 @@ def test_the_same_bits_again(sd, tmp_path, name):
     given = {"image": image()} if name in GIVEN else {}
     given |= {"mask": mask()} if name == "blend" else {}
     given |= {"latents": sd.noise(5)} if name == "given noise" else {}
+    given |= {"regions": {"a cat": mask()}} if name == "regional" else {}
     last = images[-1]
+    assert [minisd.recipe(each)["image"] for each in images] == list(range(len(images)))
     told = minisd.recipe(last)
     assert told["of"] == len(images) and told["version"] == f"minisd {minisd.__version__}"
     assert told == json.loads(json.dumps(told))
@@ -75,7 +87,8 @@ def test_the_same_bits_again(sd, tmp_path, name):
         with pytest.raises(ValueError, match="the recipe needs .*: give it"):
             minisd.from_recipe(last, sd)
         for key in given:
-            other = {key: torch.zeros(1, 4, 8, 8) if key == "latents" else image(1)}
+            others = {"latents": torch.zeros(1, 4, 8, 8), "regions": {"a cat": image(1)}}
+            other = {key: others.get(key, image(1))}
             with pytest.raises(ValueError, match=f"{key} is not the one that was drawn with"):
                 minisd.from_recipe(last, sd, **given | other)
 
@@ -141,6 +154,13 @@ def test_the_command_writes_recipes_too(here, minisd_command):
         assert equal(minisd.from_recipe("c.png", progress=False), drawn)
     assert minisd_command(*line[:2], "--trace", "t", *line[2:])[0] == 0
     assert "recipe" not in minisd_command("info", "c.png")[1]
+
+
+def test_what_writes_no_recipe_is_named(sd):
+    inversion = minisd.invert(sd, image(), "a cat", **HOW)
+    [drawn] = minisd.redraw(sd, inversion, progress=False)
+    with pytest.raises(ValueError, match="carries no recipe: .*; redraw, replay, .* write none"):
+        minisd.recipe(drawn)
 
 
 def test_images_without_a_recipe(sd, tmp_path):

@@ -465,6 +465,8 @@ def test_what_came_is_read(hub, repo, capsys):
         (VAE, (repo / UNET).read_bytes()[:-9], "the file is cut off"),
         ("vae/config.json", b"<html>", "config.json came, and is no JSON object"),
         ("vae/config.json", b"[]", "config.json came, and is no JSON object"),
+        ("tokenizer/vocab.json", b"<html>", "vocab.json came, and is no JSON object"),
+        ("tokenizer/merges.txt", b"<!DOCTYPE html>", "merges.txt came, and it is a web page"),
     ]:
         whole = (repo / name).read_bytes()
         (repo / name).write_bytes(data)

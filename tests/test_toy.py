@@ -5,11 +5,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageDraw
 
 import minisd
 from minisd.cli import main as cli
+from minisd.sampling.schedule import Level
+from minisd.toy import figure
 from minisd.toy.exact import ExactNoise, guided, label, no_label
-from minisd.toy.learned import train
+from minisd.toy.figure import FINE
+from minisd.toy.learned import NoiseMLP, train
 from minisd.toy.mixture import Mixture, kolmogorov
 from minisd.toy.world import LINE, PLANE, ho_schedule, start
 
@@ -88,6 +92,33 @@ def test_kolmogorov_by_hand():
     x = torch.tensor([[1.0], [-1.0]])
     # F is 0.159 and 0.841; the share goes 0 -> 1/2 -> 1 there
     assert kolmogorov(x, flat) == pytest.approx(0.5 - 0.158655, abs=1e-6)
+    for alone in (x[:1], x[1:]):  # from 0 to 1 at once, at F = 0.841 and at 0.159
+        assert kolmogorov(alone, flat) == pytest.approx(1 - 0.158655, abs=1e-6)
+
+
+def test_the_world_is_ho_et_als_and_a_start_is_of_its_level():
+    """abar_T of beta from 1e-4 to 0.02 is 4.04e-5; a later start is far from N(0, 1)."""
+    assert SCHEDULE.alphas_cumprod[-1].item() == pytest.approx(4.036e-5, rel=1e-3)
+    later = minisd.DDIM(SCHEDULE, 20, skip=14)
+    first = next(iter(later))
+    q, one = LINE.at(first.now), start(LINE, later, N)
+    assert kolmogorov(one, q) < SAMPLE < kolmogorov(one, LINE.at(first.next))
+    assert kolmogorov(one, Mixture.of([1], [0], [1])) > 0.05
+    assert torch.equal(start(LINE, later, 9, seed=3), start(LINE, later, 9, seed=3))
+    assert not torch.equal(start(LINE, later, 9, seed=3), one[:9])
+
+
+def test_weights_count_by_their_shares_and_what_does_not_fit_is_said():
+    x = torch.linspace(-1, 2, 5, dtype=torch.float64)[:, None]
+    one, other = (Mixture.of(w, [0, 1], [1, 2]) for w in ([0.25, 0.75], [2, 6]))
+    assert torch.allclose(one.log_density(x), other.log_density(x))
+    with pytest.raises(ValueError, match="the mixture has 2 dimensions, expected 1"):
+        PLANE.cdf(x)
+    for k in (3, -1):
+        with pytest.raises(ValueError, match=f"component is {k}, expected a whole number"):
+            LINE.component(k)
+    with pytest.raises(ValueError, match="context: got"):
+        EXACT(x, torch.tensor(3), torch.ones(5, 1, 2))
 
 
 @pytest.mark.parametrize(
@@ -313,8 +344,131 @@ def test_training_is_a_function_of_its_seed_and_leaves_torchs_alone():
         alone = one(x[[i]], t[2], rows[[i]])
         assert torch.allclose(both[[i]], alone, atol=1e-6)
         assert torch.allclose(one(x, t, rows[:4])[[i]], one(x[[i]], t[i], rows[[i]]), atol=1e-6)
+    both = one(x, t, rows)  # a time for each, and two groups
+    for group in (slice(0, 4), slice(4, 8)):
+        assert torch.allclose(both[group], one(x, t, rows[group]), atol=1e-6)
+    assert not any(parameter.requires_grad for parameter in one.parameters())
     with pytest.raises(ValueError, match="got edits of a, expected none"):
         one(x, t, rows, {"a": None})
+    for options, message in (({"steps": 0}, "steps is 0"), ({"unlabelled": 2}, "unlabelled is 2")):
+        with pytest.raises(ValueError, match=message):
+            train(PLANE, SCHEDULE, **options)
+
+
+def test_a_share_of_the_samples_hides_its_label(monkeypatch):
+    seen, forward = [], NoiseMLP.forward
+
+    def recorded(self, x, t, context, edits=None):
+        seen.append(context[:, 0].double())
+        return forward(self, x, t, context, edits)
+
+    monkeypatch.setattr(NoiseMLP, "forward", recorded)
+    train(LINE, SCHEDULE, steps=2, batch=4096, unlabelled=0.2)
+    contexts = torch.cat(seen)
+    hidden = (contexts - LINE.weights).abs().max(1).values < 1e-6
+    assert abs(hidden.double().mean().item() - 0.2) < 0.03
+    assert (contexts[~hidden].max(1).values == 1).all() and (contexts[~hidden].sum(1) == 1).all()
+    shares = contexts[~hidden].mean(0)
+    assert (shares - LINE.weights).abs().max() < 0.04  # each its own label
+
+
+# ---- the figure
+
+
+def page_of(draw, *arguments, size=(400, 200)):
+    """(height, width, 3) of what a function of figure.py draws on a page of 3 times that size."""
+    page = Image.new("RGB", (size[0] * FINE, size[1] * FINE), "white")
+    target = page if draw is figure.field else ImageDraw.Draw(page)
+    draw(target, (0, 0, *size), *arguments)
+    return np.asarray(page, int)
+
+
+def has(page, place, colour, reach=4):
+    """Whether there is a pixel of the colour near (x, y)."""
+    x, y = (round(value) for value in place)
+    near = page[max(y - reach, 0) : y + reach + 1, max(x - reach, 0) : x + reach + 1]
+    return (near == colour).all(-1).any()
+
+
+def points(axes, x, y):
+    [place] = axes.points(*(torch.tensor([value], dtype=torch.float64) for value in (x, y)))
+    return place
+
+
+def test_axes_have_y_above():
+    axes = figure.Axes((10, 20, 110, 220), (0.0, 1.0), (-1.0, 1.0))
+    x, y = torch.tensor([[0.0, 1.0, 0.5], [-1.0, 1.0, 0.0]])
+    assert axes.points(x, y) == [(30, 660), (330, 60), (180, 360)]
+
+
+def test_paths_keep_the_first_rows():
+    x, sampler = LINE.sample(5), minisd.DDIM(SCHEDULE, 6)
+    paths, seen = figure.Paths(x[:2]), [x]
+    predict = guided(EXACT, LINE)
+
+    def after(x, step):
+        seen.append(x.clone())
+        return paths(x, step)
+
+    minisd.denoise(x, sampler, predict, after)
+    assert torch.equal(paths.stacked(), torch.stack(seen)[:, :2, 0]) and len(seen) == 7
+
+
+def test_trajectories_are_coloured_by_where_they_end():
+    """Two that change places; beside them the density at the first step, and the data's."""
+    way = torch.linspace(-2, 2, 30, dtype=torch.float64)
+    paths = torch.stack([way, -way], dim=1)  # to components 2 and 0
+    drawn = [page_of(figure.trajectories, LINE, SCHEDULE, paths, t) for t in (900, 20)]
+    axes = figure.Axes((90, 0, 310, 200), (0, 29), (-2.2, 2.2))
+    for page in drawn:
+        for step, value in ((2, way[2].item()), (27, way[27].item())):
+            assert has(page, points(axes, step, value), figure.COLOURS[2])
+            assert has(page, points(axes, step, -value), figure.COLOURS[0])
+            assert not has(page, points(axes, step, -value), figure.COLOURS[2])
+    left, right = (slice(None), slice(0, 90 * FINE - 4)), (slice(None), slice(310 * FINE + 4, None))
+    assert (drawn[0][left] != drawn[1][left]).any() and (drawn[0][right] == drawn[1][right]).all()
+    x = torch.linspace(-2.2, 2.2, 400, dtype=torch.float64)[:, None]
+    p = LINE.at(SCHEDULE.level(900)).log_density(x).exp()
+    beside = figure.Axes((0, 0, 90, 200), (0, 1.1 * p.max().item()), (-2.2, 2.2))
+    for i in (100, 200, 250):
+        assert has(drawn[0], points(beside, p[i].item(), x[i].item()), (0, 0, 0))
+
+
+def test_densities_go_from_dark_to_light():
+    page = page_of(figure.densities, LINE, SCHEDULE, (0, 999))
+    x = torch.linspace(-4, 4, 500, dtype=torch.float64)[:, None]
+    curves = [LINE.at(SCHEDULE.level(t)).log_density(x).exp() for t in (0, 999)]
+    axes = figure.Axes((0, 0, 400, 200), (-4.0, 4.0), (0.0, 1.1 * curves[0].max().item()))
+    for curve, colour in zip(curves, ((0, 0, 55), (200, 200, 255))):
+        for i in (130, 245, 320):
+            assert has(page, points(axes, x[i].item(), curve[i].item()), colour)
+
+
+def test_the_field_points_uphill():
+    """One Gaussian, whose score is the way to its mean over s^2: arrows of 0.16 times the root of
+    that length; the ground is darkest at the mean."""
+    for mean in ([0.0, 0.0], [2.0, 1.0]):
+        data = Mixture.of([1], [mean], [1.0])
+        page = page_of(figure.field, data, Level(1.0, 0.0), "", size=(400, 400))
+        axes = figure.Axes((0, 0, 400, 400), (-4.0, 4.0), (-4.0, 4.0))
+        blue = figure.COLOURS[1]
+        start = torch.tensor([0.94 * 4, 0.0], dtype=torch.float64)
+        score = torch.tensor(mean, dtype=torch.float64) - start
+        tip = score / score.norm().sqrt()
+        for part in (0.02, 0.09, 0.15):
+            assert has(page, points(axes, *(start + part * tip).tolist()), blue)
+        assert not has(page, points(axes, *(start - 0.05 * tip).tolist()), blue)
+        assert not has(page, points(axes, *(start + 0.2 * tip).tolist()), blue)
+        x, y = mean
+
+        def shade(x, y, page=page, axes=axes):
+            across, down = map(round, points(axes, x, y))
+            return np.median(page[down - 9 : down + 10, across - 9 : across + 10])
+
+        assert (
+            shade(x, y) < 150 and shade(-3, -3) > 240 and (x == y or shade(y, x) > shade(x, y) + 50)
+        )
+        assert y == 0 or shade(x, -y) > shade(x, y) + 50
 
 
 # ---- the command

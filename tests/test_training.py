@@ -1,6 +1,8 @@
 """The training objectives against their formulas, resuming, and a tiny run up to a checkpoint that
 loads."""
 
+import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -8,13 +10,35 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import minisd
+from bench.scorer import score
 from minisd import CLIPTextConfig, VAEConfig
 from minisd.checkpoints.load import SD_V1_SCHEDULE
 from minisd.sampling.schedule import NoiseSchedule
-from minisd.training import __main__ as training, data, loop, objective, scenes, stages, transformer
+from minisd.training import (
+    __main__ as training,
+    data,
+    loop,
+    miniature,
+    objective,
+    scenes,
+    stages,
+    transformer,
+)
 from minisd.training.__main__ import main
-from minisd.training.objective import autoencoder_loss, diffusion_loss
-from minisd.training.recipes import RECIPES, TRANSFORMER, Hyperparameters, Recipe
+from minisd.training.objective import (
+    autoencoder_loss,
+    diffusion_loss,
+    hybrid_loss,
+    variance_loss,
+)
+from minisd.training.recipes import (
+    MINIATURE,
+    RECIPES,
+    TRANSFORMER,
+    Hyperparameters,
+    Recipe,
+    small_dit,
+)
 
 TINY = Recipe(
     image_size=16,
@@ -46,6 +70,89 @@ TINY = Recipe(
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setitem(RECIPES, "tiny", TINY)
+
+
+LINEAR = NoiseSchedule.from_dict({"beta_schedule": "linear"})
+
+
+def said(*shape, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=g) for _ in range(3)]
+
+
+def test_variance_loss_is_the_kl_of_two_normals():
+    """torch.distributions' divergence of the posterior, from the formulas of its mean, in float64;
+    at t = 0 the integral of a density, by its values."""
+    noise, eps, v = said(4, 2, 3, 5)
+    v = v.clamp(-1, 1)
+    z = said(4, 2, 3, 5, seed=1)[0].double()
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float32).double()
+    abar = torch.cumprod(1 - betas, 0)
+    for row, t in enumerate((1, 2, 400, 999)):
+        now, past, beta = abar[t], abar[t - 1], betas[t]
+        x = now.sqrt() * z[row] + (1 - now).sqrt() * noise[row]
+        of_x = (1 - beta).sqrt() * (1 - past) / (1 - now) * x
+        guess = (x - (1 - now).sqrt() * eps[row]) / now.sqrt()
+        true, told = (of_x + past.sqrt() * beta / (1 - now) * each for each in (z[row], guess))
+        least = beta * (1 - past) / (1 - now)
+        f = (v[row].double() + 1) / 2
+        s = (0.5 * (f * beta.log() + (1 - f) * least.log())).exp()
+        normal = torch.distributions.Normal
+        nats = torch.distributions.kl_divergence(normal(true, least.sqrt()), normal(told, s))
+        one = [each[[row]] for each in (noise, eps, v)]
+        bits = variance_loss(LINEAR, one[0], torch.tensor([t]), *one[1:])
+        assert bits.item() == pytest.approx(nats.mean().item() / math.log(2), rel=3e-3)
+    f = (v[0].double() + 1) / 2
+    small = betas[1] * betas[0] / (1 - abar[1])  # beta~ of t = 1 stands for that of t = 0
+    s = (0.5 * (f * betas[0].log() + (1 - f) * small.log())).exp()
+    off = ((1 - abar[0]) / abar[0]).sqrt() * (noise[0] - 0.9 * noise[0]).double()
+    y = torch.linspace(-1, 1, 4001, dtype=torch.float64)[:, None, None, None] / 255
+    density = (-((y - off) ** 2) / (2 * s**2)).exp() / (s * math.sqrt(2 * math.pi))
+    expected = -torch.trapezoid(density, y, dim=0).log2().mean()
+    near = [noise[[0]], torch.tensor([0]), 0.9 * noise[[0]], v[[0]]]
+    assert variance_loss(LINEAR, *near).item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_variance_loss_counts_bits_and_leaves_the_mean_alone():
+    """The bound is tight where the reverse process is exact: of N(0, 1) with its exact noise, sigma
+    x, and beta (v = 1), all parts are the entropy of values in steps of 2 / 255, 9.04 bits each.
+
+    noise - sigma (alpha z + sigma noise) = alpha u, u of N(0, 1), whose quantiles stand for it."""
+    n, T = 2000, len(LINEAR)
+    u = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n)
+    u = (u / u.square().mean().sqrt()).float().reshape(1, 1, 1, n)
+    total = 0.0
+    for t in range(T):
+        off = LINEAR.level(t).alpha * u
+        total += variance_loss(LINEAR, off, torch.tensor([t]), 0 * u, torch.ones_like(u)).item()
+    a = LINEAR.level(T - 1).alpha
+    total += 0.5 * (a**2 + 1 - a**2 - 1 - math.log(1 - a**2)) / math.log(2)  # of x_T, E z^2 = 1
+    entropy = 0.5 * math.log2(2 * math.pi * math.e) - math.log2(2 / 255)
+    assert entropy == pytest.approx(9.04, abs=0.01) and total == pytest.approx(entropy, abs=0.02)
+    noise, eps, v = (x.requires_grad_() for x in said(3, 1, 2, 2))
+    variance_loss(LINEAR, noise.detach(), torch.tensor([0, 5, 900]), eps, v).backward()
+    assert eps.grad is None and (v.grad != 0).all()
+    # exact noise and the least variance: nothing is lost
+    t = torch.tensor([1, 500, 999])
+    assert abs(variance_loss(LINEAR, noise, t, noise, -torch.ones_like(v)).item()) < 1e-6
+
+
+def test_hybrid_loss_is_the_sum_of_both():
+    z, noise, v = said(3, 4, 2, 2)
+    t, context = torch.tensor([0, 500, 999]), torch.ones(3, 1, 1)
+    weight = torch.full((4,), 0.5, requires_grad=True)
+
+    def network(x, t, context):
+        return torch.cat([weight[:, None, None] * x * context[..., None], v], dim=1)
+
+    alone = lambda x, t, context: network(x, t, context)[:, :4]
+    loss = hybrid_loss(network, LINEAR, z, noise, t, context, 7.0)
+    simple = diffusion_loss(alone, LINEAR, z, noise, t, context, 7.0)
+    abar = LINEAR.alphas_cumprod[t][:, None, None, None]
+    eps = alone(abar.sqrt() * z + (1 - abar).sqrt() * noise, t, context)
+    torch.testing.assert_close(loss, simple + variance_loss(LINEAR, noise, t, eps, v))
+    both = [torch.autograd.grad(each, weight)[0] for each in (loss, simple)]
+    torch.testing.assert_close(*both)  # what learns the noise is the first part
 
 
 def test_diffusion_loss_is_the_formula():
@@ -294,13 +401,57 @@ def test_a_transformer_learns_on_the_bundled_latents(tmp_path, monkeypatch):
     assert all(torch.equal(pool["vae"][name], x) for name, x in bundled.vae.state_dict().items())
 
 
+def test_four_labelled_dits_learn_and_are_read_back(tmp_path, monkeypatch):
+    """Two tiny ones, by their command: the loss falls, and load_dit takes what was written."""
+    tiny_dits = {"small-4": small_dit(1, 1, 4), "small-2": small_dit(1, 2, 2)}
+    how = replace(MINIATURE.how, batch=8, pool=48, lr=1e-2)
+    monkeypatch.setattr(training, "MINIATURE", replace(MINIATURE, dits=tiny_dits, how=how))
+    monkeypatch.setattr(loop, "WARMUP", 5)
+    losses = []
+
+    def record(*args):
+        assert args[1].prediction == "epsilon" and (args[5] != 0).any()
+        losses.append(hybrid_loss(*args))
+        return losses[-1]
+
+    monkeypatch.setattr(miniature, "hybrid_loss", record)
+    folder = tmp_path / "models"
+    line = ["miniature", "--run", str(tmp_path), "--steps", "60"]
+    main([*line, "--to", str(folder)])
+    assert len(losses) == 120
+    for own in (losses[:60], losses[60:]):
+        assert sum(own[-8:]) < 0.8 * sum(own[:8])
+    pool = torch.load(tmp_path / "labelled.pt")
+    assert pool["mean"].shape == (48, 4, 16, 16) and pool["labels"].tolist() == [*range(24)] * 2
+    for name, config in tiny_dits.items():
+        state = torch.load(tmp_path / f"{name}.pt")
+        loaded = minisd.load_dit(folder / name, device="cpu")
+        assert state["step"] == 60 and loaded.dit.config == config
+        for key, value in loaded.dit.state_dict().items():
+            assert torch.equal(value, state["average"][f"dit.{key}"].half().float())
+        assert loaded.generate(3, steps=2, progress=False)[0].size == (64, 64)
+    index = json.loads((folder / "small-4" / "model_index.json").read_text())
+    assert index["id2label"]["0"] == "a red circle" and len(index["id2label"]) == 24
+    assert index["trained_steps"] == 60
+    main(line)  # all done: nothing is trained again
+    assert len(losses) == 120
+
+
+def test_labels_are_what_is_rendered():
+    """The pixels of each label's renderings have one thing, of its shape and colour."""
+    texts = [str(thing) for thing in miniature.LABELS]
+    assert len(set(texts)) == 24 == MINIATURE.dits["small-4"].num_embeds_ada_norm
+    verdicts = [score(im, text) for im, text in zip(miniature.render_labels(48, 5), texts * 2)]
+    assert sum(v["all"] for v in verdicts) >= 47
+
+
 def test_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0 and "eps_theta" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["export", "--run", str(tmp_path)])
-    assert "--to goes with export and" in capsys.readouterr().err
+    assert "--to goes with export and with" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["diffusion", "--run", str(tmp_path)])
     assert "autoencoder.pt is not there: the stages run in order" in capsys.readouterr().err

@@ -144,6 +144,15 @@ def test_configs_are_read_strictly(values, message):
         VQConfig.from_dict(values)
 
 
+def test_defaults_are_diffusers_and_a_new_codebook_is_spread():
+    """What a config.json leaves out; rows of a new codebook uniform in +- 1 / rows."""
+    own, theirs = VQConfig.from_dict({}), ReferenceVQ().config
+    for name in ("num_vq_embeddings", "block_out_channels", "layers_per_block", "latent_channels"):
+        assert getattr(own, name) == getattr(theirs, name), name
+    table = VQModel(VQConfig.from_dict({"num_vq_embeddings": 500})).quantize.embedding.weight
+    assert table.abs().max() <= 1 / 500 and table.min() < -0.9 / 500 and table.max() > 0.9 / 500
+
+
 def test_bad_shapes():
     _, vq = pair(**CONFIGS["depth 3"])
     with pytest.raises(ValueError, match=r"latents: got \(1, 4, 2, 2\), expected a tensor \(B, 3"):

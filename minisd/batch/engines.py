@@ -7,6 +7,7 @@ who dies is replaced, its piece drawn by another.
 
 import multiprocessing as mp
 import os
+import pickle
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -19,11 +20,12 @@ from typing import Any
 import torch
 
 from .rows import Failure, Job
-from .work import Done, clean, place, work, write_failure
+from .work import Done, clean, close, place, work, write_failure
 
 Load = Callable[[str | None], Any]  # device -> StableDiffusion; it is pickled
 Piece = Sequence[Job]
 TRIES = 5  # deaths of workers over one piece, after which its rows have failed
+MOST_BLOCKS = 10_000  # of Ray Data's table of pieces
 LOADS = 20  # deaths of workers one after the other before they are ready, after which all ends
 
 
@@ -153,7 +155,12 @@ def torchrun(load: Load, folder: Path, pieces: Sequence[Piece]) -> Iterator[Done
 
 
 def ray(load: Load, folder: Path, pieces: Sequence[Piece], workers: int) -> Iterator[Done]:
-    """Ray Data: an actor pool over the pieces; Ray starts actors that die again."""
+    """Ray Data: a pool of actors over the pieces. An actor that dies is started again, and its
+    pieces are handed out again, of which it finds what it drew.
+
+    Pieces and answers travel pickled, since what Ray keeps are Arrow tables. Ray's own progress is
+    silent. One block is one task: few pieces each, so that little is asked for twice.
+    """
     try:
         _ray: Any = import_module("ray")
         import_module("ray.data")
@@ -164,14 +171,24 @@ def ray(load: Load, folder: Path, pieces: Sequence[Piece], workers: int) -> Iter
         def __init__(self) -> None:
             self.sd = load(None)
 
-        def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-            return {"done": [work(self.sd, piece, folder) for piece in row["piece"]]}
+        def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
+            done = [work(self.sd, pickle.loads(piece), folder) for piece in rows["piece"]]
+            close(folder)
+            return {"done": [pickle.dumps(each) for each in done]}
 
-    _ray.init(ignore_reinit_error=True, runtime_env={"env_vars": {"RAY_DATA_VERBOSE": "0"}})
-    rows = _ray.data.from_items([{"piece": piece} for piece in pieces])
-    gpus = {"num_gpus": 1} if torch.cuda.is_available() else {}
-    told = {"max_restarts": -1, "max_task_retries": -1}
-    pool = _ray.data.ActorPoolStrategy(size=workers)
-    done = rows.map_batches(Actor, batch_size=1, compute=pool, **gpus, **told)
-    for row in done.iter_rows():
-        yield row["done"]
+    ours = not _ray.is_initialized()
+    if ours:
+        _ray.init(logging_level="warning")
+    try:
+        _ray.data.DataContext.get_current().enable_progress_bars = False
+        rows = [{"piece": pickle.dumps(piece)} for piece in pieces]
+        blocks = min(len(rows), MOST_BLOCKS)
+        gpus = {"num_gpus": 1} if torch.cuda.is_available() else {}
+        pool = _ray.data.ActorPoolStrategy(size=workers)  # restarts and retries without end
+        found = _ray.data.from_items(rows, override_num_blocks=blocks)
+        for row in found.map_batches(Actor, batch_size=1, compute=pool, **gpus).iter_rows():
+            yield pickle.loads(row["done"])
+    finally:
+        if ours:
+            _ray.shutdown()
+        clean(folder)

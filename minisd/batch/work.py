@@ -22,7 +22,7 @@ from .rows import INTERVALS, Failure, Job
 if TYPE_CHECKING:
     from ..pipeline import StableDiffusion
 
-OWN = ".worker-"  # folders of workers: .worker-HOST-PID
+OWN = ".worker-"  # folders of workers: .worker-HOST-SPACE-PID
 
 
 @dataclass(frozen=True)
@@ -109,12 +109,22 @@ def write_failure(folder: Path, failure: Failure) -> None:
 
 def own_folder(folder: Path, pid: int | None = None) -> Path:
     """Where the worker of that process writes, this one's without a pid."""
-    return folder / f"{OWN}{socket.gethostname()}-{os.getpid() if pid is None else pid}"
+    return folder / f"{OWN}{host()}-{os.getpid() if pid is None else pid}"
+
+
+def host() -> str:
+    """What a pid belongs to: this machine, and its space of pids, of which containers that share
+    the machine's name have one each."""
+    try:
+        space = os.readlink("/proc/self/ns/pid")  # Linux: pid:[4026531836]
+    except OSError:
+        space = ""
+    return f"{socket.gethostname()}-{''.join(filter(str.isdecimal, space))}"
 
 
 def clean(folder: Path) -> None:
     """Remove what workers of this host left that are no more."""
-    for own in folder.glob(f"{OWN}{socket.gethostname()}-*"):
+    for own in folder.glob(f"{OWN}{host()}-*"):
         pid = own.name.rpartition("-")[2]
         if pid.isdecimal() and not is_alive(int(pid)):
             shutil.rmtree(own, ignore_errors=True)

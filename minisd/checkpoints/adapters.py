@@ -26,9 +26,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from .. import expect
+from ..files import expect_file
+from .folders import PICKLES
+from .kinds import kind_of_tensors
 from .load import is_finite
 from .sources import CheckpointError, Source, sha256
-from .tensor_file import read_header
+from .tensor_file import FLOATS, read_header
 
 if TYPE_CHECKING:
     from ..pipeline import StableDiffusion
@@ -127,6 +131,8 @@ def lora_file(source: Source) -> Path:
     """The file of a LoRA: itself, or adapter_model.safetensors in a folder that PEFT saved."""
     path = Path(source)
     path = path / "adapter_model.safetensors" if path.is_dir() else path
+    if path.exists() and not path.is_dir():
+        expect_file(path)
     if not path.is_file():
         raise CheckpointError(f"there is no LoRA file {str(path)!r:.200}")
     return path
@@ -147,7 +153,9 @@ def read_lora(path: Path, layers: dict[str, Any]) -> dict[str, Factors]:
             faults.append(f"unexpected {key}, shape {tuple(tensor.shape)}")
             continue
         factors = found.setdefault(layer, Factors())
-        if match is None:
+        if match is None and tensor.numel() != 1:
+            faults.append(f"misshapen {key}, got {tuple(tensor.shape)}, expected one number")
+        elif match is None:
             factors.alpha = float(tensor)
         elif "B" in match.groups() or "up" in match.groups():
             factors.up = tensor
@@ -157,10 +165,20 @@ def read_lora(path: Path, layers: dict[str, Any]) -> dict[str, Factors]:
         faults += misfits(name, factors, layers[name].weight)
         factors.alpha = scaled_alpha(name, factors, config)
     if faults or not found:
-        more = f" and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-        told = "\n    ".join(["", *faults[:SHOWN]]) + more
-        raise CheckpointError(f"{path} is no LoRA for this model:{told or ' it is empty'}")
+        raise CheckpointError(f"{path} is no LoRA for this model: {_told(tensors, faults)}")
     return found
+
+
+def _told(tensors: dict[str, Tensor], faults: list[str]) -> str:
+    """What the file is, or the first fault, in the first line; then all of them if there are
+    more."""
+    kind = kind_of_tensors({name: tuple(x.shape) for name, x in tensors.items()})
+    is_other = kind is not None and not kind.startswith("a LoRA")
+    first = f"it is {kind}" if is_other else (faults or ["it is empty"])[0]
+    if len(faults) < 2:
+        return first
+    more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
+    return "\n    ".join([f"{first}; in all {len(faults)} faults", *faults[:SHOWN], *more])
 
 
 def spellings(name: str) -> Iterator[str]:
@@ -202,16 +220,32 @@ def peft_config(path: Path, about: dict[str, str]) -> dict[str, Any]:
 
     {"unet.lora_alpha": ...}, or without the part where a file is of one model alone.
     """
-    config: Any = json.loads(about.get("lora_adapter_metadata", "{}"))
     beside = path.with_name("adapter_config.json")
-    if not config and path.name == "adapter_model.safetensors" and beside.is_file():
-        config = json.loads(beside.read_text(encoding="utf-8"))
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: PEFT's config is a {type(config).__name__}")
-    for key, value in config.items():
-        if key.rpartition(".")[2] in ("use_dora", "lora_bias") and value:
-            raise CheckpointError(f"{path}: {key} is {value!r}, only LoRA without it is supported")
+    try:
+        config: Any = json.loads(about.get("lora_adapter_metadata", "{}"))
+        if not config and path.name == "adapter_model.safetensors" and beside.is_file():
+            config = json.loads(beside.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"it is a {type(config).__name__}, expected an object")
+        for key, value in config.items():
+            _expect_known(key.rpartition(".")[2], value)
+    except (OSError, ValueError, RecursionError, re.error) as error:
+        raise CheckpointError(f"{path}: PEFT's config cannot be used: {error}") from error
     return config
+
+
+def _expect_known(key: str, value: Any) -> None:
+    """ValueError or re.error for what PEFT's config says and `scaled_alpha` cannot take."""
+    if key in ("use_dora", "lora_bias") and value:
+        raise ValueError(f"{key} is {value!r:.80}, only LoRA without it is supported")
+    if key == "lora_alpha" and value is not None:
+        expect.number(key, value)
+    if key == "alpha_pattern" and value is not None:
+        if not isinstance(value, dict):
+            raise ValueError(f"{key} is {value!r:.80}, expected an object")
+        for pattern, alpha in value.items():
+            re.compile(pattern)
+            expect.number(f"{key} of {pattern!r:.80}", alpha)
 
 
 def scaled_alpha(name: str, factors: Factors, config: dict[str, Any]) -> float:
@@ -240,16 +274,23 @@ def scaled_alpha(name: str, factors: Factors, config: dict[str, Any]) -> float:
 def add_embedding(sd: "StableDiffusion", source: Source, token: str | None = None) -> str:
     """Teach the model a new word, see `StableDiffusion.add_embedding`."""
     path = Path(source)
+    if path.exists() and not path.is_dir():
+        expect_file(path)
     if not path.is_file():
         raise CheckpointError(f"there is no embedding file {str(path)!r:.200}")
     tensors, _ = read_small(path)
     name = "emb_params" if "emb_params" in tensors else next(iter(tensors), "")
     vectors = tensors.get(name)
     width = sd.text_encoder.config.hidden_size
+    kind = kind_of_tensors({name: tuple(x.shape) for name, x in tensors.items()})
+    if kind is not None and not kind.startswith("a textual inversion"):
+        raise CheckpointError(f"{path} is no textual inversion: it is {kind}")
     if vectors is None or len(tensors) != 1 or vectors.ndim not in (1, 2) or not vectors.numel():
         got = ", ".join(f"{name} {tuple(x.shape)}" for name, x in list(tensors.items())[:SHOWN])
         expected = "one tensor, (D,) or (n, D), called by its token or emb_params"
-        raise CheckpointError(f"{path} is no textual inversion: got {got}, expected {expected}")
+        raise CheckpointError(
+            f"{path} is no textual inversion: got {got or 'nothing'}, expected {expected}"
+        )
     vectors = vectors.reshape(-1, vectors.shape[-1])
     if vectors.shape[1] != width or not vectors.is_floating_point():
         got = f"{vectors.dtype} of {vectors.shape[1]} numbers"
@@ -279,10 +320,14 @@ def token_embeddings(sd: "StableDiffusion", ids: Tensor) -> Tensor:
 
 def read_small(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) of an adapter's .safetensors file; CheckpointError where it is none."""
-    if path.suffix != ".safetensors":
-        why = "minisd reads no pickles, which run whatever code their author put into them"
-        raise CheckpointError(f"{path} is not a .safetensors file: {why}")
-    read_header(path)  # says what is wrong with a file
+    if path.suffix.lower() != ".safetensors":
+        why = ": minisd reads no pickles, which run whatever code their author put into them"
+        is_pickle = path.suffix.lower() in PICKLES
+        raise CheckpointError(f"{path} is not a .safetensors file{why if is_pickle else ''}")
+    for name, entry in read_header(path).items():  # says what is wrong with a file
+        if entry.dtype not in (*FLOATS, "I64", "I32"):
+            expected = f"expected one of {', '.join(FLOATS)}"
+            raise CheckpointError(f"{path}: {name} has dtype {entry.dtype}, {expected}")
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         about = file.metadata() or {}

@@ -14,6 +14,7 @@ from ..models.dit_config import DiTConfig
 from ..models.tokenizer import CLIPTokenizer
 from ..models.unet import UNet, UNetConfig
 from ..models.vae import AutoencoderKL, VAEConfig
+from .kinds import kind_of_config
 from .names import Config
 from .sources import VOCABULARY_FILES, CheckpointError, Part, Source, fetch_clip
 
@@ -100,8 +101,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(part: Part, path: Path) -> Config:
-    """A part's config.json, refused where its numbers are absurd."""
-    return _checked_config(part, path, MODELS[part][1].from_dict)
+    """A part's config.json, refused where its numbers are absurd or it is another model's."""
+
+    def read(values: dict[str, Any]) -> Config:
+        if kind := kind_of_config(values):
+            raise ValueError(f"it is of {kind}, which minisd does not draw with")
+        return MODELS[part][1].from_dict(values)
+
+    return _checked_config(part, path, read)
 
 
 def dit_config(path: Path, compat: str = "published") -> DiTConfig:

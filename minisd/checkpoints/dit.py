@@ -7,25 +7,38 @@ itself are pickles (.pt), which are not read; both are under CC-BY-NC 4.0, for n
 """
 
 import re
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
+from torch import nn
 
+from ..files import atomic_write
 from ..models.dit import DiT
 from ..models.dit_config import DiTConfig
 from ..models.vae import AutoencoderKL, VAEConfig
 from ..sampling.schedule import NoiseSchedule
 from .configs import dit_config, named, read_config, read_json
+from .folders import PICKLES, WHY_NO_PICKLES, expect_names, find_weights, why_a_part
 from .header import Entry, read_header
-from .load import PICKLES, WHY_NO_PICKLES, load_tensors
+from .load import build, fill
 from .names import rename_diffusers
-from .sources import CheckpointError, Source, _fetch, hub_repo
+from .sources import (
+    INDEX,
+    CheckpointError,
+    Source,
+    _fetch,
+    expect_pipeline,
+    fetch_weights,
+    hub_repo,
+)
 from .tensor_file import FLOATS, read_tensors
 
 PUBLISHED = "facebook/DiT-XL-2-256"
 LICENCE = f"{PUBLISHED} has the weights as safetensors, under CC-BY-NC 4.0: no commercial use"
-WEIGHTS = "diffusion_pytorch_model"
+WEIGHTS = {part: f"{part}/diffusion_pytorch_model.safetensors" for part in ("transformer", "vae")}
 CONFIGS = ("transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
 EMBEDDER = re.compile(r"transformer_blocks\.(\d+)\.norm1\.emb\.(.+)")  # a copy in a block
 
@@ -48,23 +61,29 @@ def locate_dit(
     local_files_only: bool = False,
 ) -> DiTCheckpoint:
     """Find the files of a folder or a Hub repo and read the configs. See `minisd.load_dit`."""
-    if Path(source).suffix in PICKLES:
+    expect_names(source, variant, revision)
+    if Path(source).suffix.lower() in PICKLES:
         got = f"minisd does not read the pickle {source}: {WHY_NO_PICKLES}"
         raise CheckpointError(f"{got}. {LICENCE}")
-    name = WEIGHTS if variant is None else f"{WEIGHTS}.{variant}"
-    weights = {part: f"{part}/{name}.safetensors" for part in ("transformer", "vae")}
     folder = Path(source)
     if (repo := hub_repo(source)) is not None:
-        folder = _fetch(repo, CONFIGS, revision, local_files_only)
-        folder = _fetch(repo, list(weights.values()), folder.name, local_files_only)
+        folder = download_dit(repo, variant, revision, local_files_only)
     elif revision is not None:
         raise ValueError(f"revision={revision!r} is for Hub repos, and {source!r} is not one")
+    if (part := why_a_part(folder)) is not None:
+        raise CheckpointError(part)
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {str(source)!r:.200} with a DiT. {LICENCE}")
-    for path in (*CONFIGS, *weights.values()):
+    expect_pipeline(folder, folder)
+    for path in CONFIGS:
         if not (folder / path).is_file():
-            kind = "a DiT has transformer/, vae/ and scheduler/, with .safetensors files"
-            raise CheckpointError(f"{folder / path} is missing: {kind}")
+            is_other = (folder / "unet").is_dir() and not (folder / "transformer").is_dir()
+            hint = "a DiT has transformer/, vae/ and scheduler/, with .safetensors files"
+            hint = (
+                "with its unet/, minisd.load and the other commands take it" if is_other else hint
+            )
+            raise CheckpointError(f"{folder / path} is missing: {hint}")
+    files = find_weights(folder, WEIGHTS, variant)
     config = dit_config(folder / CONFIGS[0], compat)
     if config.num_embeds_ada_norm is None:
         why = "its DiT takes a text: minisd.load, and --model of the other commands, take it"
@@ -75,34 +94,46 @@ def locate_dit(
         raise CheckpointError(f"{folder}: {got}, its transformer takes {config.in_channels}")
     scheduler = folder / CONFIGS[2]
     schedule = named(scheduler, lambda path: NoiseSchedule.from_dict(read_json(path)))
-    files = {part: folder / path for part, path in weights.items()}
     return DiTCheckpoint(config, vae_config, schedule, files)
 
 
+def download_dit(
+    repo: str,
+    variant: str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    to: Path | None = None,
+    repair: bool = False,
+) -> Path:
+    """Fetch the files of a Hub repo that a DiT needs, and no other -> their folder.
+
+    The small ones first, all of one commit; to, repair: as in `sources.download`.
+    """
+    folder = _fetch(repo, CONFIGS, revision, local_files_only, [INDEX], repair=repair)
+    if to is not None:
+        for name in [*CONFIGS, INDEX]:
+            if (folder / name).exists():
+                with atomic_write(to / name) as temporary:
+                    shutil.copyfile(folder / name, temporary)
+    return fetch_weights(repo, WEIGHTS.values(), variant, folder, local_files_only, to, repair)
+
+
 def load_dit_parts(
-    checkpoint: DiTCheckpoint, device: torch.device, dtype: torch.dtype
+    checkpoint: DiTCheckpoint, device: torch.device, dtype: torch.dtype, copy: bool = False
 ) -> tuple[DiT, AutoencoderKL, NoiseSchedule]:
     """The modules with the files' tensors, in evaluation mode and without gradients.
 
     CheckpointError that lists every tensor which is missing, unexpected, misshapen or unreadable,
     and every copy of an embedder that differs from the first block's.
     """
-    with torch.device("meta"):
-        dit, vae = DiT(checkpoint.config), AutoencoderKL(checkpoint.vae_config)
-    modules: dict[str, torch.nn.Module] = {"transformer": dit, "vae": vae}
-    faults, entries = [], {}
-    for part, module in modules.items():
-        expected = {name: tuple(x.shape) for name, x in module.state_dict().items()}
-        entries[part], lines = match(checkpoint, part, expected)
-        faults += [f"\n  {checkpoint.files[part]}: {line}" for line in lines]
-    if faults:
-        raise CheckpointError(f"{len(faults)} tensors do not fit the models:{''.join(faults)}")
-    for part, module in modules.items():
-        tensors = load_tensors(checkpoint.files[part], entries[part], device, dtype)
-        shapes = {name: x.shape for name, x in module.state_dict().items()}
-        state = {name: x.view(shapes[name]) for name, x in tensors.items()}
-        module.load_state_dict(state, strict=True, assign=True)
-        module.eval().requires_grad_(False)
+
+    def make(part: str) -> nn.Module:
+        is_vae = part == "vae"
+        return AutoencoderKL(checkpoint.vae_config) if is_vae else DiT(checkpoint.config)
+
+    modules, entries = build(checkpoint.files, make, partial(match, checkpoint))
+    fill(modules, checkpoint.files, entries, device, dtype, copy)
+    dit, vae = cast(DiT, modules["transformer"]), cast(AutoencoderKL, modules["vae"])
     return dit, vae, checkpoint.schedule
 
 

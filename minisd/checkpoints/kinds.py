@@ -11,9 +11,11 @@ from collections.abc import Mapping
 PAGES = (b"<!doctype", b"<html", b"<?xml", b"<head")
 PICKLE = rb"\x80[\x02-\x05]|PK\x03\x04"  # of Python, and a zip archive of torch.save
 NO_MODEL = "an addition to a model and no model"
+SD2 = "a Stable Diffusion 2 model, whose texts go through another encoder (OpenCLIP's)"
 # A pattern that one of a file's names matches -> what the file is. The first that fits is it.
 FILES = {
-    r"lora_(up|down|A|B)\b|\.lora\.(up|down)\b|\.(hada|lokr)_w": f"a LoRA, {NO_MODEL}",
+    r"lora_(up|down|A|B)\b|[._]lora(_linear_layer)?\.(up|down)\b"
+    r"|\.(hada|lokr)_w": f"a LoRA, {NO_MODEL}",
     r"(^|\.)ip_adapter\.|^image_proj\.": f"an IP-Adapter, {NO_MODEL}",
     r"motion_modules\.": f"a motion module of AnimateDiff, {NO_MODEL}",
     r"^(control_model|controlnet_\w+)\.|^input_hint_block\.": f"a ControlNet, {NO_MODEL}",
@@ -21,7 +23,7 @@ FILES = {
     r"(^|\.)(double_blocks|single_transformer_blocks)\.": "a model of the Flux kind",
     r"(^|\.)joint_blocks\.": "a Stable Diffusion 3 model",
     r"^conditioner\.embedders\.": "a Stable Diffusion XL model",
-    r"^cond_stage_model\.model\.": "a Stable Diffusion 2 model in one file",
+    r"^cond_stage_model\.model\.": f"{SD2}, in one file",
     r"\.(absmax|quant_map|quant_state)(\.|$)|\.SCB$": "quantised by bitsandbytes",
     r"^(down_blocks\..*|mid_block\..*)attn2\.": "a UNet alone",
     r"^(encoder|decoder)\.(mid|mid_block|up|down)\b": "a VAE alone",
@@ -84,6 +86,14 @@ def kind_of_pipeline(index: Mapping[str, object]) -> str | None:
     return next((kind for part, kind in PIPELINES.items() if part in name), None)
 
 
+def kind_of_config(values: Mapping[str, object]) -> str | None:
+    """What a model is of whose UNet or text encoder this is the config.json, if minisd does not
+    draw with it: OpenCLIP's encoder and what takes its texts are 1024 wide."""
+    text = values.get("hidden_size") == 1024 and values.get("hidden_act") == "gelu"
+    unet = values.get("cross_attention_dim") == 1024 and values.get("use_linear_projection") is True
+    return SD2 if text or unet else None
+
+
 def kind_of_channels(takes: int, gives: int, latents: int) -> str | None:
     """What a model is whose UNet takes and gives so many channels and whose VAE has latents of so
     many, if minisd does not draw with it."""
@@ -92,6 +102,6 @@ def kind_of_channels(takes: int, gives: int, latents: int) -> str | None:
     if gives == latents and takes in INPUTS:
         return INPUTS[takes]
     return (
-        f"a UNet that takes {takes} and gives {gives} channels beside a VAE with latents of "
+        f"a network that takes {takes} and gives {gives} channels beside a VAE with latents of "
         f"{latents}, which have to be as many"
     )

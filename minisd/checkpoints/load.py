@@ -11,9 +11,6 @@ tensor_file.py reads them, names.py says what their tensors are called here.
 
 import dataclasses
 import math
-import os
-import re
-import warnings
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
@@ -30,12 +27,12 @@ from ..models.unet import UNet, UNetConfig
 from ..models.vae import AutoencoderKL, VAEConfig
 from ..sampling.schedule import NoiseSchedule
 from .configs import MODELS, dit_config, from_clip, named, read_config, read_json, read_tokenizer
+from .folders import PICKLES, WHY_NO_PICKLES, P, expect_names, find_weights, why_a_part
 from .header import Entry, read_header
 from .kinds import INPAINTING, kind_of_channels, kind_of_tensors
 from .names import LDM_PREFIX, Config, rename_diffusers, rename_ldm
 from .sources import (
     CLIP,
-    INDEX,
     SHORT_NAMES,
     SIZES,
     CheckpointError,
@@ -59,11 +56,6 @@ SD_V1_SCHEDULE = {
     "steps_offset": 1,
     "set_alpha_to_one": False,
 }
-PICKLES = (".ckpt", ".bin", ".pt", ".pth")
-WHY_NO_PICKLES = (
-    "reading one runs whatever code its author put into it; take the .safetensors file of the same "
-    "model"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,14 +99,8 @@ def locate(
     tokenizer: Source | None = None,
 ) -> Checkpoint:
     """Find the files of a source and read its configs. See `minisd.load` for the arguments."""
-    _expect_names(source, variant, revision)
+    expect_names(source, variant, revision)
     path = Path(source)
-    try:
-        path.exists()
-    except OSError as error:  # too long a name, no right to look
-        raise CheckpointError(
-            f"the model {str(source)!r:.200} cannot be looked for: {error.strerror}"
-        ) from error
     if (repo := hub_repo(source)) is not None:
         try:
             folder = download(repo, variant, revision, local_files_only)
@@ -144,28 +130,16 @@ def locate(
     raise CheckpointError(_why_no_model(source, path))
 
 
-def _expect_names(source: Source, variant: str | None, revision: str | None) -> None:
-    """ValueError for what can be no source, no variant or no revision."""
-    if not isinstance(source, (str, os.PathLike)) or not os.fspath(source):
-        raise ValueError(
-            f"the model is {source!r}, expected a bundled name, a Hub repo id, a folder or a file"
-        )
-    for name, value, pattern, example in (
-        ("variant", variant, r"[\w-]+", "fp16"),
-        ("revision", revision, r"\w[\w-]*([./]\w[\w-]*)*", "main"),
-    ):
-        if value is not None and not (isinstance(value, str) and re.fullmatch(pattern, value)):
-            raise ValueError(f"{name} is {value!r}, expected a name such as {example}")
-
-
 def _why_no_model(source: Source, path: Path) -> str:
     """What is wrong with a source that is neither bundled, on the Hub, a folder nor a file."""
-    if path.suffix in PICKLES:
+    if path.suffix.lower() in PICKLES:
         return f"minisd does not read the pickle {path}: {WHY_NO_PICKLES}"
-    if path.name == INDEX and path.is_file():
-        return f"{path} is a part of a model: give the folder of all parts, {path.parent}"
+    if (part := why_a_part(path)) is not None:
+        return part
     if path.is_file():
         return f"{path} is not a .safetensors file"
+    if path.exists():
+        return f"{path} is a pipe or a device, expected a folder or a file"
     models = bundled()
     if not isinstance(source, str) and (str(source) in models or hub_repo(str(source))):
         kind = "bundled model" if str(source) in models else "Hub repo"
@@ -196,16 +170,9 @@ def from_folder(
     if (folder / "transformer").is_dir():
         return _text_dit(folder, variant, tokenizer, local_files_only)
     has_encoder = (folder / "text_encoder").is_dir()
-    paths = {part: folder / weights_file(part, variant) for part in MODELS}
-    if variant is not None and any(path.is_file() for path in paths.values()):
-        for part in [part for part, path in paths.items() if not path.is_file()]:
-            if (plain := folder / weights_file(part, None)).is_file():
-                told = f"there is no variant {variant} of {plain}: that itself is taken"
-                warnings.warn(told, stacklevel=2)
-                paths[part] = plain
-    for part, path in paths.items():
-        if not path.is_file() and (part != "text_encoder" or has_encoder):
-            raise CheckpointError(_why_no_weights(folder, path))
+    plain = {part: weights_file(part, None) for part in MODELS}
+    optional: tuple[Part, ...] = () if has_encoder else ("text_encoder",)
+    paths = find_weights(folder, plain, variant, optional)
     configs = {
         part: read_config(part, path.parent / "config.json")
         for part, path in paths.items()
@@ -223,6 +190,7 @@ def from_folder(
         )
     unet, vae = cast(UNetConfig, configs["unet"]), cast(VAEConfig, configs["vae"])
     _expect_channels(folder, unet.in_channels, unet.out_channels, vae.latent_channels)
+    _expect_text(folder, unet.cross_attention_dim, configs["text_encoder"])
     path = folder / "scheduler" / "scheduler_config.json"
     scheduler = named(path, read_json)
     schedule = named(path, lambda _: NoiseSchedule.from_dict(scheduler))
@@ -235,22 +203,19 @@ def _text_dit(
     folder: Path, variant: str | None, tokenizer: Source | None, local_files_only: bool
 ) -> Checkpoint:
     """Of a folder in which transformer/, a DiT that takes a text, is in the place of unet/."""
-    network = Path(weights_file("unet", variant)).name
-    files: dict[Part, Path] = {
-        "unet": folder / "transformer" / network,
-        "vae": folder / weights_file("vae", variant),
-        "text_encoder": folder / weights_file("text_encoder", variant),
-    }
-    dit = dit_config(files["unet"].parent / "config.json")
+    dit = dit_config(folder / "transformer" / "config.json")
     if dit.num_embeds_ada_norm is not None:
         why = "its DiT takes labels: minisd.load_dit and `minisd dit` take it"
         raise CheckpointError(f"{folder} is for no texts, {why}")
-    for path in files.values():
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing")
+    plain: dict[Part, str] = {part: weights_file(part, None) for part in MODELS}
+    plain["unet"] = plain["unet"].replace("unet", "transformer")
+    files = find_weights(folder, plain, variant)
     configs: dict[Part, Config] = {"unet": dit}
     for part in ("vae", "text_encoder"):
         configs[part] = read_config(part, files[part].parent / "config.json")
+    latents = cast(VAEConfig, configs["vae"]).latent_channels
+    _expect_channels(folder, dit.in_channels, dit.in_channels, latents)  # and maybe a variance
+    _expect_text(folder, dit.cross_attention_dim, configs["text_encoder"])
     path = folder / "scheduler" / "scheduler_config.json"
     scheduler = named(path, read_json)
     schedule = named(path, lambda _: NoiseSchedule.from_dict(scheduler))
@@ -259,28 +224,18 @@ def _text_dit(
     return Checkpoint(configs, scheduler, schedule, own_tokenizer, files, rename_diffusers)
 
 
-def _why_no_weights(folder: Path, path: Path) -> str:
-    """What to say of a weights file that a folder does not have."""
-    is_part = folder.name in MODELS and (folder / "config.json").is_file()
-    if is_part and not (folder / folder.name).is_dir():
-        return f"{folder} is a part of a model: give the folder of all parts, {folder.parent}"
-    place = path.parent if path.parent.is_dir() else folder
-    beside = sorted(p.name for p in place.glob("*") if p.name != "config.json")
-    told = f"{path} is missing; {place} has {', '.join(beside[:20]) or 'nothing'}"
-    if any(name.endswith(".index.json") for name in beside):
-        told += "; minisd does not read weights in shards"
-    if any(name.endswith(PICKLES) for name in beside):
-        told += f"; minisd does not read pickles: {WHY_NO_PICKLES}"
-    variants = [name.split(".")[1] for name in beside if name.count(".") == 2]
-    if name := next((each for each in variants if f"{path.stem}.{each}.safetensors" in beside), ""):
-        told += f"; variant {name} takes {path.stem}.{name}.safetensors"
-    return told
-
-
 def _expect_channels(where: Path, takes: int, gives: int, latents: int) -> None:
     """CheckpointError for a model whose UNet takes more than a latent."""
     if kind := kind_of_channels(takes, gives, latents):
         raise CheckpointError(f"{where} is {kind}, which minisd does not draw with")
+
+
+def _expect_text(where: Path, takes: int | None, text_encoder: Config) -> None:
+    """CheckpointError for a network that takes texts of another width than its encoder gives."""
+    gives = cast(CLIPTextConfig, text_encoder).hidden_size
+    if takes != gives:
+        got = f"its network takes texts of width {takes}, its text encoder gives {gives}"
+        raise CheckpointError(f"{where}: {got}, which have to be as many")
 
 
 def from_single_file(
@@ -405,25 +360,12 @@ def build_models(
 
     CheckpointError that lists every tensor which is missing, unexpected, misshapen or unreadable.
     """
-    modules: dict[Part, nn.Module] = {}
-    entries: dict[Part, dict[str, Entry]] = {}
-    faults: dict[Part, list[str]] = {}
-    for part, (model, _) in MODELS.items():
-        try:
-            with torch.device("meta"):
-                config = checkpoint.configs[part]
-                modules[part] = DiT(config) if isinstance(config, DiTConfig) else model(config)
-        except (ValueError, RuntimeError, ZeroDivisionError) as error:
-            # Its numbers go together with no architecture.
-            raise CheckpointError(f"{part}: its config makes no model: {error}") from error
-        expected = {
-            name: tuple(tensor.shape) for name, tensor in modules[part].state_dict().items()
-        }
-        entries[part], lines = match_tensors(checkpoint, part, expected)
-        if lines:
-            faults[part] = lines
-    if faults:
-        raise CheckpointError(_told(checkpoint, faults))
+
+    def make(part: Part) -> nn.Module:
+        config = checkpoint.configs[part]
+        return DiT(config) if isinstance(config, DiTConfig) else MODELS[part][0](config)
+
+    modules, entries = build(checkpoint.files, make, partial(match_tensors, checkpoint))
     tokenizer, text = checkpoint.tokenizer, cast(CLIPTextConfig, checkpoint.configs["text_encoder"])
     length, last = tokenizer.max_length, max(tokenizer.vocab.values())
     if length > text.max_position_embeddings or last >= text.vocab_size:
@@ -434,17 +376,64 @@ def build_models(
     return modules, entries
 
 
-def _told(checkpoint: Checkpoint, faults: Mapping[Part, list[str]]) -> str:
+def build(
+    files: Mapping[P, Path],
+    make: Callable[[P], nn.Module],
+    match: Callable[[P, dict[str, tuple[int, ...]]], tuple[dict[str, Entry], list[str]]],
+) -> tuple[dict[P, nn.Module], dict[P, dict[str, Entry]]]:
+    """The module of each part, without memory, and what fills it: part -> module name -> Entry.
+
+    match: part, names and shapes -> (entries, a line for each tensor that does not fit);
+    CheckpointError with all these lines.
+    """
+    modules: dict[P, nn.Module] = {}
+    entries: dict[P, dict[str, Entry]] = {}
+    faults: dict[P, list[str]] = {}
+    for part in files:
+        try:
+            with torch.device("meta"):
+                modules[part] = make(part)
+        except (ValueError, RuntimeError, ZeroDivisionError) as error:
+            # Its numbers go together with no architecture.
+            raise CheckpointError(f"{part}: its config makes no model: {error}") from error
+        state = modules[part].state_dict()
+        entries[part], lines = match(part, {name: tuple(x.shape) for name, x in state.items()})
+        if lines:
+            faults[part] = lines
+    if faults:
+        raise CheckpointError(_told(files, faults))
+    return modules, entries
+
+
+def fill(
+    modules: Mapping[P, nn.Module],
+    files: Mapping[P, Path],
+    entries: Mapping[P, dict[str, Entry]],
+    device: torch.device,
+    dtype: torch.dtype,
+    copy: bool = False,
+) -> None:
+    """Give the modules their files' tensors, in evaluation mode and without gradients."""
+    for part, module in modules.items():
+        shapes = {name: x.shape for name, x in module.state_dict().items()}
+        tensors = load_tensors(files[part], entries[part], device, dtype, copy)
+        state = {name: x.view(shapes[name]) for name, x in tensors.items()}
+        module.load_state_dict(state, strict=True, assign=True)
+        module.eval().requires_grad_(False)
+
+
+def _told(files: Mapping[P, Path], faults: Mapping[P, list[str]]) -> str:
     """The first fault in the first line, then all of them if there are more."""
-    part, path = (first := next(iter(faults))), checkpoint.files[first]
+    part, path = (first := next(iter(faults))), files[first]
     kind = kind_of_tensors({name: entry.shape for name, entry in read_header(path).items()})
-    own = {"unet": "a UNet", "vae": "a VAE"}.get(part, f"a {part.replace('_', ' ')}")
+    names: dict[str, str] = {"unet": "a UNet", "vae": "a VAE"}
+    own = names.get(part, f"a {part.replace('_', ' ')}")
     is_other = kind is not None and kind != f"{own} alone"
     total = sum(map(len, faults.values()))
     told = f"{part}, {path}: " + (f"it is {kind}" if is_other else faults[part][0])
     if total == 1:
         return told
-    lines = ["\n    ".join([f"  {p}, {checkpoint.files[p]}:", *each]) for p, each in faults.items()]
+    lines = ["\n    ".join([f"  {p}, {files[p]}:", *each]) for p, each in faults.items()]
     return "\n".join([f"{told}; in all {total} tensors do not fit the models", *lines])
 
 
@@ -453,13 +442,7 @@ def load_parts(
 ) -> Parts:
     """The modules with the files' tensors, in evaluation mode and without gradients."""
     modules, entries = build_models(checkpoint)
-    for part, module in modules.items():
-        shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
-        tensors = load_tensors(checkpoint.files[part], entries[part], device, dtype, copy)
-        module.load_state_dict(
-            {name: t.view(shapes[name]) for name, t in tensors.items()}, strict=True, assign=True
-        )
-        module.eval().requires_grad_(False)
+    fill(modules, checkpoint.files, entries, device, dtype, copy)
     return Parts(
         checkpoint.tokenizer,
         cast(CLIPTextModel, modules["text_encoder"]),

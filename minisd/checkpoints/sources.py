@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -30,6 +30,7 @@ WEIGHTS: dict[Part, str] = {  # part -> name of its weights file in diffusers' l
 INDEX = "model_index.json"
 CONFIGS = ("scheduler/scheduler_config.json", *(f"{part}/config.json" for part in WEIGHTS))
 VOCABULARY_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".gguf", ".json")  # no repo's name
 SHORT_NAMES = {
     "sd-v1-4": "CompVis/stable-diffusion-v1-4",
     "sd-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -67,7 +68,7 @@ def bundled() -> dict[str, Path]:
 
 def hub_repo(source: object) -> str | None:
     """The Hub repo that a source names, or None; a folder or file of that name is preferred."""
-    if not isinstance(source, str) or Path(source).exists() or source.endswith(".safetensors"):
+    if not isinstance(source, str) or Path(source).exists() or source.lower().endswith(FILES):
         return None
     repo = SHORT_NAMES.get(source, MOVED.get(source, source))
     return repo if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo, re.ASCII) else None
@@ -75,7 +76,12 @@ def hub_repo(source: object) -> str | None:
 
 def weights_file(part: Part, variant: str | None) -> str:
     """Where a part's weights are in diffusers' layout: "text_encoder/model.fp16.safetensors"."""
-    return f"{part}/{WEIGHTS[part]}{'' if variant is None else f'.{variant}'}.safetensors"
+    return with_variant(f"{part}/{WEIGHTS[part]}.safetensors", variant)
+
+
+def with_variant(name: str, variant: str | None) -> str:
+    """ "unet/x.safetensors" -> "unet/x.fp16.safetensors"."""
+    return name if variant is None else f"{name.removesuffix('safetensors')}{variant}.safetensors"
 
 
 def download(
@@ -109,16 +115,42 @@ def download(
             if (folder / name).exists():
                 with atomic_write(to / name) as temporary:
                     shutil.copyfile(folder / name, temporary)
-    weights = {part: weights_file(part, variant) for part in parts}
-    place = folder if to is None else to
+    plain = [weights_file(part, None) for part in parts]
+    return fetch_weights(repo, plain, variant, folder, local_files_only, to, repair)
+
+
+def fetch_weights(
+    repo: str,
+    plain: Iterable[str],
+    variant: str | None,
+    snapshot: Path,
+    local_files_only: bool,
+    to: Path | None = None,
+    repair: bool = False,
+) -> Path:
+    """Fetch weights of a variant, and where the repo has some of it, of the others the plain file
+    -> their folder. plain: their names without a variant. snapshot: where the small files are."""
+    plain, place = list(plain), snapshot if to is None else to
+    names = [with_variant(name, variant) for name in plain]
     if variant is not None:
-        every = list(weights.values())
         first = [CONFIGS[0]] if to is None else []  # it is there, and names the folder
-        _fetch(repo, first, commit, local_files_only, every, to, repair)
-        if any((place / name).exists() for name in every):
-            for part in [part for part in parts if not (place / weights[part]).exists()]:
-                weights[part] = weights_file(part, None)
-    return _fetch(repo, list(weights.values()), commit, local_files_only, (), to, repair)
+        _fetch(repo, first, snapshot.name, local_files_only, names, to, repair)
+        if any((place / name).exists() for name in names):
+            names = [own if (place / own).exists() else p for own, p in zip(names, plain)]
+    return _fetch(repo, names, snapshot.name, local_files_only, (), to, repair)
+
+
+def pipeline_of(repo: str, revision: str | None = None) -> tuple[str | None, str]:
+    """The class that a Hub repo's model_index.json names, None without one, and the commit.
+
+    What was damaged in the cache is fetched again, with a warning.
+    """
+    folder = _fetch(repo, [CONFIGS[0]], revision, False, [INDEX], repair=True)
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):  # whoever needs it says what is wrong
+        index = None
+    return (index.get("_class_name") if isinstance(index, dict) else None), folder.name
 
 
 def expect_pipeline(folder: Path, where: object) -> None:
@@ -127,7 +159,7 @@ def expect_pipeline(folder: Path, where: object) -> None:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     except FileNotFoundError:  # diffusers needs it, minisd does not
         return
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / INDEX}: {error}") from error
     if isinstance(index, dict) and (kind := kind_of_pipeline(index)):
         raise CheckpointError(f"{where} is {kind}, which minisd does not draw with")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .options import AddCommand, Call, DrawRequest, add_drawing_options, number, weights
+from .options import AddCommand, Call, DrawRequest, add_drawing_options, number, weights, whole
 from .output import draw, file_chunks, line_again
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def add_blend_options(parser: ArgumentParser, strength: float) -> None:
     add("--strength", type=number, default=strength, help=how_far)
     either = parser.add_mutually_exclusive_group().add_argument
     fade = "fade inside the mask's edge over that many pixels"
-    either("--feather", type=int, default=0, metavar="PIXELS", help=fade)
+    either("--feather", type=whole, default=0, metavar="PIXELS", help=fade)
     bare = "the decoded image as it is, in which every pixel changes"
     either("--no-paste-back", action="store_true", help=bare)
     add_drawing_options(parser, size_help=SIZE)
@@ -57,7 +57,7 @@ def add_erase_options(parser: ArgumentParser) -> None:
     most = "with --sega: the quantile from which on it shows most"
     add("--threshold", type=number, default=0.9, help=most)
     first = "with --sega: nothing is done in so many first steps"
-    add("--warmup", type=int, default=10, metavar="STEPS", help=first)
+    add("--warmup", type=whole, default=10, metavar="STEPS", help=first)
     earlier = "with --sega: how much of earlier steps' direction is added"
     add("--momentum", type=number, default=0.1, help=earlier)
     add_drawing_options(parser, size_help=SIZE)
@@ -79,10 +79,10 @@ def inpaint(args: Namespace, call: Call) -> None:
 def fill(args: Namespace, call: Call, method: Callable[..., list[Image.Image]]) -> None:
     """What both commands do with an image and a mask."""
     from ..editing.blended import read_mask
-    from ..viewing.images import read_image
+    from ..viewing.images import read_as_it_is
 
     request = DrawRequest.of(args, call)
-    image, mask = read_image(args.image), read_mask(args.mask)  # before the model, which is slow
+    image, mask = read_as_it_is(args.image), read_mask(args.mask)  # before the model, which is slow
     prompt, strength, feather = args.prompt, args.strength, args.feather
     paste_back = not args.no_paste_back
     if not paste_back:  # argparse does not notice a default that is typed
@@ -98,13 +98,13 @@ def fill(args: Namespace, call: Call, method: Callable[..., list[Image.Image]]) 
 
 def erase(args: Namespace, call: Call) -> None:
     from ..editing.erasure import erase_concepts
-    from ..viewing.images import read_image
+    from ..viewing.images import read_as_it_is
 
     call.refuse("erasure has a rule of guidance of its own", "pag")
     request = DrawRequest.of(args, call, negative_at_1=True)
     if args.image is None:
         call.refuse("expected --image with it", "strength")
-    image = None if args.image is None else read_image(args.image)
+    image = None if args.image is None else read_as_it_is(args.image)
     files = {} if args.image is None else file_chunks(image=args.image)
     prompt, concepts = args.prompt, args.concepts
     strength, scale, guide = args.strength, args.erase_scale, guide_of(args, call)

@@ -89,10 +89,10 @@ def txt2img(args: Namespace, call: Call) -> None:
 
 
 def img2img(args: Namespace, call: Call) -> None:
-    from ..viewing.images import read_image
+    from ..viewing.images import read_as_it_is
 
     request = DrawRequest.of(args, call)
-    image = read_image(args.image)  # before the model, which may take minutes
+    image = read_as_it_is(args.image)  # before the model, which may take minutes
     prompt, strength = args.prompt, args.strength
     told = {"prompt": prompt, **file_chunks(image=args.image), "strength": strength}
     told |= told_rule(args, call)

@@ -22,6 +22,7 @@ from .options import (
 )
 from .output import (
     Places,
+    check_apart,
     draw,
     line_again,
     load_model,
@@ -142,6 +143,7 @@ class EditRequest:
         only_sheets = args.output is None and args.sheet
         images = None if only_sheets else output_places(args.output or ".", args.num_images * each)
         sheets = output_places(args.sheet, args.num_images, "--sheet") if args.sheet else None
+        check_apart(images, sheets, drawing.trace)
         return cls(
             drawing=drawing,
             source=args.source,

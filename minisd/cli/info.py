@@ -57,17 +57,23 @@ def print_image(path: str) -> None:
             chunks: dict[str, str] = dict(getattr(image, "text", {}))
     except (UnidentifiedImageError, SyntaxError) as error:
         raise ValueError(f"{path} is neither a PNG image nor a .safetensors file") from error
+    except (OSError, ValueError, Image.DecompressionBombError) as error:  # it is cut, or a bomb
+        raise ValueError(f"{path} cannot be read as a PNG image: {error}") from error
     if not chunks.get("version", "").startswith("minisd "):
         why = "minisd did not draw it, or they were stripped"
         raise ValueError(f"{path} carries no settings: {why}")
     told: Mapping[str, object]
     if "recipe" not in chunks or "command" in chunks:
         again = joined(["minisd", *command_of(chunks)])
-        told = {key: value for key, value in chunks.items() if key not in ("recipe", "parameters")}
+        own = {key: value for key, value in chunks.items() if key not in ("recipe", "parameters")}
+        told = {key: of_chunk(value) for key, value in own.items()}
     else:  # drawn from Python
         again = f"minisd.save(minisd.from_recipe({path!r}), {AGAIN!r})"
         told = settings_of(chunks)
-    settings = [f"{key + ':':16} {value}" for key, value in told.items()]
+    more = "\n" + 17 * " "  # a text of several lines cannot be taken for the line below
+    settings = [
+        f"{key + ':':16} {str(value).replace(chr(10), more)}" for key, value in told.items()
+    ]
     text = "\n".join([*settings, "", again])
     print(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda control: ascii(control[0])[1:-1], text))
 
@@ -76,9 +82,14 @@ def settings_of(chunks: Mapping[str, str]) -> dict[str, object]:
     """What a recipe says, one setting a line."""
     try:
         recipe = json.loads(chunks["recipe"])
-        told = {**recipe, **recipe["arguments"], **recipe["model"]}
-    except (KeyError, TypeError, ValueError) as error:
+        is_one = isinstance(recipe, dict)
+        if not (
+            is_one and all(isinstance(recipe.get(key), dict) for key in ("arguments", "model"))
+        ):
+            raise ValueError("expected an object with arguments and model")
+    except (RecursionError, ValueError) as error:
         raise ValueError(f"its recipe cannot be read: {error}") from error
+    told = {**recipe, **recipe["arguments"], **recipe["model"]}
     return {key: value for key, value in told.items() if key not in ("arguments", "model")}
 
 
@@ -87,11 +98,14 @@ def command_of(chunks: Mapping[str, str]) -> list[str]:
     settings."""
     chunks = {key: of_chunk(text) for key, text in chunks.items()}
     if "arguments" in chunks:
-        return shlex.split(chunks["arguments"])
+        try:
+            return shlex.split(chunks["arguments"])
+        except ValueError as error:
+            raise ValueError(f"its arguments cannot be read: {error}") from error
     options = []
     for key in OPTIONS:
         value = chunks.get(key, "")
-        for each in value.splitlines() if key in REPEATED else [value] * bool(value):
+        for each in value.split("\n") if value and key in REPEATED else [value] * bool(value):
             options += [f"--{key}={each}"] if each.startswith("-") else [f"--{key}", each]
     options += ["-o", AGAIN]
     texts = [chunks[key] for key in ("image", "prompt") if key in chunks]

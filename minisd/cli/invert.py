@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .options import AddCommand, Call, DrawRequest, add_drawing_options, count, positive
-from .output import check_place, draw, line_again
+from .output import check_file, draw, line_again
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -188,4 +188,4 @@ def check_save(path: str) -> None:
     """ValueError or OSError unless an inversion can be written there."""
     if not path.endswith(".safetensors") or Path(path).is_dir():
         raise ValueError(f"--save {path}: expected the name of a file that ends in .safetensors")
-    check_place("--save", Path(path))
+    check_file("--save", Path(path))

@@ -9,6 +9,7 @@ and does the rest from these. torch is imported inside the commands, so that `mi
 
 import argparse
 import io
+import logging
 import os
 import signal
 import sys
@@ -34,6 +35,8 @@ def main(
     # A name or prompt that the terminal cannot show is no error.
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
+    # Pillow logs, which goes to stderr where nobody listens, errors that it raises, too.
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
     args = argparse.Namespace(debug=False)
     try:
         parser = build_parser()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import SOURCE, AddCommand, Call, ModelRequest, add_model_options
+from .options import SOURCE, AddCommand, Call, ModelRequest, add_model_options, number
 from .output import check_place
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def add_commands(command: AddCommand) -> None:
 
 
 def seconds(text: str) -> float:
-    if not 0 < (value := float(text)) <= 10**8:
+    if not 0 < (value := number(text)) <= 10**8:
         raise ArgumentTypeError(f"got {text}, expected seconds, more than 0")
     return value
 
@@ -90,26 +91,50 @@ def fetch(args: Namespace, call: Call) -> None:
     to = None if args.to is None else Path(args.to)
     call.before_writing()
     with deadline(args.deadline):
-        folder = sources.download(repo, args.variant, args.revision, to=to, repair=True)
+        pipeline, commit = sources.pipeline_of(repo, args.revision)
+        if pipeline == "DiTPipeline":
+            folder = fetch_dit(repo, args, commit, to)
+        else:
+            folder = sources.download(repo, args.variant, commit, to=to, repair=True)
     expect_readable(folder)
     print(folder)
 
 
-def expect_readable(folder: Path) -> None:
-    """CheckpointError for what came and is no config or no weights; whether they go together is
-    for `minisd check`."""
-    from ..checkpoints.header import read_header
-    from ..checkpoints.kinds import kind_of_tensors
-    from ..checkpoints.sources import CONFIGS, WEIGHTS, CheckpointError
+def fetch_dit(repo: str, args: Namespace, commit: str, to: Path | None) -> Path:
+    """The folder, and a line that says what draws with it, and of facebook's under what licence."""
+    from ..checkpoints.dit import LICENCE, download_dit, locate_dit
 
-    for name in CONFIGS:
-        if (folder / name).is_file():
+    folder = download_dit(repo, args.variant, commit, to=to, repair=True)
+    locate_dit(folder, variant=args.variant)
+    told = f"; {LICENCE}" if repo.startswith("facebook/DiT") else ""
+    print(f"it is a DiT, for `minisd dit --model {to or repo}`{told}", file=sys.stderr)
+    return folder
+
+
+def expect_readable(folder: Path) -> None:
+    """CheckpointError for what came and is no config, no vocabulary or no weights; whether they go
+    together is for `minisd check`."""
+    from ..checkpoints.header import read_header
+    from ..checkpoints.kinds import kind_of_bytes, kind_of_tensors
+    from ..checkpoints.sources import (
+        CONFIGS,
+        INDEX,
+        VOCABULARY_FILES,
+        WEIGHTS,
+        CheckpointError,
+    )
+
+    small = [f"tokenizer/{name}" for name in (*VOCABULARY_FILES, "tokenizer.json")]
+    for path in [folder / name for name in (*CONFIGS, INDEX, *small)]:
+        if path.is_file() and path.suffix == ".json":
             try:
-                is_config = isinstance(json.loads((folder / name).read_bytes()), dict)
+                is_config = isinstance(json.loads(path.read_bytes()), dict)
             except (ValueError, RecursionError):
                 is_config = False
             if not is_config:
-                raise CheckpointError(f"{folder / name} came, and is no JSON object")
+                raise CheckpointError(f"{path} came, and is no JSON object")
+        elif path.is_file() and (kind := kind_of_bytes(path.read_bytes()[:64])):  # merges.txt
+            raise CheckpointError(f"{path} came, and {kind}")
     for path in [path for part in WEIGHTS for path in sorted(folder.glob(f"{part}/*.safetensors"))]:
         shapes = {name: entry.shape for name, entry in read_header(path).items()}
         kind = kind_of_tensors(shapes)

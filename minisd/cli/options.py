@@ -126,7 +126,7 @@ def add_drawing_options(parser: argparse.ArgumentParser, size_help: str) -> None
     add("-n", "--num-images", type=positive, default=1, metavar="N", help=number_of)
     add(
         "--seed",
-        type=int,
+        type=whole,
         default=0,
         help="seed of the first image, of 32 bits: 0 and 2**32 are one",
     )
@@ -241,21 +241,32 @@ class DrawRequest:
 # types of options
 
 
+def whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:  # 5000 digits are none, either
+        raise argparse.ArgumentTypeError(f"got {text:.80}, expected a whole number") from None
+
+
 def positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"got {text}, expected at least 1")
+    if (value := whole(text)) < 1:
+        raise argparse.ArgumentTypeError(f"got {text:.80}, expected at least 1")
     return value
 
 
 def count(text: str) -> int:
-    if (value := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"got {text}, expected at least 0")
+    if (value := whole(text)) < 0:
+        raise argparse.ArgumentTypeError(f"got {text:.80}, expected at least 0")
     return value
 
 
 def number(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise argparse.ArgumentTypeError(f"got {text}, expected a finite number")
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"got {text:.80}, expected a finite number")
     return value
 
 
@@ -263,9 +274,10 @@ def lora(text: str) -> tuple[str, float]:
     """ "style.safetensors:0.8" -> ("style.safetensors", 0.8); without a weight it is 1."""
     path, colon, weight = text.rpartition(":")
     try:
-        return (path, number(weight)) if colon and path else (text, 1.0)
+        float(weight)
     except ValueError:
         return text, 1.0  # the colon is of the name
+    return (path, number(weight)) if colon and path else (text, 1.0)
 
 
 def weights(text: str) -> float | list[float]:
@@ -292,8 +304,8 @@ def new_folder(text: str) -> Path:
 def size(text: str) -> tuple[int, int]:
     """ "640x448" -> (640, 448), width first."""
     width, x, height = text.lower().partition("x")
-    if not (x and width.isdecimal() and height.isdecimal()):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected WIDTHxHEIGHT, e.g. 640x448")
+    if not (x and width.isdecimal() and height.isdecimal() and len(text) < 40):
+        raise argparse.ArgumentTypeError(f"got {text!r:.80}, expected WIDTHxHEIGHT, e.g. 640x448")
     return int(width), int(height)
 
 
@@ -343,4 +355,4 @@ def words(text: str) -> tuple[str, ...]:
 
 def sites(text: str) -> tuple[str | int, ...]:
     """ "down,16x16,256" -> ("down", "16x16", 256)."""
-    return tuple(int(entry) if entry.isdecimal() else entry for entry in words(text))
+    return tuple(whole(entry) if entry.isdecimal() else entry for entry in words(text))

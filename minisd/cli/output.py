@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from .lines import as_chunk
-from .options import DrawRequest, ModelRequest
+from .options import DrawRequest, ModelRequest, TraceRequest
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from ..drawing import OnStep, Options
     from ..pipeline import StableDiffusion
 
+FREE = re.compile(r"minisd-\d{5,}\.png", re.ASCII)
 AGAIN = "again.png"  # where the command that a PNG keeps draws it
 # The options that change no image, and those of which each image has its own.
 PLACES = (("--to",), ("-o", "--output"), ("--sheet",), ("--save",))
@@ -50,6 +52,17 @@ class Places:
         path = self.path
         return path if self.n == 1 else path.with_name(f"{path.stem}-{i}{path.suffix}")
 
+    def may_be(self, path: Path) -> bool:
+        """Whether one of them is that file."""
+        folder, name = self.path.parent, self.path.name
+        if self.names is not None:
+            folder, name = self.path, path.name if FREE.fullmatch(path.name) else ""
+        elif self.n > 1:
+            stem, suffix = re.escape(self.path.stem), re.escape(self.path.suffix)
+            found = re.fullmatch(rf"{stem}-(0|[1-9]\d{{0,17}}){suffix}", path.name, re.ASCII)
+            name = path.name if found and int(found[1]) < self.n else ""
+        return path.name == name and os.path.realpath(path.parent) == os.path.realpath(folder)
+
     def write(self, i: int, image: Image.Image, chunks: Mapping[str, object]) -> Path:
         """Write image i -> its path."""
         from ..files import write_new
@@ -70,7 +83,22 @@ def output_places(output: str, n: int, option: str = "-o") -> Places:
         raise ValueError(f"{option} {output}: expected a name that ends in .png, or a folder")
     places = Places(path, n, None)
     check_place(option, places.name(n - 1))  # the longest
+    if n == 1:
+        check_file(option, path)
     return places
+
+
+def check_apart(images: Places | None, sheets: Places | None, trace: TraceRequest | None) -> None:
+    """ValueError where one image would be written over another of the same command."""
+    if images and sheets:
+        pairs = ((images, sheets), (sheets, images))
+        if any(a.names is None and b.may_be(a.name(0)) for a, b in pairs):
+            raise ValueError(f"--sheet {sheets.path}: that is a name of -o, expected another")
+    for option, each in (("-o", images), ("--sheet", sheets)):
+        if each and each.names is None and trace is not None:
+            parents = Path(os.path.realpath(each.path)).parents
+            if Path(os.path.realpath(trace.folder)) in parents:
+                raise ValueError(f"{option} {each.path}: it is in the folder of --trace")
 
 
 def free_names(folder: Path) -> Iterator[Path]:
@@ -90,6 +118,15 @@ def check_place(option: str, path: Path) -> None:
         path.lstat()
     except FileNotFoundError:
         pass  # and not, say, OSError: File name too long
+
+
+def check_file(option: str, path: Path) -> None:
+    """The same of a file, ValueError for a pipe or a device: there would be no image."""
+    from ..files import expect_file
+
+    check_place(option, path)
+    if path.exists():
+        expect_file(path)
 
 
 # drawing
@@ -139,6 +176,7 @@ def draw(
     """
     each = max(len(prompts), 1)
     places = output_places(request.output, len(request.seeds) * each)
+    check_apart(places, None, request.trace)
     sd = load(request)
     for i, seed in enumerate(request.seeds):
         own, written = told(seed), []

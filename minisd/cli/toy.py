@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import __version__
-from .options import AddCommand, Call, count, number, positive
-from .output import check_place, line_again, write_png
+from .options import AddCommand, Call, count, number, positive, whole
+from .output import check_file, line_again, write_png
 
 if TYPE_CHECKING:
     from ..sampling.samplers import Sampler
@@ -28,7 +28,7 @@ def add_commands(command: AddCommand) -> None:
     one = "lead to this component of the data, 0, 1 or 2; without it, to all of them"
     add("--label", type=count, metavar="K", help=one)
     add("--guidance", type=number, default=1.0, help="guidance scale, with --label; 1 is none")
-    add("--seed", type=int, default=0, help="seed of the trajectories")
+    add("--seed", type=whole, default=0, help="seed of the trajectories")
 
 
 def toy(args: Namespace, call: Call) -> None:
@@ -37,7 +37,7 @@ def toy(args: Namespace, call: Call) -> None:
         raise ValueError(f"--to {path}: expected a name that ends in .png")
     if args.label is None:
         call.refuse("expected --label K with it", "guidance")
-    check_place("--to", path)
+    check_file("--to", path)
     from ..drawing import seeds
     from ..sampling.loop import denoise
     from ..toy.exact import ExactNoise, guided

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .. import expect
 from ..drawing import Drawing, Options, as_list
+from ..recipes import tell
 from ..sampling.guidance import Predict, conditional
 from ..sampling.samplers import Step
 from .maps import Maps
@@ -51,6 +52,7 @@ def attend_and_excite(
     options: see `minisd.drawing.Drawing` (here steps=50, sampler="ddim"). ValueError for a word
     that is not there.
     """
+    arguments = dict(locals())
     drawing = Drawing.of(options, steps=50, sampler="ddim")
     expect.number("scale", scale)
     expect.number("until", until, 0, 1)
@@ -81,7 +83,8 @@ def attend_and_excite(
 
     predict = drawing.rule(sd.network, uncond, cond, drawing.guidance)
     after = lambda x, step: excite(x, step.index + 1)
-    return sd.decode(drawing.denoise(excite(x, 0), plan, predict, after))
+    images = sd.decode(drawing.denoise(excite(x, 0), plan, predict, after))
+    return tell(images, sd, "attend_and_excite", arguments, drawing, [prompt])
 
 
 @torch.enable_grad()

@@ -36,6 +36,7 @@ from ..recipes import tell
 from ..sampling.samplers import Step
 from ..sampling.schedule import Level
 from ..viewing.images import as_given, read_image, to_rgb
+from ..viewing.profiles import from_srgb
 
 if TYPE_CHECKING:
     from ..pipeline import StableDiffusion
@@ -57,6 +58,9 @@ def blend(
     **options: Unpack[Options],
 ) -> list[Image.Image]:
     """Redraw the white part of a mask; outside it the pixels are the input's, bit for bit.
+
+    An RGB image keeps its colour profile, to whose colours what is drawn is converted; what is in
+    another mode (CMYK, transparent, 16-bit) is pasted into as it shows in sRGB, see `to_rgb`.
 
     image, prompt: as in `sd.img2img`. mask: what `read_mask` takes, of the image's proportions;
     resized by taking the nearest. Of images, masks and prompts there may be one for all or one for
@@ -208,11 +212,13 @@ def paste(image: Image.Image, drawn: Image.Image, mask: Mask, feather: int = 0) 
     """The drawn image where the mask is white, the image's own pixels outside.
 
     At d pixels inside the mask's edge (1: the outermost) the share of the drawn image is
-    min(1, d / (feather + 1)). Both are resized to the image.
+    min(1, d / (feather + 1)). Both are resized to the image, and the drawn one gets its colours.
     """
     width, height = image.size
     if drawn.size != image.size:
         drawn = drawn.resize(image.size, Image.Resampling.LANCZOS)
+    if profile := image.info.get("icc_profile"):
+        drawn = from_srgb(drawn, profile)
     inside = torch.from_numpy(resized(mask, height, width).astype(np.float32))[None]
     feather = 0 if inside.all() else feather  # no edge, no fading
     depth = inside.clone()  # d, feather + 1 at most
@@ -225,4 +231,7 @@ def paste(image: Image.Image, drawn: Image.Image, mask: Mask, feather: int = 0) 
     share = depth[0, :, :, None].double().numpy() / (feather + 1)
     own = np.asarray(image, np.float64)
     mixed = own + share * (np.asarray(drawn, np.float64) - own)
-    return Image.fromarray(mixed.round().astype(np.uint8))
+    pasted = Image.fromarray(mixed.round().astype(np.uint8))
+    if profile:
+        pasted.info["icc_profile"] = profile
+    return pasted

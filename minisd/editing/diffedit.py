@@ -23,6 +23,7 @@ from torch import Tensor
 from .. import expect
 from ..drawing import Drawing, Options, embed
 from ..pipeline import ImageInput
+from ..recipes import tell
 from ..sampling.guidance import Guidance
 from ..sampling.samplers import DDIM, Step
 from .inversion import invert
@@ -74,6 +75,7 @@ def diffedit(
     of the mask. options: see `minisd.drawing.Drawing` (here steps=50); seed is the mask's first.
     Costs noises calls of both prompts and int(steps * strength) of one beside the drawing.
     """
+    arguments = dict(locals())
     drawing = Drawing.of(options, without=WITHOUT, steps=50, sampler="ddim")
     expect.whole_number("seed", drawing.seed, -(2**63), 2**64 - noises)
     expect.whole_number("noises", noises, 1)
@@ -91,4 +93,5 @@ def diffedit(
     uncond, cond = drawing.embed(sd, [target])
     predict = drawing.rule(sd.network, uncond, cond, drawing.guidance)
     x = there.latents.to(sd.device, sd.dtype)
-    return sd.decode(drawing.denoise(x, plan, predict, after))
+    images = sd.decode(drawing.denoise(x, plan, predict, after))
+    return tell(images, sd, "diffedit", arguments, drawing, [target], rows=1)

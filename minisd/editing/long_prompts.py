@@ -25,6 +25,7 @@ from .. import expect
 from ..drawing import Drawing, Options, as_list
 from ..models.attention import AttentionEdit
 from ..models.tokenizer import CLIPTokenizer
+from ..recipes import tell
 from ..sampling.guidance import Edits, with_edits
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def long_prompt(
     weights: "embedding" or "bias", see above. options: see `minisd.drawing.Drawing`. ValueError for
     a weight that is no number, and for 0 and less as a bias.
     """
+    arguments = dict(locals())
     drawing, prompts = Drawing.of(options, without=("uncond",)), as_list(prompt)
     if weights not in get_args(Weights):
         raise ValueError(f"weights is {weights!r}, expected one of {get_args(Weights)}")
@@ -67,7 +69,8 @@ def long_prompt(
             return lambda step: dict.fromkeys(sd.unet.sites("cross"), AttentionEdit(bias=bias))
 
         predict = with_edits(predict, edits)
-    return sd.decode(drawing.denoise(x, drawing.make_sampler(sd, rows=len(x)), predict))
+    images = sd.decode(drawing.denoise(x, drawing.make_sampler(sd, rows=len(x)), predict))
+    return tell(images, sd, "long_prompt", arguments, drawing, prompts)
 
 
 def parse(prompt: str) -> tuple[str, list[float]]:

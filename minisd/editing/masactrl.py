@@ -22,6 +22,7 @@ from torch import Tensor
 from .. import expect
 from ..drawing import Drawing, Options, chain
 from ..models.attention import AttentionEdit
+from ..recipes import tell
 from ..sampling.guidance import Edits, with_edits
 from ..sampling.samplers import Step
 from .prompt_to_prompt import shared_noise
@@ -47,6 +48,7 @@ def masactrl(
     (`Inversion.edit_options` edits a given image). options: see `minisd.drawing.Drawing` (here
     steps=50, sampler="ddim").
     """
+    arguments = dict(locals())
     drawing = Drawing.of(options, steps=50, sampler="ddim").for_each_seed()
     sites, prompts = sd.unet.sites("self"), [source, *targets]
     first = 5 * len(sites) // 8 if first is None else first
@@ -70,4 +72,4 @@ def masactrl(
         with_edits(predict, edits),
         chain(after=after),
     )
-    return sd.decode(z)
+    return tell(sd.decode(z), sd, "masactrl", arguments, drawing, prompts, drawing.num_images)

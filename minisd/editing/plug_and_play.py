@@ -22,6 +22,7 @@ from .. import expect
 from ..drawing import Drawing, Options, chain
 from ..models.attention import AttentionEdit
 from ..models.features import FeatureEdit
+from ..recipes import tell
 from ..sampling.guidance import Edits, with_edits
 from ..sampling.samplers import Step
 from .prompt_to_prompt import shared_noise
@@ -47,6 +48,7 @@ def plug_and_play(
     `edit_prompt` (`Inversion.edit_options` edits a given image). options: see
     `minisd.drawing.Drawing` (here steps=50, sampler="ddim").
     """
+    arguments = dict(locals())
     drawing = Drawing.of(options, steps=50, sampler="ddim").for_each_seed()
     expect.number("feature_steps", feature_steps, 0, 1)
     expect.number("self_steps", self_steps, 0, 1)
@@ -78,4 +80,5 @@ def plug_and_play(
         return of
 
     plan = drawing.make_sampler(sd, rows=n)
-    return sd.decode(drawing.denoise(x, plan, with_edits(predict, edits), chain(after=after)))
+    images = sd.decode(drawing.denoise(x, plan, with_edits(predict, edits), chain(after=after)))
+    return tell(images, sd, "plug_and_play", arguments, drawing, prompts, n)

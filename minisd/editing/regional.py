@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..drawing import Drawing, Options, embed
 from ..models.attention import AttentionEdit
+from ..recipes import tell
 from .blended import latent_mask, read_mask
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def regional(
     options: see `minisd.drawing.Drawing`. ValueError for a mask of which nothing is left on the
     latent's grid.
     """
-    drawing = Drawing.of(options)
+    arguments, drawing = dict(locals()), Drawing.of(options)
     if not regions:
         raise ValueError("got no region, expected at least one {text: mask}")
     masks = [read_mask(mask) for mask in regions.values()]
@@ -52,7 +53,8 @@ def regional(
     predict = drawing.rule(
         sd.network, uncond.repeat(1, len(texts), 1), cond, drawing.guidance, lambda step: edits
     )
-    return sd.decode(drawing.denoise(x, drawing.make_sampler(sd, rows=len(x)), predict))
+    images = sd.decode(drawing.denoise(x, drawing.make_sampler(sd, rows=len(x)), predict))
+    return tell(images, sd, "regional", arguments, drawing, [prompt])
 
 
 def region_bias(inside: Tensor, grid: tuple[int, int], length: int, rows: int) -> Tensor:

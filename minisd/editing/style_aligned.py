@@ -23,6 +23,7 @@ from torch import Tensor
 from ..drawing import Drawing, Options
 from ..models.attention import AttentionEdit
 from ..models.features import FeatureEdit
+from ..recipes import tell
 from ..sampling.guidance import Edits, with_edits
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def style_aligned(
     Image i of a prompt follows image i of the reference. options: see `minisd.drawing.Drawing`
     (here steps=50, sampler="ddim").
     """
+    arguments = dict(locals())
     drawing = Drawing.of(options, steps=50, sampler="ddim")
     if not prompts:
         raise ValueError("got no prompt beside the reference, expected at least one")
@@ -56,7 +58,8 @@ def style_aligned(
         return lambda step: at
 
     plan = drawing.make_sampler(sd, rows=len(x))
-    return sd.decode(drawing.denoise(x, plan, with_edits(predict, edits)))
+    images = sd.decode(drawing.denoise(x, plan, with_edits(predict, edits)))
+    return tell(images, sd, "style_aligned", arguments, drawing, [reference, *prompts])
 
 
 def references(own: Tensor, B: int, n: int) -> Tensor:

@@ -11,7 +11,8 @@ intermediate result there, and on a CPU:
 - oneDNN brings the weights of a 3x3 convolution into an order of its own at every call, which on
   few positions takes as long as the convolution itself. There `conv2d` is one product of the 3x3
   windows with the weights as they lie in channels_last memory: no copy of weights exists, none can
-  be stale.
+  be stale. Of an enlarged image, and with many channels in float32, fewer multiplications do
+  (convolutions.py).
 - a 1x1 convolution is a linear layer over the channels.
 
 The results are the same up to the order of the sums. docs/benchmarks.md has what it gains.
@@ -29,7 +30,7 @@ import functools
 import importlib.util
 import platform
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,19 +40,21 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 from ..engine import bands
+from .convolutions import GELU, by_windows, in_parts, product, upsampled, winograd
 
 Layer = Any  # the nn.Module that holds the parameters, or what somebody put in its place
 
 # Positions (height x width) up to which a 3x3 convolution is one product of windows and weights.
-# Above, oneDNN's convolution is quicker although it reorders the weights: measured on widths of 640
+# Above, other forms are quicker although they bring the weights in order: measured on widths of 640
 # to 2560 in each dtype, on the two images of a guided step.
-FEW = {torch.float32: 256, torch.bfloat16: 64}
+FEW = 64
 FEWER = 4  # times fewer positions than output channels
 TOGETHER = 2  # images at a time, where a batch of them would take much memory
+POSITIONS = 2**13  # of all images that are computed at a time, where their number matters
+CHANNELS = 128  # from which on Winograd's form is quicker
 # From so many positions torch's GroupNorm on a CPU cuts a batch among the threads, from so many
 # elements an elementwise function, which computes that many together.
 CUT, ELEMENTS, WIDE = 1024, 2**15, 32
-GELU = "none"  # no approximation: the exact one, by erf
 ROWS = 2048  # tokens of a feed-forward at a time
 
 
@@ -138,18 +141,6 @@ def linear(layer: Layer, x: Tensor) -> Tensor:
     return layer(x)
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None, then: str = "none") -> Tensor:
-    """x W^T + b by oneDNN, or gelu of it. x: (..., in), weight: (out, in); then: "none", "gelu".
-
-    A single row is computed as the first of two: for one row oneDNN has other code.
-    """
-    single = x.numel() == x.shape[-1]
-    rows = x.reshape(1, -1).expand(2, -1) if single else x
-    how = GELU if then == "gelu" else ""
-    y = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, then, [], how)
-    return y[:1].view(*x.shape[:-1], len(weight)) if single else y
-
-
 def conv2d(layer: Layer, x: Tensor) -> Tensor:
     """The convolution of x (B, in, h, w)."""
     if not (by_onednn(layer, nn.Conv2d, x) and is_usual(layer)):
@@ -159,24 +150,14 @@ def conv2d(layer: Layer, x: Tensor) -> Tensor:
     once = layer.stride == layer.dilation == (1, 1)
     if once and layer.kernel_size == (1, 1) and padding == (0, 0):
         return product(x.permute(0, 2, 3, 1), matrix, bias).permute(0, 3, 1, 2)
-    if once and layer.kernel_size == (3, 3) and padding == (1, 1) and is_few(x, weight):
-        by_windows = lambda x: product(windows_3x3(x), matrix, bias).permute(0, 3, 1, 2)
-        return by_windows(x) if len(x) <= TOGETHER else in_parts(by_windows, x)
+    if is_usual_3x3(layer):
+        if is_few(x, weight):
+            return in_parts(lambda x: by_windows(x, weight, bias), x, TOGETHER)
+        if is_wide(x, weight):
+            return in_parts(lambda x: winograd(x, weight, bias), x, many(x))
     numbers = list(padding), list(layer.stride), list(layer.dilation), 1
     op = torch.ops.mkldnn._convolution_pointwise  # whatever torch would choose
     return op(x, weight, bias, *numbers, "none", [], "")
-
-
-def in_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """function(x) of a batch of images, TOGETHER of them at a time."""
-    out = None
-    for start in range(0, len(x), TOGETHER):
-        y = function(x[start : start + TOGETHER])
-        if out is None:
-            shape, order = (len(x), *y.shape[1:]), torch.channels_last
-            out = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=order)
-        out[start : start + TOGETHER] = y
-    return cast(Tensor, out)
 
 
 def is_usual(layer: Layer) -> bool:
@@ -186,6 +167,24 @@ def is_usual(layer: Layer) -> bool:
     return zeros and ordered and layer.groups == 1
 
 
+def is_usual_3x3(layer: Layer) -> bool:
+    """Whether it is a 3x3 convolution that keeps the size."""
+    numbers = layer.kernel_size, layer.padding, layer.stride, layer.dilation
+    return is_usual(layer) and numbers == ((3, 3), (1, 1), (1, 1), (1, 1))
+
+
+def many(x: Tensor) -> int:
+    """How many images to compute at a time: few large ones, or many small ones."""
+    return max(1, POSITIONS // (x.shape[2] * x.shape[3]))
+
+
+def is_wide(x: Tensor, weight: Tensor) -> bool:
+    """Whether Winograd's form is quicker: float32, even sides, and so many channels that products
+    take longer than the sums before and after them."""
+    even = x.shape[2] % 2 == x.shape[3] % 2 == 0
+    return even and x.dtype == torch.float32 and min(weight.shape[:2]) >= CHANNELS
+
+
 def is_few(x: Tensor, weight: Tensor) -> bool:
     """Whether an image of x (B, C, h, w) has so few positions that bringing the weights in order is
     what costs.
@@ -193,16 +192,7 @@ def is_few(x: Tensor, weight: Tensor) -> bool:
     The windows are positions x 9 C numbers, the weights out x 9 C: so few beside the channels, too.
     """
     positions = x.shape[2] * x.shape[3]
-    return positions <= FEW[x.dtype] and FEWER * positions <= weight.shape[0]
-
-
-def windows_3x3(x: Tensor) -> Tensor:
-    """The 3x3 window around each position, zeros outside: (B, C, h, w) -> (B, h, w, 9 C)."""
-    B, C, h, w = x.shape
-    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).contiguous()  # (B, h + 2, w + 2, C)
-    b, row, column, channel = padded.stride()
-    windows = padded.as_strided((B, h, w, 3, 3, C), (b, row, column, row, column, channel))
-    return windows.reshape(B, h, w, 9 * C)
+    return positions <= FEW and FEWER * positions <= weight.shape[0]
 
 
 # Without gradients the next ones write over a tensor that is not needed again: on a CPU, memory
@@ -262,15 +252,17 @@ def norm_silu_conv(norm: Layer, conv: Layer, x: Tensor, in_place: bool = False) 
     if plain and bands.is_large(x):
         return bands.norm_silu_conv(norm, conv, x, in_place)
     if plain and bands.are_large(x):
-        return in_parts(lambda x: conv2d(conv, group_norm_silu(norm, x)), x)
+        return in_parts(lambda x: conv2d(conv, group_norm_silu(norm, x)), x, TOGETHER)
     return conv2d(conv, group_norm_silu(norm, x))
 
 
 def upsample_conv(conv: Layer, x: Tensor, size: tuple[int, int]) -> Tensor:
     """conv(x enlarged to `size`, each position the nearest), large images in bands."""
-    twice = (2 * x.shape[2], 2 * x.shape[3])
-    if bands.is_large(x, 2) and tuple(size) == twice and is_plain(conv, nn.Conv2d):
+    twice = tuple(size) == (2 * x.shape[2], 2 * x.shape[3])
+    if bands.is_large(x, 2) and twice and is_plain(conv, nn.Conv2d):
         return bands.upsample_conv(conv, x)
+    if twice and by_onednn(conv, nn.Conv2d, x) and is_usual_3x3(conv):
+        return upsampled(x, conv.weight, conv.bias, many(x))
     return conv2d(conv, F.interpolate(x, size=size, mode="nearest"))
 
 

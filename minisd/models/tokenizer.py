@@ -16,6 +16,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -151,8 +152,13 @@ class CLIPTokenizer:
         normalized: dict[str, bool] = {}
         for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
             token = special.get(key) or config.get(key) or (BOS if key == "bos_token" else EOS)
-            pad = token["content"] if isinstance(token, dict) else token  # at last, pad_token's
+            content = token.get("content") if isinstance(token, dict) else token
+            if not isinstance(content, str):
+                raise ValueError(f"{folder}: {key} is {token!r:.80}, expected a text")
+            pad = content  # at last, pad_token's
             normalized[pad] = isinstance(token, dict) and token.get("normalized", True)
+            if key != "pad_token" and pad != (own := BOS if key == "bos_token" else EOS):
+                raise ValueError(f"{folder}: {key} is {pad!r:.80}, expected CLIP's {own!r}")
         any_case = [token for token, yes in normalized.items() if yes]
         _expect_no_more(folder, config, special, {BOS, EOS, *normalized})
         max_length = config.get("model_max_length", 77) if max_length is None else max_length
@@ -165,11 +171,15 @@ class CLIPTokenizer:
                 f"{folder} has neither vocab.json and merges.txt nor tokenizer.json"
             )
         saved = _read_json(folder / "tokenizer.json")
-        _expect_no_more(folder, {}, {}, {BOS, EOS, *normalized}, saved["added_tokens"])
-        added = {token["content"]: token["id"] for token in saved["added_tokens"]}
-        vocab = saved["model"]["vocab"] | added
-        merges = [_pair(merge) for merge in saved["model"]["merges"]]
-        any_case = [token["content"] for token in saved["added_tokens"] if token["normalized"]]
+        try:
+            _expect_no_more(folder, {}, {}, {BOS, EOS, *normalized}, saved["added_tokens"])
+            added = {token["content"]: token["id"] for token in saved["added_tokens"]}
+            vocab = saved["model"]["vocab"] | added
+            merges = [_pair(merge) for merge in saved["model"]["merges"]]
+            any_case = [token["content"] for token in saved["added_tokens"] if token["normalized"]]
+        except (KeyError, TypeError) as error:
+            told = f"{type(error).__name__} {error!s:.80}"
+            raise ValueError(f"tokenizer.json is not as transformers writes it: {told}") from error
         return cls(vocab, merges, max_length, pad, any_case)
 
     def add_token(self, token: str, count: int = 1) -> None:
@@ -376,13 +386,15 @@ def _expect_no_more(
     """ValueError for words that a folder adds to CLIP's vocabulary, in any of the files in which
     transformers keeps such."""
     entries: list[Any] = [*_read_json(folder / "added_tokens.json"), *saved]
-    entries += (config.get("added_tokens_decoder") or {}).values()
-    for values in (config, special):
-        entries += (
-            values.get("additional_special_tokens") or values.get("extra_special_tokens") or ()
-        )
-    words = [entry["content"] if isinstance(entry, dict) else entry for entry in entries]
-    if more := sorted(set(words) - known):
+    for key in ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"):
+        for given in (config.get(key), special.get(key)):
+            if not isinstance(given, (list, dict, NoneType)):
+                raise ValueError(f"{key} is {given!r:.80}, expected a list or an object")
+            entries += given.values() if isinstance(given, dict) else given or ()
+    words = [entry.get("content") if isinstance(entry, dict) else entry for entry in entries]
+    if bad := [word for word in words if not isinstance(word, str)]:
+        raise ValueError(f"{folder} adds {bad[0]!r:.80} to the vocabulary, expected a text")
+    if more := sorted(set(map(str, words)) - known):
         raise ValueError(
             f"{folder} adds {more!r:.200} to the vocabulary, expected that of CLIP alone: words of "
             "textual inversions come from their own files"
@@ -393,7 +405,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     """A JSON file, {} if there is none; ValueError for a key that is there twice."""
     if not path.exists():
         return {}
-    return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+    read = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+    if not isinstance(read, dict):
+        raise ValueError(f"{path.name} holds {read!r:.80}, expected an object")
+    return read
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

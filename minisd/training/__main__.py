@@ -16,23 +16,37 @@ A diffusion transformer on the bundled model's latents and texts, in a run folde
     python -m minisd.training transformer --run RUN
         the third loss, eps_theta a DiT; with --to DIR its average is then written as a model
 
+Four small ones on labels, trained alike, for `python -m bench.dit`, in a run folder of their own:
+
+    python -m minisd.training miniature --run RUN
+        the third loss and L_t of the variance; with --to DIR each is then written as DIR/NAME
+
+Real drawings, emoji of three sets (see minisd/training/emoji.py for where they come from):
+
+    python -m minisd.training emoji --icons ICONS --run RUN --to DIR
+        the three losses one after the other, from the weights of the bundled model
+
 The objective is that of Rombach et al. 2022, https://arxiv.org/abs/2112.10752 (eq. 2).
 """
 
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from .emoji import EMOJI, export_emoji, train_emoji
 from .export import export
-from .recipes import RECIPES, TRANSFORMER
+from .miniature import export_miniature, train_miniature
+from .recipes import MINIATURE, RECIPES, TRANSFORMER, Recipe
 from .stages import train_autoencoder, train_diffusion, train_text
 from .transformer import export_transformer, train_transformer
 
 ORDER = ("autoencoder", "text", "diffusion", "export")
 NEEDS = {"diffusion": ("autoencoder.pt", "text.pt"), "export": ("pool.pt", "diffusion.pt")}
+OTHERS = ("transformer", "miniature", "emoji")  # in run folders of their own; --to writes the model
 STAGES = {  # name on the command line -> what trains it, its hyperparameters in the recipe
     "autoencoder": (train_autoencoder, "autoencoder"),
     "text": (train_text, "text_encoder"),
@@ -55,7 +69,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("stage", choices=(*ORDER, "transformer"))
+    add("stage", choices=(*ORDER, *OTHERS))
     add("--run", type=Path, required=True, help="folder of the run: its states, the encoded pool")
     add(
         "--recipe",
@@ -68,40 +82,64 @@ def make_parser() -> argparse.ArgumentParser:
         add(f"--{name.replace('_', '-')}", type=float, help=f"diffusion: {what}")
     add("--seed", type=int, default=0)
     add("--device", default="cpu")
-    add("--to", type=Path, help="export, transformer: the folder to write")
+    add("--icons", type=Path, help="emoji: the folder of npm install")
+    add("--to", type=Path, help="export, transformer, miniature, emoji: the folder to write")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(arguments)
-    if args.stage != "transformer" and (args.stage == "export") != (args.to is not None):
-        parser.error("--to goes with export and transformer, and export needs it")
+    if args.stage not in OTHERS and (args.stage == "export") != (args.to is not None):
+        parser.error("--to goes with export and with stages of other worlds, and export needs it")
+    if (args.stage == "emoji") != (args.icons is not None):
+        parser.error("--icons goes with emoji, which needs it")
     for name in NEEDS.get(args.stage, ()):
         if not (args.run / name).exists():
             parser.error(
                 f"{args.run / name} is not there: the stages run in order, {', '.join(ORDER)}"
             )
     args.run.mkdir(parents=True, exist_ok=True)
-    if args.stage == "transformer":
-        own = TRANSFORMER
-        if args.steps is not None:
-            own = replace(own, diffusion=replace(own.diffusion, steps=args.steps))
-        train_transformer(own, args.run, args.seed, torch.device(args.device))
-        if args.to is not None:
-            export_transformer(own, args.run, args.to)
+    if args.stage in OTHERS:
+        train_other(args)
         return
     recipe = RECIPES[args.recipe]
     if args.stage == "export":
         export(recipe, args.run, args.to)
         return
     train_stage, hyperparameters = STAGES[args.stage]
-    given = {name: number for name in WEIGHTS if (number := getattr(args, name)) is not None}
-    recipe = replace(recipe, **given)
+    recipe = with_weights(recipe, args)
     if args.steps is not None:
         how = replace(getattr(recipe, hyperparameters), steps=args.steps)
         recipe = replace(recipe, **{hyperparameters: how})
     train_stage(recipe, args.run, args.seed, torch.device(args.device))
+
+
+def with_weights(recipe: Recipe, args: argparse.Namespace) -> Recipe:
+    """The recipe with the numbers that were given on the command line."""
+    given = {name: number for name in WEIGHTS if (number := getattr(args, name)) is not None}
+    return replace(recipe, **given)
+
+
+def train_other(args: argparse.Namespace) -> None:
+    """A transformer, four small ones, or emoji: train, and write the model if there is a folder."""
+    device, steps = torch.device(args.device), {} if args.steps is None else {"steps": args.steps}
+    where = args.run, args.seed, device
+    if args.stage == "transformer":
+        dit = replace(TRANSFORMER, diffusion=replace(TRANSFORMER.diffusion, **steps))
+        train_transformer(dit, *where)
+        write = partial(export_transformer, dit, args.run)
+    elif args.stage == "miniature":
+        four = replace(MINIATURE, how=replace(MINIATURE.how, **steps))
+        train_miniature(four, *where)
+        write = partial(export_miniature, four, args.run)
+    else:
+        emoji = replace(EMOJI, diffusion=replace(EMOJI.diffusion, **steps))
+        emoji = with_weights(emoji, args)
+        train_emoji(emoji, args.icons, *where)
+        write = partial(export_emoji, emoji, args.icons, args.run)
+    if args.to is not None:
+        write(args.to)
 
 
 if __name__ == "__main__":

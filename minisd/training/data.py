@@ -60,7 +60,6 @@ def make_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(*build_vocabulary(scenes.words()))
 
 
-@torch.no_grad()
 def encode_pool(
     vae: AutoencoderKL,
     count: int,
@@ -71,6 +70,14 @@ def encode_pool(
 ) -> Pool:
     """Draw the scenes of a diffusion stage and encode them once."""
     images, captions, boxes = draw_scenes(count, image_size, seed)
+    return encode(vae, images, tokenizer(captions), boxes, device)
+
+
+@torch.no_grad()
+def encode(
+    vae: AutoencoderKL, images: Tensor, ids: Tensor, boxes: Tensor, device: torch.device
+) -> Pool:
+    """The latents of images (n, H, W, 3) uint8, with what else the diffusion stage learns from."""
     means, stds = [], []
     for chunk in tqdm(images.split(250), desc="encoding", file=sys.stderr):
         mean, logvar = vae.encode(to_model(chunk, device))
@@ -80,7 +87,7 @@ def encode_pool(
     return {
         "mean": mean,
         "std": std,
-        "ids": tokenizer(captions),
+        "ids": ids,
         "boxes": boxes,
         "scaling_factor": 1 / (mean.float().var() + std.float().square().mean()).sqrt().item(),
         "vae": vae.state_dict(),

@@ -11,16 +11,20 @@ from ..checkpoints.load import SD_V1_SCHEDULE
 from ..checkpoints.names import Config
 from ..checkpoints.sources import Part, weights_file
 from ..files import atomic_folder
+from ..models.tokenizer import CLIPTokenizer
 from .data import make_tokenizer
 from .recipes import Recipe
 
 SCHEDULER = {"_class_name": "DDIMScheduler", "clip_sample": False, **SD_V1_SCHEDULE}
 
 
-def export(recipe: Recipe, run: Path, folder: Path) -> None:
+def export(recipe: Recipe, run: Path, folder: Path, tokenizer: CLIPTokenizer | None = None) -> None:
     """Write the averages that the run has now as a folder in diffusers layout, float16, all of it
-    or nothing; FileExistsError unless the folder is new or empty."""
-    tokenizer = make_tokenizer()
+    or nothing; FileExistsError unless the folder is new or empty.
+
+    tokenizer: of the captions; None is that of the scenes.
+    """
+    tokenizer = tokenizer or make_tokenizer()
     pool = torch.load(run / "pool.pt", map_location="cpu", mmap=True)
     averages = torch.load(run / "diffusion.pt", map_location="cpu", mmap=True)["average"]
     configs: dict[Part, Config] = {

@@ -6,6 +6,7 @@ https://arxiv.org/abs/2006.11239. `layout_loss` and `summary_loss` help small mo
 things go and what the caption says; their heads are not exported.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -67,6 +68,65 @@ def diffusion_loss(
     x = alphas_cumprod.sqrt() * z + (1 - alphas_cumprod).sqrt() * noise
     weight = (1 / alphas_cumprod).clamp(max=max_weight)
     return (weight * (unet(x, t, context).float() - noise) ** 2).mean()
+
+
+def hybrid_loss(
+    dit: Callable[[Tensor, Tensor, Tensor], Tensor],
+    schedule: NoiseSchedule,
+    z: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    context: Tensor,
+    max_weight: float = 1.0,
+) -> Tensor:
+    """diffusion_loss of the first half of the channels plus variance_loss of the second.
+
+    What DiT was trained with, and Nichol and Dhariwal's L_simple + 0.001 L_vlb (eq. 16), where
+    L_vlb sums over 1000 times: here each sample has one. dit gives (B, 2 C, h, w).
+    """
+    said: list[Tensor] = []
+
+    def network(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        said.extend(dit(x, t, context).float().chunk(2, dim=1))
+        return said[0]
+
+    value = diffusion_loss(network, schedule, z, noise, t, context, max_weight)
+    eps, v = said
+    return value + variance_loss(schedule, noise, t, eps, v)
+
+
+def variance_loss(
+    schedule: NoiseSchedule, noise: Tensor, t: Tensor, eps: Tensor, v: Tensor
+) -> Tensor:
+    """mean L_t in bits, the variational bound's part at t, of which v gets a gradient and eps none.
+
+        L_t = KL(N(mu, beta~) || N(mu_theta, s^2)),       t > 0
+            = log(s^2 / beta~) / 2 + (beta~ + (mu_theta - mu)^2) / (2 s^2) - 1 / 2    nats
+        L_0 = -log P(|z - y| < 1 / 255),                  y ~ N(mu_theta, s^2)
+
+        log s^2 = f log beta + (1 - f) log beta~,         f = (v + 1) / 2
+        mu_theta - mu = beta (noise - eps) / sqrt((1 - beta) (1 - abar))
+
+    beta~ of t = 0 is 0; its logarithm is that of t = 1. L_0 counts values in steps of 2 / 255, as
+    for images of 8 bits (the published code, which does it to latents as well, leaves the bins
+    beyond +- 0.999 open). noise: what is in x_t; eps, v: what the network says; all (B, C, h, w); t
+    (B,). Nichol and Dhariwal 2021, https://arxiv.org/abs/2102.09672, eq. 4 to 7, 15.
+    """
+    abar = schedule.alphas_cumprod.double()
+    before = torch.cat([torch.ones_like(abar[:1]), abar[:-1]])
+    most = 1 - abar / before  # beta
+    least = most * (1 - before) / (1 - abar)  # beta~
+    least[0] = least[1]
+    scale = most / ((1 - most) * (1 - abar)).sqrt()
+    numbers = torch.stack([most.log(), least.log(), scale]).to(noise.device)[:, t].float()
+    log_most, log_least, scale = numbers[..., None, None, None]
+    f = (v.float() + 1) / 2
+    log_s2 = f * log_most + (1 - f) * log_least
+    off = scale * (noise - eps.detach().float())
+    kl = 0.5 * (log_s2 - log_least + (log_least - log_s2).exp() + off**2 / log_s2.exp() - 1)
+    high, low = (torch.special.ndtr((side / 255 - off) / (0.5 * log_s2).exp()) for side in (1, -1))
+    inside = -(high - low).clamp(min=1e-12).log()
+    return torch.where((t == 0)[:, None, None, None], inside, kl).mean() / math.log(2)
 
 
 def layout_loss(features: Tensor, head: Callable[[Tensor], Tensor], boxes: Tensor) -> Tensor:

@@ -41,6 +41,13 @@ def train_autoencoder(recipe: Recipe, run: Path, seed: int, device: torch.device
     torch.manual_seed(seed)
     vae = AutoencoderKL(recipe.vae)
     images, _, _ = draw_scenes(recipe.autoencoder.pool, recipe.image_size, seed)
+    fit_autoencoder(vae, images, recipe, run, seed, device)
+
+
+def fit_autoencoder(
+    vae: AutoencoderKL, images: Tensor, recipe: Recipe, run: Path, seed: int, device: torch.device
+) -> None:
+    """Minimise `autoencoder_loss` on images (n, H, W, 3) uint8; -> the run's autoencoder.pt."""
     batch, size = recipe.autoencoder.batch, recipe.image_size // vae.factor
 
     def loss(generator: Generator) -> Tensor:
@@ -53,12 +60,23 @@ def train_autoencoder(recipe: Recipe, run: Path, seed: int, device: torch.device
 
 def train_text(recipe: Recipe, run: Path, seed: int, device: torch.device) -> None:
     """Minimise `summary_loss` on captions: the text encoder learns alone what they say."""
-    tokenizer = make_tokenizer()
-    fresh = Trained(recipe, tokenizer, seed)
-    encoder, head = fresh.text_encoder, fresh.summary_head
     rng = random.Random(seed + 2)
     count = recipe.text_encoder.pool
     captions = [scenes.caption(scenes.sample(rng, "train")) for _ in range(count)]
+    fit_text(captions, make_tokenizer(), recipe, run, seed, device)
+
+
+def fit_text(
+    captions: list[str],
+    tokenizer: CLIPTokenizer,
+    recipe: Recipe,
+    run: Path,
+    seed: int,
+    device: torch.device,
+) -> None:
+    """Minimise `summary_loss` over captions and the empty one; -> the run's text.pt."""
+    fresh = Trained(recipe, tokenizer, seed)
+    encoder, head = fresh.text_encoder, fresh.summary_head
     ids = tokenizer(["", *captions])
 
     def loss(generator: Generator) -> Tensor:
@@ -70,17 +88,31 @@ def train_text(recipe: Recipe, run: Path, seed: int, device: torch.device) -> No
 
 
 def train_diffusion(recipe: Recipe, run: Path, seed: int, device: torch.device) -> None:
-    """Minimise `diffusion_loss`, and the helper losses beside it, over UNet and text encoder.
+    """Fit UNet and text encoder, which start fresh and where its own stage left it, to scenes."""
+    tokenizer = make_tokenizer()
+    pool = load_pool(recipe, run, tokenizer, seed, device)
+    model = Trained(recipe, tokenizer, seed)
+    fit_diffusion(model, pool, tokenizer, recipe, run, seed, device)
+
+
+def fit_diffusion(
+    model: "Trained",
+    pool: Pool,
+    tokenizer: CLIPTokenizer,
+    recipe: Recipe,
+    run: Path,
+    seed: int,
+    device: torch.device,
+) -> None:
+    """Minimise `diffusion_loss`, and the helper losses beside it, over UNet and text encoder; the
+    latter begins where the run's text.pt left it. -> the run's diffusion.pt
 
     The caption is dropped from a tenth of the samples, so that guidance can be used (Ho and
     Salimans 2022, https://arxiv.org/abs/2207.12598).
     """
-    tokenizer = make_tokenizer()
-    pool = load_pool(recipe, run, tokenizer, seed, device)
-    schedule = NoiseSchedule.from_dict(SD_V1_SCHEDULE)
-    model = Trained(recipe, tokenizer, seed)
     learned = torch.load(run / "text.pt", map_location="cpu")["average"]
-    model.load_state_dict(learned, strict=False)  # the rest is fresh
+    model.load_state_dict(learned, strict=False)  # the UNet is as it was given
+    schedule = NoiseSchedule.from_dict(SD_V1_SCHEDULE)
     empty = tokenizer([""])
     seen: dict[str, Tensor] = {}  # what the last forward left for layout_loss
     model.unet.mid_block.register_forward_hook(lambda module, args, out: seen.update(mid=out))

@@ -8,14 +8,15 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..files import expect_file
+from .profiles import from_srgb, to_srgb
 
 OneImage = Image.Image | str | os.PathLike[str] | bytes | np.ndarray[Any, Any]
 ImageInput = OneImage | Sequence[OneImage] | Tensor
@@ -33,6 +34,14 @@ def read_image(file: str | os.PathLike[str] | bytes) -> Image.Image:
     """
     with open_image(file) as image:
         return to_rgb(image)
+
+
+def read_as_it_is(file: str | os.PathLike[str] | bytes) -> Image.Image:
+    """A file, or its bytes, in its own mode and colours, which what keeps pixels has to know;
+    errors as of `read_image`."""
+    with open_image(file) as image:
+        to_rgb(image)  # what is wrong with it is said now
+        return image
 
 
 @contextmanager
@@ -59,6 +68,8 @@ def open_image(file: str | os.PathLike[str] | bytes) -> Iterator[Image.Image]:
         ) from error
     except Exception as error:  # Pillow's decoders raise many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, UnidentifiedImageError):
+            reason += f", expected one of {', '.join(FORMATS)}"
         raise ValueError(f"{path} cannot be read as an image: {reason}") from error
 
 
@@ -89,23 +100,52 @@ def as_given(image: ImageInput) -> list[Image.Image]:
     name, a file's bytes, or an array (H, W, 3) or (H, W), 8-bit or floats in [0, 1]; an array (B,
     H, W, 3) is B of them.
     """
+    return [to_rgb(each) for each in opened(image)]
+
+
+def as_kept(image: ImageInput) -> list[Image.Image]:
+    """The same for what keeps pixels: of an opaque RGB image whose profile is not sRGB's they are
+    its own, upright, with the profile. `profiles.from_srgb` makes colours to go with them."""
+    return [kept(each) for each in opened(image)]
+
+
+def kept(image: Image.Image) -> Image.Image:
+    rgb = to_rgb(image)
+    profile = image.info.get("icc_profile")
+    was_converted = "icc_profile" not in rgb.info
+    opaque = image.mode == "RGB" and not image.has_transparency_data
+    if isinstance(profile, bytes) and was_converted and opaque:
+        try:
+            from_srgb(Image.new("RGB", (1, 1)), profile)
+        except ValueError:  # it leads from its colours alone, as a scanner's
+            return rgb
+        return ImageOps.exif_transpose(image)
+    return rgb
+
+
+def opened(image: ImageInput) -> list[Image.Image]:
+    """One image or more of any kind, in their own modes and colours."""
     if isinstance(image, Tensor):
         return to_pil(image)
     if isinstance(image, np.ndarray) and image.ndim == 4:
         image = list(image)
     images = image if isinstance(image, (list, tuple)) else [image]
-    return [one_image(each) for each in images]
+    return [opened_one(each) for each in images]
 
 
-def one_image(image: Any) -> Image.Image:
-    """One image of any kind but a tensor, in RGB. TypeError or ValueError for what is none."""
+def opened_one(image: Any) -> Image.Image:
+    """One image of any kind but a tensor. TypeError or ValueError for what is none."""
     if isinstance(image, (str, os.PathLike)):
-        return read_image(image)
+        return read_as_it_is(image)
     if isinstance(image, (bytes, bytearray, memoryview)):
-        return read_image(bytes(image))
+        return read_as_it_is(bytes(image))
     if isinstance(image, np.ndarray):
         return from_array(image)
-    return to_rgb(image)
+    if not isinstance(image, Image.Image):
+        got = type(image).__name__
+        kinds = "a PIL image, a file's name or bytes, an array (H, W, 3)"
+        raise TypeError(f"got a {got}, expected {kinds} or a tensor (B, 3, H, W) in [-1, 1]")
+    return image
 
 
 def from_array(values: np.ndarray[Any, Any]) -> Image.Image:
@@ -128,10 +168,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     It is turned upright (EXIF), 16-bit grey is scaled to 8, colours of an embedded profile become
     sRGB's, transparency is laid on white.
     """
-    if not isinstance(image, Image.Image):
-        got = type(image).__name__
-        kinds = "a PIL image, a file's name or bytes, an array (H, W, 3)"
-        raise TypeError(f"got a {got}, expected {kinds} or a tensor (B, 3, H, W) in [-1, 1]")
     sixteen = image.mode.startswith("I;16") or (
         image.mode == "I" and image.format in ("PNG", "PPM")
     )
@@ -152,38 +188,3 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image.putalpha(alpha)
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """The colours of an ICC profile in sRGB, without one; as they are, and with it, where the
-    profile says sRGB anyway, within one step of 255.
-
-    A profile that is damaged, or of another colour space than the image, says nothing: a warning.
-    """
-    from PIL import ImageCms
-
-    try:
-        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        space = own.profile.xcolor_space.strip()
-        mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}.get(space, space)
-        fits = image.mode == mode or (mode in ("RGB", "L") and image.mode != "CMYK")
-        is_grey = image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I")
-        if not fits or (mode == "L" and not is_grey):
-            raise ValueError(f"it is of {space}, the image of {image.mode}")
-        srgb = ImageCms.createProfile("sRGB")
-        transform = ImageCms.buildTransform(own, srgb, mode, "RGB")
-        if mode == "RGB":
-            steps = np.array(np.meshgrid(*[np.linspace(0, 255, 9)] * 3), dtype=np.uint8)
-            steps = steps.reshape(3, 27, 27).transpose(1, 2, 0)
-            lattice = Image.fromarray(np.ascontiguousarray(steps))
-            moved = np.asarray(ImageCms.applyTransform(lattice, transform), dtype=int)
-            if np.abs(moved - np.asarray(lattice, dtype=int)).max() <= 1:
-                return image
-        converted = cast(Image.Image, ImageCms.applyTransform(image.convert(mode), transform))
-        converted.info.pop("icc_profile", None)
-        return converted
-    except (ImageCms.PyCMSError, OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        told = f"an image's colour profile cannot be used ({reason}): its colours are taken as sRGB"
-        warnings.warn(told, stacklevel=2)
-        return image

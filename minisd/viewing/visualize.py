@@ -26,6 +26,8 @@ from ..editing.alignment import find_word
 from ..editing.maps import Maps
 from ..editing.recording import Recording
 from ..editing.sites import Where
+from ..recipes import tell
+from .images import to_rgb
 
 if TYPE_CHECKING:
     from ..pipeline import StableDiffusion
@@ -48,13 +50,14 @@ def heatmap(
     the steps only, 0.2 for the first fifth, in which the layout forms. options: see
     `minisd.drawing.Drawing`.
     """
-    drawing = Drawing.of(options)
+    arguments, drawing = dict(locals()), Drawing.of(options)
     x = drawing.noise(sd, drawing.num_images)
     height, width = (side * sd.vae.factor for side in x.shape[2:])
     sites = sd.unet.sites("cross") if where is None else where
     maps = Maps(sd, [prompt] * len(x), drawing.steps, sites, height, width, until)
     predict = drawing.rule(sd.network, *drawing.embed(sd, [prompt]), drawing.guidance, maps)
-    return sd.decode(drawing.denoise(x, drawing.make_sampler(sd), predict)), maps
+    images = sd.decode(drawing.denoise(x, drawing.make_sampler(sd), predict))
+    return tell(images, sd, "heatmap", arguments, drawing, [prompt]), maps
 
 
 def word_sheet(
@@ -153,6 +156,7 @@ def overlay(
     low, high = (values.min(), values.max()) if limits is None else limits
     shares = np.clip((values - low) / max(high - low, 1e-12), 0, 1)
     grid = Image.fromarray((255 * shares).round().astype(np.uint8))
+    image = to_rgb(image)
     level = np.asarray(grid.resize(image.size, Image.Resampling.BICUBIC), np.float64)[..., None]
     hot = np.clip(3 * level / 255 - np.arange(3), 0, 1)  # red rises first, then green, then blue
     grey = np.asarray(image.convert("L"), np.float64)[:, :, None] / 255
@@ -168,6 +172,7 @@ def contact_sheet(
 
     Pictures smaller than 128 pixels are shown in whole multiples of their size.
     """
+    images = [to_rgb(image) for image in images]
     if not images or len({image.size for image in images}) != 1:
         raise ValueError(f"expected images of one size, got {[image.size for image in images]}")
     if captions is not None and len(captions) != len(images):
