@@ -139,9 +139,14 @@ def table(record: dict) -> str:
                 f"{row['gflops']:.4f}",
             ]
         distance = f"{f['value']:.1f} ({f['low']:.1f} to {f['high']:.1f})"
-        lines.append((name, *size, distance, f"{100 * row['right']['all']:.0f} %"))
-    heads = "|layers x width|tokens|parameters|GFLOPs|Frechet distance (95 %)|right"
-    return f"{harness.origin(record)}\n\n{harness.markdown(heads.split('|'), lines)}"
+        shares = (f"{100 * row['right'][what]:.0f} %" for what in ("colour", "all"))
+        lines.append((name, *size, distance, *shares))
+    heads = (
+        "|layers x width|tokens|parameters|GFLOPs|Frechet distance (95 %)|colour right|all right"
+    )
+    steps = {row["trained_steps"] for row in record["rows"].values() if "trained_steps" in row}
+    how = f"{record['n']} images each, after {' or '.join(map(str, sorted(steps)))} steps"
+    return f"{harness.machine(record)}; {how}\n\n{harness.markdown(heads.split('|'), lines)}"
 
 
 def guided_table(record: dict) -> str:
@@ -181,7 +186,8 @@ def plot(record: dict) -> Image.Image:
     ends = at(10 ** sides[0][0], floor), at(10 ** sides[0][1], floor)
     pen.line(ends, (150, 150, 150), FINE)
     pen.text(ends[0], "  renderings through the autoencoder", (110, 110, 110), font, anchor="lb")
-    for colour, size in zip(COLOURS, dict.fromkeys(name.split("-")[0] for name in rows)):
+    sizes = dict.fromkeys(name.split("-")[0] for name in rows)
+    for colour, size, side in zip(COLOURS, sizes, (1, -1, 1, -1)):  # names below, above, ...
         own = {name: row for name, row in rows.items() if name.startswith(size)}
         points = [at(row["gflops"], row["frechet"]["value"]) for row in own.values()]
         pen.line(points, colour, 2 * FINE)
@@ -189,7 +195,8 @@ def plot(record: dict) -> Image.Image:
             low, high = (at(row["gflops"], row["frechet"][end])[1] for end in ("low", "high"))
             pen.line((x, low, x, high), colour, FINE)
             pen.ellipse((x - 4 * FINE, y - 4 * FINE, x + 4 * FINE, y + 4 * FINE), colour)
-            pen.text((x + 7 * FINE, y - 4 * FINE), name, colour, font, anchor="lb")
+            anchor, place = "rt" if side > 0 else "lb", (x - side * 5 * FINE, y + side * 5 * FINE)
+            pen.text(place, name, colour, font, anchor=anchor)
     return page.resize((640, 400), Image.Resampling.BOX).quantize(64)
 
 

@@ -330,13 +330,13 @@ def test_killed_actors_of_ray_are_replaced(tmp_path, record_property):
     pytest.importorskip("ray.data", reason='Ray is an extra: pip install "ray[data]"')
     kills = int(os.environ.get("MINISD_RAY_KILLS", 2))
     start = time.monotonic()
-    engine = kill_test(tmp_path, 8 * kills, random_moments(kills, 6 * kills), 20, Ray, actors)
+    engine = kill_test(tmp_path, 3 * kills, random_moments(kills, 2 * kills), 20, Ray, actors)
     begun = engine.log.read_text().split()
     record_property("batch, Ray: kills", engine.killed)
     record_property("batch, Ray: seconds with kills", time.monotonic() - start)
     record_property("batch, Ray: begun twice", len(begun) - len(set(begun)))
     assert engine.killed == kills
-    assert len(begun) - 8 * kills <= kills  # what was drawn twice, a kill had cut off
+    assert len(begun) - 3 * kills <= kills  # what was drawn twice, a kill had cut off
 
 
 def test_a_piece_that_kills_its_workers_fails(tmp_path, monkeypatch):
@@ -361,7 +361,8 @@ def test_a_piece_that_kills_its_workers_fails(tmp_path, monkeypatch):
             [job] = theirs.recv()
             if job.arguments["prompt"] == "b":
                 theirs.send(engines.Done([job.id], [], []))
-                theirs.recv()
+                with suppress(EOFError):  # the engine is done
+                    theirs.recv()
             theirs.close()
 
         threading.Thread(target=run, daemon=True).start()
@@ -389,13 +390,30 @@ def test_ranks_of_torchrun_share_the_rows(tmp_path, monkeypatch):
 
 
 @pytest.mark.full
-def test_torchrun_itself(here):
-    write(*({"prompt": "a", "seed": i, "steps": 1} for i in range(4)))
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_torchrun_starts_anew_when_a_rank_is_killed(here):
+    given = [{"prompt": f"a {i}", "seed": i, "steps": 20} for i in range(20)]
+    write(*given)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--standalone", "-m", "minisd", "batch", "rows.jsonl", *TINY]
-    done = subprocess.run([*command, "--engine", "torchrun"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    command += ["--standalone", "--max-restarts", "1", "-m", "minisd", "batch", "rows.jsonl", *TINY]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}  # torchrun's own choice
+    with open("log", "w") as log:
+        told = {"env": env, "stdout": log, "stderr": log}
+        run = subprocess.Popen([*command, "--engine", "torchrun"], **told)
+        while len(list(Path("out").glob("*.png"))) < 2 and run.poll() is None:
+            time.sleep(0.01)
+        ranks = [pid for pid, (parent, _) in processes().items() if parent == run.pid]
+        os.kill(max(ranks), signal.SIGKILL)
+        assert run.wait() == 0, Path("log").read_text()[-2000:]
+    told = Path("log").read_text()
+    assert "Signal 9" in told or "exitcode: -9" in told or "SIGKILL" in told, told[-2000:]
     assert sorted(names()) == sorted([*(f"{id}.png" for id in index()), "index.jsonl"])
+    sd, threads = minisd.load("tiny", device="cpu"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    for row, id in zip(given, index(), strict=True):
+        [image] = sd.txt2img(**row, progress=False)
+        assert equal(f"out/{id}.png", image)
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.full

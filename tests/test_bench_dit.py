@@ -71,7 +71,7 @@ def test_rows_have_what_they_say(model, monkeypatch):
         [np.asarray(image.resize((4, 4)), float).ravel() for image in images]
     )
     monkeypatch.setattr(features, "features", small)
-    rows = bench.measure({"small-4": model}, minisd.load("shapes", device="cpu"), 50, 10)
+    rows = bench.measure({"small-4": model}, minisd.load("shapes", device="cpu"), 24, 5)
     assert list(rows) == ["other renderings", "autoencoder", "small-4"]
     near, through, far = (row["frechet"]["value"] for row in rows.values())
     assert near < far and through < far and near != through
@@ -89,21 +89,26 @@ def record():
         "parameters": 1_234_567,
         "gflops": gflops,
         "frechet": {"value": value, "low": 0.9 * value, "high": 1.1 * value},
-        "right": {"all": 0.5},
+        "right": {"colour": 0.75, "all": 0.5},
+        "trained_steps": 500,
     }
-    rows = {"autoencoder": {"frechet": row(1, 12.0)["frechet"], "right": {"all": 1.0}}}
+    rows = {
+        "autoencoder": {"frechet": row(1, 12.0)["frechet"], "right": {"colour": 1.0, "all": 1.0}}
+    }
     rows |= {"small-4": row(0.004, 90.0), "small-2": row(0.016, 60.0)}
     rows |= {"large-4": row(0.02, 50.0), "large-2": row(0.08, 30.0)}
     origin = {"processor": "one", "threads": 1, "torch": "2", "command": "x", "device": "cpu"}
-    return {**origin, "commit": "0" * 40, "triton": None, "cuda": None, "rows": rows}
+    return {**origin, "commit": "0" * 40, "n": 480, "rows": rows}
 
 
 def test_the_table_and_the_plot_show_the_figures():
     lines = bench.table(record()).splitlines()
+    assert lines[0].endswith("commit 000000000000; 480 images each, after 500 steps")
     assert (
-        "| small-2 | 4 x 64 | 64 of 2 x 2 | 1.23 M | 0.0160 | 60.0 (54.0 to 66.0) | 50 % |" in lines
+        "| small-2 | 4 x 64 | 64 of 2 x 2 | 1.23 M | 0.0160 | 60.0 (54.0 to 66.0) | 75 % | 50 % |"
+        in lines
     )
-    assert "| autoencoder | - | - | - | - | 12.0 (10.8 to 13.2) | 100 % |" in lines
+    assert "| autoencoder | - | - | - | - | 12.0 (10.8 to 13.2) | 100 % | 100 % |" in lines
     changed = record()
     changed["rows"]["large-2"]["frechet"]["value"] = 40.0
     one, other = (np.asarray(bench.plot(r).convert("RGB"), int) for r in (record(), changed))

@@ -139,13 +139,29 @@ def linear(layer: Layer, x: Tensor) -> Tensor:
     """y = x W^T + b. x: (..., in) -> (..., out)."""
     if by_onednn(layer, nn.Linear, x):
         return product(x, layer.weight, layer.bias)
-    return layer(x)
+    return call(layer, x)
+
+
+def call(layer: Layer, x: Tensor) -> Tensor:
+    """layer(x), and a copy of it where somebody may have kept it: what comes next writes there."""
+    y = layer(x)
+    return y.clone() if may_be_kept(layer) else y
+
+
+def may_be_kept(layer: Layer) -> bool:
+    """Whether a hook or a wrapper may hold on to what a call of the layer returned, and will see
+    what is written there: under gradients nothing is."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    if layer._forward_hooks or torch_module._global_forward_hooks:
+        return True
+    return not type(layer).__module__.startswith(("torch.nn.modules.", "minisd."))
 
 
 def conv2d(layer: Layer, x: Tensor) -> Tensor:
     """The convolution of x (B, in, h, w)."""
     if not (by_onednn(layer, nn.Conv2d, x) and is_usual(layer)):
-        return layer(x)
+        return call(layer, x)
     weight, bias, padding = layer.weight, layer.bias, layer.padding
     matrix = weight.permute(0, 2, 3, 1).flatten(1)  # (out, kernel * in), a view
     once = layer.stride == layer.dilation == (1, 1)
@@ -227,7 +243,7 @@ def group_norm_silu(norm: Layer, x: Tensor) -> Tensor:
     if in_channels_last(x) and norm_by_kernels(norm, nn.GroupNorm, x):
         return fused.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
     if not one_by_one(norm, x):
-        return F.silu(norm(x), inplace=not torch.is_grad_enabled())
+        return F.silu(call(norm, x), inplace=not torch.is_grad_enabled())
     out = torch.empty_like(x)
     for image, y in zip(x.split(1), out.split(1)):
         torch.ops.aten.silu.out(norm(image), out=y)
@@ -309,8 +325,13 @@ def by_rows(function: Callable[[Tensor], Tensor], x: Tensor, modules: Iterable[L
     return out
 
 
-def add(x: Tensor, h: Tensor) -> Tensor:
-    """x + h, in the memory of h; where x has fewer rows they count for every group of h."""
+def add(x: Tensor, h: Tensor, layer: Layer = None) -> Tensor:
+    """x + h; where x has fewer rows they count for every group of h.
+
+    In the memory of h, unless somebody may have kept what the layer, from which it comes, returned.
+    """
+    if layer is not None and may_be_kept(layer):
+        h = h.clone()
     groups = h.unflatten(0, (-1, x.shape[0]))
     if torch.is_grad_enabled() or x.dtype != h.dtype:
         return (x + groups).flatten(0, 1)

@@ -89,7 +89,7 @@ def small_dit(layers: int, heads: int, patch: int) -> DiTConfig:
     )
 
 
-MINIATURE = MiniatureRecipe(  # one CPU core, about ten minutes
+MINIATURE = MiniatureRecipe(  # one CPU core, about six minutes
     dits={
         "small-4": small_dit(4, 2, 4),
         "small-2": small_dit(4, 2, 2),
