@@ -62,14 +62,12 @@ def calls() -> dict[str, Callable]:
     tables = {"token_map": torch.zeros(S, TEXT, TEXT), "blend": torch.zeros(S, TEXT)}
     tables["reweight"] = torch.zeros(S, TEXT)
     save, mean = torch.zeros(S, H, 64, TEXT, dtype=torch.float16), torch.zeros(S, 64, TEXT)
-    folded = ops.fold_values(v, source="source_row", **tables)
     cross = ops.cross_attention
     return {
         "self": lambda: ops.attention(x, x, x),
         "self-injection": lambda: ops.attention(x, x, x, row),
         "cross": lambda: cross(q, k, v),
         "replace": lambda: cross(q, k, v, source_row=row),
-        "refine, folded before": lambda: cross(q, k, v, source_row=row, folded=folded),
         "save": lambda: cross(q, k, v, save=save),
         "reweight": lambda: cross(q, k, v, reweight=tables["reweight"]),
         "refine": lambda: cross(q, k, v, source_row=row, **tables),

@@ -56,24 +56,22 @@ SHARED_PER_SM = {80: 164 * 1024, 89: 100 * 1024, 90: 228 * 1024, 100: 228 * 1024
 WARPS_PER_SM = {80: 64, 89: 48, 90: 64, 100: 64, 120: 48}
 
 FORMS = {  # form: (op, edit fields)
-    "fold": ("fold", ("source_row", "token_map", "blend", "reweight")),
-    "fold, reweight": ("fold", ("reweight",)),
-    "fold, blend": ("fold", ("source_row", "blend")),
-    "fold, inject": ("fold", ("inject", "token_map", "blend")),
     "flash": ("attention", ()),
     "flash routed": ("attention", ("source_row",)),
     "plain": ("cross", ()),
     "replace": ("cross", ("source_row",)),
-    "two terms": ("cross", ("source_row", "blend")),
+    "reweight": ("cross", ("reweight",)),
+    "blend": ("cross", ("source_row", "blend")),
+    "refine": ("cross", ("source_row", "token_map", "blend", "reweight")),
     "inject": ("cross", ("inject",)),
-    "inject + blend": ("cross", ("inject", "blend")),
+    "refine, inject": ("cross", ("inject", "token_map", "blend", "reweight")),
     "save": ("save", ("save",)),
     "save, replace": ("save", ("source_row", "save")),
     "save, blend": ("save", ("source_row", "blend", "reweight", "save")),
     "save, refine": ("save", ("source_row", "token_map", "blend", "reweight", "save")),
     "save, inject": ("save", ("inject", "token_map", "blend", "reweight", "save")),
     "flash, bias": ("attention", ("source_row", "bias")),
-    "two terms, bias": ("cross", ("source_row", "blend", "bias")),
+    "refine, bias": ("cross", ("source_row", "token_map", "blend", "reweight", "bias")),
     "save, bias": ("save", ("source_row", "token_map", "blend", "reweight", "bias", "save")),
     "backward, statistics": ("statistics", ("source_row", "blend")),
     "backward, queries": ("query", ("source_row", "blend")),
@@ -82,18 +80,18 @@ FORMS = {  # form: (op, edit fields)
     "flash, joined": ("attention", ("source_row", "bias", "kv_row", "own_value")),
     "flash, causal": ("attention", ("source_row", "is_causal", "lse")),
     "flash, key heads": ("attention", ("source_row", "key heads")),
-    "two terms, key heads": ("cross", ("source_row", "blend", "key heads")),
+    "refine, key heads": ("cross", ("source_row", "token_map", "blend", "key heads")),
     "save, key heads": ("save", ("source_row", "token_map", "blend", "save", "key heads")),
     "backward, causal": ("key", ("source_row", "is_causal")),
 }
 # "plain" and the like are "replace" and the like without the routing.
 DISTINCT = (
-    "fold",
     "flash routed",
     "replace",
-    "two terms",
+    "blend",
+    "refine",
     "inject",
-    "inject + blend",
+    "refine, inject",
     "save",
     "save, refine",
     "save, inject",
@@ -101,7 +99,7 @@ DISTINCT = (
 )
 NEWER = (
     "flash, bias",
-    "two terms, bias",
+    "refine, bias",
     "save, bias",
     "backward, statistics",
     "backward, queries",
@@ -110,12 +108,12 @@ NEWER = (
     "flash, causal",
 )
 KEY_HEADS = 2  # of k and v, in the forms that have fewer of them than of q
-GROUPED = ("flash, key heads", "two terms, key heads", "save, key heads")
+GROUPED = ("flash, key heads", "refine, key heads", "save, key heads")
 LONG = (154, 256)  # keys of more than one prompt, and the most that there may be
-WIDE = ("two terms, bias", "save, bias")  # what takes most registers where the key row is wide
+WIDE = ("refine, bias", "save, bias")  # what takes most registers where the key row is wide
 LARGE = (
     "flash routed",
-    "two terms",
+    "refine",
     "save, refine",
     "save, inject",
 )  # what takes most registers of each kernel
@@ -131,12 +129,11 @@ FUSED = {  # see norms.py; kernel: channels, of the UNet, and of the VAE
 KERNELS = {  # op: the kernel that is looked at
     "attention": "attention_kernel",
     "cross": "cross_attention_kernel",
-    "save": "cross_attention_save_kernel",
+    "save": "cross_attention_kernel",
     "mean": "mean_kernel",
     "statistics": "statistics_kernel",
     "query": "query_kernel",
     "key": "key_kernel",
-    "fold": "fold_kernel",
     "group_norm moments": "moments_kernel",
     "group_norm group": "group_kernel",
     "group_norm apply": "apply_kernel",
@@ -180,7 +177,7 @@ def suite(arch: int) -> list[Case]:
     out += [
         case(arch, form, D, N, TEXT, "float16")
         for D, N in UGLY.items()
-        for form in ("flash", "two terms")
+        for form in ("flash", "refine")
     ]
     out += [Case(arch, form, C, 1024, 0, "float16") for form in FUSED for C in FUSED[form]]
     return list(dict.fromkeys(out))
@@ -196,7 +193,7 @@ def matrix(arch: int) -> list[Case]:
         keys = itertools.product(FORMS, (40, 80, 96, 160), (63, 128))
         out += [case(arch, form, D, 1024, L, "float16") for form, D, L in keys]
     out += [case(arch, form, D, 1000, TEXT, "bfloat16") for form in DISTINCT for D in (40, 80, 160)]
-    crossing = [form for form in FORMS if FORMS[form][0] in ("cross", "save", "mean", "fold")]
+    crossing = [form for form in FORMS if FORMS[form][0] in ("cross", "save", "mean")]
     long = itertools.product(crossing, LONG, (40, 160), ("float16", "float32"))
     out += [case(arch, form, D, 1000, L, dtype) for form, L, D, dtype in long]
     return list(dict.fromkeys(out))
@@ -297,7 +294,7 @@ def launch_attention(case: Case) -> None:
         v_source = None if is_causal else empty(S, L, H, D, dtype=dtype).transpose(1, 2)
         args = (q, q, k, v, v_source, edit["source_row"], edit["bias"], None, None, is_causal)
         name = "attention_backward"
-    elif op in ("cross", "fold"):
+    elif op == "cross":
         name, args = "cross_attention", (q, k, v, *edit.values(), None)
     else:
         name, args = "cross_attention_save", (q, k, v, *edit.values(), *save.values(), None)

@@ -38,11 +38,13 @@ class Instruction(NamedTuple):
 
 
 LINE = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+(@!?U?P[\dT]+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", re.M)
+# what nvdisasm of CUDA 12.8 adds for sm_100 and later: "BRA 0x710  &req={3}  ?trans7"
+NOTE = re.compile(r"[ \t]+[&?](?=[A-Za-z])[^\s;]*")
 
 
 def parse(listing: str) -> list[Instruction]:
     """The instructions of a listing by nvdisasm --binary."""
-    found = LINE.findall(listing)
+    found = LINE.findall(NOTE.sub("", listing))
     return [
         Instruction(int(at, 16), guard.strip(), op, split(rest)) for at, guard, op, rest in found
     ]

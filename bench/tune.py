@@ -58,12 +58,12 @@ TILES = {
         dict(zip(("BLOCK_N", "BLOCK_L", "num_warps", "num_stages"), tile)) for tile in FLASH
     ],
     "cross_attention": CROSS,
-    "cross_attention_save": CROSS,
+    "cross_attention, save": CROSS,
 }
 FORMS = {
     "attention": ("plain", "self-injection"),
     "cross_attention": ("plain", "refine"),
-    "cross_attention_save": ("save", "save_mean", "refine, save_mean"),
+    "cross_attention, save": ("save", "save_mean", "refine, save_mean"),
 }
 
 

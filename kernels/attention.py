@@ -12,7 +12,6 @@ row whose `own_value` is not 0 is its values, copied.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -21,7 +20,7 @@ from . import tuned
 from .launch import Launch
 from .tiles import (
     LOG2_E,
-    Matrix,
+    Inputs,
     arch,
     bias_strides,
     dot,
@@ -30,6 +29,7 @@ from .tiles import (
     launch_grid,
     load,
     load_bias,
+    load_queries,
     place,
     scores,
     store,
@@ -41,63 +41,34 @@ from .tiles import (
 )
 
 
-class Queries(NamedTuple):
-    """One block of queries, and what its scores are computed with."""
-
-    q: Matrix  # the head that it is of
-    b_q: tl.tensor  # (BLOCK_N, STEP), not needed if STEP < D
-    offs_n: tl.tensor
-    queries: tl.tensor  # of the head
-    scale: tl.tensor
-    bias: Matrix
-    biased: tl.tensor  # queries with a bias, all or 0
-
-
 @triton.jit
 def visit(
     acc,
     m,
     l,
     x,
+    block,
     k,
     v,
     offs_l,
     keys,
     before,
     D: tl.constexpr,
-    WIDTH: tl.constexpr,
     STEP: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     CAUSAL: tl.constexpr,
     EVEN_N: tl.constexpr,
     MASK_L: tl.constexpr,
 ):
-    """One block of keys: scores, new maximum, rescale, add. before: keys of other rows, which come
-    first in the bias."""
-    s = scores(
-        x.q,
-        x.b_q,
-        x.offs_n,
-        x.queries,
-        k,
-        offs_l,
-        keys,
-        D,
-        D,
-        STEP,
-        BLOCK_N,
-        BLOCK_L,
-        EVEN_N,
-        MASK_L,
-    )
+    """One block of keys: scores, new maximum, rescale, add. x: Inputs; block: Queries; before: keys
+    of other rows, which come first in the bias."""
+    s = scores(x, block, k, offs_l, keys, D, STEP, EVEN_N, MASK_L)
     if CAUSAL and MASK_L:  # blocks without a mask are of keys before the first query
-        s = tl.where(offs_l[None, :] <= x.offs_n[:, None], s, float("-inf"))
+        s = tl.where(offs_l[None, :] <= block.offs_n[:, None], s, float("-inf"))
 
     # exp(x) = 2^(x log2 e), and log2 e is in the scale
-    if HAS_BIAS:
-        s = s * x.scale + load_bias(x.bias, x.offs_n, before + offs_l, x.biased, before + keys)
+    if x.bias is not None:
+        cols, limit = before + offs_l, before + keys
+        s = s * x.scale + load_bias(block.bias, block.offs_n, cols, block.biased, limit)
         m_new = tl.maximum(m, tl.max(s, 1))
         p = tl.exp2(s - finite(m_new)[:, None])
         shrink = tl.exp2(m - finite(m_new))
@@ -107,8 +78,8 @@ def visit(
         shrink = tl.exp2(m - m_new)
     l = l * shrink + tl.sum(p, 1)
 
-    offs_d = tl.arange(0, WIDTH)
-    b_v = load(v, offs_l, offs_d, keys, D, MASK_L, D != WIDTH)
+    WIDTH: tl.constexpr = acc.shape[1]
+    b_v = load(v, offs_l, tl.arange(0, WIDTH), keys, D, MASK_L, D != WIDTH)
     acc = dot(p.to(b_v.dtype), b_v, acc * shrink[:, None])
     return acc, m_new, l
 
@@ -119,17 +90,15 @@ def walk(
     m,
     l,
     x,
+    block,
     start_n,
     k,
     v,
     keys,
     before,
     D: tl.constexpr,
-    WIDTH: tl.constexpr,
     STEP: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     CAUSAL: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_L: tl.constexpr,
@@ -139,70 +108,16 @@ def walk(
     whole = keys if EVEN_L else keys // BLOCK_L * BLOCK_L
     if CAUSAL:
         whole = tl.minimum(keys, start_n) // BLOCK_L * BLOCK_L
-    for start_l in range(0, whole, BLOCK_L):
-        acc, m, l = visit(
-            acc,
-            m,
-            l,
-            x,
-            k,
-            v,
-            start_l + offs_l,
-            keys,
-            before,
-            D,
-            WIDTH,
-            STEP,
-            BLOCK_N,
-            BLOCK_L,
-            HAS_BIAS,
-            CAUSAL,
-            EVEN_N,
-            False,
-        )
+    for start in range(0, whole, BLOCK_L):
+        now = (acc, m, l, x, block, k, v, start + offs_l, keys, before)
+        acc, m, l = visit(*now, D, STEP, CAUSAL, EVEN_N, False)
     if CAUSAL:
-        for start_l in range(whole, tl.minimum(keys, start_n + BLOCK_N), BLOCK_L):
-            acc, m, l = visit(
-                acc,
-                m,
-                l,
-                x,
-                k,
-                v,
-                start_l + offs_l,
-                keys,
-                before,
-                D,
-                WIDTH,
-                STEP,
-                BLOCK_N,
-                BLOCK_L,
-                HAS_BIAS,
-                CAUSAL,
-                EVEN_N,
-                True,
-            )
+        for start in range(whole, tl.minimum(keys, start_n + block.b_q.shape[0]), BLOCK_L):
+            now = (acc, m, l, x, block, k, v, start + offs_l, keys, before)
+            acc, m, l = visit(*now, D, STEP, CAUSAL, EVEN_N, True)
     elif not EVEN_L:
-        acc, m, l = visit(
-            acc,
-            m,
-            l,
-            x,
-            k,
-            v,
-            whole + offs_l,
-            keys,
-            before,
-            D,
-            WIDTH,
-            STEP,
-            BLOCK_N,
-            BLOCK_L,
-            HAS_BIAS,
-            CAUSAL,
-            EVEN_N,
-            True,
-        )
+        now = (acc, m, l, x, block, k, v, whole + offs_l, keys, before)
+        acc, m, l = visit(*now, D, STEP, CAUSAL, EVEN_N, True)
     return acc, m, l
 
 
@@ -213,17 +128,6 @@ def joined_row(kv_row, stride, row, j):
     return tl.load(p_row).to(tl.int32)
 
 
-@triton.heuristics(
-    {
-        "HAS_SOURCE_ROW": lambda args: args["source_row"] is not None,
-        "HAS_BIAS": lambda args: args["bias"] is not None,
-        "HAS_KV_ROW": lambda args: args["kv_row"] is not None,
-        "HAS_OWN_VALUE": lambda args: args["own_value"] is not None,
-        "HAS_LSE": lambda args: args["lse"] is not None,
-        "EVEN_N": lambda args: args["queries"] % args["BLOCK_N"] == 0,
-        "EVEN_L": lambda args: args["keys"] % args["BLOCK_L"] == 0,
-    }
-)
 # A compile for each value, or for each step whose row of a table begins elsewhere, would be waste.
 @triton.jit(
     do_not_specialize=["heads", "first", "joined"],
@@ -256,16 +160,11 @@ def attention_kernel(
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     UNIT: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_L: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
     STEP: tl.constexpr,
-    HAS_SOURCE_ROW: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_KV_ROW: tl.constexpr,
-    HAS_OWN_VALUE: tl.constexpr,
-    HAS_LSE: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    EVEN_L: tl.constexpr,
 ):
     """One block of queries of head h of row b; rows from `first` on may take q and k of another
     row, or keys and values of `joined` rows. lse: (batch, heads, queries) float32, contiguous."""
@@ -274,7 +173,7 @@ def attention_kernel(
     h_kv = h // group
     to_out = head(out, stride_out, b, h, UNIT)
     is_own = False
-    if HAS_OWN_VALUE:
+    if own_value is not None:
         if b >= first:
             is_own = tl.load(own_value + b - first) != 0
     if is_own:  # the map is the identity
@@ -283,72 +182,33 @@ def attention_kernel(
         store(to_out, b_v, offs_n, offs_d, queries, D)
     else:
         b_map = b
-        if HAS_SOURCE_ROW:
+        if source_row is not None:
             if b >= first:
                 b_map = first + tl.load(source_row + b - first).to(tl.int32)
-        of_q, of_bias, biased = head(q, stride_q, b_map, h, UNIT), Matrix(q, (0, 0)), 0
-        if HAS_BIAS:
-            of_bias = head(bias, stride_bias, tl.maximum(b_map - first, 0), h, 1)
-            biased = tl.where(b_map >= first, queries, 0)
-        b_q = load(of_q, offs_n, tl.arange(0, STEP), queries, D, not EVEN_N, D % STEP != 0)
-        x = Queries(of_q, b_q, offs_n, queries, scale, of_bias, biased)
+        strides = (stride_q, stride_k, stride_bias)
+        x = Inputs(q, k, bias, *strides, queries, group, first, D, scale)
+        block = load_queries(x, b_map, h, offs_n, D, STEP, UNIT, EVEN_N)
         acc = zeros(BLOCK_N, WIDTH)
         m = tl.full([BLOCK_N], float("-inf"), tl.float32)
         l = tl.zeros([BLOCK_N], tl.float32)
 
-        if HAS_KV_ROW:
+        if kv_row is not None:
             for j in range(tl.where(b >= first, joined, 1)):
                 b_k, b_v = b_map, b
                 if b >= first:
                     b_k = first + joined_row(kv_row, stride_rows, b_map - first, j)
                     b_v = first + joined_row(kv_row, stride_rows, b - first, j)
                 of_k, of_v = head(k, stride_k, b_k, h_kv, UNIT), head(v, stride_v, b_v, h_kv, UNIT)
-                acc, m, l = walk(
-                    acc,
-                    m,
-                    l,
-                    x,
-                    start_n,
-                    of_k,
-                    of_v,
-                    keys,
-                    j * keys,
-                    D,
-                    WIDTH,
-                    STEP,
-                    BLOCK_N,
-                    BLOCK_L,
-                    HAS_BIAS,
-                    CAUSAL,
-                    EVEN_N,
-                    EVEN_L,
-                )
+                now, before = (acc, m, l, x, block, start_n, of_k, of_v, keys), j * keys
+                acc, m, l = walk(*now, before, D, STEP, BLOCK_L, CAUSAL, EVEN_N, EVEN_L)
         else:
             of_k, of_v = head(k, stride_k, b_map, h_kv, UNIT), head(v, stride_v, b, h_kv, UNIT)
-            acc, m, l = walk(
-                acc,
-                m,
-                l,
-                x,
-                start_n,
-                of_k,
-                of_v,
-                keys,
-                0,
-                D,
-                WIDTH,
-                STEP,
-                BLOCK_N,
-                BLOCK_L,
-                HAS_BIAS,
-                CAUSAL,
-                EVEN_N,
-                EVEN_L,
-            )
-        if HAS_BIAS:  # a query from which all keys are hidden attends to nothing
+            now = (acc, m, l, x, block, start_n, of_k, of_v, keys)
+            acc, m, l = walk(*now, 0, D, STEP, BLOCK_L, CAUSAL, EVEN_N, EVEN_L)
+        if bias is not None:  # a query from which all keys are hidden attends to nothing
             l = tl.where(l == 0, 1.0, l)
         store(to_out, acc / l[:, None], offs_n, offs_d, queries, D)
-        if HAS_LSE:
+        if lse is not None:
             at = (b.to(tl.int64) * heads + h) * queries + offs_n
             tl.store(lse + at, (m + tl.log2(l)) * 0.6931471805599453, mask=offs_n < queries)
 
@@ -373,7 +233,8 @@ def prepare(q, k, v, source_row, bias, kv_row, own_value, scale, is_causal, out)
     steps = *(strides(x, u) for x in (q, k, v, first_out)), bias_strides(bias, H, N)
     rows = (0, 0) if kv_row is None else kv_row.stride()
     numbers = (N, L, H, H // k.shape[1], B - S, joined, scale, *steps)
-    constants = {"CAUSAL": is_causal, "D": D, "WIDTH": width(D), "UNIT": u} | choice
+    even = {"EVEN_N": N % choice["BLOCK_N"] == 0, "EVEN_L": L % choice["BLOCK_L"] == 0}
+    constants = {"CAUSAL": is_causal, "D": D, "WIDTH": width(D), "UNIT": u} | even | choice
     attend = Launch(attention_kernel, launch_grid(q, choice), (*numbers, rows), **constants)
 
     def launch(q, k, v, source_row, bias, kv_row, own_value, scale, is_causal, out):

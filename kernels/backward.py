@@ -56,7 +56,6 @@ def map_gradient(
     stride_bias,
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
     """(P, dS = P (dP - delta)) of one term for one block of queries and keys, both (BLOCK_N,
@@ -65,19 +64,12 @@ def map_gradient(
     b_log_sum = tl.load(log_sum + at + offs_n, mask=seen, other=float("inf"))  # P = 0 beyond
     b_delta = tl.load(delta + at + offs_n, mask=seen, other=0.0)
     p = tl.exp2(
-        logits(b_q, b_k, offs_n, offs_l, x, bias, stride_bias, BLOCK_N, BLOCK_L, HAS_BIAS, CAUSAL)
+        logits(b_q, b_k, offs_n, offs_l, x, bias, stride_bias, BLOCK_N, BLOCK_L, CAUSAL)
         - b_log_sum[:, None]
     )
     return p, p * (dot(b_grad, b_v.T, zeros(BLOCK_N, BLOCK_L)) - b_delta[:, None])
 
 
-@triton.heuristics(
-    {
-        "HAS_SOURCE_ROW": lambda args: args["source_row"] is not None,
-        "HAS_BIAS": lambda args: args["bias"] is not None,
-        "TWO_TERMS": lambda args: args["v_source"] is not None,
-    }
-)
 @triton.jit(
     do_not_specialize=["heads", "first", "rows", "terms"],
     do_not_specialize_on_alignment=["source_row", "bias"],
@@ -115,9 +107,6 @@ def query_kernel(
     UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
-    HAS_SOURCE_ROW: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    TWO_TERMS: tl.constexpr,
 ):
     """dQ = scale dS K of one block of queries of head h of row b, over the terms that use its
     map."""
@@ -130,9 +119,9 @@ def query_kernel(
 
     acc = zeros(BLOCK_N, WIDTH)
     for t in range(terms):
-        map_row, row = rows_of(t, source_row, first, rows, not TWO_TERMS, HAS_SOURCE_ROW)
+        map_row, row = rows_of(t, source_row, first, rows, v_source is None)
         if map_row == b:
-            of_v = values_of(t, v, stride_v, v_source, stride_source, h, rows, UNIT, TWO_TERMS)
+            of_v = values_of(t, v, stride_v, v_source, stride_source, h, rows, UNIT)
             of_grad = head(grad_out, stride_grad, row, h, UNIT)
             b_grad = load(of_grad, offs_n, offs_v, queries, DV, True, WIDTH_V != DV)
             at = (tl.cast(t, tl.int64) * heads + h) * queries
@@ -155,7 +144,6 @@ def query_kernel(
                     stride_bias,
                     BLOCK_N,
                     BLOCK_L,
-                    HAS_BIAS,
                     CAUSAL,
                 )
                 acc = dot(ds.to(b_k.dtype), b_k, acc)
@@ -163,13 +151,6 @@ def query_kernel(
     store(head(grad_q, stride_grad_q, b, h, UNIT), acc * scale, offs_n, offs_d, queries, D)
 
 
-@triton.heuristics(
-    {
-        "HAS_SOURCE_ROW": lambda args: args["source_row"] is not None,
-        "HAS_BIAS": lambda args: args["bias"] is not None,
-        "TWO_TERMS": lambda args: args["v_source"] is not None,
-    }
-)
 @triton.jit(
     do_not_specialize=["heads", "first", "rows", "terms"],
     do_not_specialize_on_alignment=["source_row", "bias"],
@@ -211,9 +192,6 @@ def key_kernel(
     UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
-    HAS_SOURCE_ROW: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    TWO_TERMS: tl.constexpr,
 ):
     """dK = scale dS^T Q of one block of keys of head h of row b, and dV = P^T dO of every term that
     uses its map."""
@@ -226,9 +204,9 @@ def key_kernel(
 
     acc_k = zeros(BLOCK_L, WIDTH)
     for t in range(terms):
-        map_row, row = rows_of(t, source_row, first, rows, not TWO_TERMS, HAS_SOURCE_ROW)
+        map_row, row = rows_of(t, source_row, first, rows, v_source is None)
         if map_row == b:
-            of_v = values_of(t, v, stride_v, v_source, stride_source, h, rows, UNIT, TWO_TERMS)
+            of_v = values_of(t, v, stride_v, v_source, stride_source, h, rows, UNIT)
             of_grad = head(grad_out, stride_grad, row, h, UNIT)
             b_v = load(of_v, offs_l, offs_v, keys, DV, True, WIDTH_V != DV)
             acc_v = zeros(BLOCK_L, WIDTH_V)
@@ -252,13 +230,12 @@ def key_kernel(
                     stride_bias,
                     BLOCK_N,
                     BLOCK_L,
-                    HAS_BIAS,
                     CAUSAL,
                 )
                 acc_v = dot(p.to(b_grad.dtype).T, b_grad, acc_v)
                 acc_k = dot(ds.to(b_q.dtype).T, b_q, acc_k)
             to_v = values_of(
-                t, grad_v, stride_grad_v, grad_source, stride_grad_source, h, rows, UNIT, TWO_TERMS
+                t, grad_v, stride_grad_v, grad_source, stride_grad_source, h, rows, UNIT
             )
             store(to_v, acc_v, offs_l, offs_v, keys, DV)
 

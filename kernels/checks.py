@@ -119,25 +119,6 @@ def overlaps(x: Tensor) -> bool:
     return False
 
 
-def check_folded(folded, q: Tensor, v: Tensor, source_row, inject, *others: Tensor | None) -> None:
-    """ValueError unless `folded` is of an edit with this source, and nothing else says what it
-    says."""
-    if any([x is not None for x in others]):
-        raise ValueError(
-            "folded: expected no token_map, blend, reweight, save or save_mean beside it"
-        )
-    if source_row is None and inject is None and folded.v_source is not None:
-        raise ValueError(
-            "folded: expected what fold_values made for this source, got V_source without one"
-        )
-    if folded.v is None and inject is None or inject is not None and folded.v_source is None:
-        raise ValueError("folded: expected what fold_values made for this source, 'inject'")
-    if folded.v is not None:  # a table for single heads makes one of all heads
-        (B, H, L, D), got = v.shape, tuple(folded.v.shape)
-        if got not in ((B, H, L, D), (B, q.shape[1], L, D)):
-            raise ValueError(f"folded: expected values of shape {tuple(v.shape)} like v, got {got}")
-
-
 def check_kernel(q: Tensor, k: Tensor, at_most: int | None = None) -> None:
     """ValueError for what the Triton kernels do not take."""
     if q.shape[3] % 8 or q.shape[3] > MAX_HEAD_DIM:
@@ -176,36 +157,6 @@ def check_cross_attention(q, k, v, source_row, inject, token_map, blend, reweigh
     check_kernel(q, k, MAX_EDITED_KEYS)
 
 
-def check_cross_attention_folded(q, k, v, v_source, source_row, inject, bias, keep_own, scale):
-    check(q, k, k, source_row, inject, bias=bias)
-    check_kernel(q, k, MAX_EDITED_KEYS)
-    rows = next((x.shape[:1] for x in (source_row, inject) if x is not None), ())
-    (B, _, L, D), heads = k.shape, (k.shape[1], q.shape[1])
-    for name, x, many in (("v", v, (B,)), ("v_source", v_source, tuple(rows))):
-        allowed = [(*many, each, L, D) for each in heads]
-        if x is not None and (tuple(x.shape) not in allowed or x.dtype != k.dtype):
-            expected = " or ".join(map(str, dict.fromkeys(allowed)))
-            raise ValueError(f"{name}: expected {expected}, {k.dtype}, got {shapes(x)}, {x.dtype}")
-        if x is not None and x.device != q.device:
-            raise ValueError(f"{name}: expected a tensor on {q.device} like q, got {x.device}")
-
-
-def check_fold(v, token_map, blend, reweight, has_source, stored):
-    check(v, v, v)
-    check_kernel(v, v, MAX_EDITED_KEYS)
-    (K, L), tables = v.shape[1:3], (torch.float32,)
-    many = [x.shape[1] for x in (blend, reweight) if x is not None and x.ndim == 3]
-    H = many[0] if many and many[0] and many[0] % K == 0 else K  # of q, if tables have its heads
-    edit = {
-        "token_map": (token_map, [(L, L)], tables),
-        "blend": (blend, [(L,), (H, L)], tables),
-        "reweight": (reweight, [(L,), (H, L)], tables),
-    }
-    check_edit(v, {name: what for name, what in edit.items() if what[0] is not None})
-    if not has_source and (token_map is not None or blend is not None):
-        raise ValueError("fold_values: expected a source with a token_map or blend, got none")
-
-
 def check_attention_backward(*args):
     """Nothing: gradients.py calls it with what the forward op has checked."""
 
@@ -214,8 +165,6 @@ CHECKS = {
     "attention": check_attention,
     "attention_lse": check_attention_lse,
     "cross_attention": check_cross_attention,
-    "cross_attention_folded": check_cross_attention_folded,
     "cross_attention_save": check_cross_attention,
-    "fold": check_fold,
     "attention_backward": check_attention_backward,
 }

@@ -57,8 +57,8 @@ def is_quicker(q: Tensor) -> bool:
     CPU ms of one thread on an AMD EPYC with AVX-512 whose other core was busy, PyTorch's / this:
 
         queries, keys, D   4096, 4096, 40   1024, 1024, 80   256, 256, 160   4096, 77, 40
-        float32                675 / 497          69 / 61         8.6 / 8.7         23 / 18
-        bfloat16               730 / 307          77 / 36         9.1 / 5.3         22 / 11
+        float32                675 / 472          69 / 61         8.6 / 8.4         23 / 16
+        bfloat16               730 / 272          77 / 32         9.1 / 4.4         22 / 10
 
     of 16 heads; one head of D = 512, 4096 queries and keys: 375 / 510 and 364 / 202. So not float32
     with wide heads, whose tile of queries does not fit into the first cache.

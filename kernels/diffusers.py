@@ -20,9 +20,10 @@ class KernelAttention:
     Follows diffusers' AttnProcessor2_0, step by step: spatial_norm, group_norm, norm_q and
     norm_k, norm_cross, the residual connection and rescale_output_factor. attention_mask: what
     diffusers passes, added to the scores (diffusers makes one of a boolean mask before the
-    processor is called). ValueError for attention the kernels do not have: added_kv projections,
-    heads of other numbers or widths for keys; whatever ops.attention refuses; and for arguments
-    that this processor does not know, so that none is ignored.
+    processor is called). Fewer key heads than query heads are taken (kv_heads). ValueError for
+    attention the kernels do not have: added_kv projections, heads of other widths for keys;
+    whatever ops.attention refuses; and for arguments that this processor does not know, so that
+    none is ignored.
     """
 
     def __call__(
@@ -51,9 +52,10 @@ class KernelAttention:
         elif attn.norm_cross:
             context = attn.norm_encoder_hidden_states(context)
 
-        q, k, v = (
-            y.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for y in (attn.to_q(x), attn.to_k(context), attn.to_v(context))
+        q = attn.to_q(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        k, v = (  # may have fewer heads of the same width
+            y.unflatten(-1, (-1, q.shape[-1])).transpose(1, 2)
+            for y in (attn.to_k(context), attn.to_v(context))
         )
         q = q if attn.norm_q is None else attn.norm_q(q)
         k = k if attn.norm_k is None else attn.norm_k(k)

@@ -7,25 +7,12 @@ is imported by the first call.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.autograd.forward_ad
 from torch import Tensor
 
 from .checks import CHECKS
-
-
-class Folded(NamedTuple):
-    """The values of an edited cross-attention, `fold_values`; for the two arguments of the kernel.
-
-    v: (batch, heads, keys, D), with V_own in the edited rows, or V_source if that is their only
-    term and its map is recomputed; None: V_source of a stored map is the only term.
-    v_source: (S, heads, keys, D), V_source beside V_own or of a stored map.
-    """
-
-    v: Tensor | None
-    v_source: Tensor | None
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
@@ -54,12 +41,8 @@ SCHEMAS = {
     "attention": f"({ATTENTION}) -> Tensor",
     "attention_lse": f"({ATTENTION}) -> (Tensor, Tensor)",
     "cross_attention": f"(Tensor q, Tensor k, Tensor v, {EDIT}, float? scale) -> Tensor",
-    "cross_attention_folded": "(Tensor q, Tensor k, Tensor v, Tensor? v_source, "
-    "Tensor? source_row, Tensor? inject, Tensor? bias, bool keep_own, float? scale) -> Tensor",
     "cross_attention_save": f"(Tensor q, Tensor k, Tensor v, {EDIT}, Tensor(a!)? save, "
     "Tensor(b!)? save_mean, float? scale) -> Tensor",
-    "fold": "(Tensor v, Tensor? token_map, Tensor? blend, Tensor? reweight, bool has_source, "
-    "bool stored) -> Tensor[]",
     "attention_backward": "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? v_source, "
     "Tensor? source_row, Tensor? bias, Tensor? grad_lse, float? scale, bool is_causal) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
@@ -77,30 +60,6 @@ def empty_lse(q: Tensor, *args) -> tuple[Tensor, Tensor]:
     return empty_out(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def empty_folded(
-    v: Tensor, token_map, blend, reweight, has_source: bool, stored: bool
-) -> list[Tensor]:
-    """The tensors that `fold` returns, uninitialised: v, v_source, or one of them; with as many
-    heads as v, or as a table for single heads."""
-    tables = [x for x in (token_map, blend, reweight) if x is not None]
-    S, heads = (
-        len(tables[0]),
-        [x.shape[1] for x in (blend, reweight) if x is not None and x.ndim == 3],
-    )
-    if heads and heads[0] != v.shape[1]:
-        v = v[:, :1].expand(-1, heads[0], -1, -1)
-    own = [] if stored and blend is None else [empty_out(v)]
-    beside = has_source and (stored or blend is not None)
-    return own + ([empty_out(v[v.shape[0] - S :])] if beside else [])
-
-
-def unpack(values: list[Tensor], only_source: bool) -> Folded:
-    """The tensors that the op `fold` returned, named."""
-    if only_source:
-        return Folded(None, values[0])
-    return Folded(values[0], values[1] if values[1:] else None)
-
-
 def empty_gradients(grad_out, q, k, v, v_source, *args) -> tuple[Tensor, ...]:
     """The tensors that `attention_backward` returns, uninitialised; the last is empty without
     v_source."""
@@ -114,50 +73,16 @@ def empty_gradients(grad_out, q, k, v, v_source, *args) -> tuple[Tensor, ...]:
 def prepare(name: str, args: tuple, out) -> Callable:
     """The function of (*args, out) that computes an op for inputs like these; the import of Triton
     is here."""
-    from . import attention, backward, cross_attention, fold, saved_map
+    from . import attention, backward, cross_attention
 
-    if name == "cross_attention":
-        return prepare_edit(fold.prepare, cross_attention.prepare, args, out)
     of = {
         "attention": attention.prepare,
         "attention_lse": attention.prepare,
-        "cross_attention_folded": cross_attention.prepare,
-        "cross_attention_save": saved_map.prepare,
-        "fold": fold.prepare,
+        "cross_attention": cross_attention.prepare,
+        "cross_attention_save": cross_attention.prepare,
         "attention_backward": backward.prepare,
     }
     return of[name](*args, out)
-
-
-def prepare_edit(
-    prepare_fold: Callable, prepare_attend: Callable, args: tuple, out: Tensor
-) -> Callable:
-    """cross_attention: fold the tables into the values, if there are any, and attend."""
-    q, k, v, source_row, inject, token_map, blend, reweight, bias, scale = args
-    has_source, stored = source_row is not None or inject is not None, inject is not None
-    folds = token_map is not None or blend is not None or reweight is not None
-
-    def values(v, *tables):
-        """(Folded, its tensors): allocated, or what they are without a table."""
-        if folds:
-            made = empty_folded(v, *tables, has_source, stored)
-            return unpack(made, stored and blend is None), made
-        return Folded(v, None) if inject is None else Folded(None, v[-inject.shape[0] :]), []
-
-    first, made = values(v, token_map, blend, reweight)
-    fold = prepare_fold(v, token_map, blend, reweight, has_source, stored, made) if folds else None
-    keep_own = first.v is not None
-    used = (first.v if keep_own else v, first.v_source)
-    attend = prepare_attend(q, k, *used, source_row, inject, bias, keep_own, scale, out)
-
-    def launch(q, k, v, source_row, inject, token_map, blend, reweight, bias, scale, out):
-        (own, v_source), made = values(v, token_map, blend, reweight)
-        if folds:
-            fold(v, token_map, blend, reweight, has_source, stored, made)
-        used = (v if own is None else own, v_source)
-        attend(q, k, *used, source_row, inject, bias, keep_own, scale, out)
-
-    return launch
 
 
 KNOWN = {}  # signature of an op's inputs -> the function that launches its kernels
@@ -247,7 +172,6 @@ def register(name: str, schema: str) -> None:
 
 
 EMPTY = dict.fromkeys(SCHEMAS, lambda q, *args: empty_out(q))
-EMPTY |= {"attention_lse": empty_lse, "fold": empty_folded}
-EMPTY |= {"attention_backward": empty_gradients}
+EMPTY |= {"attention_lse": empty_lse, "attention_backward": empty_gradients}
 for _name, _schema in SCHEMAS.items():
     register(_name, _schema)

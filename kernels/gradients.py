@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import checks, ops, reference
-from .dispatch import Folded, call
+from .dispatch import call
 from .reference import all_heads
 
 
@@ -30,17 +30,11 @@ class Terms(torch.autograd.Function):
     def forward(q, k, v, v_source, source_row, bias, scale, formed):
         if formed:
             return formed_terms(q, k, v, v_source, source_row, bias, scale)
-        op = torch.ops.minisd_kernels
-        if k.shape[2] <= checks.MAX_KEYS:
-            edit = (v_source, source_row, None, bias)
-            return call(op.cross_attention_folded.default, q, k, v, *edit, True, scale)
-        none = (None, None, scale, False)
         if v_source is None:
-            return call(op.attention.default, q, k, v, source_row, bias, *none)
+            return one_term(q, k, v, source_row, bias, scale)
         first = q.shape[0] - v_source.shape[0]
-        own = call(op.attention.default, q, k, v, None, bias, *none)
-        routed = (q[first:], k[first:], v_source, source_row, bias)
-        own[first:] += call(op.attention.default, *routed, *none)
+        own = one_term(q, k, v, None, bias, scale)
+        own[first:] += one_term(q[first:], k[first:], v_source, source_row, bias, scale)
         return own
 
     @staticmethod
@@ -52,6 +46,15 @@ class Terms(torch.autograd.Function):
     def backward(ctx, grad_out):
         grads = gradients_of(ctx, grad_out, *ctx.saved_tensors, None, False)
         return *grads, None, None, None, None
+
+
+def one_term(q, k, v, source_row, bias, scale) -> Tensor:
+    """P V, of the map of row source_row in the last rows: one launch."""
+    op = torch.ops.minisd_kernels
+    if k.shape[2] <= checks.MAX_KEYS:
+        tables = (None,) * 4  # inject too
+        return call(op.cross_attention.default, q, k, v, source_row, *tables, bias, scale)
+    return call(op.attention.default, q, k, v, source_row, bias, None, None, scale, False)
 
 
 class WithLse(torch.autograd.Function):
@@ -133,18 +136,8 @@ def with_own_values(out: Tensor, v: Tensor, own_value: Tensor | None) -> Tensor:
     return torch.cat([out[:first], edited])
 
 
-def fold_values(v, source, token_map, blend, reweight) -> Folded:
-    """ops.fold_values, differentiable."""
-    checks.check_fold(v, token_map, blend, reweight, source is not None, source == "inject")
-    first = v.shape[0] - next(x.shape[0] for x in (token_map, blend, reweight) if x is not None)
-    own, other = ops.fold(v[first:], source is not None, token_map, blend, reweight)
-    if own is None and source == "source_row":  # the only term
-        own, other = other, None
-    return Folded(None if own is None else torch.cat([v[:first], own]), other)
-
-
 def cross_attention(
-    q, k, v, *, source_row, inject, token_map, blend, reweight, bias, save, save_mean, folded, scale
+    q, k, v, *, source_row, inject, token_map, blend, reweight, bias, save, save_mean, scale
 ) -> Tensor:
     """ops.cross_attention, differentiable."""
     tables = (token_map, blend, reweight)
@@ -158,28 +151,26 @@ def cross_attention(
         if save_mean is not None:
             save_mean.add_(p.float().mean(dim=1))
     k, v = all_heads(k, q.shape[1]), all_heads(v, q.shape[1])
-    source = "source_row" if source_row is not None else "inject" if inject is not None else None
-    if folded is not None:
-        folded = Folded(*(x if x is None else all_heads(x, q.shape[1]) for x in folded))
-    if folded is None and any(x is not None for x in tables):
-        folded = fold_values(v, source, *tables)
-    elif folded is None:
-        folded = (
-            Folded(v, None) if inject is None else Folded(None, v[v.shape[0] - inject.shape[0] :])
-        )
+    S = next((x.shape[0] for x in (source_row, inject, *tables) if x is not None), 0)
+    first = q.shape[0] - S
+    has_source = source_row is not None or inject is not None
+    v_own, v_source = ops.fold(v[first:], has_source, *tables)
+
+    def whole(edited):
+        """The values of all rows."""
+        return torch.cat([v[:first], edited]) if any(x is not None for x in tables) else v
 
     if inject is None:
-        out = Terms.apply(q, k, folded.v, folded.v_source, source_row, bias, scale, False)
-    else:  # its product is linear in it
-        first = q.shape[0] - inject.shape[0]
-        out = inject.to(v.dtype) @ folded.v_source
-        if folded.v is not None:
-            own = Terms.apply(q, k, folded.v, None, None, bias, scale, False)
-            out = torch.cat([own[:first], own[first:] + out])
-        elif first:
-            plain = Terms.apply(q[:first], k[:first], v[:first], None, None, None, scale, False)
-            out = torch.cat([plain, out])
-    return out
+        terms = (whole(v_source), None) if v_own is None else (whole(v_own), v_source)
+        return Terms.apply(q, k, *terms, source_row, bias, scale, False)
+    stored = inject.to(v.dtype) @ v_source  # its product is linear in it
+    if v_own is not None:
+        own = Terms.apply(q, k, whole(v_own), None, None, bias, scale, False)
+        return torch.cat([own[:first], own[first:] + stored])
+    if not first:
+        return stored
+    plain = Terms.apply(q[:first], k[:first], v[:first], None, None, None, scale, False)
+    return torch.cat([plain, stored])
 
 
 def edited_map(

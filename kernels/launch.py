@@ -28,7 +28,5 @@ class Launch:
         if compiled is not None:  # the interpreter compiles nothing
             names = self.kernel.arg_names
             values = dict(zip(names, (*tensors, *self.numbers))) | self.constants
-            for name, rule in getattr(self.kernel, "values", {}).items():  # of @triton.heuristics
-                values[name] = rule(values)
             self.rest = tuple(values[name] for name in names[len(tensors) :])
             self.again = compiled[(*self.grid, 1, 1)[:3]]

@@ -9,12 +9,10 @@ their own (gradients.py), taken where an input needs one.
 import torch
 from torch import Tensor
 
-from . import checks
 from .checks import DTYPES, MAX_EDITED_KEYS, MAX_KEYS, check
-from .dispatch import Folded, call, needs_gradient, unpack
+from .dispatch import call, needs_gradient
 
-__all__ = ["MAX_EDITED_KEYS", "MAX_KEYS", "Folded", "attention", "check", "cross_attention"]
-__all__ += ["edited_map", "fold_values"]
+__all__ = ["MAX_EDITED_KEYS", "MAX_KEYS", "attention", "check", "cross_attention", "edited_map"]
 
 
 def attention(
@@ -83,7 +81,6 @@ def cross_attention(
     own_value: Tensor | None = None,
     save: Tensor | None = None,
     save_mean: Tensor | None = None,
-    folded: Folded | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """Attention over at most 256 keys whose map is edited, and optionally saved, in the last S
@@ -93,10 +90,9 @@ def cross_attention(
 
     P_own = softmax(scale q k^T + bias). P_source is the map of row `source_row` (counted within
     the S rows), recomputed in the kernel, or the stored map `inject`. blend None with a source
-    means 1. Without a source P' = reweight * P_own. Unless a save asks for P', it is never
-    formed: it is linear in both maps and so folds into V. That costs a launch beside the
-    attention, unless `folded` brings what fold_values made of v, token_map, blend and reweight:
-    it serves all steps with the same prompt and gate.
+    means 1. Without a source P' = reweight * P_own. One launch whatever the edit; P' reaches
+    memory only where a save asks for it. A row whose blend is 0 everywhere costs what one without
+    an edit does, and comes out the same.
 
     q: (batch, heads, queries, D); k, v: (batch, K, keys, D), K a divisor of heads; D a multiple of
     8 up to 256; float16, bfloat16 or float32, any strides; cast under autocast. source_row: (S,)
@@ -116,68 +112,23 @@ def cross_attention(
     """
     q, k, v = as_autocast(q, k, v)
     tables = (token_map, blend, reweight)
-    if folded is not None:
-        checks.check_folded(folded, q, v, source_row, inject, *tables, save, save_mean)
     if kv_row is not None or own_value is not None:
         name = "own_value" if kv_row is None else "kv_row"
         raise ValueError(
             f"{name}: cross_attention does not take it; attention() does, and "
             "impl='sdpa' takes it with all else"
         )
-    gradient = needs_gradient(
-        q, k, v, source_row, inject, *tables, bias, save, save_mean, *(folded or ())
-    )
-    if gradient:
+    if needs_gradient(q, k, v, source_row, inject, *tables, bias, save, save_mean):
         from . import gradients
 
         edit = dict(source_row=source_row, inject=inject, bias=bias, save=save, save_mean=save_mean)
         edit |= dict(token_map=token_map, blend=blend, reweight=reweight)
-        return gradients.cross_attention(q, k, v, **edit, folded=folded, scale=scale)
+        return gradients.cross_attention(q, k, v, **edit, scale=scale)
     op = torch.ops.minisd_kernels
     if save is not None or save_mean is not None:
         edit = (source_row, inject, *tables, bias, save, save_mean)
         return call(op.cross_attention_save.default, q, k, v, *edit, scale)
-    if folded is not None:
-        values = v if folded.v is None else folded.v
-        edit = (folded.v_source, source_row, inject, bias)
-        return call(
-            op.cross_attention_folded.default, q, k, values, *edit, folded.v is not None, scale
-        )
     return call(op.cross_attention.default, q, k, v, source_row, inject, *tables, bias, scale)
-
-
-def fold_values(
-    v: Tensor,
-    *,
-    source: str | None = None,
-    token_map: Tensor | None = None,
-    blend: Tensor | None = None,
-    reweight: Tensor | None = None,
-) -> Folded:
-    """What an edit of cross-attention makes of the values, once for all steps that share them; in
-    one launch.
-
-        V_own = (1 - blend) * reweight * V;   V_source = token_map @ (blend * reweight * V)
-
-    v: (batch, K, keys, D), under autocast cast to its dtype; source: "source_row" or "inject",
-    whichever cross_attention will be called with, or None; the tables as there, at least one of
-    them; one for single heads makes values of all heads. The result is for `cross_attention(q, k,
-    v, source_row=..., folded=...)`. ValueError: as in cross_attention.
-    """
-    if source not in (None, "source_row", "inject"):
-        raise ValueError(f"source: expected 'source_row', 'inject' or None, got {source!r}")
-    if token_map is None and blend is None and reweight is None:
-        raise ValueError("fold_values: expected a token_map, blend or reweight, got none")
-    (v,) = as_autocast(v)
-    if needs_gradient(v, token_map, blend, reweight):
-        from . import gradients
-
-        return gradients.fold_values(v, source, token_map, blend, reweight)
-    has_source, stored = source is not None, source == "inject"
-    values = call(
-        torch.ops.minisd_kernels.fold.default, v, token_map, blend, reweight, has_source, stored
-    )
-    return unpack(values, stored and blend is None)
 
 
 def edited_map(
@@ -219,8 +170,7 @@ def fold(
 
     Exact, because the edit is linear in both maps. v: (S, heads, keys, D), the rows that are
     edited; the result has its dtype and is computed in float32 at least. blend, reweight: (S,
-    keys) or (S, heads, keys). The kernel in fold.py does the same; this is what impl="sdpa" uses,
-    and the gradients.
+    keys) or (S, heads, keys). For what has no map to edit: minisd's impl="sdpa", and the gradients.
     """
     x = v if v.dtype == torch.float64 else v.float()
     heads = [table.shape[1] for table in (blend, reweight) if table is not None and table.ndim == 3]

@@ -16,23 +16,23 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def rows_of(t, source_row, first, rows, ROUTED: tl.constexpr, HAS_SOURCE_ROW: tl.constexpr):
+def rows_of(t, source_row, first, rows, ROUTED: tl.constexpr):
     """(row of the map, row of the output) of term t: the rows' own terms first, then the second
     ones."""
     t = tl.cast(t, tl.int32)
     row = tl.where(t < rows, t, first + t - rows)
     map_row = row
-    if HAS_SOURCE_ROW:
+    if source_row is not None:
         if (t >= rows) | (ROUTED & (row >= first)):
             map_row = first + tl.load(source_row + row - first).to(tl.int32)
     return map_row, row
 
 
 @triton.jit
-def values_of(t, v, stride_v, v_source, stride_source, h, rows, UNIT: tl.constexpr, TWO_TERMS):
+def values_of(t, v, stride_v, v_source, stride_source, h, rows, UNIT: tl.constexpr):
     """The Matrix of the values of term t, or of their gradients."""
     p, step = head(v, stride_v, tl.minimum(t, rows - 1), h, UNIT)
-    if TWO_TERMS:
+    if v_source is not None:
         if t >= rows:
             p, step = head(v_source, stride_source, t - rows, h, UNIT)
     return Matrix(p, step)
@@ -60,13 +60,12 @@ def logits(
     stride_bias,
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
     """log2(e) (scale q k^T + bias): (BLOCK_N, BLOCK_L), -inf for keys that are not seen. x:
     Scores."""
     s = dot(b_q, b_k.T, zeros(BLOCK_N, BLOCK_L)) * (x.scale * LOG2_E)
-    if HAS_BIAS:
+    if bias is not None:
         if x.map_row >= x.first:
             of_bias = head(bias, stride_bias, x.map_row - x.first, x.h, 1)
             s += load_bias(of_bias, offs_n, offs_l, x.queries, x.keys)
@@ -75,13 +74,6 @@ def logits(
     return tl.where(offs_l[None, :] < x.keys, s, float("-inf"))
 
 
-@triton.heuristics(
-    {
-        "HAS_SOURCE_ROW": lambda args: args["source_row"] is not None,
-        "HAS_BIAS": lambda args: args["bias"] is not None,
-        "TWO_TERMS": lambda args: args["v_source"] is not None,
-    }
-)
 @triton.jit(
     do_not_specialize=["heads", "first", "rows"],
     do_not_specialize_on_alignment=["source_row", "bias"],
@@ -116,21 +108,18 @@ def statistics_kernel(
     UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
-    HAS_SOURCE_ROW: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    TWO_TERMS: tl.constexpr,
 ):
     """One block of queries of head h of term t: log_sum, in base 2, and delta = rowsum(P dP).
 
     log_sum, delta: (terms, heads, queries) float32, contiguous.
     """
     start_n, h, t = place(queries, heads, BLOCK_N)
-    map_row, row = rows_of(t, source_row, first, rows, not TWO_TERMS, HAS_SOURCE_ROW)
+    map_row, row = rows_of(t, source_row, first, rows, v_source is None)
     x = Scores(scale, map_row, first, h, queries, keys)
     offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_d, offs_v = tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
     of_q, of_k = head(q, stride_q, map_row, h, UNIT), head(k, stride_k, map_row, h, UNIT)
-    of_v = values_of(t, v, stride_v, v_source, stride_source, h, rows, UNIT, TWO_TERMS)
+    of_v = values_of(t, v, stride_v, v_source, stride_source, h, rows, UNIT)
     of_grad = head(grad_out, stride_grad, row, h, UNIT)
     # (BLOCK_N, WIDTH), (BLOCK_N, WIDTH_V)
     b_q = load(of_q, offs_n, offs_d, queries, D, True, WIDTH != D)
@@ -143,9 +132,7 @@ def statistics_kernel(
         offs_l = start + tl.arange(0, BLOCK_L)
         b_k = load(of_k, offs_l, offs_d, keys, D, True, WIDTH != D)
         b_v = load(of_v, offs_l, offs_v, keys, DV, True, WIDTH_V != DV)
-        s = logits(
-            b_q, b_k, offs_n, offs_l, x, bias, stride_bias, BLOCK_N, BLOCK_L, HAS_BIAS, CAUSAL
-        )
+        s = logits(b_q, b_k, offs_n, offs_l, x, bias, stride_bias, BLOCK_N, BLOCK_L, CAUSAL)
         m_new = tl.maximum(m, tl.max(s, 1))
         p = tl.exp2(s - finite(m_new)[:, None])
         shrink = tl.exp2(m - finite(m_new))

@@ -80,43 +80,73 @@ def dot(a, b, acc):
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
+class Inputs(NamedTuple):
+    """What the maps of all rows are computed from."""
+
+    q: tl.tensor
+    k: tl.tensor
+    bias: tl.tensor  # or None
+    stride_q: tl.tuple
+    stride_k: tl.tuple
+    stride_bias: tl.tuple
+    queries: tl.tensor
+    group: tl.tensor  # heads of q to one of k
+    first: tl.tensor  # row with a bias
+    head_dim: tl.tensor  # D; known at run time only, it keeps `scores` from being unrolled
+    scale: tl.tensor  # times log2(e)
+
+
+class Queries(NamedTuple):
+    """One block of queries of a head of a row, as its scores need it."""
+
+    q: Matrix
+    b_q: tl.tensor  # (BLOCK_N, STEP), not used if STEP < D
+    offs_n: tl.tensor
+    bias: Matrix
+    biased: tl.tensor  # queries with a bias, all or 0
+
+
+@triton.jit
+def load_queries(
+    x, row, h, offs_n, D: tl.constexpr, STEP: tl.constexpr, UNIT: tl.constexpr, EVEN_N: tl.constexpr
+):
+    """The Queries of one block. x: Inputs."""
+    of_q = head(x.q, x.stride_q, row, h, UNIT)
+    of_bias, biased = of_q, 0  # without a bias they are not used
+    if x.bias is not None:
+        of_bias = head(x.bias, x.stride_bias, tl.maximum(row - x.first, 0), h, 1)
+        biased = tl.where(row >= x.first, x.queries, 0)
+    b_q = load(of_q, offs_n, tl.arange(0, STEP), x.queries, D, not EVEN_N, D % STEP != 0)
+    return Queries(of_q, b_q, offs_n, of_bias, biased)
+
+
 @triton.jit
 def scores(
-    q,
-    b_q,
-    rows,
-    queries,
+    x,
+    block,
     k,
+    offs_l,
     keys,
-    limit,
-    head_dim,
     D: tl.constexpr,
     STEP: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_L: tl.constexpr,
     EVEN_N: tl.constexpr,
     MASK_L: tl.constexpr,
 ):
-    """q k^T: (BLOCK_N, BLOCK_L), -inf for keys beyond the last.
-
-    q, k: one head each, as a Matrix. If STEP < D, q and k are read STEP columns at a
-    time and b_q is not used; otherwise b_q is q. head_dim is D: as a number known at run time
-    only, it keeps the compiler from unrolling that loop.
-    """
-    s = zeros(BLOCK_N, BLOCK_L)
+    """q k^T: (BLOCK_N, BLOCK_L), -inf for keys beyond the last. x: Inputs; block: Queries; k: one
+    head, as a Matrix. If STEP < D, q and k are read STEP columns at a time."""
+    d = tl.arange(0, STEP)
+    s = zeros(block.b_q.shape[0], offs_l.shape[0])
     if STEP < D:
-        for start in range(0, head_dim, STEP):
-            d = start + tl.arange(0, STEP)
+        for start in range(0, x.head_dim, STEP):
             uneven: tl.constexpr = D % STEP != 0
-            piece_q = load(q, rows, d, queries, D, not EVEN_N, uneven)
-            piece_k = load(k, keys, d, limit, D, MASK_L, uneven)
+            piece_q = load(block.q, block.offs_n, start + d, x.queries, D, not EVEN_N, uneven)
+            piece_k = load(k, offs_l, start + d, keys, D, MASK_L, uneven)
             s = dot(piece_q, piece_k.T, s)
     else:
-        d = tl.arange(0, STEP)
-        b_k = load(k, keys, d, limit, D, MASK_L, D % STEP != 0)
-        s = dot(b_q, b_k.T, s)
+        b_k = load(k, offs_l, d, keys, D, MASK_L, D % STEP != 0)
+        s = dot(block.b_q, b_k.T, s)
     if MASK_L:
-        s = tl.where(keys[None, :] < limit, s, float("-inf"))
+        s = tl.where(offs_l[None, :] < keys, s, float("-inf"))
     return s
 
 
@@ -167,71 +197,46 @@ TABLE = (
     # stages
     ("attention, many", "half", "warpgroup", 128, Tile(128, 64, ALL, 8, 3)),
     ("attention", "half", "warpgroup", 64, Tile(64, 64, ALL, 4, 3)),
-    (
-        "attention",
-        "half",
-        "warpgroup",
-        128,
-        Tile(64, 64, ALL, 4, 2),
-    ),  # a third stage leaves one program, not two
+    # a third stage leaves one program, not two
+    ("attention", "half", "warpgroup", 128, Tile(64, 64, ALL, 4, 2)),
     ("attention", "half", "warpgroup", 256, Tile(64, 64, ALL, 8, 2)),  # with 4 warps it spills
-    (
-        "cross_attention",
-        "half",
-        "warpgroup",
-        256,
-        Tile(64, 0, 64, 4, 3),
-    ),  # D 160: 126 registers, 254 in one piece
-    (
-        "cross_attention_save",
-        "half",
-        "warpgroup",
-        256,
-        Tile(64, 0, 64, 8, 3),
-    ),  # with 4 warps P' @ token_map spills
+    # a row without an edit at D 160: 126 registers, 254 in one piece
+    ("cross_attention", "half", "warpgroup", 256, Tile(64, 0, 64, 4, 3)),
+    # two maps and a token map: with three stages D 160 spills on sm_100
+    ("cross_attention, edited", "half", "warpgroup", 256, Tile(64, 0, 64, 4, 1)),
+    # with 4 warps the addresses of two stored maps spill
+    ("cross_attention, save", "half", "warpgroup", 256, Tile(64, 0, 64, 8, 3)),
     # mma.sync works from registers. All of these fit into 99 KiB, what sm_86, sm_89 and sm_120
     # have.
     ("attention", "half", "mma", 64, Tile(64, 64, ALL, 4, 2)),
-    (
-        "attention",
-        "half",
-        "mma",
-        128,
-        Tile(64, 32, 64, 8, 2),
-    ),  # q in one piece spills where N is uneven
+    # q in one piece spills where N is uneven
+    ("attention", "half", "mma", 128, Tile(64, 32, 64, 8, 2)),
     ("attention", "half", "mma", 256, Tile(64, 32, 32, 8, 2)),
     ("cross_attention", "half", "mma", 256, Tile(64, 0, 32, 4, 1)),
-    ("cross_attention_save", "half", "mma", 256, Tile(64, 0, 32, 8, 1)),  # with 4 warps it spills
+    ("cross_attention, edited", "half", "mma", 256, Tile(64, 0, 32, 4, 1)),
+    ("cross_attention, save", "half", "mma", 256, Tile(64, 0, 32, 8, 1)),  # with 4 warps it spills
     # More than 128 keys, long prompts: a map of so many takes the registers. No wgmma, which needs
-    # 64 rows. With 32 rows a save spills; its token map passes in pieces (saved_map.piece), as one
-    # it would take 136 KiB. All fit into 99 KiB.
-    ("cross_attention, wide", "half", "any", 256, Tile(16, 0, 32, 4, 1)),
-    ("cross_attention_save, wide", "half", "any", 256, Tile(16, 0, 32, 8, 1)),
-    # A bias is one more tile of scores in registers: with half the warps two terms spill, and are
-    # miscompiled.
-    ("attention, bias", "half", "warpgroup", 128, Tile(64, 64, ALL, 8, 2)),
-    # with 64 keys joined rows spill
-    ("attention, bias", "half", "warpgroup", 256, Tile(64, 32, ALL, 8, 2)),
-    ("cross_attention, bias", "half", "warpgroup", 256, Tile(64, 0, 64, 8, 3)),
-    ("attention, bias", "half", "mma", 256, Tile(64, 32, 32, 8, 2)),
-    ("cross_attention, bias", "half", "mma", 256, Tile(64, 0, 32, 8, 1)),
+    # 64 rows. All fit into 99 KiB.
+    ("cross_attention, wide", "half", "any", 256, Tile(16, 0, 32, 8, 1)),
+    # A bias is one more tile of scores in registers, and its addresses: with half the warps joined
+    # rows and two maps spill.
+    ("attention, bias", "half", "warpgroup", 64, Tile(64, 64, ALL, 8, 1)),
+    # with 64 keys, or q in one piece, joined rows spill
+    ("attention, bias", "half", "warpgroup", 256, Tile(64, 32, 64, 8, 1)),
+    ("attention, bias", "half", "mma", 256, Tile(64, 32, 32, 8, 1)),
+    # with STEP 64 it spills
+    ("cross_attention, bias", "half", "warpgroup", 256, Tile(64, 0, 32, 8, 1)),
+    # with 64 rows it spills on sm_120
+    ("cross_attention, bias", "half", "mma", 256, Tile(32, 0, 32, 4, 1)),
     # float32 products are multiply-adds, and a thread needs whole rows and columns of both factors
     # in registers.
     ("attention", "single", "any", 256, Tile(16, 16, 16, 4, 1)),
-    (
-        "cross_attention",
-        "single",
-        "any",
-        256,
-        Tile(16, 0, 16, 8, 1),
-    ),  # with 4 warps two terms spill
-    # with 8 warps P' @ token_map spills; fewer stages spill, on sm_80 or on sm_120
-    ("cross_attention_save", "single", "any", 256, Tile(16, 0, 16, 4, 3)),
     ("attention, bias", "single", "any", 256, Tile(16, 16, 16, 4, 1)),
-    ("cross_attention, bias", "single", "any", 256, Tile(16, 0, 16, 8, 1)),
-    # one stage spills in both
-    ("cross_attention, wide", "single", "any", 256, Tile(16, 0, 16, 8, 2)),
-    ("cross_attention_save, wide", "single", "any", 256, Tile(16, 0, 16, 8, 3)),
+    ("cross_attention", "single", "any", 256, Tile(16, 0, 16, 4, 3)),
+    ("cross_attention, edited", "single", "any", 256, Tile(16, 0, 16, 4, 3)),
+    ("cross_attention, save", "single", "any", 256, Tile(16, 0, 16, 4, 3)),
+    ("cross_attention, bias", "single", "any", 256, Tile(16, 0, 16, 4, 3)),
+    ("cross_attention, wide", "single", "any", 256, Tile(16, 0, 16, 8, 3)),
 )
 
 

@@ -267,7 +267,8 @@ def seeds(seed: int | Sequence[int], rows: int | None = None) -> list[int]:
     given: Any = seed
     if is_seed(seed):
         given = [int(seed) + i for i in range(rows or 1)]
-    listed = isinstance(given, Sequence) and not isinstance(given, str) and len(given) > 0
+    is_text = isinstance(given, (str, bytes, bytearray))
+    listed = isinstance(given, Sequence) and not is_text and len(given) > 0
     if listed and rows not in (None, len(given)):
         raise ValueError(f"got {len(given)} seeds for {rows} images, expected one for each")
     if not (listed and all(is_seed(s) and -(2**63) <= int(s) < 2**64 for s in given)):

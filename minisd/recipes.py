@@ -23,13 +23,13 @@ from types import FunctionType
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from . import __version__
 from .drawing import Drawing, seeds
-from .files import atomic_write
+from .files import atomic_write, expect_file
 
 if TYPE_CHECKING:
     from .pipeline import StableDiffusion
@@ -164,6 +164,7 @@ def fingerprint(value: Any) -> str:
         array = value.detach().cpu().float().numpy() if isinstance(value, Tensor) else value
         kind, data = f"{array.dtype} {array.shape}", np.ascontiguousarray(array).tobytes()
     elif isinstance(value, os.PathLike):
+        expect_file(value)
         kind, data = "", Path(value).read_bytes()
     elif isinstance(value, (bytes, bytearray, memoryview)):
         kind, data = "", bytes(value)
@@ -184,8 +185,13 @@ def recipe(image: Image.Image | str | os.PathLike[str] | IO[bytes]) -> dict[str,
     recording (`replay`), a DiT's label (`LabelDiffusion.generate`), a loop of your own.
     """
     if not isinstance(image, Image.Image):
-        with Image.open(image) as file:
-            return recipe(file)
+        if isinstance(image, (str, os.PathLike)):
+            expect_file(image)
+        try:
+            with Image.open(image, formats=["PNG"]) as file:
+                return recipe(file)
+        except UnidentifiedImageError as error:
+            raise ValueError("the image carries no recipe: it is no PNG") from error
     text = image.info.get("recipe")
     try:
         found = json.loads(text) if isinstance(text, str) else None

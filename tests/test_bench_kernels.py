@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from minisd_kernels import attention, cross_attention, dispatch, reference, saved_map, tuned
+from minisd_kernels import attention, cross_attention, dispatch, reference, tuned
 
 from bench import attention as bench, fused, harness, tune
 
@@ -377,8 +377,7 @@ def test_every_launch_asks_for_its_tile(monkeypatch):
     for module, name in (
         (attention, "attention_kernel"),
         (cross_attention, "cross_attention_kernel"),
-        (saved_map, "cross_attention_save_kernel"),
-        (saved_map, "mean_kernel"),
+        (cross_attention, "mean_kernel"),
     ):
         monkeypatch.setattr(module, name, Kernel())
         monkeypatch.setattr(module, "arch", lambda: 90)
@@ -467,7 +466,7 @@ def test_tiles_are_tried_where_the_models_launch_them():
         for N in (256, 576, 144)
         for form in ("plain", "self-injection")
     ]
-    assert tune.cases("cross_attention_save", 160) == [
+    assert tune.cases("cross_attention, save", 160) == [
         (B, N, 77, form)
         for B in (2, 8)
         for N in (256, 64)

@@ -187,6 +187,7 @@ def test_images_of_several_prompts(sd, drawn):
         ),
         (dict(seed=[]), r"got seeds \[\]"),
         (dict(seed=0.5), "got seeds 0.5, expected a whole number or a list"),
+        (dict(seed=b"1"), "got seeds b'1', expected a whole number or a list"),
         (dict(seed=True), "got seeds True, expected a whole number or a list"),
         (dict(seed=[False]), r"got seeds \[False\], expected a whole number or a list"),
         (dict(guidance=float("nan")), "guidance is nan, expected a finite number"),

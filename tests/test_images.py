@@ -1,6 +1,7 @@
 """Images from files as a viewer shows them, or refused in words."""
 
 import io
+import json
 import os
 import struct
 import subprocess
@@ -357,23 +358,32 @@ def test_a_program_is_no_image(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs")
 def test_pipes_and_devices_do_not_hang(tmp_path):
-    for name in ("a.png", "a.safetensors"):
+    for name in ("a.png", "a.safetensors", "model_index.json"):
         os.mkfifo(tmp_path / name)
     code = "import minisd; from minisd.viewing.images import read_image as r"
     code += "\nfrom minisd.editing.blended import read_mask as mask"
+    code += "\nfrom pathlib import Path\nfrom minisd.batch.rows import read_row"
+    code += "\nsd = minisd.load('shapes', device='cpu')"
+    row = json.dumps({"method": "img2img", "image": str(tmp_path / "a.png"), "prompt": "a"})
     calls = [
         f"r({str(tmp_path / 'a.png')!r})",
         f"mask({str(tmp_path / 'a.png')!r})",
         f"minisd.Inversion.load({str(tmp_path / 'a.safetensors')!r})",
         f"minisd.load({str(tmp_path / 'a.safetensors')!r})",
         "r('/dev/zero')",
+        f"minisd.load({str(tmp_path)!r})",
+        f"minisd.recipe({str(tmp_path / 'a.png')!r})",
+        f"minisd.recipes.fingerprint(Path({str(tmp_path / 'a.png')!r}))",
+        f"sd.add_embedding({str(tmp_path / 'a.safetensors')!r})",
+        f"sd.merge({str(tmp_path / 'a.safetensors')!r})",
+        "raise ValueError(read_row(1, " + repr(row) + ", {}).error)",
     ]
     lines = [f"try: {call}\nexcept ValueError as e: print(e)" for call in calls]
     run = [sys.executable, "-c", "\n".join([code, *lines])]
     done = subprocess.run(run, capture_output=True, text=True, timeout=100)
     told = done.stdout.splitlines()
     assert len(told) == len(calls) and done.returncode == 0, done.stderr
-    assert sum("is a pipe or a device, expected a file" in line for line in told) == 4
+    assert all("is a pipe or a device, expected a f" in line for line in told), told
 
 
 # labels
@@ -419,9 +429,13 @@ def test_an_image_that_is_not_redrawn_is_said_to_be(tmp_path):
     mask = np.ones((64, 64), bool)
     with pytest.warns(UserWarning, match="are less than one step"):
         minisd.blend(sd, image, mask, "a", 0.1, steps=5)
+    with pytest.warns(UserWarning, match="are less than one step"):
+        [same] = minisd.diffedit(sd, image, "a", "b", strength=0.1, steps=5)
+    assert (values(same) == values(image)).all()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sd.img2img(image, "a", 0.0, steps=3)
+        minisd.diffedit(sd, image, "a", "b", strength=0.0, steps=5)
 
 
 # profiles where pixels are kept

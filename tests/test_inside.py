@@ -110,6 +110,10 @@ def test_what_it_would_take_is_said_before_it_is_drawn(pair, monkeypatch):
         minisd.capture(sd, SOURCE, steps=[], **OF)
     with pytest.raises(ValueError, match="no skip or cross-attention site is picked by '3x3'"):
         minisd.capture(sd, SOURCE, sites="3x3", kinds=("skip", "cross"), **HOW)
+    with pytest.raises(ValueError, match="rule has no effect"):
+        minisd.capture(sd, SOURCE, rule=minisd.pag, **HOW)
+    with pytest.raises(ValueError, match="of_steps=50 has no effect on all of 3 steps"):
+        minisd.capture(sd, SOURCE, of_steps=50, **HOW)
     with pytest.raises(ValueError, match="num_images has no effect"):
         minisd.capture(sd, SOURCE, num_images=2)
 

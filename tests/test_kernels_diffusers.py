@@ -74,6 +74,18 @@ if os.environ.get("TRITON_INTERPRET") != "1":
             )
         ]
 
+    def test_fewer_key_heads(spy):
+        """Each of them beside itself, in diffusers' own attention, is the same."""
+        torch.manual_seed(0)
+        few = Attention(32, heads=4, kv_heads=2, dim_head=8, processor=KernelAttention())
+        full, x = Attention(32, heads=4, dim_head=8), torch.randn(2, 5, 32)
+        state = few.state_dict()
+        for name in ("to_k.weight", "to_v.weight"):
+            state[name] = state[name].view(2, 8, 32).repeat_interleave(2, 0).flatten(0, 1)
+        full.load_state_dict(state)
+        with torch.no_grad():
+            torch.testing.assert_close(few(x), full(x), atol=1e-6, rtol=1e-5)
+
     def test_what_it_does_not_know_is_refused(spy):
         attn, x = Attention(32, heads=2, dim_head=16), torch.randn(1, 4, 32)
         with pytest.raises(ValueError, match="KernelAttention: unknown arguments ip_adapter_masks"):

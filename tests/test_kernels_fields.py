@@ -161,7 +161,7 @@ else:
         )
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-    @pytest.mark.parametrize("saves", [(), ("save", "save_mean")], ids=["fold", "save"])
+    @pytest.mark.parametrize("saves", [(), ("save", "save_mean")], ids=["edit", "save"])
     @pytest.mark.parametrize("seed", range(3))
     @pytest.mark.parametrize(
         "names", [f for f in FIELDS if not {"kv_row", "own_value"} & set(f)], ids="+".join
@@ -191,29 +191,6 @@ else:
         for name in saves:
             check(mine[name], eager[name], exact[name].double(), dtype, name, max(keys, d))
 
-    @pytest.mark.parametrize(
-        "source, mix",
-        [
-            (None, ("reweight",)),
-            *itertools.product(
-                ("source_row", "inject"),
-                (("reweight",), ("token_map",), ("token_map", "blend", "reweight")),
-            ),
-        ],
-        ids=str,
-    )
-    def test_values_that_are_folded_already(source, mix, monkeypatch):
-        """The same bits as the fold within the call, of which there is one launch less."""
-        q, k, v = tensors(R, 2, 7, 5, 16, torch.float32, 0)
-        edit = edit_tensors(source or "none", mix, 2, 7, 5, torch.float32, 0)
-        sources = {name: x for name, x in edit.items() if name in ("source_row", "inject")}
-        tables = {name: x for name, x in edit.items() if name in mix}
-        want, launched = ops.cross_attention(q, k, v, **edit), []
-        folded = ops.fold_values(v, source=source, **tables)
-        write_down_launches(monkeypatch, launched)
-        assert torch.equal(ops.cross_attention(q, k, v, **sources, folded=folded), want)
-        assert launched == ["cross_attention_kernel"]
-
     def write_down_launches(monkeypatch, launched):
         """Append the name of every kernel that is launched to a list."""
         from minisd_kernels.launch import Launch
@@ -227,29 +204,25 @@ else:
         monkeypatch.setattr(Launch, "__call__", counted)
 
     def test_launches_are_few(monkeypatch):
-        """Self-injection one; refine one after the first step; every edit two at most."""
+        """One for every edit, at the first step and at all others; a mean over heads is another."""
         launched = []
         write_down_launches(monkeypatch, launched)
         q, k, v = tensors(R, 2, 140, 140, 8, torch.float32, 0)
         ops.attention(q, k, v, torch.tensor([0, 0]))
         assert launched == ["attention_kernel"]
         q, k, v = tensors(R, 2, 7, 5, 16, torch.float32, 0)
-        edit = edit_tensors(
+        refine = edit_tensors(
             "source_row", ("token_map", "blend", "reweight"), 2, 7, 5, torch.float32, 0
         )
-        row = edit.pop("source_row")
-        folded, steps = ops.fold_values(v, source="source_row", **edit), []
-        for _ in range(3):
-            launched.clear()
-            ops.cross_attention(q, k, v, source_row=row, folded=folded)
-            steps.append(list(launched))
-        assert steps == [["cross_attention_kernel"]] * 3
+        kinds = [{"reweight": refine["reweight"]}, {"source_row": refine["source_row"]}, refine]
+        for edit in (*kinds, {**refine, "save": torch.empty(S, 2, 7, 5)}):
+            for _ in range(2):
+                launched.clear()
+                ops.cross_attention(q, k, v, **edit)
+                assert launched == ["cross_attention_kernel"]
         launched.clear()
-        ops.cross_attention(q, k, v, source_row=row, **edit)
-        assert launched == ["fold_kernel", "cross_attention_kernel"]
-        launched.clear()
-        ops.cross_attention(q, k, v, source_row=row, **edit, save=torch.empty(S, 2, 7, 5))
-        assert launched == ["cross_attention_save_kernel"]
+        ops.cross_attention(q, k, v, **refine, save_mean=torch.zeros(S, 7, 5))
+        assert launched == ["cross_attention_kernel", "mean_kernel"]
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
     @pytest.mark.parametrize("names", [(), ("source_row",), FIELDS[7]], ids="+".join)
@@ -306,8 +279,6 @@ else:
 
         def block(own, cross):
             x = ops.attention(q, k, v, **own, scale=0.5)
-            folded = ops.fold_values(v, source="source_row", blend=cross["blend"])
-            x = x + ops.cross_attention(q, k, v, source_row=cross["source_row"], folded=folded)
             return x + ops.cross_attention(q, k, v, **cross)
 
         torch._dynamo.reset()

@@ -99,9 +99,6 @@ if not INTERPRETED:
         for op in (ops.attention, ops.cross_attention):
             with pytest.raises(ValueError, match=r"with K a divisor of H, got \(3, 4, 4, 8\)"):
                 op(q, k, v)
-        v = v[:, :2]
-        with pytest.raises(ValueError, match=r"blend: expected shape \(2, 4\) or \(2, 2, 4\)"):
-            ops.fold_values(v, source="inject", blend=torch.ones(2, 3, 4, device="meta"))
 
 else:
     from test_kernels_interpreter import poisoned, quick_interpreter  # noqa: F401, fixtures
@@ -155,7 +152,7 @@ else:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
     @pytest.mark.parametrize("per_head", [False, True], ids=["one table", "table per head"])
-    @pytest.mark.parametrize("saves", [(), ("save", "save_mean")], ids=["fold", "save"])
+    @pytest.mark.parametrize("saves", [(), ("save", "save_mean")], ids=["edit", "save"])
     @pytest.mark.parametrize(
         "names",
         [
@@ -182,16 +179,6 @@ else:
         got, eager = run(ops.cross_attention, dtype), run(reference.cross_attention, dtype)
         for name, want in run(reference.cross_attention, torch.float64).items():
             check(got[name], eager[name], want.double(), dtype, name, 16)
-
-    def test_values_folded_beforehand_with_fewer_key_heads():
-        q, k, v = grouped(4, 2, 7, 5, 16, torch.float32, 0)
-        for per_head in (False, True):
-            edit = tables(("token_map", "blend"), 4, 7, 5, torch.float32, 0, per_head)
-            folded = ops.fold_values(v, source="source_row", **edit)
-            assert folded.v.shape[1] == folded.v_source.shape[1] == (4 if per_head else 2)
-            row = torch.tensor([1, 0])
-            got = ops.cross_attention(q, k, v, source_row=row, folded=folded)
-            assert torch.equal(got, ops.cross_attention(q, k, v, source_row=row, **edit))
 
     def gradients(op, q, k, v, edit, **others):
         """(everything the op returns, gradients of q, k, v and the edit's tables)."""
@@ -229,9 +216,7 @@ else:
         op = torch.ops.minisd_kernels
         opcheck(op.attention_lse.default, (q, scattered(k), v, row, *[None] * 3, 0.5, True))
         edit = tables(("blend", "reweight"), 4, 7, 7, torch.float32, 0, per_head=True)
-        made = op.fold(v, None, *edit.values(), True, False)
-        folded = (q, k, *made, row, None, None, True, None)
-        opcheck(op.cross_attention_folded.default, folded)
+        opcheck(op.cross_attention.default, (q, k, v, row, None, None, *edit.values(), None, 0.5))
         lse = torch.randn(R, 4, 7)
         k, v = (x.repeat_interleave(2, 1) for x in (k, v))
         opcheck(op.attention_backward.default, (q, q, k, v, None, row, None, lse, 0.5, True))

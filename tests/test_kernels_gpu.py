@@ -149,7 +149,7 @@ def test_gradients_of_every_edit(source, mix, dtype):
 
 @pytest.mark.parametrize("keys", [154, 256])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("saves", [(), ("save", "save_mean")], ids=["fold", "save"])
+@pytest.mark.parametrize("saves", [(), ("save", "save_mean")], ids=["edit", "save"])
 def test_long_prompts(saves, dtype, keys):
     q, k, v = tensors(B, 2, 100, keys, 40, dtype, 0, device="cuda")
     edit = edit_tensors(
@@ -158,13 +158,19 @@ def test_long_prompts(saves, dtype, keys):
     run_cross(q, k, v, edit, saves)
 
 
-def test_values_folded_once_give_the_same_bits():
-    q, k, v = tensors(B, 2, 100, 77, 40, torch.float16, 0, device="cuda")
-    edit = edit_tensors("source_row", ("token_map", "blend"), 2, 100, 77, torch.float16, 0, "cuda")
-    want, row = ops.cross_attention(q, k, v, **edit), edit.pop("source_row")
-    folded = ops.fold_values(v, source="source_row", **edit)
-    for _ in range(3):  # the second launch goes past Triton's
-        assert torch.equal(ops.cross_attention(q, k, v, source_row=row, folded=folded), want)
+@pytest.mark.parametrize("source", ["source_row", "inject"])
+@pytest.mark.parametrize("d", [40, 80, 160])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_gate_is_a_value(dtype, d, source):
+    """A row that takes nothing of a source comes out as without an edit, one that takes all as
+    without a blend, to the last bit."""
+    q, k, v = tensors(B, 2, 100, 77, d, dtype, 0, device="cuda")
+    edit = edit_tensors(source, ("token_map",), 2, 100, 77, dtype, 0, "cuda")
+    plain, all_of_it = ops.cross_attention(q, k, v), ops.cross_attention(q, k, v, **edit)
+    gate = torch.stack([torch.zeros(77), torch.ones(77)]).cuda()
+    for _ in range(2):  # the second launch goes past Triton's
+        out = ops.cross_attention(q, k, v, **edit, blend=gate)
+        assert torch.equal(out[:-1], plain[:-1]) and torch.equal(out[-1], all_of_it[-1])
 
 
 def test_a_replayed_cuda_graph_writes_to_the_same_buffers():

@@ -169,18 +169,12 @@ else:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
     def test_cross_attention_with_other_fields(dtype):
-        """A bias, tables for single heads, values folded beforehand."""
+        """A bias, tables for single heads."""
         q, k, v = tensors(3, 2, 7, 20, 16, dtype, 0)
         edit, _ = with_fields(
             ("bias", "source_row", "token_map", "blend", "reweight"), 2, 7, 20, dtype, seed=2
         )
         run(ops.cross_attention, reference.cross_attention, q, k, v, edit)
-
-        def folded(q, k, v, source_row, bias, **tables):
-            values = ops.fold_values(v, source="source_row", **tables)
-            return ops.cross_attention(q, k, v, source_row=source_row, bias=bias, folded=values)
-
-        run(folded, reference.cross_attention, q, k, v, edit)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
     @pytest.mark.parametrize("source, mix", EDITS, ids=str)

@@ -54,7 +54,7 @@ if not INTERPRETED:
 else:
     import numpy as np
     import triton.language
-    from minisd_kernels import attention, cross_attention, saved_map
+    from minisd_kernels import attention, cross_attention
 
     @pytest.fixture(autouse=True, scope="session")
     def quick_interpreter():
@@ -105,8 +105,7 @@ if INTERPRETED:
     def test_cross_attention(
         monkeypatch, source, mix, saves, dtype, batch, heads, n, keys, d, layout, arch, seed
     ):
-        for module in (cross_attention, saved_map):  # the tiles of both kinds of card
-            monkeypatch.setattr(module, "arch", lambda: arch)
+        monkeypatch.setattr(cross_attention, "arch", lambda: arch)  # the tiles of both kinds
         q, k, v = tensors(batch, heads, n, keys, d, dtype, seed, layout)
         edit = edit_tensors(source, mix, heads, n, keys, dtype, seed)
         run_cross(q, k, v, edit, saves)
@@ -325,16 +324,22 @@ if INTERPRETED:
             ops.cross_attention(q, k, v, save_mean=twice)
         torch.testing.assert_close(twice, 2 * once, atol=1e-6, rtol=0)
 
-    def test_folded_equals_unfolded():
-        """The two kernels, one of which forms P', agree."""
-        q, k, v = tensors(B, 1, 16, 77, 40, torch.float32, seed=0)
-        edit = edit_tensors(
-            "source_row", ("token_map", "blend", "reweight"), 1, 16, 77, torch.float32, 0
-        )
-        unfolded = ops.cross_attention(q, k, v, **edit, save=torch.empty(S, 1, 16, 77))
-        torch.testing.assert_close(
-            ops.cross_attention(q, k, v, **edit), unfolded, atol=2e-6, rtol=0
-        )
+    @pytest.mark.parametrize("source", ["source_row", "inject"])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_the_gate_is_a_value(source, dtype):
+        """A row that takes nothing of a source comes out as without an edit, and one that takes all
+        without a blend, to the last bit; what is not used may be anything."""
+        q, k, v = tensors(B, 1, 7, 77, 40, dtype, seed=0)
+        edit = edit_tensors(source, ("token_map",), 1, 7, 77, dtype, 0)
+        plain, all_of_it = ops.cross_attention(q, k, v), ops.cross_attention(q, k, v, **edit)
+        gate = torch.stack([torch.zeros(77), torch.ones(77)])
+        out = ops.cross_attention(q, k, v, **edit, blend=gate)
+        assert torch.equal(out[:-1], plain[:-1]) and torch.equal(out[-1], all_of_it[-1])
+        edit["token_map"] = edit["token_map"].clone()
+        edit["token_map"][0] = NAN
+        assert torch.equal(ops.cross_attention(q, k, v, **edit, blend=gate), out)
+        gate[0, -1] = 1e-3  # the last key of the second block of 64
+        assert ops.cross_attention(q, k, v, **edit, blend=gate)[-2].isnan().all()
 
     # torch.library: schema, fake kernel, graph
 
@@ -351,16 +356,13 @@ if INTERPRETED:
         args = (q, k, v, edit["source_row"], None, *tables)
         torch.library.opcheck(op.cross_attention.default, (*args, None, None))
         torch.library.opcheck(op.cross_attention.default, (q, k, v, *[None] * 7))
-        values = op.fold(v, *tables, True, False)
-        torch.library.opcheck(op.fold.default, (v, *tables, True, False))
-        folded = (q, k, *values, edit["source_row"], None, None, True, None)
-        torch.library.opcheck(op.cross_attention_folded.default, folded)
         save, mean = torch.zeros(S, 1, 7, 5), torch.zeros(S, 7, 5)
         nothing = [None] * 6
         torch.library.opcheck(
             op.cross_attention_save.default, (q, k, v, *nothing, save, None, None)
         )
         torch.library.opcheck(op.cross_attention_save.default, (*args, None, save, mean, None))
+        values = v, torch.randn_like(v[-S:])
         backward = (torch.randn_like(q), q, k, *values, edit["source_row"], None, None, None, False)
         torch.library.opcheck(op.attention_backward.default, backward)
 

@@ -77,13 +77,10 @@ print(json.dumps({name: len(hashes) for name, hashes in kernels.items()}))
     assert counts == dict.fromkeys(
         (
             "attention_kernel",
-            "fold_kernel",
-            "cross_attention_kernel",
-            "cross_attention_save_kernel",
             "mean_kernel",
         ),
         1,
-    )
+    ) | {"cross_attention_kernel": 2}  # with and without a save
 
 
 def test_more_than_65535_rows_or_heads_are_launched():
@@ -98,9 +95,9 @@ x = empty(65536, 64, 4, 4).to(memory_format=torch.channels_last)
 launch_norm(norms.prepare_group_norm_silu, x, 32, empty(64), empty(64), 1e-5, x)
 print(json.dumps(grids))
 """)
-    assert len(grids) == 2 * 5 + 3
+    assert len(grids) == 2 * 4 + 3
     assert all(max([0, *grid[1:]]) <= 65535 and grid[0] < 2**31 for grid in grids)
-    assert sum(grid[0] >= 65536 for grid in grids) == 2 * 4 + 3  # the mean is of one edited row
+    assert sum(grid[0] >= 65536 for grid in grids) == 2 * 3 + 3  # the mean is of one edited row
 
 
 def test_strides_are_widened_before_they_are_multiplied():
@@ -110,7 +107,8 @@ def test_strides_are_widened_before_they_are_multiplied():
 last = {}
 def keep(self, *args, grid, **kwargs):
     kwargs.pop("warmup")
-    last[self.__name__] = run(self, *args, grid=grid, warmup=True, **kwargs).asm["ttir"]
+    name = f"{self.__name__} {len(last)}"
+    last[name] = run(self, *args, grid=grid, warmup=True, **kwargs).asm["ttir"]
 
 JITFunction.run = keep
 q, k = empty(4, 2, 64, 40), empty(4, 2, 77, 40)
@@ -131,4 +129,4 @@ for name, text in last.items():
                    if re.search(r"arith.muli .*i32", line) and not by_block.search(line)]
 print(json.dumps(found))
 """)
-    assert len(products) == 10 and not sum(products.values(), []), products
+    assert len(products) == 9 and not sum(products.values(), []), products

@@ -79,14 +79,8 @@ DIRECT = {
     "attention": lambda q, k, v: OPS.attention(q, k, v, *[None] * 5, False),
     "attention_lse": lambda q, k, v: OPS.attention_lse(q, k, v, *[None] * 5, True),
     "cross_attention": lambda q, k, v: OPS.cross_attention(q, k, v, *[None] * 7),
-    "cross_attention_folded": lambda q, k, v: OPS.cross_attention_folded(
-        q, k, v, *[None] * 4, True, None
-    ),
     "cross_attention_save": lambda q, k, v: OPS.cross_attention_save(
         q, k, v, *[None] * 6, torch.empty(2, H, N, L, device=q.device), None, None
-    ),
-    "fold": lambda q, k, v: OPS.fold(
-        v, None, None, torch.ones(2, L, device=q.device), False, False
     ),
     "attention_backward": lambda q, k, v: OPS.attention_backward(q, q, k, v, *[None] * 5, False),
 }
@@ -179,11 +173,11 @@ def test_fake_kernels_promise_the_layout_that_is_returned():
     q, k, v = (x.to("meta") for x in qkv())
     edit = {"source_row": torch.zeros(2, dtype=torch.int64, device="meta")}
     save = {"save": torch.empty(2, H, N, L, device="meta")}
-    folded, saving = (
+    edited, saving = (
         ops.cross_attention(q, k, v, **edit),
         ops.cross_attention(q, k, v, **edit, **save),
     )
-    for out in (ops.attention(q, k, v), folded, saving):
+    for out in (ops.attention(q, k, v), edited, saving):
         assert out.shape == (B, H, N, D) and out.stride() == (N * H * D, D, H * D, 1)
         assert out.stride() == dispatch.empty_out(q.contiguous()).stride()
 
@@ -259,46 +253,6 @@ def test_what_cross_attention_does_not_take():
             match=f"{name}: cross_attention does not take it; attention.. does, and impl='sdpa'",
         ):
             ops.cross_attention(*qkv(), **{name: x})
-
-
-def test_bad_folded_values_are_refused():
-    q, k, v = qkv()
-    row, tables = torch.zeros(2, dtype=torch.int64), {"blend": torch.ones(2, L)}
-    own, source = torch.zeros(B, H, L, D), torch.zeros(2, H, L, D)
-    for given, match in (
-        ({"folded": ops.Folded(own, source)}, "got V_source without one"),
-        ({"folded": ops.Folded(None, None)}, "this source, 'inject'"),
-        ({"folded": ops.Folded(None, source), "source_row": row}, "this source, 'inject'"),
-        (
-            {"folded": ops.Folded(own, None), "inject": torch.zeros(2, H, N, L)},
-            "this source, 'inject'",
-        ),
-        ({"folded": ops.Folded(own[:, :, 1:], None)}, r"expected values of shape \(3, 2, 7, 16\)"),
-        (
-            {"folded": ops.Folded(own, source), "source_row": row, **tables},
-            "expected no token_map, blend",
-        ),
-    ):
-        with pytest.raises(ValueError, match=f"folded: .*{match}"):
-            ops.cross_attention(q, k, v, **given)
-    wrong = {
-        "folded": ops.Folded(own.to("meta"), source[:1].to("meta")),
-        "source_row": row.to("meta"),
-    }
-    with pytest.raises(
-        ValueError, match=r"v_source: expected \(2, 2, 7, 16\), torch.float32, got \(1, 2, 7, 16\)"
-    ):
-        ops.cross_attention(*(x.to("meta") for x in (q, k, v)), **wrong)
-    for given, match in (
-        ({}, "expected a token_map, blend or reweight, got none"),
-        ({"source": "row"} | tables, "source: expected 'source_row', 'inject' or None, got 'row'"),
-        (tables, "expected a source with a token_map or blend, got none"),
-        ({"source": "inject", "blend": torch.ones(2, L + 1)}, "blend: expected shape"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            ops.fold_values(
-                v.to("meta"), **{n: x.to("meta") if n == "blend" else x for n, x in given.items()}
-            )
 
 
 def test_importing_the_ops_imports_neither_triton_nor_minisd():

@@ -101,9 +101,9 @@ print(json.dumps([launched, errors]))
     [
         ("self-injection", 1),
         ("causal, fewer key heads, lse", 1),
-        ("refine", 2),
-        ("inject", 2),
-        ("a long prompt", 2),
+        ("refine", 1),
+        ("inject", 1),
+        ("a long prompt", 1),
         ("save", 2),
         ("save a long prompt", 2),
     ],

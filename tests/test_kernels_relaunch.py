@@ -81,7 +81,7 @@ CALLS = {
     ),
     "cross_attention": (1, lambda: ops.cross_attention(heads(64, 80), *[heads(L, 80)] * 2)),
     "refine": (
-        2,
+        1,
         lambda: ops.cross_attention(heads(64, 80), *[heads(L, 80)] * 2, source_row=ROW, **TABLES),
     ),
     "save": (

@@ -191,17 +191,78 @@ def test_compile_by_the_user(drawn):
     torch._dynamo.reset()
 
 
+def every_module(sd):
+    """name -> module of the three models, but for those that only hold others."""
+    named = {"text": sd.text_encoder, "unet": sd.unet, "vae": sd.vae}
+    each = {f"{a} {b}": m for a, model in named.items() for b, m in model.named_modules()}
+    holders = nn.ModuleList, nn.Sequential
+    return {name: m for name, m in each.items() if not isinstance(m, holders)}
+
+
+def there_and_back(sd):
+    """All three models run."""
+    size = sd.unet.config.sample_size * sd.vae.factor
+    return sd.img2img(torch.zeros(1, 3, size, size), PROMPT, strength=1.0, **OPTIONS)
+
+
 def test_hooks_fire_on_every_block_and_layer(drawn):
-    unet, calls = drawn.unet, set()
-    blocks = {f"down {i}": block for i, block in enumerate(unet.down_blocks)}
-    blocks |= {f"up {i}": block for i, block in enumerate(unet.up_blocks)}
-    modules = blocks | {"mid": unet.mid_block, "unet": unet} | layers(unet)
-    modules |= layers(unet, (nn.GroupNorm, nn.LayerNorm))
+    modules, calls = every_module(drawn), set()
+    modules.pop("vae ")  # is called as encode and decode
     for name, module in modules.items():
         module.register_forward_pre_hook(lambda *_, name=name: calls.add((name, "before")))
         module.register_forward_hook(lambda *_, name=name: calls.add((name, "after")))
-    latents(drawn)
+    there_and_back(drawn)
     assert calls == {(name, when) for name in modules for when in ("before", "after")}
+
+
+def test_what_a_hook_keeps_is_never_written_to(drawn):
+    kept = []
+    for name, module in every_module(drawn).items():
+        module.register_forward_hook(
+            lambda m, x, y, name=name: kept.extend(
+                (name, part, part.clone()) for part in (*x, y) if isinstance(part, torch.Tensor)
+            )
+        )
+    there_and_back(drawn)
+    assert len(kept) > 500
+    assert not {name for name, part, before in kept if not torch.equal(part, before)}
+
+
+BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
+ALONE = [f"{BLOCK}.{part}" for part in ("norm1", "attn1", "attn1.to_out.0", "ff", "ff.net.2")]
+ALONE += [f"down_blocks.0.resnets.0.{part}" for part in ("norm1", "conv1", "norm2", "conv2")]
+
+
+@pytest.mark.parametrize("name", [*ALONE, "down_blocks.0.attentions.0.proj_out"])
+def test_what_a_single_hook_keeps_is_never_written_to(folder, name):
+    """With others near it all layers would take the way of watched ones."""
+    sd, kept = minisd.load(folder, device="cpu"), []
+    hook = lambda m, x, y: kept.extend([(y, y.clone()), (x[0], x[0].clone())])
+    sd.unet.get_submodule(name).register_forward_hook(hook)
+    drawn = latents(sd)
+    assert kept and all(torch.equal(part, before) for part, before in kept)
+    torch.testing.assert_close(drawn, latents(minisd.load(folder, device="cpu")))
+
+
+@pytest.mark.parametrize("name", ["down_blocks.0", "attn1.to_q", "attn1", "attn2.to_q", "conv_out"])
+def test_a_hook_that_comes_after_compiling_is_called(folder, name):
+    eager, compiled = (
+        minisd.load(folder, device="cpu", compile=compile) for compile in (False, "eager")
+    )
+    before = latents(compiled)
+
+    def halve(module, x, y):
+        return torch.utils._pytree.tree_map(lambda part: 0.5 * part, y)
+
+    for sd in (eager, compiled):
+        [place] = [n for n, _ in sd.unet.named_modules() if n.endswith(name)][:1]
+        hook = sd.unet.get_submodule(place).register_forward_hook(halve)
+    after = latents(compiled)
+    torch.testing.assert_close(after, latents(eager), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(after, before, rtol=1e-3, atol=1e-3)
+    hook.remove()
+    assert torch.equal(latents(compiled), before)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("kind", ["self", "cross"])

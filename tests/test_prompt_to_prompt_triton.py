@@ -39,6 +39,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 else:
     import test_prompt_to_prompt_oracle as against
     from minisd_kernels import ops
+    from minisd_kernels.launch import Launch
     from test_kernels_interpreter import quick_interpreter  # noqa: F401, a fixture
 
     @pytest.fixture(scope="module")
@@ -48,7 +49,9 @@ else:
     def test_equals_the_oracle(pair, monkeypatch):
         """Replace and reweight, self-attention, columns of their own time: final latents after
         every step's table."""
-        calls = []
+        calls, launches = [], []
+        launch = Launch.__call__
+        monkeypatch.setattr(Launch, "__call__", lambda *args: launches.append(launch(*args)))
         for name in ("attention", "cross_attention"):
             op = getattr(ops, name)
             monkeypatch.setattr(
@@ -76,6 +79,7 @@ else:
         assert len(calls) >= 3 * len(pair[1].unet.sites()), (
             "the kernels were not called at every site"
         )
+        assert len(launches) == len(calls)  # one for a site, at every step
 
     def test_maps(pair):
         """The maps that a local blend reads, of one step, against PyTorch's attention."""

@@ -78,3 +78,8 @@ minisd.load("shapes", attention="flash")  # WRONG
 Drawing(sampler="dpm")  # WRONG
 sd.merge(3)  # WRONG
 minisd.save("a.png", image)  # WRONG
+minisd.blend(sd, "a.png", 3, "a")  # WRONG
+minisd.regional(sd, "a", {"b": 3})  # WRONG
+minisd.attribute(sd, "a", "mask.png", by=["tokn"])  # WRONG
+PromptToPrompt(sd, "a cat", "a dog", steps=4, edit="replce")  # WRONG
+PromptToPrompt(sd, "a cat", "a dog", steps=4, reweight=["x"])  # WRONG

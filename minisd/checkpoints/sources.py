@@ -17,7 +17,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from ..files import atomic_write
+from ..files import atomic_write, expect_file
 from .kinds import kind_of_pipeline
 
 Source = str | os.PathLike[str]
@@ -156,6 +156,7 @@ def pipeline_of(repo: str, revision: str | None = None) -> tuple[str | None, str
 def expect_pipeline(folder: Path, where: object) -> None:
     """CheckpointError for a model whose model_index.json names one that minisd does not know."""
     try:
+        expect_file(folder / INDEX)
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     except FileNotFoundError:  # diffusers needs it, minisd does not
         return
@@ -322,6 +323,7 @@ def _damage(
 
 
 def sha256(path: Path) -> str:
+    expect_file(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -160,11 +160,11 @@ def regional(args: Namespace, call: Call) -> None:
 
 
 def diffedit(args: Namespace, call: Call) -> None:
-    from ..viewing.images import read_image
+    from ..viewing.images import read_as_it_is
 
     if args.sampler != "ddim":
         raise ValueError(f"--sampler {args.sampler}: DiffEdit inverts, expected ddim")
-    request, image = DrawRequest.of(args, call), read_image(args.image)
+    request, image = DrawRequest.of(args, call), read_as_it_is(args.image)
     how = {"strength": args.strength, "noises": args.noises, "threshold": args.threshold}
 
     def run(sd: StableDiffusion, options: Options) -> list[Image.Image]:

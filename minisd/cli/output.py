@@ -135,7 +135,8 @@ def check_file(option: str, path: Path) -> None:
 def load_model(request: DrawRequest) -> StableDiffusion:
     from ..drawing import seeds
 
-    seeds([request.seeds[0], request.seeds[-1]])  # the last one now, not after all others are drawn
+    for each in (request.seeds[0], request.seeds[-1]):  # not after all others are drawn
+        seeds(each)
     sd = load_request(request.model, request.device, request.dtype)
     request.call.before_writing()
     return sd

@@ -17,7 +17,7 @@ import re
 import string
 import unicodedata
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from ..models.tokenizer import CLIPTokenizer
 
 FLOATS: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 
+KindOfEdit = Literal["replace", "refine"]
 Words = list[tuple[int, ...]]  # the token ids of each word
 
 
@@ -121,7 +122,7 @@ def align(source: Sequence, target: Sequence) -> list[int | None]:
     return pairs
 
 
-def kind_of_edit(source: Words, target: Words) -> str:
+def kind_of_edit(source: Words, target: Words) -> KindOfEdit:
     """ "replace" if the prompts have the same number of words and pairing them in order keeps all
     that they share."""
     in_order = sum(a == b for a, b in zip(source, target))
@@ -190,7 +191,7 @@ def token_map(
     tokenizer: CLIPTokenizer,
     source: str,
     target: str,
-    edit: str | None = None,
+    edit: KindOfEdit | None = None,
     google: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """M and mask from one prompt to another.

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from ..pipeline import StableDiffusion
 
 Mask = np.ndarray[Any, Any]
+MaskInput = Image.Image | Mask | Tensor | str | os.PathLike[str] | bytes  # see read_mask
 
 BACKGROUND_SEED = 2206_02779  # added to the seed: the background has other noise than the start
 
@@ -49,7 +50,7 @@ BACKGROUND_SEED = 2206_02779  # added to the seed: the background has other nois
 def blend(
     sd: "StableDiffusion",
     image: ImageInput,
-    mask: Any,
+    mask: MaskInput | list[MaskInput] | tuple[MaskInput, ...],
     prompt: str | Sequence[str],
     strength: float = 0.95,
     *,
@@ -131,7 +132,7 @@ def noises(drawing: Drawing, sd: "StableDiffusion", rows: int) -> tuple[Tensor, 
     return start, sd.noise(others, rows, drawing.height, drawing.width)
 
 
-def read_mask(mask: Any) -> Mask:
+def read_mask(mask: MaskInput) -> Mask:
     """A mask as (H, W) bool, True where it is white, of a file, its bytes, a PIL image, or an array
     or tensor.
 

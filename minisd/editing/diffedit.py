@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .. import expect
 from ..drawing import Drawing, Options, embed
-from ..pipeline import ImageInput
+from ..pipeline import ImageInput, unchanged
 from ..recipes import tell
 from ..sampling.guidance import Guidance
 from ..sampling.samplers import DDIM, Step
@@ -71,9 +71,10 @@ def diffedit(
 ) -> list[Image.Image]:
     """Edit image(s), which the source prompt describes, to the target prompt, where they differ.
 
-    strength: the image is inverted over the last int(steps * strength) steps. noises, threshold:
-    of the mask. options: see `minisd.drawing.Drawing` (here steps=50); seed is the mask's first.
-    Costs noises calls of both prompts and int(steps * strength) of one beside the drawing.
+    strength: the image is inverted over the last int(steps * strength) steps; if there are none it
+    is returned itself. noises, threshold: of the mask. options: see `minisd.drawing.Drawing` (here
+    steps=50); seed is the mask's first. Costs noises calls of both prompts and int(steps *
+    strength) of one beside the drawing.
     """
     arguments = dict(locals())
     drawing = Drawing.of(options, without=WITHOUT, steps=50, sampler="ddim")
@@ -81,6 +82,9 @@ def diffedit(
     expect.whole_number("noises", noises, 1)
     expect.number("threshold", threshold, 0, 1)
     plan = drawing.make_sampler(sd, strength)
+    if len(plan) == 0:
+        kept = unchanged(image, sd.pixels(image, drawing.height, drawing.width), drawing)
+        return tell(kept, sd, "diffedit", arguments, drawing, [target], rows=1)
     size: Any = {"height": drawing.height, "width": drawing.width, "progress": drawing.progress}
     there = invert(sd, image, source, skip=plan.skip, trajectory=True, steps=drawing.steps, **size)
     path: Tensor = there.trajectory  # type: ignore[assignment]

@@ -24,7 +24,7 @@ from ..drawing import Drawing, Options, as_list
 from ..pipeline import ImageInput, unchanged
 from ..recipes import tell
 from ..viewing.images import as_given
-from .blended import Mask, check_proportions, paste, read_mask, resized
+from .blended import Mask, MaskInput, check_proportions, paste, read_mask, resized
 
 if TYPE_CHECKING:
     from ..pipeline import StableDiffusion
@@ -54,7 +54,7 @@ class WithMask:
 def inpaint(
     sd: "StableDiffusion",
     image: ImageInput,
-    mask: Any,
+    mask: MaskInput | list[MaskInput] | tuple[MaskInput, ...],
     prompt: str | Sequence[str],
     strength: float = 1.0,
     *,
@@ -88,7 +88,7 @@ def inpaint(
     if len(plan) == 0:
         return tell(images, sd, "inpaint", arguments, drawing, prompts)
 
-    known = drawing.per_image(told(sd, pixels, masks), rows)
+    known = drawing.per_image(mask_and_masked(sd, pixels, masks), rows)
     x = noise
     if strength < 1:
         x = plan.start(drawing.per_image(sd.encode_image(pixels), rows), noise)
@@ -101,7 +101,7 @@ def inpaint(
     return tell(drawn, sd, "inpaint", arguments, drawing, prompts)
 
 
-def told(sd: "StableDiffusion", pixels: Tensor, masks: list[Mask]) -> Tensor:
+def mask_and_masked(sd: "StableDiffusion", pixels: Tensor, masks: list[Mask]) -> Tensor:
     """cat(m, z_masked) of images (B, 3, H, W) and masks, one for all or one for each, (rows, 5, h,
     w).
 

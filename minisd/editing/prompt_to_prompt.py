@@ -41,6 +41,7 @@ from ..drawing import Drawing, Options, as_list, chain, check_names
 from ..models.attention import AttentionEdit
 from ..recipes import tell
 from ..sampling.samplers import Step
+from .alignment import KindOfEdit
 from .local_blend import LocalBlend, is_of_rows
 from .maps import Maps
 from .sites import Where, coarsest, select_sites
@@ -55,7 +56,7 @@ class EditOptions(TypedDict, total=False):
 
     cross_steps: WordIntervals | list[WordIntervals]
     self_steps: Interval | list[Interval]
-    edit: Literal["replace", "refine"] | None | list[Literal["replace", "refine"] | None]
+    edit: KindOfEdit | None | list[KindOfEdit | None]
     reweight: Mapping[str, float] | list[Mapping[str, float] | None] | None
     cross_sites: Where | None
     self_sites: Where | None
@@ -109,8 +110,8 @@ class PromptToPrompt:
         steps: int,
         cross_steps: WordIntervals | list[WordIntervals] = 0.8,
         self_steps: Interval | list[Interval] = 0.4,
-        edit: str | None | list = None,
-        reweight: Mapping[str, float] | list | None = None,
+        edit: KindOfEdit | None | list[KindOfEdit | None] = None,
+        reweight: Mapping[str, float] | list[Mapping[str, float] | None] | None = None,
         cross_sites: Where | None = None,
         self_sites: Where | None = None,
         map_sites: Where | None = None,

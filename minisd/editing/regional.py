@@ -10,7 +10,7 @@ site's grid. No map is stored: the bias is (1, 1, N, L).
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 from PIL import Image
@@ -19,14 +19,14 @@ from torch import Tensor
 from ..drawing import Drawing, Options, embed
 from ..models.attention import AttentionEdit
 from ..recipes import tell
-from .blended import latent_mask, read_mask
+from .blended import MaskInput, latent_mask, read_mask
 
 if TYPE_CHECKING:
     from ..pipeline import StableDiffusion
 
 
 def regional(
-    sd: "StableDiffusion", prompt: str, regions: Mapping[str, Any], **options: Unpack[Options]
+    sd: "StableDiffusion", prompt: str, regions: Mapping[str, MaskInput], **options: Unpack[Options]
 ) -> list[Image.Image]:
     """Draw a prompt that holds everywhere, and the text of each region inside its mask.
 

@@ -19,7 +19,7 @@ WordIntervals = Interval | Mapping[str, Interval]  # one for all words, or one f
 
 
 def token_maps(
-    tokenizer: CLIPTokenizer, prompts: Sequence[str], edit: str | None | list, google: bool
+    tokenizer: CLIPTokenizer, prompts: Sequence[str], edit: Any, google: bool
 ) -> tuple[Tensor, Tensor]:
     """M (S, L, L), source tokens -> own tokens, and (S, L), 1 where a token has a source."""
     L = tokenizer.max_length

@@ -4,12 +4,13 @@ All are called as the UNet is and give the same results, so that nothing above k
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..models import ops
 from ..models.denoiser import Denoiser
 from .graphs import GraphedUNet
 
@@ -24,7 +25,24 @@ def network(unet: Denoiser, compile: bool | str = False, graph: bool = False) ->
         return GraphedUNet(unet)
     if not compile:
         return unet
-    options: dict[str, Any] = {"backend": compile} if isinstance(compile, str) else {}
-    if "recompile_limit" in inspect.signature(torch.compile).parameters:  # not in torch 2.10
-        options["recompile_limit"] = 256  # sizes and methods have graphs of their own: 8 is too few
-    return torch.compile(unet, fullgraph=True, dynamic=False, **options)
+    return CompiledUNet(unet, {"backend": compile} if isinstance(compile, str) else {})
+
+
+class CompiledUNet:
+    """The UNet as one compiled graph, and the UNet itself while a module has hooks: torch.compile
+    does not look again whether there are any, and a graph that was compiled without them would not
+    call them."""
+
+    def __init__(self, unet: Denoiser, options: dict[str, Any]):
+        self.unet = unet
+        self.prepare, self.prepare_times = unet.prepare, unet.prepare_times
+        if "recompile_limit" in inspect.signature(torch.compile).parameters:  # not in torch 2.10
+            # Sizes and methods have graphs of their own: 8 is too few.
+            options = options | {"recompile_limit": 256}
+        self.compiled: Network = torch.compile(unet, fullgraph=True, dynamic=False, **options)
+
+    def __call__(
+        self, x: Tensor, t: Tensor, context: Any, edits: Mapping[str, Any] | None = None
+    ) -> Tensor:
+        hooked = any(map(ops.is_hooked, self.unet.modules()))
+        return (self.unet if hooked else self.compiled)(x, t, context, edits)

@@ -88,7 +88,8 @@ class Embeddings(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         tokens = ids if ids.is_floating_point() else self.token_embedding(ids)
-        return tokens + self.position_embedding.weight[: ids.shape[1]]
+        places = torch.arange(ids.shape[1], dtype=torch.int64, device=ids.device)
+        return tokens + self.position_embedding(places)
 
 
 class CausalSelfAttention(nn.Module):

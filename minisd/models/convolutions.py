@@ -12,17 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GELU = "none"  # no approximation: the exact one, by erf
+CACHED = 2**20  # bytes of a weight for each input and output: nine times that stays in the cache
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None, then: str = "none") -> Tensor:
-    """x W^T + b by oneDNN, or gelu of it. x: (..., in), weight: (out, in); then: "none", "gelu".
+def product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, then: str = "none", how: str = ""
+) -> Tensor:
+    """x W^T + b by oneDNN, or gelu of it. x: (..., in), weight: (out, in).
+
+    then, how: "none", or "gelu" and the approximation as F.gelu calls it.
 
     A single row is computed as the first of two: for one row oneDNN has other code.
     """
     single = x.numel() == x.shape[-1]
     rows = x.reshape(1, -1).expand(2, -1) if single else x
-    how = GELU if then == "gelu" else ""
     y = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, then, [], how)
     return y[:1].view(*x.shape[:-1], len(weight)) if single else y
 
@@ -68,7 +71,7 @@ def by_windows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product(windows_3x3(x), matrix, bias).permute(0, 3, 1, 2)
 
 
-def upsampled(x: Tensor, weight: Tensor, bias: Tensor | None, together: int) -> Tensor:
+def upsampled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The convolution of x with each pixel repeated in a square of 2 x 2: (B, O, 2h, 2w).
 
     Three neighbours in a row of the enlarged image are copies of two pixels, (a, b, b) or
@@ -77,19 +80,24 @@ def upsampled(x: Tensor, weight: Tensor, bias: Tensor | None, together: int) -> 
         w0 a + w1 b + w2 b = w0 a + (w1 + w2) b,     w0 a + w1 a + w2 b = (w0 + w1) a + w2 b
 
     and likewise along columns: four convolutions of x by 2x2 in place of one of 3x3 with four times
-    the positions, 4/9 of the multiplications. together: images at a time.
+    the positions, 4/9 of the multiplications.
     """
-    kernel = weight.permute(0, 2, 3, 1)  # (O, 3, 3, C)
+    kernel, around = weight.permute(0, 2, 3, 1), padded(x)  # (O, 3, 3, C)
     B, _, h, w = x.shape
     out = torch.empty((B, h, 2, w, 2, len(weight)), dtype=x.dtype, device=x.device)
-    for i in (0, 1):
-        rows = folded(kernel, 1, i)
-        for j in (0, 1):
-            matrix = folded(rows, 2, j).flatten(1)  # (O, 4 C)
-            for start in range(0, B, together):
-                part = padded(x[start : start + together])[:, i : i + h + 1, j : j + w + 1]
-                out[start : start + together, :, i, :, j] = product(windows(part, 2), matrix, bias)
+    for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        near = windows(around[:, i : i + h + 1, j : j + w + 1], 2)
+        for some in outputs(weight):
+            matrix = folded(folded(kernel[some], 1, i), 2, j).flatten(1)  # (outputs, 4 C)
+            b = None if bias is None else bias[some]
+            out[:, :, i, :, j, some] = product(near, matrix, b)
     return out.view(B, 2 * h, 2 * w, -1).permute(0, 3, 1, 2)
+
+
+def outputs(weight: Tensor) -> Iterator[slice]:
+    """Channels of the result, so many at a time that their weights stay in the cache."""
+    step = max(64, CACHED // (weight.shape[1] * weight.element_size()) // 64 * 64)
+    return (slice(start, start + step) for start in range(0, len(weight), step))
 
 
 def folded(kernel: Tensor, dim: int, odd: int) -> Tensor:
@@ -111,28 +119,40 @@ def winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     widths is smaller than with all multiplications, for each sum is shorter; in bfloat16, where the
     differences and the products are rounded, it would be three times as large.
     """
+    kernel = weight.permute(0, 2, 3, 1)  # (O, 3, 3, C)
     B, _, h, w = x.shape
     out = torch.empty((B, h // 2, 2, w // 2, 2, len(weight)), dtype=x.dtype, device=x.device)
-    kernels = of_weights(weight.permute(0, 2, 3, 1), 1)
-    for i, (rows, kernel) in enumerate(zip(of_pixels(padded(x), 1), kernels)):
-        d, g = list(of_pixels(rows, 2)), of_weights(kernel, 1)  # (B, h/2, w/2, C), (O, C)
-        m1, m2 = product(d[1], g[1], bias if i == 1 else None), product(d[2], g[2], None)
-        add = torch.ops.mkldnn._linear_pointwise.binary
-        left = add(d[0], m1 + m2, g[0], None, "add")
-        right = add(d[3], m1.sub_(m2), g[3], None, "add")
-        for j, y in enumerate((left, right)):
-            above, below = out[:, :, 0, :, j], out[:, :, 1, :, j]
-            if i == 0:
-                above.copy_(y)
-            elif i == 1:
-                above.add_(y)
-                below.copy_(y)
-            elif i == 2:
-                above.add_(y)
-                below.sub_(y)
-            else:
-                below.add_(y)
+    for i, rows in enumerate(of_pixels(padded(x), 1)):
+        d = list(of_pixels(rows, 2))  # each (B, h/2, w/2, C)
+        for some in outputs(weight):
+            g = of_weights(kernel[some], 1, i)  # (outputs, 3, C)
+            b = bias[some] if bias is not None and i == 1 else None
+            m1, m2 = product(d[1], of_weights(g, 1, 1), b), product(d[2], of_weights(g, 1, 2), None)
+            left = product_plus(d[0], of_weights(g, 1, 0), m1 + m2)
+            right = product_plus(d[3], of_weights(g, 1, 3), m1.sub_(m2))
+            add_row(out[:, :, 0, :, :, some], out[:, :, 1, :, :, some], i, left, right)
     return out.view(B, h, w, -1).permute(0, 3, 1, 2)
+
+
+def add_row(above: Tensor, below: Tensor, i: int, *m: Tensor) -> None:
+    """y0 = m0 + m1 + m2, y1 = m1 - m2 + m3 of rows, the i-th m at a time, its two columns in m."""
+    for column, y in enumerate(m):
+        y0, y1 = above[..., column, :], below[..., column, :]
+        if i == 0:
+            y0.copy_(y)
+        elif i == 1:
+            y0.add_(y)
+            y1.copy_(y)
+        elif i == 2:
+            y0.add_(y)
+            y1.sub_(y)
+        else:
+            y1.add_(y)
+
+
+def product_plus(x: Tensor, weight: Tensor, y: Tensor) -> Tensor:
+    """x W^T + y in one pass over the result."""
+    return torch.ops.mkldnn._linear_pointwise.binary(x, y, weight, None, "add")
 
 
 def of_pixels(x: Tensor, dim: int) -> Iterator[Tensor]:
@@ -145,9 +165,9 @@ def of_pixels(x: Tensor, dim: int) -> Iterator[Tensor]:
     yield d3 - d1
 
 
-def of_weights(g: Tensor, dim: int) -> tuple[Tensor, ...]:
-    """What m0 to m3 take of three weights along `dim`."""
+def of_weights(g: Tensor, dim: int, i: int) -> Tensor:
+    """What m_i takes of three weights along `dim`."""
     g0, g1, g2 = g.unbind(dim)
-    even, odd = (g0 + g2).mul_(0.5), g1 * 0.5
-    # oneDNN takes a thousand times as long for a matrix with gaps
-    return g0.contiguous(), even + odd, even - odd, g2.contiguous()
+    if i in (0, 3):  # without gaps, for which oneDNN takes a thousand times as long
+        return (g2 if i else g0).contiguous()
+    return (g0 + g2).add_(g1, alpha=1 if i == 1 else -1).mul_(0.5)

@@ -85,7 +85,7 @@ def modulated(x: Tensor, eps: float, shift: Tensor, scale: Tensor) -> Tensor:
 
 def gated(x: Tensor, gate: Tensor | None, h: Tensor) -> Tensor:
     """x + gate h; without a gate x + h."""
-    return ops.add(x, h) if gate is None else x + fit(gate, x) * h
+    return x + h if gate is None else x + fit(gate, x) * h
 
 
 def fit(part: Tensor, x: Tensor) -> Tensor:
@@ -126,9 +126,10 @@ class Block(nn.Module):
             x = ops.repeat_rows(x, c.rows)
         edit: Any = c.edits.get(self.attn1.name)
         if not isinstance(self.norm1, AdaLayerNorm):
-            x = ops.add(x, self.attn1(self.norm1(x), None, edit, c.attention, c.edits))
+            h = self.attn1(self.norm1(x), None, edit, c.attention, c.edits)
+            x = ops.add(x, h, self.attn1)
             x = self.attend(x, c)
-            x = ops.add(x, self.ff(self.norm3(x)))
+            x = ops.add(x, self.ff(self.norm3(x)), self.ff)
             return feature(x, self.name, c.edits, c.rows)
         parts: list[Any] = list(self.norm1.make(c.vector))
         if not self.gates:
@@ -147,7 +148,8 @@ class Block(nn.Module):
         x = ops.repeat_rows(x, c.rows)
         edit: Any = c.edits.get(self.attn2.name)
         kv = c.context[self.attn2.name]
-        return ops.add(x, self.attn2(self.norm2(x), kv, edit, c.attention, c.edits))
+        h = self.attn2(self.norm2(x), kv, edit, c.attention, c.edits)
+        return ops.add(x, h, self.attn2)
 
 
 class PatchEmbed(nn.Module):

@@ -40,7 +40,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 from ..engine import bands
-from .convolutions import GELU, by_windows, in_parts, product, upsampled, winograd
+from .convolutions import by_windows, in_parts, product, upsampled, winograd
 
 Layer = Any  # the nn.Module that holds the parameters, or what somebody put in its place
 
@@ -51,6 +51,7 @@ FEW = 64
 FEWER = 4  # times fewer positions than output channels
 TOGETHER = 2  # images at a time, where a batch of them would take much memory
 POSITIONS = 2**13  # of all images that are computed at a time, where their number matters
+GELU = "none"  # no approximation: the exact one, by erf
 CHANNELS = 128  # from which on Winograd's form is quicker
 # From so many positions torch's GroupNorm on a CPU cuts a batch among the threads, from so many
 # elements an elementwise function, which computes that many together.
@@ -138,13 +139,29 @@ def linear(layer: Layer, x: Tensor) -> Tensor:
     """y = x W^T + b. x: (..., in) -> (..., out)."""
     if by_onednn(layer, nn.Linear, x):
         return product(x, layer.weight, layer.bias)
-    return layer(x)
+    return call(layer, x)
+
+
+def call(layer: Layer, x: Tensor) -> Tensor:
+    """layer(x), and a copy of it where somebody may have kept it: what comes next writes there."""
+    y = layer(x)
+    return y.clone() if may_be_kept(layer) else y
+
+
+def may_be_kept(layer: Layer) -> bool:
+    """Whether a hook or a wrapper may hold on to what a call of the layer returned, and will see
+    what is written there: under gradients nothing is."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    if layer._forward_hooks or torch_module._global_forward_hooks:
+        return True
+    return not type(layer).__module__.startswith(("torch.nn.modules.", "minisd."))
 
 
 def conv2d(layer: Layer, x: Tensor) -> Tensor:
     """The convolution of x (B, in, h, w)."""
     if not (by_onednn(layer, nn.Conv2d, x) and is_usual(layer)):
-        return layer(x)
+        return call(layer, x)
     weight, bias, padding = layer.weight, layer.bias, layer.padding
     matrix = weight.permute(0, 2, 3, 1).flatten(1)  # (out, kernel * in), a view
     once = layer.stride == layer.dilation == (1, 1)
@@ -226,7 +243,7 @@ def group_norm_silu(norm: Layer, x: Tensor) -> Tensor:
     if in_channels_last(x) and norm_by_kernels(norm, nn.GroupNorm, x):
         return fused.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
     if not one_by_one(norm, x):
-        return F.silu(norm(x), inplace=not torch.is_grad_enabled())
+        return F.silu(call(norm, x), inplace=not torch.is_grad_enabled())
     out = torch.empty_like(x)
     for image, y in zip(x.split(1), out.split(1)):
         torch.ops.aten.silu.out(norm(image), out=y)
@@ -262,7 +279,7 @@ def upsample_conv(conv: Layer, x: Tensor, size: tuple[int, int]) -> Tensor:
     if bands.is_large(x, 2) and twice and is_plain(conv, nn.Conv2d):
         return bands.upsample_conv(conv, x)
     if twice and by_onednn(conv, nn.Conv2d, x) and is_usual_3x3(conv):
-        return upsampled(x, conv.weight, conv.bias, many(x))
+        return in_parts(lambda x: upsampled(x, conv.weight, conv.bias), x, many(x))
     return conv2d(conv, F.interpolate(x, size=size, mode="nearest"))
 
 
@@ -279,7 +296,7 @@ def geglu(layer: Layer, x: Tensor) -> Tensor:
         weights, biases = layer.weight.chunk(2), (None, None)
         if layer.bias is not None:
             biases = layer.bias.chunk(2)
-        gate = product(x, weights[1], biases[1], "gelu")
+        gate = product(x, weights[1], biases[1], "gelu", GELU)
         return gate.mul_(product(x, weights[0], biases[0]))
     x = linear(layer, x)
     if x.is_contiguous() and by_kernels(x):
@@ -308,8 +325,13 @@ def by_rows(function: Callable[[Tensor], Tensor], x: Tensor, modules: Iterable[L
     return out
 
 
-def add(x: Tensor, h: Tensor) -> Tensor:
-    """x + h, in the memory of h; where x has fewer rows they count for every group of h."""
+def add(x: Tensor, h: Tensor, layer: Layer = None) -> Tensor:
+    """x + h; where x has fewer rows they count for every group of h.
+
+    In the memory of h, unless somebody may have kept what the layer, from which it comes, returned.
+    """
+    if layer is not None and may_be_kept(layer):
+        h = h.clone()
     groups = h.unflatten(0, (-1, x.shape[0]))
     if torch.is_grad_enabled() or x.dtype != h.dtype:
         return (x + groups).flatten(0, 1)

@@ -186,11 +186,13 @@ class TransformerBlock(nn.Module):
         if any(site in c.edits for site in (attn1.name, *attn1.features)):
             x = ops.repeat_rows(x, c.rows)
         edit: Any = c.edits.get(attn1.name)
-        x = ops.add(x, attn1(ops.layer_norm(self.norm1, x), None, edit, c.attention, c.edits))
+        h = attn1(ops.layer_norm(self.norm1, x), None, edit, c.attention, c.edits)
+        x = ops.add(x, h, attn1)
         x = ops.repeat_rows(x, c.rows)
         edit, kv = c.edits.get(attn2.name), c.context[attn2.name]
-        x = ops.add(x, attn2(ops.layer_norm(self.norm2, x), kv, edit, c.attention, c.edits))
-        return ops.add(x, self.ff(ops.layer_norm(self.norm3, x)))
+        h = attn2(ops.layer_norm(self.norm2, x), kv, edit, c.attention, c.edits)
+        x = ops.add(x, h, attn2)
+        return ops.add(x, self.ff(ops.layer_norm(self.norm3, x)), self.ff)
 
 
 class Transformer(nn.Module):

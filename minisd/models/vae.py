@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from typing import Self, cast
 
+import torch
 from torch import Tensor, nn
 
 from .. import expect
@@ -108,12 +109,28 @@ class Block(nn.Module):
         self.upsamplers = nn.ModuleList([] if up is None else [up])
 
     def layers(self) -> tuple[nn.Module, ...]:
-        """In order.
-
-        The models call them one by one: a forward in here would keep the block's input till its
-        end, a fifth more memory for a decoded image.
-        """
+        """In order."""
         return (*self.resnets, *self.downsamplers, *self.upsamplers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers():
+            x = layer(x)
+        return x
+
+
+def through(blocks: nn.ModuleList, x: Tensor) -> Tensor:
+    """x through the blocks, one after the other.
+
+    Layer by layer where nobody watches or has replaced a block: a call of it would keep its input
+    till its end, a fifth more memory for a decoded image.
+    """
+    for block in blocks:
+        if torch.compiler.is_compiling() or ops.is_known(block):
+            for layer in cast(Block, block).layers():
+                x = layer(x)
+        else:
+            x = block(x)
+    return x
 
 
 class Encoder(nn.Module):
@@ -133,10 +150,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for block in self.down_blocks:
-            for layer in cast(Block, block).layers():
-                x = layer(x)
+        x = through(self.down_blocks, self.conv_in(x))
         return ops.norm_silu_conv(self.conv_norm_out, self.conv_out, self.mid_block(x))
 
 
@@ -158,10 +172,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(z))
-        for block in self.up_blocks:
-            for layer in cast(Block, block).layers():
-                x = layer(x)
+        x = through(self.up_blocks, self.mid_block(self.conv_in(z)))
         return ops.norm_silu_conv(self.conv_norm_out, self.conv_out, x)
 
 

@@ -10,9 +10,9 @@ together is not the sum of what each does.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -20,21 +20,22 @@ from PIL import Image
 from torch import Tensor
 
 from .. import expect
-from ..drawing import Drawing, Options
-from ..editing.blended import read_mask
+from ..editing.blended import MaskInput, read_mask
 from ..editing.sites import Where, select_sites
 from ..models.attention import AttentionEdit
 from ..models.sites import Edits as SiteEdits
 from ..sampling.guidance import Edits, cfg
 from ..sampling.samplers import Step
 from .images import to_tensor
-from .inside import Steps, chosen_steps
+from .inside import Steps, chosen_steps, of_one_image
 from .visualize import contact_sheet
 
 if TYPE_CHECKING:
     from ..pipeline import StableDiffusion
 
-AXES = ("step", "site", "head", "token")
+Axis = Literal["step", "site", "head", "token"]
+AXES = get_args(Axis)
+TOKENS: tuple[Axis, ...] = ("token",)
 SHOWN = 7  # images of the parts with the greatest effect that are kept
 
 
@@ -80,12 +81,12 @@ class Attribution:
 def attribute(
     sd: "StableDiffusion",
     prompt: str,
-    region: Any,
+    region: MaskInput,
     *,
-    by: Collection[str] = ("token",),
+    by: Collection[Axis] = TOKENS,
     sites: Where | None = None,
     steps: Steps = 25,
-    of_steps: int = 25,
+    of_steps: int | None = None,
     batch: int = 8,
     most: int = 500,
     **options: Any,  # Options, but for steps
@@ -95,13 +96,13 @@ def attribute(
     region: a mask of the image's size, white inside, as `blend` takes it. by: what is taken apart,
     some of "step", "site", "head" and "token" (of <bos>, the prompt's own, and <eos>); what is not,
     is zeroed together. sites: where at all, see `select_sites`. steps: when: all of so many, or
-    a list of some of `of_steps`. batch: parts of one call. most: parts, each of which costs a
+    a list of some of `of_steps` (25). batch: parts of one call. most: parts, each of which costs a
     drawing; ValueError above it, before anything is drawn. options: see `minisd.drawing.Drawing`,
     for one image.
     """
     every: dict[str, Any]
     chosen, count = chosen_steps(steps, of_steps)
-    drawing = replace(Drawing.of(cast(Options, options), without=("num_images",)), steps=count)
+    drawing = of_one_image(options, count)
     expect.whole_number("batch", batch, 1)
     x = drawing.noise(sd, 1)
     size = (x.shape[2], x.shape[3])

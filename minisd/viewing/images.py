@@ -4,8 +4,8 @@ The conversions are those of diffusers' VaeImageProcessor.
 """
 
 import io
+import math
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -55,10 +55,11 @@ def open_image(file: str | os.PathLike[str] | bytes) -> Iterator[Image.Image]:
         source = io.BytesIO(file) if isinstance(file, bytes) else file
         Image.init()  # all formats, of which one may be missing here
         known = [name for name in FORMATS if name in Image.OPEN]
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(source, formats=known) as image:
-                yield image
+        with Image.open(source, formats=known) as image:
+            # Pillow only warns of these; to catch a warning would change the whole process's.
+            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+            yield image
     except FileNotFoundError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:

@@ -127,7 +127,7 @@ def capture(
     *,
     sites: Where | None = None,
     steps: Steps = 25,
-    of_steps: int = 25,
+    of_steps: int | None = None,
     kinds: Sequence[SiteKind] = ALL,
     limit: float = 4 * GB,
     **options: Any,  # Options, but for steps
@@ -135,12 +135,12 @@ def capture(
     """Draw a prompt and keep what is at the sites in the steps.
 
     sites: of those kinds, see `select_sites`; None, all. steps: how many are run, of which all are
-    kept, or a list of those that are kept, of `of_steps`. kinds: "cross", "self" or kinds of
+    kept, or a list of those that are kept, of `of_steps` (25). kinds: "cross", "self" or kinds of
     features (`UNet.sites`). limit: bytes that it may take: MemoryError above it, before anything is
     drawn. options: see `minisd.drawing.Drawing`, for one image.
     """
     chosen, count = chosen_steps(steps, of_steps)
-    drawing = replace(Drawing.of(cast(Options, options), without=("num_images",)), steps=count)
+    drawing = of_one_image(options, count)
     plan, x = drawing.make_sampler(sd), drawing.noise(sd, 1)
     size = (x.shape[2], x.shape[3])
     names = select_sites(sd.unet, kinds, sites, size)
@@ -170,10 +170,21 @@ def capture(
     return Capture(prompt, sd.tokenizer, kind_of, grids, kept, t, image)
 
 
-def chosen_steps(steps: Steps, of_steps: int) -> tuple[list[int], int]:
-    """(which steps, of how many), counted from 0, of a number (all of so many) or a list."""
+def of_one_image(options: Any, steps: int) -> Drawing:
+    """The drawing of these options, which say neither num_images nor rule."""
+    given = Drawing.of(cast(Options, options), without=("num_images", "rule"))
+    return replace(given, steps=steps)
+
+
+def chosen_steps(steps: Steps, of_steps: int | None) -> tuple[list[int], int]:
+    """(which steps, of how many), counted from 0, of a number (all of so many) or a list of some of
+    `of_steps` (None: of 25)."""
     if isinstance(steps, Integral) and not isinstance(steps, bool):
+        if of_steps is not None:
+            got = f"of_steps={of_steps!r:.80} has no effect on all of {steps} steps"
+            raise ValueError(f"{got}: it goes with a list of some")
         return list(range(int(steps))), int(steps)
+    of_steps = 25 if of_steps is None else of_steps
     expect.whole_number("of_steps", of_steps, 1)
     listed: Any = sorted(set(steps)) if isinstance(steps, Iterable) else [None]
     for step in listed or [None]:
@@ -212,7 +223,7 @@ def patch(
     `capture`; steps and sampler have to be the same. ValueError for a key that was not captured, or
     another step.
     """
-    drawing = Drawing.of(options)
+    drawing = Drawing.of(options, without=("rule",))
     x = drawing.noise(sd, drawing.num_images)
     keys = list(captured if keys is None else keys)
     if unknown := [key for key in keys if key not in captured.kept]:
