@@ -13,17 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CACHED = 2**20  # bytes of a weight for each input and output: nine times that stays in the cache
-GELU = "none"  # no approximation: the exact one, by erf
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None, then: str = "none") -> Tensor:
-    """x W^T + b by oneDNN, or gelu of it. x: (..., in), weight: (out, in); then: "none", "gelu".
+def product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, then: str = "none", how: str = ""
+) -> Tensor:
+    """x W^T + b by oneDNN, or gelu of it. x: (..., in), weight: (out, in).
+
+    then, how: "none", or "gelu" and the approximation as F.gelu calls it.
 
     A single row is computed as the first of two: for one row oneDNN has other code.
     """
     single = x.numel() == x.shape[-1]
     rows = x.reshape(1, -1).expand(2, -1) if single else x
-    how = GELU if then == "gelu" else ""
     y = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, then, [], how)
     return y[:1].view(*x.shape[:-1], len(weight)) if single else y
 

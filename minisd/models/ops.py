@@ -40,7 +40,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 from ..engine import bands
-from .convolutions import GELU, by_windows, in_parts, product, upsampled, winograd
+from .convolutions import by_windows, in_parts, product, upsampled, winograd
 
 Layer = Any  # the nn.Module that holds the parameters, or what somebody put in its place
 
@@ -51,6 +51,7 @@ FEW = 64
 FEWER = 4  # times fewer positions than output channels
 TOGETHER = 2  # images at a time, where a batch of them would take much memory
 POSITIONS = 2**13  # of all images that are computed at a time, where their number matters
+GELU = "none"  # no approximation: the exact one, by erf
 CHANNELS = 128  # from which on Winograd's form is quicker
 # From so many positions torch's GroupNorm on a CPU cuts a batch among the threads, from so many
 # elements an elementwise function, which computes that many together.
@@ -295,7 +296,7 @@ def geglu(layer: Layer, x: Tensor) -> Tensor:
         weights, biases = layer.weight.chunk(2), (None, None)
         if layer.bias is not None:
             biases = layer.bias.chunk(2)
-        gate = product(x, weights[1], biases[1], "gelu")
+        gate = product(x, weights[1], biases[1], "gelu", GELU)
         return gate.mul_(product(x, weights[0], biases[0]))
     x = linear(layer, x)
     if x.is_contiguous() and by_kernels(x):
