@@ -364,6 +364,16 @@ def test_training_is_a_function_of_its_seed_and_leaves_torchs_alone():
             train(PLANE, SCHEDULE, **options)
 
 
+def test_the_network_gives_sigma_times_its_layers():
+    network = NoiseMLP(SCHEDULE, 1, 3)
+    del network.layers
+    network.layers = lambda inputs: torch.ones(len(inputs), 1)
+    t, x, rows = torch.tensor([3, 500]), torch.zeros(2, 1), no_label(LINE).expand(4, -1, -1)
+    sigma = (1 - SCHEDULE.alphas_cumprod[t]).sqrt()[:, None]
+    assert torch.allclose(network(x, t, rows), torch.cat([sigma, sigma]))
+    assert torch.allclose(network(x, t[1], rows), sigma[1].expand(4, 1))
+
+
 def test_a_share_of_the_samples_hides_its_label(monkeypatch):
     seen, forward = [], NoiseMLP.forward
 
