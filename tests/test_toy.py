@@ -344,6 +344,9 @@ def test_training_is_a_function_of_its_seed_and_leaves_torchs_alone():
     before = torch.random.get_rng_state()
     one, same, other = (train(PLANE, SCHEDULE, steps=2, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), before)
+    torch.rand(1)  # whatever that state is
+    again = train(PLANE, SCHEDULE, steps=2, seed=1)
+    assert torch.equal(one.layers[0].weight, again.layers[0].weight)
     assert torch.equal(one.layers[0].weight, same.layers[0].weight)
     assert not torch.equal(one.layers[0].weight, other.layers[0].weight)
     x, t = PLANE.sample(4), torch.tensor([3, 50, 200, 999])
@@ -362,6 +365,16 @@ def test_training_is_a_function_of_its_seed_and_leaves_torchs_alone():
     for options, message in (({"steps": 0}, "steps is 0"), ({"unlabelled": 2}, "unlabelled is 2")):
         with pytest.raises(ValueError, match=message):
             train(PLANE, SCHEDULE, **options)
+
+
+def test_the_network_gives_sigma_times_its_layers():
+    network = NoiseMLP(SCHEDULE, 1, 3)
+    del network.layers
+    network.layers = lambda inputs: torch.ones(len(inputs), 1)
+    t, x, rows = torch.tensor([3, 500]), torch.zeros(2, 1), no_label(LINE).expand(4, -1, -1)
+    sigma = (1 - SCHEDULE.alphas_cumprod[t]).sqrt()[:, None]
+    assert torch.allclose(network(x, t, rows), torch.cat([sigma, sigma]))
+    assert torch.allclose(network(x, t[1], rows), sigma[1].expand(4, 1))
 
 
 def test_a_share_of_the_samples_hides_its_label(monkeypatch):

@@ -153,6 +153,9 @@ def test_hybrid_loss_is_the_sum_of_both():
     torch.testing.assert_close(loss, simple + variance_loss(LINEAR, noise, t, eps, v))
     both = [torch.autograd.grad(each, weight)[0] for each in (loss, simple)]
     torch.testing.assert_close(*both)  # what learns the noise is the first part
+    v.requires_grad_()
+    hybrid_loss(network, LINEAR, z, noise, t, context, 7.0).backward()
+    assert (v.grad != 0).all()  # and the variance the second
 
 
 def test_diffusion_loss_is_the_formula():

@@ -178,7 +178,7 @@ def ray(load: Load, folder: Path, pieces: Sequence[Piece], workers: int) -> Iter
 
     ours = not _ray.is_initialized()
     if ours:
-        _ray.init(logging_level="warning")
+        _ray.init(include_dashboard=False, logging_level="warning")
     try:
         _ray.data.DataContext.get_current().enable_progress_bars = False
         rows = [{"piece": pickle.dumps(piece)} for piece in pieces]
