@@ -407,14 +407,15 @@ def line(r: dict) -> str:
     )
 
 
-SPILLED_AT_MOST = (
-    32  # bytes a thread, of the float32 backward where a head is wide: rare, slow anyway
-)
+# bytes a thread, of the float32 backward where a head is wide, and of a bias with more than 128
+# keys: rare, slow anyway
+SPILLED_AT_MOST = 32
 
 
 def spills(r: dict) -> bool:
-    """Whether a kernel keeps registers in memory, or the float32 backward more than a few."""
-    if r["form"].startswith("backward") and r["dtype"] == "float32":
+    """Whether a kernel keeps registers in memory, or one of those that may more than a few."""
+    backward = r["form"].startswith("backward") and r["dtype"] == "float32"
+    if backward or r["form"] in WIDE and r["keys"] > 128:
         return r["stack"] > SPILLED_AT_MOST
     return r["stack"] + r["spills"] > 0
 

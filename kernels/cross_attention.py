@@ -239,9 +239,9 @@ MEAN_BLOCK = 16  # queries
 
 
 def piece(keys: int, itemsize: int) -> int:
-    """Rows of a token map to a product: all of them, or of a wide one what every card has shared
-    memory for; in float32 what a thread has registers for."""
-    return 16 if itemsize == 4 else min(keys, 128 if keys <= 128 else 64)
+    """Rows of a token map to a product: all of them, or in float32, and of a wide one, what a
+    thread has registers for."""
+    return keys if itemsize == 2 and keys <= 128 else 16
 
 
 def row_of(L: int, bias, saves, edits) -> str:
