@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import expect
 from ..models.features import FeatureEdit
 from ..models.unet import UNet
-from ..sampling.guidance import Edits, Embeddings, Guidance, Scales, cfg
+from ..sampling.guidance import Embeddings, Guidance, Scales, StepEdits, cfg
 from ..sampling.samplers import Step
 
 
@@ -48,7 +48,7 @@ def deep_cache(
     uncond: Embeddings,
     cond: Tensor,
     scale: Scales = 7.5,
-    edits: Edits | None = None,
+    edits: StepEdits | None = None,
     *,
     unet: UNet,
     every: int = 3,

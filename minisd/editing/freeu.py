@@ -23,12 +23,12 @@ from torch import Tensor
 from .. import expect
 from ..models.features import FeatureEdit
 from ..models.unet import UNet
-from ..sampling.guidance import Edits
+from ..sampling.guidance import StepEdits
 
 BACKBONE, SKIP = (1.3, 1.4), (0.9, 0.2)  # of Stable Diffusion v1.4
 
 
-def freeu(unet: UNet, b: Sequence[float] = BACKBONE, s: Sequence[float] = SKIP) -> Edits:
+def freeu(unet: UNet, b: Sequence[float] = BACKBONE, s: Sequence[float] = SKIP) -> StepEdits:
     """The edits of FreeU, the same in every step and in all rows: cfg(..., edits=freeu(sd.unet)).
 
     b, s: a factor for each of the first up blocks, 1 changes nothing. In a method that takes a

@@ -26,7 +26,7 @@ from ..drawing import Drawing, Options, as_list
 from ..models.attention import AttentionEdit
 from ..models.tokenizer import CLIPTokenizer
 from ..recipes import tell
-from ..sampling.guidance import Edits, with_edits
+from ..sampling.guidance import StepEdits, with_edits
 
 if TYPE_CHECKING:
     from ..pipeline import StableDiffusion
@@ -64,7 +64,7 @@ def long_prompt(
             raise ValueError(f"a weight is {w.min():g}, expected more than 0 for a bias, ln w")
         uncond, cond = of_images(w.log()[:, None, None])
 
-        def edits(groups: Sequence[str]) -> Edits:
+        def edits(groups: Sequence[str]) -> StepEdits:
             bias = torch.cat([uncond if name == "uncond" else cond for name in groups])
             return lambda step: dict.fromkeys(sd.unet.sites("cross"), AttentionEdit(bias=bias))
 

@@ -23,7 +23,7 @@ from .. import expect
 from ..drawing import Drawing, Options, chain
 from ..models.attention import AttentionEdit
 from ..recipes import tell
-from ..sampling.guidance import Edits, with_edits
+from ..sampling.guidance import StepEdits, with_edits
 from ..sampling.samplers import Step
 from .prompt_to_prompt import shared_noise
 
@@ -60,7 +60,7 @@ def masactrl(
     uncond, cond = drawing.embed(sd, prompts)
     predict = drawing.rule(sd.network, uncond, cond, drawing.guidance)
 
-    def edits(groups: Sequence[str]) -> Edits:
+    def edits(groups: Sequence[str]) -> StepEdits:
         own = torch.arange(len(groups) * len(x), dtype=torch.int64, device=x.device)
         source_row = own - own % len(x) + own % drawing.num_images  # of the same image and group
         at = [AttentionEdit(kv_row=rows[:, None]) for rows in (own, source_row)]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import expect
 from ..models.attention import AttentionEdit
-from ..sampling.guidance import Edits, Embeddings, Guidance, Scales, cfg
+from ..sampling.guidance import Embeddings, Guidance, Scales, StepEdits, cfg
 from ..sampling.samplers import Step
 
 MID = ("mid_block.attentions.0.transformer_blocks.0.attn1",)
@@ -54,7 +54,7 @@ def pag(
     uncond: Embeddings,
     cond: Tensor,
     scale: Scales = 7.5,
-    edits: Edits | None = None,
+    edits: StepEdits | None = None,
     *,
     pag_scale: float = 3.0,
     sites: Sequence[str] = MID,
@@ -78,7 +78,7 @@ def perturbed(
     uncond: Embeddings,
     cond: Tensor,
     scale: Scales = 7.5,
-    edits: Edits | None = None,
+    edits: StepEdits | None = None,
     *,
     perturbed_scale: float,
     disturb: Disturb,

@@ -23,7 +23,7 @@ from ..drawing import Drawing, Options, chain
 from ..models.attention import AttentionEdit
 from ..models.features import FeatureEdit
 from ..recipes import tell
-from ..sampling.guidance import Edits, with_edits
+from ..sampling.guidance import StepEdits, with_edits
 from ..sampling.samplers import Step
 from .prompt_to_prompt import shared_noise
 
@@ -64,7 +64,7 @@ def plug_and_play(
     x = shared_noise(drawing, sd, prompts)
     predict = drawing.rule(sd.network, *drawing.embed(sd, prompts), drawing.guidance)
 
-    def edits(groups: Sequence[str]) -> Edits:
+    def edits(groups: Sequence[str]) -> StepEdits:
         own = torch.arange(len(groups) * len(x), dtype=torch.int64, device=x.device)
         sources = own % n + (len(groups) - 1) * len(x)  # of the same image, conditional
         rows = own, torch.where(own % len(x) < n, own, sources)

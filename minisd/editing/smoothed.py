@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..models.features import FeatureEdit
-from ..sampling.guidance import Edits, Embeddings, Guidance, Scales
+from ..sampling.guidance import Embeddings, Guidance, Scales, StepEdits
 from ..sampling.samplers import Step
 from .perturbed import MID, perturbed
 
@@ -42,7 +42,7 @@ def seg(
     uncond: Embeddings,
     cond: Tensor,
     scale: Scales = 7.5,
-    edits: Edits | None = None,
+    edits: StepEdits | None = None,
     *,
     seg_scale: float = 3.0,
     sigma: float = math.inf,

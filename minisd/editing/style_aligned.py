@@ -24,7 +24,7 @@ from ..drawing import Drawing, Options
 from ..models.attention import AttentionEdit
 from ..models.features import FeatureEdit
 from ..recipes import tell
-from ..sampling.guidance import Edits, with_edits
+from ..sampling.guidance import StepEdits, with_edits
 
 if TYPE_CHECKING:
     from ..pipeline import StableDiffusion
@@ -47,7 +47,7 @@ def style_aligned(
     x = drawing.noise(sd, len(cond))
     predict = drawing.rule(sd.network, uncond, cond, drawing.guidance)
 
-    def edits(groups: Sequence[str]) -> Edits:
+    def edits(groups: Sequence[str]) -> StepEdits:
         own = torch.arange(len(groups) * len(x), dtype=torch.int64, device=x.device)
         row = references(own, len(x), drawing.num_images)
         shared = AttentionEdit(kv_row=torch.stack([row, own], 1))

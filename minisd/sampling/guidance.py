@@ -33,11 +33,11 @@ from .. import expect
 from .samplers import Step
 
 if TYPE_CHECKING:  # guidance is given the network and imports no model
-    from ..models.sites import Edits as SiteEdits
+    from ..models.sites import Edits
 
 Scales = float | Sequence[float]  # of all images, or a list with one for each
 Embeddings = Tensor | Sequence[Tensor]  # (1 or B, L, D), or one such tensor for each step
-Edits = Callable[[Step], "SiteEdits"]  # step -> {site name: AttentionEdit or FeatureEdit}
+StepEdits = Callable[[Step], "Edits"]  # step -> {site name: AttentionEdit or FeatureEdit}
 
 
 class Predict(Protocol):
@@ -69,7 +69,7 @@ class Guidance:
     network: Callable[..., Tensor]
     groups: Sequence[tuple[str, Embeddings]]
     combine: Callable[..., Tensor]
-    edits: Edits | None = None
+    edits: StepEdits | None = None
 
     def __call__(self, x: Tensor, step: Step, state: Run | None = None) -> tuple[Tensor, Run]:
         run = self.prepared(x, step, Run() if state is None else state)
@@ -79,7 +79,7 @@ class Guidance:
         out, momentum = self.combined(eps, step, run.momentum)
         return out, run._replace(momentum=momentum)
 
-    def edits_of(self, x: Tensor, step: Step) -> SiteEdits:
+    def edits_of(self, x: Tensor, step: Step) -> Edits:
         """{site: edit} of this step, for latents x."""
         return {} if self.edits is None else self.edits(step)
 
@@ -114,7 +114,7 @@ class Guidance:
         return torch.cat(parts)
 
 
-def with_edits(predict: Predict, make: Callable[[Sequence[str]], Edits]) -> Guidance:
+def with_edits(predict: Predict, make: Callable[[Sequence[str]], StepEdits]) -> Guidance:
     """The guidance with edits of the rows of all its groups: make(their names).
 
     ValueError for what is no `Guidance`, or has edits already.
@@ -126,7 +126,7 @@ def with_edits(predict: Predict, make: Callable[[Sequence[str]], Edits]) -> Guid
 
 
 def conditional(
-    network: Callable[..., Tensor], cond: Tensor, edits: Edits | None = None
+    network: Callable[..., Tensor], cond: Tensor, edits: StepEdits | None = None
 ) -> Guidance:
     """eps = e(cond). cond: (B, L, D), or (1, L, D) for every latent."""
     return Guidance(network, [("cond", cond)], lambda c: c, edits)
@@ -137,7 +137,7 @@ def cfg(
     uncond: Embeddings,
     cond: Tensor,
     scale: Scales = 7.5,
-    edits: Edits | None = None,
+    edits: StepEdits | None = None,
     channels: int | None = None,
 ) -> Guidance:
     """Classifier-free guidance, eps = u + scale (c - u). With scale 1 there is no u to compute.
@@ -161,7 +161,7 @@ def erase(
     concepts: Tensor,
     scale: Scales = 7.5,
     erase_scale: float | Sequence[float] = 10.0,
-    edits: Edits | None = None,
+    edits: StepEdits | None = None,
 ) -> Guidance:
     """Away from concepts, eps = u + scale (c - u) - sum_i w_i (e_i - u), in one call of 2 + n
     groups.
@@ -192,7 +192,7 @@ def sega(
     warmup: int = 10,
     momentum: float = 0.1,
     beta: float = 0.4,
-    edits: Edits | None = None,
+    edits: StepEdits | None = None,
 ) -> Sega:
     """Semantic guidance (Brack et al. 2023): as `erase`, but only where a concept shows most; late.
 

@@ -23,8 +23,8 @@ from .. import expect
 from ..editing.blended import MaskInput, read_mask
 from ..editing.sites import Where, select_sites
 from ..models.attention import AttentionEdit
-from ..models.sites import Edits as SiteEdits
-from ..sampling.guidance import Edits, cfg
+from ..models.sites import Edits
+from ..sampling.guidance import StepEdits, cfg
 from ..sampling.samplers import Step
 from .images import to_tensor
 from .inside import Steps, chosen_steps, of_one_image
@@ -145,7 +145,7 @@ def tokens_of(sd: "StableDiffusion", prompt: str) -> list[tuple[int, str]]:
     return list(enumerate(names))
 
 
-def zeroing(sd: "StableDiffusion", every: Any, parts: Sequence[Any]) -> Edits:
+def zeroing(sd: "StableDiffusion", every: Any, parts: Sequence[Any]) -> StepEdits:
     """step -> edits in which row i lacks part i, None lacking nothing: tables, gated by value."""
     L, device = sd.tokenizer.max_length, sd.device
     tables: dict[tuple[int, str], Tensor] = {
@@ -168,7 +168,7 @@ def zeroing(sd: "StableDiffusion", every: Any, parts: Sequence[Any]) -> Edits:
             if step in (None, at) and site in (None, where):
                 table[row, heads, columns] = 0
 
-    def edits(step: Step) -> SiteEdits:
+    def edits(step: Step) -> Edits:
         return {
             site: AttentionEdit(reweight=tables.get((step.index, site), whole[site]))
             for site in every["site"]
