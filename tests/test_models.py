@@ -249,7 +249,7 @@ def reads(cls, **change):
 
 MISTAKES = {  # name: comparison, what is broken, how
     "swapped norms": ("unet", minisd.models.unet.TransformerBlock, "forward", swapped_norms),
-    "tanh GELU": ("unet", minisd.models.convolutions, "GELU", "tanh"),
+    "tanh GELU": ("unet", minisd.models.ops, "GELU", "tanh"),
     "eps of the transformer's norm": ("unet", minisd.models.unet, "TRANSFORMER_NORM_EPS", 1e-5),
     "eps of the UNet's resnets": (
         "unet",

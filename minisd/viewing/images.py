@@ -169,6 +169,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     It is turned upright (EXIF), 16-bit grey is scaled to 8, colours of an embedded profile become
     sRGB's, transparency is laid on white.
     """
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"got a {type(image).__name__}, expected a PIL image")
     sixteen = image.mode.startswith("I;16") or (
         image.mode == "I" and image.format in ("PNG", "PPM")
     )
