@@ -7,7 +7,6 @@ itself are pickles (.pt), which are not read; both are under CC-BY-NC 4.0, for n
 """
 
 import re
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -15,7 +14,6 @@ from typing import NamedTuple, cast
 import torch
 from torch import nn
 
-from ..files import atomic_write
 from ..models.dit import DiT
 from ..models.dit_config import DiTConfig
 from ..models.vae import AutoencoderKL, VAEConfig
@@ -30,6 +28,7 @@ from .sources import (
     CheckpointError,
     Source,
     _fetch,
+    copy_present,
     expect_pipeline,
     fetch_weights,
     hub_repo,
@@ -78,10 +77,9 @@ def locate_dit(
     for path in CONFIGS:
         if not (folder / path).is_file():
             is_other = (folder / "unet").is_dir() and not (folder / "transformer").is_dir()
-            hint = "a DiT has transformer/, vae/ and scheduler/, with .safetensors files"
-            hint = (
-                "with its unet/, minisd.load and the other commands take it" if is_other else hint
-            )
+            hint = "with its unet/, minisd.load and the other commands take it"
+            if not is_other:
+                hint = "a DiT has transformer/, vae/ and scheduler/, with .safetensors files"
             raise CheckpointError(f"{folder / path} is missing: {hint}")
     files = find_weights(folder, WEIGHTS, variant)
     config = dit_config(folder / CONFIGS[0], compat)
@@ -111,10 +109,7 @@ def download_dit(
     """
     folder = _fetch(repo, CONFIGS, revision, local_files_only, [INDEX], repair=repair)
     if to is not None:
-        for name in [*CONFIGS, INDEX]:
-            if (folder / name).exists():
-                with atomic_write(to / name) as temporary:
-                    shutil.copyfile(folder / name, temporary)
+        copy_present([*CONFIGS, INDEX], folder, to)
     return fetch_weights(repo, WEIGHTS.values(), variant, folder, local_files_only, to, repair)
 
 

@@ -111,12 +111,17 @@ def download(
     expect_pipeline(folder, f"Hub repo {repo}")  # before gigabytes come
     parts = [part for part in WEIGHTS if part != "text_encoder" or (folder / encoder).exists()]
     if to is not None:
-        for name in (*CONFIGS, INDEX, *vocabulary, "tokenizer/tokenizer.json"):
-            if (folder / name).exists():
-                with atomic_write(to / name) as temporary:
-                    shutil.copyfile(folder / name, temporary)
+        copy_present([*CONFIGS, INDEX, *vocabulary, "tokenizer/tokenizer.json"], folder, to)
     plain = [weights_file(part, None) for part in parts]
     return fetch_weights(repo, plain, variant, folder, local_files_only, to, repair)
+
+
+def copy_present(names: Iterable[str], folder: Path, to: Path) -> None:
+    """Copy the files of these names that are in a folder, each of them whole or not at all."""
+    for name in names:
+        if (folder / name).exists():
+            with atomic_write(to / name) as temporary:
+                shutil.copyfile(folder / name, temporary)
 
 
 def fetch_weights(
