@@ -359,7 +359,7 @@ def test_files_of_masks_that_are_refused(sd, tmp_path):
             dict(image=[picture(), picture(80, 48)]),
             r"sizes \[\(40, 24\), \(80, 48\)\], expected one size",
         ),
-        (dict(guidance=float("nan")), "guidance is nan, expected a finite number"),
+        (dict(guidance=float("nan")), "guidance is nan, expected a number from -1000 to 1000"),
         (dict(sampler="euler"), "sampler is 'euler'"),
         (dict(prompt=[]), "0 prompts"),
     ],
