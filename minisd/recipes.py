@@ -2,9 +2,9 @@
 
 What draws puts into each image's `info` two texts: "recipe", a JSON object,
 
-    {"version": "minisd 0.2.0", "method": "txt2img", "arguments": {"prompt": "a cat", "steps": 20},
-     "model": {"source": "shapes"}, "dtype": "float32", "device": "cpu", "attention": "sdpa",
-     "image": 0, "of": 1}
+    {"version": "minisd 0.2.0", "dtype": "float32", "device": "cpu", "attention": "sdpa",
+     "method": "txt2img", "arguments": {"prompt": "a cat", "steps": 20},
+     "model": {"source": "shapes"}, "image": 0, "of": 1}
 
 the call that drew it and which image of that call it is, and "parameters", the text that A1111's
 web UI writes and many programs read. `save` writes both into a PNG; `minisd.from_recipe` draws the
@@ -15,6 +15,7 @@ their sha256: whoever draws it again hands them in again.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from numbers import Integral, Real
@@ -69,13 +70,10 @@ def tell(
     each, rows = len(images) // len(prompts), rows or len(images)
     for i, image in enumerate(images):
         recipe = {
-            "version": f"minisd {__version__}",
+            **circumstances(sd),
             "method": method,
             "arguments": told,
             "model": about(sd),
-            "dtype": str(sd.dtype).removeprefix("torch."),
-            "device": sd.device.type,
-            "attention": sd.unet.attention,
             "image": i,
             "of": len(images),
         }
@@ -95,15 +93,27 @@ def about(sd: "StableDiffusion") -> dict[str, Any]:
     return {**sd.loaded, **put_in}
 
 
+def circumstances(sd: "StableDiffusion") -> dict[str, str]:
+    """What the bits of an image depend on beside the call and the weights."""
+    return {
+        "version": f"minisd {__version__}",
+        "dtype": str(sd.dtype).removeprefix("torch."),
+        "device": sd.device.type,
+        "attention": sd.unet.attention,
+    }
+
+
 def parameters(
     image: Image.Image, drawing: Drawing, recipe: Mapping[str, Any], prompt: str, seed: int | None
 ) -> str:
-    """A1111's text: the prompt, the negative one, and one line of settings."""
+    """A1111's text: the prompt, with LoRAs as it names them, the negative one, and one line of
+    settings."""
     negative = drawing.negative_prompt
     guidance = drawing.guidance
     if not isinstance(guidance, (int, float)):
         guidance = guidance[recipe["image"] % len(guidance)]
-    lines = [prompt]
+    loras = recipe["model"].get("loras", ())
+    lines = [" ".join([prompt, *(f"<lora:{Path(file).stem}:{w:g}>" for file, _, w in loras)])]
     if isinstance(negative, str) and negative:
         lines.append(f"Negative prompt: {negative}")
     settings = {
@@ -116,8 +126,14 @@ def parameters(
         "Denoising strength": recipe["arguments"].get("strength"),
         "Version": recipe["version"],
     }
-    told = [f"{key}: {value}" for key, value in settings.items() if value is not None]
+    told = [f"{key}: {quoted(value)}" for key, value in settings.items() if value is not None]
     return "\n".join([*lines, ", ".join(told)])
+
+
+def quoted(value: object) -> str:
+    """A setting's value as A1111 writes it: in quotes where it holds what ends it."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if re.search("[,:\n]", text) else text
 
 
 # values as JSON
@@ -180,9 +196,10 @@ def recipe(image: Image.Image | str | os.PathLike[str] | IO[bytes]) -> dict[str,
     """How an image was drawn, of an image that minisd returned or a PNG that it wrote (a file's
     name, or an open file).
 
-    ValueError for one that carries no recipe: drawn by something else, changed into another image,
-    or stripped on its way; or drawn from what no text can hold, an inversion (`redraw`), a
-    recording (`replay`), a DiT's label (`LabelDiffusion.generate`), a loop of your own.
+    PIL's own methods (resize, crop) keep it: what they make says how that was drawn which it was
+    made from. ValueError for an image that carries none: drawn by something else, or stripped on
+    its way; or drawn from what no text can hold, an inversion (`redraw`), a recording (`replay`), a
+    DiT's label (`LabelDiffusion.generate`), a loop of your own.
     """
     if not isinstance(image, Image.Image):
         if isinstance(image, (str, os.PathLike)):
