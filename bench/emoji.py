@@ -1,6 +1,7 @@
 """Does a model trained on emoji draw what its captions say? The figures in weights/README.md.
 
-    python -m bench.emoji --model FOLDER --icons ICONS [--n 100] [--json OUT] [--sheet OUT.png]
+    python -m bench.emoji --model FOLDER --icons ICONS --json bench/results/cpu/emoji.json
+                          [--n 100] [--sheet OUT.png]
 
 Retrieval: of each pair of a thing and a style the model draws the caption, and the nearest of 20
 drawings in that style, the pair's own and 19 others, is looked up by the cosine of
@@ -11,7 +12,7 @@ which is what a model would draw that learned the thing and not the style. Chanc
 
 Style swap: prompt-to-prompt from one style to another. The layout is kept as far as the silhouettes
 of source and edit are the same, |A and B| / |A or B| of the pixels that are not white; beside it
-the same prompts and seed drawn without prompt-to-prompt.
+the same prompts and seed drawn without prompt-to-prompt, and the sets' own drawings of both.
 """
 
 import argparse
@@ -109,8 +110,9 @@ def another(i: int) -> int:
 
 
 def swaps(sd, drawings: Sequence[Drawing], n: int, steps: int, guidance: float) -> dict:
-    """The mean overlap of source and edit, with prompt-to-prompt and without."""
-    rng, found = random.Random(SEED + 1), {"edited": [], "baseline": []}
+    """The mean overlap of source and edit, with prompt-to-prompt and without, and in the sets."""
+    rng, found = random.Random(SEED + 1), {"edited": [], "baseline": [], "drawings": []}
+    size = sd.unet.config.sample_size * sd.vae.factor
     how = {"steps": steps, "guidance": guidance, "progress": False}
     for i, source in enumerate(tqdm(rng.sample(drawings, n), desc="style swap", file=sys.stderr)):
         target = drawings[another(drawings.index(source))]
@@ -119,16 +121,32 @@ def swaps(sd, drawings: Sequence[Drawing], n: int, steps: int, guidance: float) 
         baseline = minisd.seed_baseline(sd, *pair, seed=i, **how)
         found["edited"].append(overlap(*edited))
         found["baseline"].append(overlap(*baseline))
-    return {name: float(np.mean(values)) for name, values in found.items()}
+        found["drawings"].append(overlap(render(source, size), render(target, size)))
+    return {"pairs": n} | {name: float(np.mean(values)) for name, values in found.items()}
 
 
 def table(record: dict) -> str:
-    """The shares as a Markdown table."""
+    """The shares, and below them the overlaps, as Markdown tables."""
     rows = [
         (name, f"{100 * own['right']:.1f} % of {own['pairs']}")
         for name, own in record["retrieval"].items()
     ]
-    return harness.markdown(("drawn from", "right among 20"), rows)
+    parts = [harness.markdown(("drawn from", "right among 20"), rows)]
+    if overlaps := dict(record.get("overlap", {})):
+        head = f"{overlaps.pop('pairs')} style swaps: silhouettes of"
+        names = {
+            "edited": "source and edit, prompt-to-prompt",
+            "baseline": "the same noise, no prompt-to-prompt",
+            "drawings": "the sets' own drawings",
+        }
+        rows = [(names[name], f"{value:.2f}") for name, value in overlaps.items()]
+        parts.append(harness.markdown((head, "overlap"), rows))
+    return "\n\n".join(parts)
+
+
+def report(record: dict) -> str:
+    """The tables of a result file and where they come from."""
+    return f"{harness.origin(record)}\n\n{table(record)}"
 
 
 def main(arguments=None):
@@ -153,7 +171,7 @@ def main(arguments=None):
     record = {"retrieval": found}
     if args.swaps:
         record["overlap"] = swaps(sd, drawings, args.swaps, args.steps, args.guidance)
-    print(table(record), record.get("overlap", ""), sep="\n")
+    print(table(record))
     if args.sheet:
         contact_sheet(images[:64], [pair.caption for pair in pairs[:64]], 8).save(args.sheet)
     if args.json:

@@ -23,6 +23,7 @@ from bench import (
     dit,
     editing,
     editing_speed,
+    emoji,
     fused,
     harness,
     methods,
@@ -71,6 +72,7 @@ TABLES = [
     Table(KERNELS, "bench.attention", ("attention",), attention.table),
     Table(KERNELS, "bench.fused", ("fused",), fused.table),
     Table("weights/README.md", "bench.shapes", ("shapes",), shapes.report),
+    Table("weights/README.md", "bench.emoji", ("emoji",), emoji.report),
     Table("docs/api.md", "bench.api", (), api.table),
 ]
 
