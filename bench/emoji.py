@@ -8,7 +8,9 @@ drawings in that style, the pair's own and 19 others, is looked up by the cosine
 EfficientNet-Lite0 features (bench/features.py). `heldout` are pairs that training never showed,
 `train` pairs that it did. Beside them, what the scorer finds where no diffusion is: `autoencoder`,
 the pair's own drawing there and back, and `another style`, the same thing as another set draws it,
-which is what a model would draw that learned the thing and not the style. Chance is 5 %.
+which is what a model would draw that learned the thing and not the style. Chance is 5 %. Whether
+the style is right is asked apart: which of the sets' drawings of the thing is nearest; chance is a
+third.
 
 Style swap: prompt-to-prompt from one style to another. The layout is kept as far as the silhouettes
 of source and edit are the same, |A and B| / |A or B| of the pixels that are not white; beside it
@@ -81,7 +83,8 @@ def overlap(a: Image.Image, b: Image.Image) -> float:
 
 
 def retrieval(sd, drawings: Sequence[Drawing], n: int, how: dict) -> tuple[dict, list, list]:
-    """{split: {"pairs": how many, "right": share}}, and the images of the held-out captions."""
+    """{split: {"pairs": how many, "right", "style": shares}}, and the pairs of held-out captions
+    and their images."""
     size = sd.unet.config.sample_size * sd.vae.factor
     real = [render(each, size) for each in drawings]
     known = features(real, len(real), "drawings")
@@ -99,7 +102,13 @@ def retrieval(sd, drawings: Sequence[Drawing], n: int, how: dict) -> tuple[dict,
             tallies["autoencoder"] = features(decoded, len(decoded), "decoded")
             tallies["another style"] = known[[another(i) for i in own]]
         for name, asked in tallies.items():
-            found[name] = {"pairs": len(pairs), "right": retrieved(asked, known, candidates)}
+            found[name] = {
+                "pairs": len(pairs),
+                "right": retrieved(asked, known, candidates),
+                "style": retrieved(
+                    asked, known, [[i, another(i), another(another(i))] for i in own]
+                ),
+            }
     return found, *kept
 
 
@@ -128,10 +137,10 @@ def swaps(sd, drawings: Sequence[Drawing], n: int, steps: int, guidance: float) 
 def table(record: dict) -> str:
     """The shares, and below them the overlaps, as Markdown tables."""
     rows = [
-        (name, f"{100 * own['right']:.1f} % of {own['pairs']}")
+        (name, f"{100 * own['right']:.1f} % of {own['pairs']}", f"{100 * own['style']:.1f} %")
         for name, own in record["retrieval"].items()
     ]
-    parts = [harness.markdown(("drawn from", "right among 20"), rows)]
+    parts = [harness.markdown(("drawn from", "right among 20", "style of 3"), rows)]
     if overlaps := dict(record.get("overlap", {})):
         head = f"{overlaps.pop('pairs')} style swaps: silhouettes of"
         names = {

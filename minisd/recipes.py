@@ -29,7 +29,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from . import __version__
-from .drawing import Drawing, seeds
+from .drawing import Drawing, as_list, seeds
 from .files import atomic_write, expect_file
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def tell(
     }
     images = [image.copy() for image in images]  # one that is kept may be there several times
     each, rows = len(images) // len(prompts), rows or len(images)
+    negatives = as_list(drawing.negative_prompt)
     for i, image in enumerate(images):
         recipe = {
             **circumstances(sd),
@@ -77,9 +78,10 @@ def tell(
             "image": i,
             "of": len(images),
         }
-        image.info["recipe"] = json.dumps(recipe, ensure_ascii=False)
+        image.info["recipe"] = as_utf8(json.dumps(recipe, ensure_ascii=False))
         seed = None if drawing.latents is not None else seeds(drawing.seed, rows)[i % rows]
-        image.info["parameters"] = parameters(image, drawing, recipe, prompts[i // each], seed)
+        both = prompts[i // each], negatives[i // each % len(negatives)]
+        image.info["parameters"] = parameters(image, drawing, recipe, both, seed)
     return images
 
 
@@ -104,17 +106,21 @@ def circumstances(sd: "StableDiffusion") -> dict[str, str]:
 
 
 def parameters(
-    image: Image.Image, drawing: Drawing, recipe: Mapping[str, Any], prompt: str, seed: int | None
+    image: Image.Image,
+    drawing: Drawing,
+    recipe: Mapping[str, Any],
+    texts: tuple[str, str],
+    seed: int | None,
 ) -> str:
     """A1111's text: the prompt, with LoRAs as it names them, the negative one, and one line of
-    settings."""
-    negative = drawing.negative_prompt
+    settings. texts: both prompts."""
+    prompt, negative = texts
     guidance = drawing.guidance
     if not isinstance(guidance, (int, float)):
         guidance = guidance[recipe["image"] % len(guidance)]
     loras = recipe["model"].get("loras", ())
     lines = [" ".join([prompt, *(f"<lora:{Path(file).stem}:{w:g}>" for file, _, w in loras)])]
-    if isinstance(negative, str) and negative:
+    if negative:
         lines.append(f"Negative prompt: {negative}")
     settings = {
         "Steps": drawing.steps,
@@ -127,7 +133,13 @@ def parameters(
         "Version": recipe["version"],
     }
     told = [f"{key}: {quoted(value)}" for key, value in settings.items() if value is not None]
-    return "\n".join([*lines, ", ".join(told)])
+    return as_utf8("\n".join([*lines, ", ".join(told)]))
+
+
+def as_utf8(text: str) -> str:
+    """Bytes of a file's name that are no UTF-8, which a PNG does not hold, as escapes; JSON reads
+    them back."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def quoted(value: object) -> str:
@@ -243,5 +255,5 @@ def texts(image: Image.Image) -> dict[str, str]:
     """The text chunks of an image that minisd returned; {} of another."""
     if not isinstance(image.info.get("recipe"), str):
         return {}
-    own = ("recipe", "parameters")
-    return {"version": f"minisd {__version__}", **{key: image.info[key] for key in own}}
+    own = {key: image.info[key] for key in ("recipe", "parameters") if key in image.info}
+    return {"version": f"minisd {__version__}", **own}

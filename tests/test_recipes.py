@@ -2,6 +2,7 @@
 image, from its PNG, and from the JSON."""
 
 import json
+import os
 import re
 import warnings
 from functools import partial
@@ -133,6 +134,9 @@ def test_what_other_programs_read(sd):
     assert text[2].startswith(expected) and text[2].endswith(
         f"Version: minisd {minisd.__version__}"
     )
+    images = sd.txt2img(["a", "b"], negative_prompt=["x", "y"], num_images=2, **HOW)
+    second = [each.info["parameters"].splitlines()[1] for each in images]
+    assert second == [f"Negative prompt: {text}" for text in "xxyy"]
     [redrawn] = sd.img2img(image(), "two\nlines", 0.7, sampler="ddim", **HOW)
     text = redrawn.info["parameters"].splitlines()
     assert text[:2] == ["two", "lines"]
@@ -155,6 +159,19 @@ def test_what_ends_a_setting_is_quoted(original, tmp_path):
     found = dict(re.findall(pattern, text[1]))
     assert json.loads(found["Model"]) == str(folder) and found["Steps"] == "3"
     assert found["Version"] == f"minisd {minisd.__version__}" and len(found) == 7
+
+
+def test_a_models_name_may_be_no_utf8(original, tmp_path):
+    folder = os.fsencode(tmp_path) + b"/m\xff"
+    os.symlink(original, folder)
+    [drawn] = minisd.load(os.fsdecode(folder), device="cpu").txt2img("é", **HOW)
+    minisd.save(drawn, tmp_path / "a.png")
+    told = minisd.recipe(tmp_path / "a.png")
+    assert told["model"]["source"] == os.fsdecode(folder) and told["arguments"]["prompt"] == "é"
+    assert equal(minisd.from_recipe(tmp_path / "a.png", progress=False), drawn)
+    del drawn.info["parameters"]
+    minisd.save(drawn, tmp_path / "b.png")
+    assert minisd.recipe(tmp_path / "b.png") == told
 
 
 def test_other_circumstances_are_warned_of(sd, original):
