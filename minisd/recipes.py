@@ -255,5 +255,6 @@ def texts(image: Image.Image) -> dict[str, str]:
     """The text chunks of an image that minisd returned; {} of another."""
     if not isinstance(image.info.get("recipe"), str):
         return {}
-    own = {key: image.info[key] for key in ("recipe", "parameters") if key in image.info}
+    keys = ("recipe", "parameters")
+    own: dict[str, str] = {key: image.info[key] for key in keys if key in image.info}
     return {"version": f"minisd {__version__}", **own}
