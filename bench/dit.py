@@ -34,7 +34,7 @@ from bench.scorer import score
 from minisd.labels import LabelDiffusion
 from minisd.models.dit import DiT
 from minisd.toy.figure import COLOURS, FINE, FONT_SIZE, Axes
-from minisd.training.miniature import LABELS, render_labels
+from minisd.training.labelled import LABELS, render_labels
 from minisd.training.recipes import MINIATURE
 from minisd.viewing.visualize import contact_sheet
 

@@ -25,6 +25,7 @@ from bench import (
     editing_speed,
     fused,
     harness,
+    labels,
     methods,
     photographs,
     real_blend,
@@ -61,6 +62,7 @@ TABLES = [
     Table(REPORT, "bench.photographs", ("photographs",), photographs.table),
     Table(REPORT, "bench.methods", ("methods",), methods.table),
     Table(REPORT, "bench.distance", ("distance_decoded", "distance_drawn"), distance.table),
+    Table("docs/dit.md", "bench.labels", ("labels",), labels.table),
     Table("docs/dit.md", "bench.dit", ("dit",), dit.table),
     Table("docs/dit.md", "bench.dit guided", ("dit",), dit.guided_table),
     Table(REPORT, "bench.unet", ("unet",), unet.table),
@@ -71,6 +73,7 @@ TABLES = [
     Table(KERNELS, "bench.attention", ("attention",), attention.table),
     Table(KERNELS, "bench.fused", ("fused",), fused.table),
     Table("weights/README.md", "bench.shapes", ("shapes",), shapes.report),
+    Table("weights/README.md", "bench.labels", ("labels",), labels.table),
     Table("docs/api.md", "bench.api", (), api.table),
 ]
 

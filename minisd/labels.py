@@ -1,14 +1,14 @@
 """Images of labels: a DiT end to end, as `pipeline` is Stable Diffusion.
 
     dit = minisd.load_dit("facebook/DiT-XL-2-256")
-    dit.generate(labels=[207, 360])                      # a golden retriever, an otter
+    dit.generate(labels=[207, "otter"])                  # 207: a golden retriever
 
 Peebles and Xie 2022, https://arxiv.org/abs/2212.09748; 250 steps of DDPM with a learned variance,
 guidance 4 on three of the four channels, as in its sample.py.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any, Literal, Unpack, cast
 
@@ -34,13 +34,17 @@ PUBLISHED_CHANNELS = 3  # that are guided; diffusers guides all
 
 @dataclass(repr=False)
 class LabelDiffusion(Latents):
-    """DiT, autoencoder and schedule, and what joins them. compile, graph: see `minisd.load`."""
+    """DiT, autoencoder and schedule, and what joins them.
+
+    compile, graph: see `minisd.load`. names: of labels, of one several between commas.
+    """
 
     dit: DiT
     vae: AutoencoderKL
     schedule: NoiseSchedule
     compile: bool | str = False
     graph: bool = False
+    names: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def denoiser(self) -> DiT:
@@ -67,18 +71,20 @@ class LabelDiffusion(Latents):
 
     @torch.no_grad()
     def generate(
-        self, labels: int | Sequence[int], **options: Unpack[Options]
+        self, labels: int | str | Sequence[int | str], **options: Unpack[Options]
     ) -> list[Image.Image]:
-        """Draw label(s) from 0 to K - 1, num_images of each; K is "no label".
+        """Draw label(s), num_images of each: a number from 0 to K - 1, or a name; K: "no label".
 
         options: see `minisd.drawing.Drawing`, here steps=250, guidance=4, sampler="ddpm"; those of
         texts have no effect and are refused. ValueError for what does not fit.
         """
-        named: list[Any] = [labels] if isinstance(labels, Integral) else list(cast(Any, labels))
+        one = isinstance(labels, (Integral, str))
+        named: list[Any] = [labels] if one else list(cast(Any, labels))
         if not named:
             raise ValueError("got no labels, expected at least one")
         drawing = Drawing.of(options, without=WITHOUT, steps=250, guidance=4.0, sampler="ddpm")
-        cond = drawing.per_image(self.dit.embed_labels(named), len(named))
+        numbers = [self.label(each) for each in named]
+        cond = drawing.per_image(self.dit.embed_labels(numbers), len(numbers))
         null = self.dit.embed_labels([self.dit.labels])
         sampler = self.make_sampler(drawing, len(cond))
         x = drawing.noise(self, len(cond))
@@ -86,6 +92,25 @@ class LabelDiffusion(Latents):
         channels = PUBLISHED_CHANNELS if published else self.channels
         predict = cfg(self.network, null, cond, drawing.guidance, channels=channels)
         return self.decode(drawing.denoise(x, sampler, predict))
+
+    def label(self, named: int | str) -> int:
+        """The label of a name; a number as it is. ValueError for a name that not one label has."""
+        if not isinstance(named, str):
+            return named
+        found = [
+            label
+            for label, names in self.names.items()
+            if named in (names, *map(str.strip, names.split(",")))
+        ]
+        if len(found) == 1:
+            return found[0]
+        expected = f"expected a number from 0 to {self.dit.labels - 1}"
+        if found:
+            of = " and ".join(map(str, found))
+            raise ValueError(f"{named!r:.80} is the name of the labels {of}: {expected}")
+        if self.names:
+            expected += f", or a name: {'; '.join([*self.names.values()][:3])}; ..."
+        raise ValueError(f"no label is called {named!r:.80}: {expected}")
 
     def make_sampler(self, drawing: Drawing, rows: int) -> Sampler:
         """The drawing's; of DDPM, timesteps as published, and the variance that the DiT learned."""
@@ -126,6 +151,6 @@ def load_dit(
         local_files_only=local_files_only,
     )
     parts = load_dit_parts(checkpoint, where, kind, copy)
-    dit = LabelDiffusion(*parts, compile=compile, graph=graph)
+    dit = LabelDiffusion(*parts, compile=compile, graph=graph, names=checkpoint.names)
     dit.dit.attention = implementation
     return dit

@@ -126,6 +126,18 @@ class Published:
         return torch.einsum("nhwpqc->nchpwq", out).reshape(B, -1, h, w)
 
 
+def multiply_adds(config, h, w):
+    """Of one call for one latent of h x w, by the formula: in each block 4 d^2 of attention and 8
+    d^2 of the MLP for each token, 2 T d for its scores and values, and once the 6 d^2 of what the
+    norms are made of; at the ends the embedding of each patch, what it becomes, and its norm's 2
+    d^2; and the time's two layers."""
+    d, p = config.width, config.patch_size
+    T = (h // p) * (w // p)
+    blocks = config.num_layers * (T * (12 * d * d + 2 * T * d) + 6 * d * d)
+    ends = T * d * p * p * (config.in_channels + config.out_channels) + 2 * d * d
+    return blocks + ends + 256 * d + d * d
+
+
 def diffusers_pair(seed=0, **config):
     """A random DiT of diffusers, the embedders in its blocks alike; its tensors by our names."""
     reference = randomise(DiTTransformer2DModel(**config), seed)

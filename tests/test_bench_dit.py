@@ -6,12 +6,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from oracle_dit import multiply_adds
 from PIL import Image
 
 import minisd
 from bench import dit as bench, features
 from minisd.models.dit import DiT
-from minisd.training.miniature import LABELS, write_dit
+from minisd.training.labelled import LABELS, write_dit
 from minisd.training.recipes import MINIATURE, small_dit
 
 
@@ -46,15 +47,10 @@ def test_images_are_those_of_generate(model):
 
 @pytest.mark.parametrize("name", MINIATURE.dits)
 def test_gflops_are_the_formulas(name):
-    """Multiply-adds: each token's embedding, 4 d^2 of attention and 8 d^2 of the MLP in each block,
-    2 T d for its scores and values, the last layer; once, time, and what the norms are made of."""
     config = MINIATURE.dits[name]
-    d, p, T = config.width, config.patch_size, (16 // config.patch_size) ** 2
-    blocks = config.num_layers * (T * (12 * d * d + 2 * T * d) + 6 * d * d)
-    ends = T * d * p * p * (4 + 8) + 2 * d * d
-    time = 256 * d + d * d
     row = bench.about(DiT(config))
-    assert row["gflops"] * 1e9 == blocks + ends + time and row["tokens"] == T
+    assert row["gflops"] == multiply_adds(config, 16, 16) / 1e9
+    assert row["tokens"] == (16 // config.patch_size) ** 2
 
 
 def test_right_is_counted_by_the_pixels():

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from oracle import difference
-from oracle_dit import KINDS, Published, diffusers_pair
+from oracle_dit import KINDS, Published, diffusers_pair, multiply_adds
 from tiny import randomise
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -223,7 +223,8 @@ MILLIONS = {"S/2": 33, "B/2": 130, "L/2": 458, "XL/2": 675}
 
 @torch.no_grad()
 def gflops(name, size=32):
-    """Half of what torch counts: it takes a multiply-add for two operations."""
+    """(half of what torch counts, which takes a multiply-add for two operations; the formula;
+    millions of parameters)."""
     with torch.device("meta"):
         dit = DiT(named_config(name, sample_size=size))
         x, t = torch.empty(1, 4, size, size), torch.empty(1, dtype=torch.int64)
@@ -231,20 +232,22 @@ def gflops(name, size=32):
     dit.attention = "reference"
     with FlopCounterMode(display=False) as counter:
         dit(x, t, y)
-    return counter.get_total_flops() / 2e9, sum(p.numel() for p in dit.parameters()) / 1e6
+    parameters = sum(p.numel() for p in dit.parameters()) / 1e6
+    return counter.get_total_flops() / 2e9, multiply_adds(dit.config, size, size) / 1e9, parameters
 
 
 @pytest.mark.parametrize("name", GFLOPS)
 def test_gflops(name):
-    counted, parameters = gflops(name)
+    counted, formula, parameters = gflops(name)
+    assert counted == formula, name
     assert counted == pytest.approx(GFLOPS[name], abs=0.0051), name
     if name in MILLIONS:
         assert parameters == pytest.approx(MILLIONS[name], abs=0.6)
 
 
 def test_gflops_at_512():
-    counted, _ = gflops("XL/2", 64)
-    assert counted == pytest.approx(524.5, abs=0.15)
+    counted, formula, _ = gflops("XL/2", 64)
+    assert counted == formula and counted == pytest.approx(524.5, abs=0.15)
 
 
 # ---- attention sites

@@ -119,6 +119,41 @@ def test_a_label_is_drawn_alone_as_in_a_batch(pair):
     assert [image.size for image in wide] == [(40, 16)] * 2
 
 
+@pytest.fixture
+def named(folder):
+    """A DiT whose labels have names, two of them one in common."""
+    names = {"0": "tench, Tinca tinca", "3": "crane, bird", "7": "crane, machine", "10": "nothing"}
+    change(folder / "model_index.json", id2label=names)
+    return folder
+
+
+def test_labels_have_names(named):
+    dit = minisd.load_dit(named, device="cpu")
+    for name, label in (("tench", 0), ("Tinca tinca", 0), ("bird", 3), ("crane, machine", 7)):
+        assert dit.label(name) == label
+    assert dit.label("nothing") == 10 and dit.label(4) == 4
+    numbers, names = {}, {}
+    dit.generate([3, 7], steps=2, on_step=final(numbers), **HOW)
+    dit.generate(["bird", 7], steps=2, on_step=final(names), **HOW)
+    assert torch.equal(numbers["x"], names["x"])
+    assert dit.generate("bird", steps=2, **HOW)[0].size == (32, 32)  # one, and not its letters
+    with pytest.raises(ValueError, match="'crane' is the name of the labels 3 and 7: .* 0 to 9"):
+        dit.generate("crane", **HOW)
+    with pytest.raises(ValueError, match="no label is called 'cran'.* or a name: tench, Tinca"):
+        dit.generate(["cran"], **HOW)
+
+
+@pytest.mark.parametrize(
+    "names", [{"11": "ten"}, {"-1": "x"}, {"3": 4}, {"9" * 5000: "x"}, ["tench"], "tench"]
+)
+def test_names_of_no_labels_are_refused(folder, names):
+    change(folder / "model_index.json", id2label=names)
+    assert "model_index.json: " in (told := refusal(folder)) and len(told) < 1000
+    change(folder / "model_index.json", id2label=None)
+    with pytest.raises(ValueError, match="no label is called 'x': expected a number from 0 to 9$"):
+        minisd.load_dit(folder, device="cpu").generate("x", **HOW)
+
+
 def test_what_is_refused(pair):
     dit = minisd.load_dit(pair[1], device="cpu")
     for labels, message in (
@@ -225,9 +260,8 @@ def test_parts_and_other_models_get_the_right_hint(folder):
         assert refusal(folder / part) == (
             f"{folder / part} is a part of a model: give the folder of all parts, {folder}"
         )
-    assert "with its unet/, minisd.load and the other commands take it" in refusal(
-        bundled()["shapes"]
-    )
+    for shapes in (bundled()["shapes"], "shapes"):
+        assert "with its unet/, minisd.load and the other commands take it" in refusal(shapes)
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
     assert (
         refusal(folder) == f"{folder} is a model of the Flux kind, which minisd does not draw with"
@@ -417,10 +451,31 @@ def test_command(pair, minisd_command, draw_again, tmp_path, monkeypatch):
     assert alone.tobytes() == drawn.tobytes()
 
 
+def test_command_takes_a_name(named, minisd_command, draw_again, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = ["dit", "--model", str(named), "--steps", "2", "--device", "cpu", "--label"]
+    for name, out in (("Tinca tinca", "a.png"), ("0", "b.png")):
+        code, _, err = minisd_command(*line, name, "-o", out)
+        assert code == 0, err
+    assert draw_again("a.png") == ["again.png"]
+    images = {}
+    for path in ("a.png", "b.png", "again.png"):
+        with Image.open(path) as image:
+            images[path] = image.tobytes()
+            assert image.text["label"] == ("0" if path == "b.png" else "Tinca tinca")
+    assert images["a.png"] == images["b.png"] == images["again.png"]
+    code, _, err = minisd_command(*line, "crane", "-o", "c.png")
+    assert code == 2 and "'crane' is the name of the labels 3 and 7" in err
+    assert not Path("c.png").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (["--negative-prompt", "blurry"], "--negative-prompt: a DiT takes a label and no text"),
+        (["-n", "2", "--seed", str(2**64 - 1), "-o", "."], "got seeds [18446744073709551616]"),
+        (["--lora", "a.safetensors:0.5"], "--lora: it is for a UNet and its text encoder"),
+        (["--embedding", "a.safetensors"], "--embedding: it is for a UNet"),
         (["--label", "11"], "label is 11, expected a whole number from 0 to 10"),
         (["--label", "-1"], "got -1, expected at least 0"),
     ],

@@ -735,7 +735,7 @@ def test_the_published_list_is_well_formed():
         published("6ce0161689b3" + "0" * 52)[0] == "v1-5-pruned-emaonly.safetensors"
         and published("0" * 64) is None
     )
-    named = listed(SHAPES)
-    assert {UNET, VAE, TEXT} <= named.keys()
-    assert all(sources.sha256(SHAPES / name) == sha for name, sha in named.items())
+    named = listed()
+    assert {f"shapes/{name}" for name in (UNET, VAE, TEXT)} <= named.keys()
+    assert all(sources.sha256(SHAPES.parent / name) == sha for name, sha in named.items())
     assert set(FLOATS) == {"F64", "F32", "F16", "BF16"}

@@ -4,6 +4,7 @@ loads."""
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +18,8 @@ from minisd.sampling.schedule import NoiseSchedule
 from minisd.training import (
     __main__ as training,
     data,
+    labelled,
     loop,
-    miniature,
     objective,
     scenes,
     stages,
@@ -34,6 +35,7 @@ from minisd.training.objective import (
 from minisd.training.recipes import (
     MINIATURE,
     RECIPES,
+    SHAPES_DIT,
     TRANSFORMER,
     Hyperparameters,
     Recipe,
@@ -417,7 +419,7 @@ def test_four_labelled_dits_learn_and_are_read_back(tmp_path, monkeypatch):
         losses.append(hybrid_loss(*args))
         return losses[-1]
 
-    monkeypatch.setattr(miniature, "hybrid_loss", record)
+    monkeypatch.setattr(labelled, "hybrid_loss", record)
     folder = tmp_path / "models"
     line = ["miniature", "--run", str(tmp_path), "--steps", "60"]
     main([*line, "--to", str(folder)])
@@ -440,11 +442,23 @@ def test_four_labelled_dits_learn_and_are_read_back(tmp_path, monkeypatch):
     assert len(losses) == 120
 
 
+def test_the_bundled_dit_has_a_stage_of_its_own(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(training, "train_labelled", lambda *args: seen.append(args))
+    monkeypatch.setattr(training, "export_labelled", lambda *args: seen.append(args))
+    main(["shapes-dit", "--run", str(tmp_path), "--steps", "7", "--seed", "3", "--to", "model"])
+    recipe = replace(SHAPES_DIT, how=replace(SHAPES_DIT.how, steps=7))
+    assert seen == [
+        (recipe, tmp_path, 3, torch.device("cpu")),
+        (recipe, tmp_path, Path("model")),
+    ]
+
+
 def test_labels_are_what_is_rendered():
     """The pixels of each label's renderings have one thing, of its shape and colour."""
-    texts = [str(thing) for thing in miniature.LABELS]
+    texts = [str(thing) for thing in labelled.LABELS]
     assert len(set(texts)) == 24 == MINIATURE.dits["small-4"].num_embeds_ada_norm
-    verdicts = [score(im, text) for im, text in zip(miniature.render_labels(48, 5), texts * 2)]
+    verdicts = [score(im, text) for im, text in zip(labelled.render_labels(48, 5), texts * 2)]
     assert sum(v["all"] for v in verdicts) >= 47
 
 

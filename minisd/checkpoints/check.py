@@ -68,7 +68,9 @@ def check_files(
     repo: the Hub repo that the files are said to come from. Of a repo that is not in PUBLISHED
     (v1.5's folder is not) the Hub's cache knows the sums that the Hub gave when the files came.
     """
-    ours = {sha: name for folder in bundled().values() for name, sha in listed(folder).items()}
+    ours: dict[str, str] = {}
+    for name, sha in listed().items():
+        ours.setdefault(sha, name)  # models share an autoencoder
     for path, sha in digests.items():
         whose, what = published(sha) or ("weights/README.md", ours.get(sha))
         if what is not None:
@@ -179,7 +181,7 @@ def is_v1_4(digests: dict[Path, str]) -> bool:
     return all(each is not None and each[0] == V1_4 and "non_ema" not in each[1] for each in known)
 
 
-def listed(folder: Path) -> dict[str, str]:
-    """The sha256 of a bundled model's files, {file: sha256}, from weights/README.md."""
-    table = (folder.parent / "README.md").read_text(encoding="utf-8")
-    return dict(re.findall(r"^\| `([\w./]+)` \| `([0-9a-f]{64})` \|$", table, re.M))
+def listed() -> dict[str, str]:
+    """The sha256 of the bundled models' files, {MODEL/FILE: sha256}, from weights/README.md."""
+    table = (bundled()["shapes"].parent / "README.md").read_text(encoding="utf-8")
+    return dict(re.findall(r"^\| `([\w./-]+)` \| `([0-9a-f]{64})` \|$", table, re.M))

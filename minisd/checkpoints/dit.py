@@ -28,6 +28,7 @@ from .sources import (
     CheckpointError,
     Source,
     _fetch,
+    bundled,
     copy_present,
     expect_pipeline,
     fetch_weights,
@@ -43,12 +44,16 @@ EMBEDDER = re.compile(r"transformer_blocks\.(\d+)\.norm1\.emb\.(.+)")  # a copy 
 
 
 class DiTCheckpoint(NamedTuple):
-    """A located DiT, nothing of its weights read. files: of transformer and vae."""
+    """A located DiT, nothing of its weights read.
+
+    files: of transformer and vae. names: of labels, of one several between commas.
+    """
 
     config: DiTConfig
     vae_config: VAEConfig
     schedule: NoiseSchedule
     files: dict[str, Path]
+    names: dict[int, str]
 
 
 def locate_dit(
@@ -59,7 +64,7 @@ def locate_dit(
     revision: str | None = None,
     local_files_only: bool = False,
 ) -> DiTCheckpoint:
-    """Find the files of a folder or a Hub repo and read the configs. See `minisd.load_dit`."""
+    """Find the files of a source and read the configs. See `minisd.load_dit`."""
     expect_names(source, variant, revision)
     if Path(source).suffix.lower() in PICKLES:
         got = f"minisd does not read the pickle {source}: {WHY_NO_PICKLES}"
@@ -69,6 +74,8 @@ def locate_dit(
         folder = download_dit(repo, variant, revision, local_files_only)
     elif revision is not None:
         raise ValueError(f"revision={revision!r} is for Hub repos, and {source!r} is not one")
+    elif isinstance(source, str):
+        folder = bundled().get(source, folder)
     if (part := why_a_part(folder)) is not None:
         raise CheckpointError(part)
     if not folder.is_dir():
@@ -92,7 +99,21 @@ def locate_dit(
         raise CheckpointError(f"{folder}: {got}, its transformer takes {config.in_channels}")
     scheduler = folder / CONFIGS[2]
     schedule = named(scheduler, lambda path: NoiseSchedule.from_dict(read_json(path)))
-    return DiTCheckpoint(config, vae_config, schedule, files)
+    names = named(folder / INDEX, partial(read_names, most=config.num_embeds_ada_norm))
+    return DiTCheckpoint(config, vae_config, schedule, files, names)
+
+
+def read_names(path: Path, most: int) -> dict[int, str]:
+    """id2label of a model_index.json, label from 0 to `most` -> its names; without one, nothing."""
+    found = (read_json(path).get("id2label") or {}) if path.is_file() else {}
+    if not isinstance(found, dict):
+        raise ValueError(f"id2label is {found!r:.80}, expected a name for each label")
+    for label, name in found.items():
+        is_label = label.isascii() and label.isdecimal() and int(label) <= most
+        if not (is_label and isinstance(name, str)):
+            got = f"id2label has {name!r:.80} of {label!r:.80}"
+            raise ValueError(f"{got}, expected a name of a label from 0 to {most}")
+    return {int(label): name for label, name in found.items()}
 
 
 def download_dit(

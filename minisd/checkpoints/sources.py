@@ -60,10 +60,7 @@ class Cached(NamedTuple):
 def bundled() -> dict[str, Path]:
     """The models that come with minisd, name -> folder."""
     root = Path(str(files("minisd_weights")))
-    return {
-        path.parent.parent.name: path.parent.parent
-        for path in sorted(root.glob("*/unet/config.json"))
-    }
+    return {path.parent.name: path.parent for path in sorted(root.glob(f"*/{INDEX}"))}
 
 
 def hub_repo(source: object) -> str | None:

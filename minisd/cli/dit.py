@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .options import AddCommand, Call, DrawRequest, add_drawing_options, count
-from .output import draw, line_again
+from .output import check_seeds, draw, line_again
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 def add_commands(command: AddCommand) -> None:
     what = "draw an image of a label with a diffusion transformer (DiT)"
     parser = command("dit", dit, what)
-    label = "what to draw, of ImageNet from 0 to 999 (207: a golden retriever)"
-    parser.add_argument("--label", type=count, required=True, metavar="K", help=label)
+    what = "what to draw, a number (of ImageNet 0 to 999; 207: a golden retriever) or a name"
+    parser.add_argument("--label", type=label, required=True, metavar="K", help=what)
     whose = "whose formulas are followed where the published code and diffusers differ"
     choices = ("published", "diffusers")
     parser.add_argument("--compat", choices=choices, default="published", help=whose)
@@ -29,18 +30,23 @@ def add_commands(command: AddCommand) -> None:
     parser.set_defaults(model=model, steps=250, guidance=4.0, sampler="ddpm")
 
 
+def label(text: str) -> int | str:
+    """A number, or else a name."""
+    return count(text) if re.fullmatch(r"[+-]?\d+", text) else text
+
+
 def dit(args: Namespace, call: Call) -> None:
     call.refuse("a DiT takes a label and no text", "negative_prompt", "tokenizer")
     call.refuse("a DiT has no such sites", "pag")
+    call.refuse("it is for a UNet and its text encoder", "lora", "embedding")
     request = DrawRequest.of(args, call)
-    label = args.label
 
     def run(model: LabelDiffusion, options: Options) -> list[Image.Image]:
         own: Any = {name: x for name, x in options.items() if name != "negative_prompt"}
-        return model.generate(label, **own)
+        return model.generate(args.label, **own)
 
     def told(seed: int) -> dict[str, object]:
-        return {"label": label, "arguments": line_again(call.argv, seed)}
+        return {"label": args.label, "arguments": line_again(call.argv, seed)}
 
     draw(request, run, told, load=partial(load, compat=args.compat))
 
@@ -48,6 +54,7 @@ def dit(args: Namespace, call: Call) -> None:
 def load(request: DrawRequest, compat: Any) -> LabelDiffusion:
     from ..labels import load_dit
 
+    check_seeds(request)
     model, dtype = request.model, request.dtype
     loaded = load_dit(
         model.source,

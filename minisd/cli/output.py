@@ -132,11 +132,16 @@ def check_file(option: str, path: Path) -> None:
 # drawing
 
 
-def load_model(request: DrawRequest) -> StableDiffusion:
+def check_seeds(request: DrawRequest) -> None:
+    """ValueError for a seed that is none, before all others are drawn."""
     from ..drawing import seeds
 
-    for each in (request.seeds[0], request.seeds[-1]):  # not after all others are drawn
+    for each in (request.seeds[0], request.seeds[-1]):
         seeds(each)
+
+
+def load_model(request: DrawRequest) -> StableDiffusion:
+    check_seeds(request)
     sd = load_request(request.model, request.device, request.dtype)
     request.call.before_writing()
     return sd

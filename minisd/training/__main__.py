@@ -16,8 +16,10 @@ A diffusion transformer on the bundled model's latents and texts, in a run folde
     python -m minisd.training transformer --run RUN
         the third loss, eps_theta a DiT; with --to DIR its average is then written as a model
 
-Four small ones on labels, trained alike, for `python -m bench.dit`, in a run folder of their own:
+On labels, on the bundled model's latents: the bundled `shapes-dit`, and four small ones, trained
+alike, for `python -m bench.dit`; each stage in a run folder of its own:
 
+    python -m minisd.training shapes-dit --run RUN
     python -m minisd.training miniature --run RUN
         the third loss and L_t of the variance; with --to DIR each is then written as DIR/NAME
 
@@ -39,14 +41,15 @@ import torch
 
 from .emoji import EMOJI, export_emoji, train_emoji
 from .export import export
-from .miniature import export_miniature, train_miniature
-from .recipes import MINIATURE, RECIPES, TRANSFORMER, Recipe
+from .labelled import export_labelled, train_labelled
+from .recipes import MINIATURE, RECIPES, SHAPES_DIT, TRANSFORMER, Recipe
 from .stages import train_autoencoder, train_diffusion, train_text
 from .transformer import export_transformer, train_transformer
 
 ORDER = ("autoencoder", "text", "diffusion", "export")
 NEEDS = {"diffusion": ("autoencoder.pt", "text.pt"), "export": ("pool.pt", "diffusion.pt")}
-OTHERS = ("transformer", "miniature", "emoji")  # in run folders of their own; --to writes the model
+# In run folders of their own; --to writes the model.
+OTHERS = ("transformer", "shapes-dit", "miniature", "emoji")
 STAGES = {  # name on the command line -> what trains it, its hyperparameters in the recipe
     "autoencoder": (train_autoencoder, "autoencoder"),
     "text": (train_text, "text_encoder"),
@@ -83,7 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     add("--device", default="cpu")
     add("--icons", type=Path, help="emoji: the folder of npm install")
-    add("--to", type=Path, help="export, transformer, miniature, emoji: the folder to write")
+    add("--to", type=Path, help=f"export, {', '.join(OTHERS)}: the folder to write")
     return parser
 
 
@@ -122,17 +125,18 @@ def with_weights(recipe: Recipe, args: argparse.Namespace) -> Recipe:
 
 
 def train_other(args: argparse.Namespace) -> None:
-    """A transformer, four small ones, or emoji: train, and write the model if there is a folder."""
+    """A transformer, of texts or labels, or emoji: train, and write the model if wanted."""
     device, steps = torch.device(args.device), {} if args.steps is None else {"steps": args.steps}
     where = args.run, args.seed, device
     if args.stage == "transformer":
         dit = replace(TRANSFORMER, diffusion=replace(TRANSFORMER.diffusion, **steps))
         train_transformer(dit, *where)
         write = partial(export_transformer, dit, args.run)
-    elif args.stage == "miniature":
-        four = replace(MINIATURE, how=replace(MINIATURE.how, **steps))
-        train_miniature(four, *where)
-        write = partial(export_miniature, four, args.run)
+    elif args.stage in ("shapes-dit", "miniature"):
+        labelled = SHAPES_DIT if args.stage == "shapes-dit" else MINIATURE
+        labelled = replace(labelled, how=replace(labelled.how, **steps))
+        train_labelled(labelled, *where)
+        write = partial(export_labelled, labelled, args.run)
     else:
         emoji = replace(EMOJI, diffusion=replace(EMOJI.diffusion, **steps))
         emoji = with_weights(emoji, args)

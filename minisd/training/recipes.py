@@ -68,8 +68,8 @@ class TransformerRecipe:
 
 
 @dataclass(frozen=True)
-class MiniatureRecipe:
-    """Several DiTs for labels that are trained alike, for the same number of steps."""
+class LabelRecipe:
+    """DiTs for labels, by their names, that are trained alike, for the same number of steps."""
 
     dits: dict[str, DiTConfig]
     how: Hyperparameters
@@ -78,7 +78,7 @@ class MiniatureRecipe:
 
 
 def small_dit(layers: int, heads: int, patch: int) -> DiTConfig:
-    """A DiT for the 24 labels of `miniature`, heads of 32 channels, with a learned variance."""
+    """A DiT for the 24 labels of `labelled`, heads of 32 channels, with a learned variance."""
     return DiTConfig(
         sample_size=16,
         patch_size=patch,
@@ -89,7 +89,7 @@ def small_dit(layers: int, heads: int, patch: int) -> DiTConfig:
     )
 
 
-MINIATURE = MiniatureRecipe(  # one CPU core, about six minutes
+MINIATURE = LabelRecipe(  # one CPU core, about six minutes
     dits={
         "small-4": small_dit(4, 2, 4),
         "small-2": small_dit(4, 2, 2),
@@ -97,6 +97,12 @@ MINIATURE = MiniatureRecipe(  # one CPU core, about six minutes
         "large-2": small_dit(6, 4, 2),
     },
     how=Hyperparameters(steps=500, batch=64, lr=2e-3, pool=6000, ema=0.99),
+    max_weight=20.0,
+    noisy_share=0.2,
+)
+SHAPES_DIT = LabelRecipe(  # one CPU core, about an hour
+    dits={"shapes-dit": small_dit(6, 4, 2)},
+    how=Hyperparameters(steps=12_000, batch=64, lr=2e-3, pool=12_000, ema=0.999),
     max_weight=20.0,
     noisy_share=0.2,
 )

@@ -1,11 +1,11 @@
-"""The stage that trains four small DiTs on labels, two sizes with patches of 2 and of 4 each.
+"""The stages that train DiTs on labels: the bundled `shapes-dit`, and four small ones for a figure.
 
     L = w_t |eps - eps_theta(alpha_t z + sigma_t eps, t, label)|^2 + L_t     (hybrid_loss)
 
-Figure 6 of Peebles and Xie 2022 (https://arxiv.org/abs/2212.09748) in miniature: what more of the
-network, or more tokens of the same network, are worth after the same number of steps. A label is a
-shape and a colour; size, place and background of the one thing are drawn by chance. The autoencoder
-is that of `shapes`.
+A label is a shape and a colour; size, place and background of the one thing are drawn by chance.
+The autoencoder is that of `shapes`. The four, two sizes with patches of 2 and of 4 each, are figure
+6 of Peebles and Xie 2022 (https://arxiv.org/abs/2212.09748) in miniature: what more of the network,
+or more tokens of the same network, are worth after the same number of steps.
 """
 
 import random
@@ -33,7 +33,7 @@ from . import scenes
 from .data import to_model
 from .loop import train
 from .objective import draw_times, hybrid_loss
-from .recipes import MiniatureRecipe
+from .recipes import LabelRecipe
 from .stages import normal, random_rows
 
 LABELS = [scenes.Thing(shape, colour) for shape in scenes.SHAPES for colour in scenes.COLOURS]
@@ -73,7 +73,7 @@ def encode_labels(vae: AutoencoderKL, count: int, seed: int) -> LabelPool:
     return LabelPool(mean.half(), torch.exp(0.5 * logvar).half(), labels)
 
 
-def train_miniature(recipe: MiniatureRecipe, run: Path, seed: int, device: torch.device) -> None:
+def train_labelled(recipe: LabelRecipe, run: Path, seed: int, device: torch.device) -> None:
     """Minimise `hybrid_loss` over each DiT of the recipe, one after the other; -> NAME.pt each."""
     parts = load_parts(locate("shapes"), device, torch.float32)
     path, how = run / "labelled.pt", recipe.how
@@ -100,7 +100,7 @@ def train_miniature(recipe: MiniatureRecipe, run: Path, seed: int, device: torch
         train(nn.ModuleDict({"dit": dit}), loss, how, run / f"{name}.pt", seed, device)
 
 
-def export_miniature(recipe: MiniatureRecipe, run: Path, folder: Path) -> None:
+def export_labelled(recipe: LabelRecipe, run: Path, folder: Path) -> None:
     """Write each DiT's average in float16 as a folder of its name, which `minisd.load_dit` takes,
     with the bundled autoencoder and schedule. All of them or nothing."""
     with atomic_folder(folder, last=list(recipe.dits)[-1]) as temporary:

@@ -1,0 +1,104 @@
+"""Does the bundled DiT draw its labels? Beside the UNet of `shapes`, to which they are captions.
+
+    python -m bench.labels [--model shapes-dit|FOLDER] [--n 192] [--seed 0] [--guidance 3]
+                           [--json OUT] [--sheet OUT.png]
+
+Labels 0, 1, ..., K - 1, 0, ... by `generate` in 25 steps of DPM-Solver++, and the same words by the
+UNet in as many with guidance 7.5, image i with seed + i. right: images in which bench.scorer finds
+one thing, of the label's colour, of its shape, and all three. "rendered" is what the renderer draws
+of the labels, through the autoencoder and back: the ceiling. The guidance was chosen on seeds from
+1000 on. --sheet: eight labels by both.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+import minisd
+from bench import harness
+from bench.dit import BATCH, SHOWN, STEPS, captions, right, through
+from bench.shapes import hashes
+from minisd.checkpoints.sources import bundled
+from minisd.labels import LabelDiffusion
+from minisd.training.labelled import LABELS, render_labels
+from minisd.viewing.visualize import contact_sheet
+
+HOW = {"steps": STEPS, "sampler": "dpm++", "progress": False}
+UNET_GUIDANCE = 7.5
+RENDERED = 2003  # seed of the scenes of the ceiling
+COLUMNS = ("count", "colour", "shape", "all")
+
+
+def draw(model: LabelDiffusion, n: int, seed: int, guidance: float) -> list[Image.Image]:
+    """Image i of label i with seed + i."""
+    images, labels = [], [i % len(LABELS) for i in range(n)]
+    for i in tqdm(range(0, n, BATCH), "labels", file=sys.stderr):
+        own = {"seed": seed + i, "guidance": guidance}
+        images += model.generate(labels[i : i + BATCH], **own, **HOW)
+    return images
+
+
+def draw_captions(sd, n: int, seed: int) -> list[Image.Image]:
+    """Image i of label i as a caption, with seed + i."""
+    images, texts = [], captions(n)
+    for i in tqdm(range(0, n, BATCH), "captions", file=sys.stderr):
+        own = {"seed": seed + i, "guidance": UNET_GUIDANCE}
+        images += sd.txt2img(texts[i : i + BATCH], **own, **HOW)
+    return images
+
+
+def sheet(sets: dict[str, list[Image.Image]]) -> Image.Image:
+    """Eight labels, a row for each set."""
+    shown = [(name, k) for name in sets for k in SHOWN]
+    named = [f"{name}: {LABELS[k]}" for name, k in shown]
+    return contact_sheet([sets[name][k] for name, k in shown], named, 8)
+
+
+def table(record: dict) -> str:
+    """The Markdown table of a result file."""
+    rows = (
+        (who, *(f"{100 * shares[name]:.1f} %" for name in COLUMNS))
+        for who, shares in record["right"].items()
+    )
+    how = f"{record['n']} images each, {record['steps']} steps of {record['sampler']}"
+    how += f", guidance {record['guidance']:g}; the UNet's {UNET_GUIDANCE:g}"
+    return f"{how}\n\n{harness.markdown(('', *COLUMNS), rows)}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.labels", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("--model", default="shapes-dit", help="a bundled DiT or a checkpoint folder")
+    add("--n", type=int, default=192, help="images of each (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the first image (default: %(default)s)")
+    add("--guidance", type=float, default=3.0, help="of the DiT (default: %(default)s)")
+    add("--json", type=Path, help="write all figures here")
+    add("--sheet", type=Path, help="write eight labels by both here (PNG)")
+    args = parser.parse_args(arguments)
+    if args.n < len(LABELS):
+        parser.error(f"--n is {args.n}, expected an image of each of {len(LABELS)} labels")
+    model, sd = minisd.load_dit(args.model, device="cpu"), minisd.load("shapes", device="cpu")
+    sets = {
+        "UNet": draw_captions(sd, args.n, args.seed),
+        "shapes-dit": draw(model, args.n, args.seed, args.guidance),
+    }
+    if args.sheet:
+        sheet(sets).quantize(128).save(args.sheet)
+    sets["rendered"] = through(sd, render_labels(args.n, RENDERED))
+    own = {"n": args.n, "seed": args.seed, "guidance": args.guidance, "right": {}}
+    for name, images in sets.items():
+        own["right"][name] = right(images, captions(args.n))
+    record = harness.provenance("cpu") | HOW | own
+    record["sha256"] = hashes(bundled().get(args.model, Path(args.model)))
+    print(table(record))
+    if args.json:
+        harness.write(args.json, record)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
