@@ -35,8 +35,8 @@ setup(
         Extension(
             "minisd_kernels._cpu_attention",
             ["kernels/cpu_attention.c"],
-            extra_compile_args=["-O3", "-pthread"],
-            extra_link_args=["-pthread"],
+            extra_compile_args=["-O3", "-fopenmp"],
+            extra_link_args=["-fopenmp"],
             optional=True,
         )
     ],

@@ -13,7 +13,6 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
-#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -24,8 +23,7 @@
 #define STEP 8                /* keys, or head dims, whose sums are in registers together */
 #define LOG2_E 1.44269504f
 #define LINE 64               /* bytes of a cache line */
-#define MOST_THREADS 256
-#define SHARE 4000000         /* products of a thread, at least */
+#define PIECES 16             /* of the work, for each thread */
 
 #define F32 __attribute__((target("avx512f,avx512dq,avx512bw,fma")))
 #define BF16 __attribute__((target("avx512f,avx512dq,avx512bw,avx512bf16,fma")))
@@ -39,12 +37,6 @@ typedef struct {
     float scale;
     int half; /* bfloat16 */
 } Call;
-
-typedef struct {
-    const Call *call;
-    int64_t first, last; /* tiles, counted over rows, heads and queries */
-    int failed;
-} Share;
 
 /* 2^x for x <= 0 by 2^n 2^r, n = round(x), 2^r by the polynomial whose relative error is the least on
    [-1/2, 1/2]: of degree 6 to 2 ulp or, where bfloat16 follows, of degree 4 to 3e-6. */
@@ -295,47 +287,45 @@ static void unpack_tile(const Call *call, const Room *room, char *out, int64_t c
         }
 }
 
-static void *work(void *argument)
+/* `first` and the queries behind it, of a head whose k and v are packed. */
+static void one_tile(const Call *call, Room *room, int64_t row, int64_t head, int64_t first)
 {
-    Share *share = argument;
-    const Call *call = share->call;
-    int64_t size = call->half ? 2 : 4, tiles = (call->queries + TILE - 1) / TILE;
-    int64_t dim = call->dim, packed = (call->keys + 2 * STEP) * dim * size;
+    const int64_t *s = call->q_stride, *t = call->out_stride, size = call->half ? 2 : 4;
+    int64_t q = row * s[0] + head * s[1] + first * s[2];
+    int64_t out = row * t[0] + head * t[1] + first * t[2];
+    int64_t count = call->queries - first < TILE ? call->queries - first : TILE;
+    pack_tile(call, room, call->q + q * size, count);
+    if (call->half) tile_bf16(call, room);
+    else tile_f32(call, room);
+    unpack_tile(call, room, call->out + out * size, count);
+}
+
+/* Memory of one thread, and the room in it; 0 without memory. Each part begins with a line of the
+   cache. */
+static Room *make_room(const Call *call)
+{
+    int64_t size = call->half ? 2 : 4, dim = call->dim;
+    int64_t packed = (call->keys + 2 * STEP) * dim * size; /* behind the last key there is room */
     packed = (packed + LINE - 1) / LINE * LINE;
-    int64_t bytes = 2 * packed + dim * TILE * (size + 4) + BLOCK * TILE * 6;
-    Room *room = calloc(1, sizeof(Room));
-    char *all = calloc(1, bytes + LINE), *memory = all + (LINE - (uintptr_t)all % LINE);
-    share->failed = !room || !all;
-    if (!share->failed) { /* each begins with a line of the cache */
-        room->k = memory;
-        room->v = memory + packed;
-        room->q = memory + 2 * packed;
-        room->out = (float *)(memory + 2 * packed + dim * TILE * size);
-        room->scores = room->out + dim * TILE;
-        room->pairs = (int32_t *)(room->scores + BLOCK * TILE);
-    }
-    int64_t there = -1; /* the head whose k and v are packed */
-    for (int64_t i = share->first; i < share->last && !share->failed; i++) {
-        int64_t head = i / tiles, first = i % tiles * TILE;
-        int64_t row = head / call->heads, count = call->queries - first;
-        if (head != there) pack_head(call, room, row, head % call->heads);
-        there = head;
-        if (count > TILE) count = TILE;
-        const int64_t *s = call->q_stride, *t = call->out_stride;
-        int64_t q = row * s[0] + head % call->heads * s[1] + first * s[2];
-        int64_t out = row * t[0] + head % call->heads * t[1] + first * t[2];
-        pack_tile(call, room, call->q + q * size, count);
-        if (call->half) tile_bf16(call, room);
-        else tile_f32(call, room);
-        unpack_tile(call, room, call->out + out * size, count);
-    }
-    free(all);
-    free(room);
-    return 0;
+    int64_t head = (sizeof(Room) + LINE - 1) / LINE * LINE;
+    char *memory = aligned_alloc(LINE, head + 2 * packed + dim * TILE * (size + 4) + BLOCK * TILE * 6);
+    if (!memory) return 0;
+    Room *room = (Room *)memory;
+    room->k = memory + head;
+    room->v = memory + head + packed;
+    room->q = memory + head + 2 * packed;
+    room->out = (float *)((char *)room->q + dim * TILE * size);
+    room->scores = room->out + dim * TILE;
+    room->pairs = (int32_t *)(room->scores + BLOCK * TILE);
+    memset(room->k, 0, 2 * packed);
+    return room;
 }
 
 /* 0, or 1 without memory. numbers: rows, heads, queries, keys, dim (a multiple of STEP), bfloat16,
-   threads, then the strides (row, head, token) of q, k, v, out, in elements. */
+   threads, then the strides (row, head, token) of q, k, v, out, in elements.
+
+   The threads are OpenMP's, which PyTorch's products have just used and which would otherwise wait
+   for more of them on the processors that others need. Who is done takes the next piece. */
 int minisd_attention(const void *q, const void *k, const void *v, void *out, const int64_t *numbers,
                      float scale)
 {
@@ -343,23 +333,27 @@ int minisd_attention(const void *q, const void *k, const void *v, void *out, con
     call.rows = numbers[0], call.heads = numbers[1], call.queries = numbers[2];
     call.keys = numbers[3], call.dim = numbers[4], call.half = numbers[5], call.scale = scale;
     memcpy(call.q_stride, numbers + 7, 12 * sizeof(int64_t)); /* the four lie one after the other */
-    int64_t tiles = call.rows * call.heads * ((call.queries + TILE - 1) / TILE);
-    int64_t threads = numbers[6] < tiles ? numbers[6] : tiles;
-    int64_t worth = 1 + tiles * TILE * call.keys * call.dim / SHARE; /* starting a thread */
-    if (threads > worth) threads = worth;
-    if (threads > MOST_THREADS) threads = MOST_THREADS;
-    Share shares[MOST_THREADS];
-    pthread_t running[MOST_THREADS];
-    int started[MOST_THREADS], failed = 0;
-    for (int64_t i = 0; i < threads; i++) {
-        shares[i] = (Share){&call, tiles * i / threads, tiles * (i + 1) / threads, 0};
-        started[i] = i + 1 < threads && !pthread_create(running + i, 0, work, shares + i);
-    }
-    for (int64_t i = 0; i < threads; i++)
-        if (!started[i]) work(shares + i); /* the last one here, while the others run */
-    for (int64_t i = 0; i < threads; i++) {
-        if (started[i]) pthread_join(running[i], 0);
-        failed |= shares[i].failed;
+    int64_t heads = call.rows * call.heads, tiles = (call.queries + TILE - 1) / TILE;
+    int64_t piece = 1 + heads * tiles / (PIECES * numbers[6]); /* tiles of a head */
+    int64_t pieces = (tiles + piece - 1) / piece, count = heads * pieces;
+    int64_t threads = numbers[6] < count ? numbers[6] : count;
+    int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+    {
+        Room *room = make_room(&call);
+        int64_t there = -1; /* the head whose k and v are packed */
+        failed = !room;
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < count; i++) {
+            int64_t row = i / pieces / call.heads, head = i / pieces % call.heads;
+            int64_t first = i % pieces * piece, last = first + piece < tiles ? first + piece : tiles;
+            if (!room) continue;
+            if (i / pieces != there) pack_head(&call, room, row, head);
+            there = i / pieces;
+            for (int64_t tile = first; tile < last; tile++)
+                one_tile(&call, room, row, head, tile * TILE);
+        }
+        free(room);
     }
     return failed;
 }

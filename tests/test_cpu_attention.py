@@ -210,15 +210,16 @@ def test_no_map_is_in_memory():
 
 @needs
 def test_threads_share_the_work():
-    """CPU time of the calling thread: with two threads half of what it is with one."""
+    """CPU time of the calling thread, the least of some calls: with two threads half of what it is
+    with one. Who is done takes the next piece, so where both processors are busy it may be more."""
     q, k, v = tensors(1, 4, 2048, 2048, 40, torch.float32)
-    before, spent = torch.get_num_threads(), {}
+    before, spent = torch.get_num_threads(), {1: [], 2: []}
     try:
-        for threads in (1, 2):
+        for threads in 8 * (1, 2):
             torch.set_num_threads(threads)
             start = time.thread_time()
             cpu.attention(q, k, v)
-            spent[threads] = time.thread_time() - start
+            spent[threads].append(time.thread_time() - start)
     finally:
         torch.set_num_threads(before)
-    assert 0.25 < spent[2] / spent[1] < 0.8
+    assert 0.25 < min(spent[2]) / min(spent[1]) < 0.8
