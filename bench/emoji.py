@@ -1,17 +1,20 @@
 """Does a model trained on emoji draw what its captions say? The figures in weights/README.md.
 
-    python -m bench.emoji --model FOLDER --icons ICONS [--n 100] [--json OUT] [--sheet OUT.png]
+    python -m bench.emoji --model FOLDER --icons ICONS --json bench/results/cpu/emoji.json
+                          [--n 100] [--sheet OUT.png]
 
 Retrieval: of each pair of a thing and a style the model draws the caption, and the nearest of 20
 drawings in that style, the pair's own and 19 others, is looked up by the cosine of
 EfficientNet-Lite0 features (bench/features.py). `heldout` are pairs that training never showed,
 `train` pairs that it did. Beside them, what the scorer finds where no diffusion is: `autoencoder`,
 the pair's own drawing there and back, and `another style`, the same thing as another set draws it,
-which is what a model would draw that learned the thing and not the style. Chance is 5 %.
+which is what a model would draw that learned the thing and not the style. Chance is 5 %. Whether
+the style is right is asked apart: which of the sets' drawings of the thing is nearest; chance is a
+third.
 
 Style swap: prompt-to-prompt from one style to another. The layout is kept as far as the silhouettes
 of source and edit are the same, |A and B| / |A or B| of the pixels that are not white; beside it
-the same prompts and seed drawn without prompt-to-prompt.
+the same prompts and seed drawn without prompt-to-prompt, and the sets' own drawings of both.
 """
 
 import argparse
@@ -80,7 +83,8 @@ def overlap(a: Image.Image, b: Image.Image) -> float:
 
 
 def retrieval(sd, drawings: Sequence[Drawing], n: int, how: dict) -> tuple[dict, list, list]:
-    """{split: {"pairs": how many, "right": share}}, and the images of the held-out captions."""
+    """{split: {"pairs": how many, "right", "style": shares}}, and the pairs of held-out captions
+    and their images."""
     size = sd.unet.config.sample_size * sd.vae.factor
     real = [render(each, size) for each in drawings]
     known = features(real, len(real), "drawings")
@@ -98,7 +102,13 @@ def retrieval(sd, drawings: Sequence[Drawing], n: int, how: dict) -> tuple[dict,
             tallies["autoencoder"] = features(decoded, len(decoded), "decoded")
             tallies["another style"] = known[[another(i) for i in own]]
         for name, asked in tallies.items():
-            found[name] = {"pairs": len(pairs), "right": retrieved(asked, known, candidates)}
+            found[name] = {
+                "pairs": len(pairs),
+                "right": retrieved(asked, known, candidates),
+                "style": retrieved(
+                    asked, known, [[i, another(i), another(another(i))] for i in own]
+                ),
+            }
     return found, *kept
 
 
@@ -109,8 +119,9 @@ def another(i: int) -> int:
 
 
 def swaps(sd, drawings: Sequence[Drawing], n: int, steps: int, guidance: float) -> dict:
-    """The mean overlap of source and edit, with prompt-to-prompt and without."""
-    rng, found = random.Random(SEED + 1), {"edited": [], "baseline": []}
+    """The mean overlap of source and edit, with prompt-to-prompt and without, and in the sets."""
+    rng, found = random.Random(SEED + 1), {"edited": [], "baseline": [], "drawings": []}
+    size = sd.unet.config.sample_size * sd.vae.factor
     how = {"steps": steps, "guidance": guidance, "progress": False}
     for i, source in enumerate(tqdm(rng.sample(drawings, n), desc="style swap", file=sys.stderr)):
         target = drawings[another(drawings.index(source))]
@@ -119,16 +130,32 @@ def swaps(sd, drawings: Sequence[Drawing], n: int, steps: int, guidance: float) 
         baseline = minisd.seed_baseline(sd, *pair, seed=i, **how)
         found["edited"].append(overlap(*edited))
         found["baseline"].append(overlap(*baseline))
-    return {name: float(np.mean(values)) for name, values in found.items()}
+        found["drawings"].append(overlap(render(source, size), render(target, size)))
+    return {"pairs": n} | {name: float(np.mean(values)) for name, values in found.items()}
 
 
 def table(record: dict) -> str:
-    """The shares as a Markdown table."""
+    """The shares, and below them the overlaps, as Markdown tables."""
     rows = [
-        (name, f"{100 * own['right']:.1f} % of {own['pairs']}")
+        (name, f"{100 * own['right']:.1f} % of {own['pairs']}", f"{100 * own['style']:.1f} %")
         for name, own in record["retrieval"].items()
     ]
-    return harness.markdown(("drawn from", "right among 20"), rows)
+    parts = [harness.markdown(("drawn from", "right among 20", "style of 3"), rows)]
+    if overlaps := dict(record.get("overlap", {})):
+        head = f"{overlaps.pop('pairs')} style swaps: silhouettes of"
+        names = {
+            "edited": "source and edit, prompt-to-prompt",
+            "baseline": "the same noise, no prompt-to-prompt",
+            "drawings": "the sets' own drawings",
+        }
+        rows = [(names[name], f"{value:.2f}") for name, value in overlaps.items()]
+        parts.append(harness.markdown((head, "overlap"), rows))
+    return "\n\n".join(parts)
+
+
+def report(record: dict) -> str:
+    """The tables of a result file and where they come from."""
+    return f"{harness.origin(record)}\n\n{table(record)}"
 
 
 def main(arguments=None):
@@ -153,7 +180,7 @@ def main(arguments=None):
     record = {"retrieval": found}
     if args.swaps:
         record["overlap"] = swaps(sd, drawings, args.swaps, args.steps, args.guidance)
-    print(table(record), record.get("overlap", ""), sep="\n")
+    print(table(record))
     if args.sheet:
         contact_sheet(images[:64], [pair.caption for pair in pairs[:64]], 8).save(args.sheet)
     if args.json:

@@ -4,7 +4,7 @@ transformers.
     python -m bench.gpu [PART ...] [--full] [--minutes 9.5]
 
 Parts, in this order: tests (the GPU-marked ones, in as many processes as there are cores), then
-attention, the kernels' own figures, then the tables of the README, unet, txt2img, editing and
+attention, the kernels' own figures, then the tables of the README, editing, unet, txt2img and
 startup, then fused and scaling; all of them unless some are named, so that it can be split over
 several calls where the time of one is limited. Each part writes its results as soon as it has them.
 Prints what is wrong or misses its target, how each part ended and after how many seconds, and in
@@ -16,7 +16,7 @@ The whole ends within ten minutes: when --minutes (9.5) are over, what runs is i
 parts that did not end are named; what they had saved stays. On an H200 where nothing has been
 compiled yet all of it should fit, but that is an estimate and was never measured, in minutes: tests
 1.5 - 2.25 (about 260 compiles of a second, on four cores), attention 1.5 - 2 (compiles and
-FlexAttention), unet 1 - 1.5 (12 processes), txt2img 0.75 (6 processes), editing 0.75, startup 1,
+FlexAttention), editing 0.75, unet 1 - 1.5 (12 processes), txt2img 0.75 (6 processes), startup 1,
 fused 0.75, scaling 0.5. --full adds the other dtypes, batches and sizes of the kernels and what
 compiles the whole UNet, diffusers' too; it takes as long as it takes, unless --minutes says
 otherwise.
@@ -37,7 +37,7 @@ import torch
 
 from bench import harness
 
-PARTS = ("tests", "attention", "unet", "txt2img", "editing", "startup", "fused", "scaling")
+PARTS = ("tests", "attention", "editing", "unet", "txt2img", "startup", "fused", "scaling")
 NEEDS = {"tests": "pytest"} | dict.fromkeys(
     ("editing", "txt2img", "unet", "scaling", "startup"), "PIL"
 )
@@ -121,8 +121,8 @@ def commands(full: bool) -> dict[str, list[str]]:
     return {
         "attention": ["bench.attention", *kernels],
         "editing": ["bench.editing", "speed", "--rounds", "5"],
-        "txt2img": ["bench.txt2img", "--rounds", "5", compiled],
         "unet": ["bench.unet", "--rounds", "5", compiled],
+        "txt2img": ["bench.txt2img", "--rounds", "5", compiled],
         "fused": ["bench.fused", *kernels],
         "scaling": ["bench.scaling", "--rounds", "5"],
         "startup": ["bench.startup", "--rounds", "2"],

@@ -93,6 +93,16 @@ def version(package: str) -> str | None:
         return None
 
 
+def assembler(device: str) -> str | None:
+    """The version of the ptxas that makes the kernels for this card; None on a CPU."""
+    if torch.device(device).type != "cuda":
+        return None
+    from minisd_kernels import tiles
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    return get_ptxas(tiles.arch()).version  # arch() chooses it, as a launch does
+
+
 def provenance(device: str) -> dict:
     """Device, versions, commit, command: what a figure is worth nothing without."""
     commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", *CODE)
@@ -106,6 +116,7 @@ def provenance(device: str) -> dict:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": version("triton"),
+        "ptxas": assembler(device),
         "diffusers": version("diffusers"),
         "transformers": version("transformers"),
         "commit": "unknown" if commit is None else commit + (" with changes" if changes else ""),

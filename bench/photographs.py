@@ -115,7 +115,7 @@ def table(record: dict) -> str:
         told = {k: v for k, v in own["found"].items() if not isinstance(v, (bool, list))}
         figures = ", ".join(f"{k} {v:.2g}" for k, v in told.items())
         rows.append((name, figures, f"{own['seconds']:.0f} s"))
-    head = ("512 x 512", "measured", "time")
+    head = (f"512 x 512, {record['dtype']}, {record['steps']} steps", "measured", "time")
     return f"{harness.origin(record)}\n\n{harness.markdown(head, rows)}"
 
 
@@ -128,6 +128,12 @@ def main(arguments=None):
     add("--only", nargs="+", metavar="NAME", help="the first words of what is measured")
     add("--json", type=Path, help="write all figures here, beside those that are there")
     args = parser.parse_args(arguments)
+    rows = {}
+    if args.json is not None and args.json.exists():
+        there = json.loads(args.json.read_text(encoding="utf-8"))
+        if (there["dtype"], there["steps"]) != (args.dtype, args.steps):
+            parser.error(f"{args.json} is of {there['dtype']}, {there['steps']} steps")
+        rows = there["rows"]
     sd = random_model(getattr(torch, args.dtype))
     print(sd)
     portrait, coffee = (photograph(name) for name in ("astronaut.png", "coffee.png"))
@@ -137,8 +143,6 @@ def main(arguments=None):
         "heat maps": lambda: heat(sd, args.steps),
         "there and back": lambda: there_and_back(sd, portrait),
     }
-    there = args.json is not None and args.json.exists()
-    rows = json.loads(args.json.read_text(encoding="utf-8"))["rows"] if there else {}
     for name, trial in trials.items():
         if args.only and not name.startswith(tuple(args.only)):
             continue

@@ -23,6 +23,7 @@ from bench import (
     dit,
     editing,
     editing_speed,
+    emoji,
     fused,
     harness,
     labels,
@@ -73,6 +74,7 @@ TABLES = [
     Table(KERNELS, "bench.attention", ("attention",), attention.table),
     Table(KERNELS, "bench.fused", ("fused",), fused.table),
     Table("weights/README.md", "bench.shapes", ("shapes",), shapes.report),
+    Table("weights/README.md", "bench.emoji", ("emoji",), emoji.report),
     Table("weights/README.md", "bench.labels", ("labels",), labels.table),
     Table("docs/api.md", "bench.api", (), api.table),
 ]

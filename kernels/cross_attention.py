@@ -286,8 +286,7 @@ def prepare(q, k, v, source_row, inject, token_map, blend, reweight, bias, *othe
     moved = token_map is not None and not token_map.is_contiguous()
 
     def launch(q, k, v, source_row, inject, token_map, blend, reweight, bias, *others):
-        *saves, _, out = others
-        save, save_mean = saves or (None, None)
+        out, (save, save_mean) = others[-1], others[:2] if saves else (None, None)
         maps = q.new_empty(S, H, N, L) if own_maps else save
         token_map = token_map.contiguous() if moved else token_map
         attend(q, k, v, source_row, inject, token_map, blend, reweight, bias, maps, out)

@@ -7,6 +7,7 @@ is imported by the first call.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.autograd.forward_ad
@@ -52,7 +53,7 @@ SCHEMAS = {
 def empty_out(q: Tensor, *args) -> Tensor:
     """The output, uninitialised; of the fake kernels too, so both promise the same strides."""
     B, H, N, D = q.shape
-    return q.new_empty_strided(q.shape, (N * H * D, D, H * D, 1))
+    return q.new_empty_strided((B, H, N, D), (N * H * D, D, H * D, 1))
 
 
 def empty_lse(q: Tensor, *args) -> tuple[Tensor, Tensor]:
@@ -101,43 +102,40 @@ def refuse_cpu(q: Tensor) -> None:
         )
 
 
-def run(name: str, args: tuple):
+def run(name: str, *args):
     """The op on its device: checked and prepared at the first call with inputs like these, then
     launched.
 
     Whether a pointer is a multiple of 16 bytes is part of that, because Triton compiles it in.
     """
+    device = args[0].get_device()  # -1: the interpreter's CPU
+    if device >= 0 and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return run(name, *args)
     tensors, numbers = args[: TENSORS[name]], args[TENSORS[name] :]
     facts = [
         x if x is None else (x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() & 15)
         for x in tensors
     ]
     key = (name, numbers, *facts)
-    launch, device = KNOWN.get(key), args[0].get_device()  # -1: the interpreter's CPU
-    if launch is None:
-        CHECKS[name](*args)
-        refuse_cpu(args[0])
-    if device < 0 or device == torch.cuda.current_device():
-        out = launched(key, launch, args)
-    else:
-        with torch.cuda.device(device):
-            out = launched(key, launch, args)
+    launch = KNOWN.get(key) or prepared(key, args)
+    out = EMPTY[name](*args)
+    launch(*args, out)
     if name == "cross_attention_save":  # by pointer, which caches by version do not see
         torch.autograd.graph.increment_version([x for x in args[-3:-1] if x is not None])
     return out
 
 
-def launched(key: tuple, launch: Callable | None, args: tuple):
-    """The op's output, computed on the current device; without a launch, one is prepared and
-    kept."""
+def prepared(key: tuple, args: tuple) -> Callable:
+    """What launches the op for inputs like these, kept from now on; ValueError if they do not
+    fit."""
     name = key[0]
-    out = EMPTY[name](*args)
-    if launch is None:
-        if len(KNOWN) >= MOST:
-            KNOWN.clear()
-        launch = KNOWN[key] = prepare(name, args, out)
-    launch(*args, out)
-    return out
+    CHECKS[name](*args)
+    refuse_cpu(args[0])
+    if len(KNOWN) >= MOST:
+        KNOWN.clear()
+    KNOWN[key] = prepare(name, args, EMPTY[name](*args))
+    return KNOWN[key]
 
 
 def call(op, *args):
@@ -166,12 +164,12 @@ def register(name: str, schema: str) -> None:
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)
 
-    torch.library.impl(op, ("CPU", "CUDA"))(lambda *args: run(name, args))
+    torch.library.impl(op, ("CPU", "CUDA"))(partial(run, name))
     torch.library.register_fake(op)(fake)
     torch.library.impl(op, "Autograd")(refuse_gradients)
 
 
-EMPTY = dict.fromkeys(SCHEMAS, lambda q, *args: empty_out(q))
+EMPTY = dict.fromkeys(SCHEMAS, empty_out)
 EMPTY |= {"attention_lse": empty_lse, "attention_backward": empty_gradients}
 for _name, _schema in SCHEMAS.items():
     register(_name, _schema)

@@ -6,27 +6,42 @@ something that is the same at every call with tensors of the same shapes, stride
 alignment. `Launch` does it once.
 """
 
+from triton import knobs
+from triton.runtime import driver
+
 
 class Launch:
     """A kernel with its grid and all arguments but the tensors: launch(*tensors).
 
     numbers: the arguments that follow the tensors; constants: the constexprs and launch options,
-    by name. The first call goes through Triton, which compiles; the others launch what it found.
-    They are right only for tensors like the first ones (ops.run keeps a Launch by these).
+    by name. The first call goes through Triton, which compiles; the others launch what it found, on
+    the current stream, as Triton does. They are right only for tensors like the first ones
+    (dispatch.run keeps a Launch by these).
     """
 
     def __init__(self, kernel, grid: tuple, numbers: tuple, **constants):
-        self.kernel, self.grid, self.numbers, self.constants = kernel, grid, numbers, constants
-        self.again = None  # what launches the compiled kernel
+        self.kernel, self.numbers, self.constants = kernel, numbers, constants
+        self.grid = (*grid, 1, 1)[:3]
+        self.compiled = None
         self.rest = ()  # the arguments after the tensors, constexprs too
 
     def __call__(self, *tensors) -> None:
-        if self.again is not None:
-            self.again(*tensors, *self.rest)
+        if self.compiled is None:
+            self.first(*tensors)
             return
+        device, compiled, hooks = driver.active, self.compiled, knobs.runtime
+        stream = device.get_current_stream(device.get_current_device())
+        enter, leave, told = hooks.launch_enter_hook, hooks.launch_exit_hook, None
+        if enter.calls or leave.calls:  # a profiler's
+            told = compiled.launch_metadata(self.grid, stream, *tensors, *self.rest)
+        launched = compiled.function, compiled.packed_metadata, told, enter, leave
+        compiled.run(*self.grid, stream, *launched, *tensors, *self.rest)
+
+    def first(self, *tensors) -> None:
+        """Through Triton, which compiles; the interpreter compiles nothing."""
         compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
-        if compiled is not None:  # the interpreter compiles nothing
+        if compiled is not None:
             names = self.kernel.arg_names
             values = dict(zip(names, (*tensors, *self.numbers))) | self.constants
             self.rest = tuple(values[name] for name in names[len(tensors) :])
-            self.again = compiled[(*self.grid, 1, 1)[:3]]
+            self.compiled = compiled

@@ -13,6 +13,7 @@ torch.compile sets that variable, too, to the ptxas of torch's own wheel. The ch
 process's.
 """
 
+import os
 from functools import cache
 from typing import NamedTuple
 
@@ -57,6 +58,13 @@ def pick(own: Tool | None, bundled: Tool, newer: Tool | None, cuda: str | None) 
     return found
 
 
+def asked_for(nvidia) -> list[str | None]:
+    """The paths that somebody has set, by Triton's knobs or their environment variables; they may
+    be those of the bundled programs."""
+    knobs = [vars(type(nvidia))[name] for name in ("ptxas", "ptxas_blackwell")]
+    return [vars(nvidia).get(knob.name, os.environ.get(knob.key)) for knob in knobs]
+
+
 @cache
 def choose(arch: int) -> None:
     """Set Triton's knob to what `pick` says, on sm_90; once in a process, and never at import."""
@@ -65,11 +73,10 @@ def choose(arch: int) -> None:
     from triton.backends.nvidia import compiler
 
     nvidia = triton.knobs.nvidia
-    defaults = [vars(type(nvidia))[name].default_path for name in ("ptxas", "ptxas_blackwell")]
     current, newer = (
         Tool(tool.path, tool.version) for tool in (compiler.get_ptxas(arch), nvidia.ptxas_blackwell)
     )
-    own = None if current.path in defaults else current
+    own = current if current.path in asked_for(nvidia) else None
     found = pick(own, current, newer, torch.version.cuda)
     if found != current:
         nvidia.ptxas = found.path

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
@@ -26,7 +27,7 @@ from .editing.prompt_to_prompt import edit_prompt, seed_baseline
 from .editing.regional import regional
 from .editing.style_aligned import style_aligned
 from .pipeline import StableDiffusion, load
-from .recipes import about, fingerprint, recipe
+from .recipes import about, circumstances, fingerprint, recipe
 from .viewing.visualize import heatmap
 
 METHODS: dict[str, Callable[..., list[Image.Image]]] = {
@@ -61,7 +62,8 @@ def from_recipe(
     one the recipe's is loaded, with its LoRAs and its words, whose files have to be the same.
     given: the images, masks and tensors that the call was given, under their arguments' names; they
     have to be the same, too. on_step, progress may be given as well. The whole call is run, since
-    an image's last bits depend on those drawn with it. ValueError for what does not fit.
+    an image's last bits depend on those drawn with it. ValueError for what does not fit, a warning
+    where version, dtype, device or attention are others than they were.
     """
     told = dict(drawn) if isinstance(drawn, Mapping) else recipe(drawn)
     if told["method"] not in METHODS:
@@ -76,6 +78,10 @@ def from_recipe(
     sd = model_of(told) if sd is None else sd
     if (own := about(sd)) != told["model"] and own.get("source") is not None:
         raise ValueError(f"the model is {own!r:.300}, the recipe's {told['model']!r:.300}")
+    now = circumstances(sd)
+    others = [f"{k} {told.get(k)}, here {v}" for k, v in now.items() if told.get(k) != v]
+    if others:
+        warnings.warn(f"it was drawn with {'; '.join(others)}: bits may be others", stacklevel=2)
     method = METHODS[told["method"]]
     images = method(sd, *unnamed(method, arguments), **arguments, **free)
     return images[told["image"]]

@@ -2,6 +2,7 @@
 
 import math
 import operator
+import sys
 from numbers import Real
 from typing import SupportsIndex, cast
 
@@ -21,7 +22,8 @@ def whole_number(name: str, value: object, low: int, high: float = math.inf) -> 
 def number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> None:
     """low <= value <= high and finite, an int or a float, but no bool."""
     is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not (is_number and low <= (x := cast(float, value)) <= high and -math.inf < x < math.inf):
+    most = sys.float_info.max  # 10**400 is finite, and no float
+    if not (is_number and low <= (x := cast(float, value)) <= high and abs(x) <= most):
         kind = "a finite number" if low == -math.inf else f"a number{_bounds(low, high)}"
         raise ValueError(f"{name} is {value!r:.80}, expected {kind}")
 

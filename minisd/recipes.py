@@ -2,9 +2,9 @@
 
 What draws puts into each image's `info` two texts: "recipe", a JSON object,
 
-    {"version": "minisd 0.2.0", "method": "txt2img", "arguments": {"prompt": "a cat", "steps": 20},
-     "model": {"source": "shapes"}, "dtype": "float32", "device": "cpu", "attention": "sdpa",
-     "image": 0, "of": 1}
+    {"version": "minisd 0.2.0", "dtype": "float32", "device": "cpu", "attention": "sdpa",
+     "method": "txt2img", "arguments": {"prompt": "a cat", "steps": 20},
+     "model": {"source": "shapes"}, "image": 0, "of": 1}
 
 the call that drew it and which image of that call it is, and "parameters", the text that A1111's
 web UI writes and many programs read. `save` writes both into a PNG; `minisd.from_recipe` draws the
@@ -15,6 +15,7 @@ their sha256: whoever draws it again hands them in again.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from numbers import Integral, Real
@@ -28,7 +29,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from . import __version__
-from .drawing import Drawing, seeds
+from .drawing import Drawing, as_list, seeds
 from .files import atomic_write, expect_file
 
 if TYPE_CHECKING:
@@ -67,21 +68,20 @@ def tell(
     }
     images = [image.copy() for image in images]  # one that is kept may be there several times
     each, rows = len(images) // len(prompts), rows or len(images)
+    negatives = as_list(drawing.negative_prompt)
     for i, image in enumerate(images):
         recipe = {
-            "version": f"minisd {__version__}",
+            **circumstances(sd),
             "method": method,
             "arguments": told,
             "model": about(sd),
-            "dtype": str(sd.dtype).removeprefix("torch."),
-            "device": sd.device.type,
-            "attention": sd.unet.attention,
             "image": i,
             "of": len(images),
         }
-        image.info["recipe"] = json.dumps(recipe, ensure_ascii=False)
+        image.info["recipe"] = as_utf8(json.dumps(recipe, ensure_ascii=False))
         seed = None if drawing.latents is not None else seeds(drawing.seed, rows)[i % rows]
-        image.info["parameters"] = parameters(image, drawing, recipe, prompts[i // each], seed)
+        both = prompts[i // each], negatives[i // each % len(negatives)]
+        image.info["parameters"] = parameters(image, drawing, recipe, both, seed)
     return images
 
 
@@ -95,16 +95,32 @@ def about(sd: "StableDiffusion") -> dict[str, Any]:
     return {**sd.loaded, **put_in}
 
 
+def circumstances(sd: "StableDiffusion") -> dict[str, str]:
+    """What the bits of an image depend on beside the call and the weights."""
+    return {
+        "version": f"minisd {__version__}",
+        "dtype": str(sd.dtype).removeprefix("torch."),
+        "device": sd.device.type,
+        "attention": sd.unet.attention,
+    }
+
+
 def parameters(
-    image: Image.Image, drawing: Drawing, recipe: Mapping[str, Any], prompt: str, seed: int | None
+    image: Image.Image,
+    drawing: Drawing,
+    recipe: Mapping[str, Any],
+    texts: tuple[str, str],
+    seed: int | None,
 ) -> str:
-    """A1111's text: the prompt, the negative one, and one line of settings."""
-    negative = drawing.negative_prompt
+    """A1111's text: the prompt, with LoRAs as it names them, the negative one, and one line of
+    settings. texts: both prompts."""
+    prompt, negative = texts
     guidance = drawing.guidance
     if not isinstance(guidance, (int, float)):
         guidance = guidance[recipe["image"] % len(guidance)]
-    lines = [prompt]
-    if isinstance(negative, str) and negative:
+    loras = recipe["model"].get("loras", ())
+    lines = [" ".join([prompt, *(f"<lora:{Path(file).stem}:{w:g}>" for file, _, w in loras)])]
+    if negative:
         lines.append(f"Negative prompt: {negative}")
     settings = {
         "Steps": drawing.steps,
@@ -116,8 +132,20 @@ def parameters(
         "Denoising strength": recipe["arguments"].get("strength"),
         "Version": recipe["version"],
     }
-    told = [f"{key}: {value}" for key, value in settings.items() if value is not None]
-    return "\n".join([*lines, ", ".join(told)])
+    told = [f"{key}: {quoted(value)}" for key, value in settings.items() if value is not None]
+    return as_utf8("\n".join([*lines, ", ".join(told)]))
+
+
+def as_utf8(text: str) -> str:
+    """Bytes of a file's name that are no UTF-8, which a PNG does not hold, as escapes; JSON reads
+    them back."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def quoted(value: object) -> str:
+    """A setting's value as A1111 writes it: in quotes where it holds what ends it."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if re.search("[,:\n]", text) else text
 
 
 # values as JSON
@@ -180,9 +208,10 @@ def recipe(image: Image.Image | str | os.PathLike[str] | IO[bytes]) -> dict[str,
     """How an image was drawn, of an image that minisd returned or a PNG that it wrote (a file's
     name, or an open file).
 
-    ValueError for one that carries no recipe: drawn by something else, changed into another image,
-    or stripped on its way; or drawn from what no text can hold, an inversion (`redraw`), a
-    recording (`replay`), a DiT's label (`LabelDiffusion.generate`), a loop of your own.
+    PIL's own methods (resize, crop) keep it: what they make says how that was drawn which it was
+    made from. ValueError for an image that carries none: drawn by something else, or stripped on
+    its way; or drawn from what no text can hold, an inversion (`redraw`), a recording (`replay`), a
+    DiT's label (`LabelDiffusion.generate`), a loop of your own.
     """
     if not isinstance(image, Image.Image):
         if isinstance(image, (str, os.PathLike)):
@@ -226,5 +255,6 @@ def texts(image: Image.Image) -> dict[str, str]:
     """The text chunks of an image that minisd returned; {} of another."""
     if not isinstance(image.info.get("recipe"), str):
         return {}
-    own = ("recipe", "parameters")
-    return {"version": f"minisd {__version__}", **{key: image.info[key] for key in own}}
+    keys = ("recipe", "parameters")
+    own: dict[str, str] = {key: image.info[key] for key in keys if key in image.info}
+    return {"version": f"minisd {__version__}", **own}

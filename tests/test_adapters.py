@@ -1,5 +1,5 @@
-"""LoRA and textual inversion: against the formula as loops, diffusers' and PEFT's own merging where
-peft is installed, and transformers' encoder with a longer table."""
+"""LoRA and textual inversion: against the formula as loops, diffusers' and PEFT's own merging, and
+transformers' encoder with a longer table."""
 
 import copy
 import json

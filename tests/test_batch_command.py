@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,34 @@ def test_rows_are_what_python_draws(minisd_command):
     code, out, err = minisd_command("batch", "rows.jsonl", *TINY)
     assert code == 0 and out.startswith("1 drawn in ") and "3 there already" in out
     assert before.items() <= {p.name: p.stat().st_mtime_ns for p in Path("out").glob("*")}.items()
+
+
+def test_pag_is_an_option_of_a_row(minisd_command):
+    write(
+        {"prompt": "a cat", "steps": 2, "pag": 3},
+        {"method": "edit", "source": "a cat", "target": "a dog", "steps": 2, "pag": 2},
+        {"prompt": "a cat", "steps": 2},
+        {"prompt": "a cat", "pag": "much"},
+    )
+    code, out, _ = minisd_command("batch", "rows.jsonl", *TINY, "--batch-size", "2")
+    assert code == 2 and out.startswith("3 drawn")
+    sd, how = minisd.load("tiny", device="cpu"), {"steps": 2, "progress": False}
+    ids = index()
+    guided = sd.txt2img("a cat", rule=partial(minisd.pag, pag_scale=3), **how)[0]
+    assert equal(f"out/{ids[0]}.png", guided) and not equal(f"out/{ids[2]}.png", guided)
+    rule = partial(minisd.pag, pag_scale=2)
+    assert equal(f"out/{ids[1]}.png", minisd.edit_prompt(sd, "a cat", "a dog", rule=rule, **how)[1])
+    assert equal(f"out/{ids[1]}.png", minisd.from_recipe(f"out/{ids[1]}.png", progress=False))
+    error = json.loads(Path(f"out/{ids[3]}.error.json").read_text())["error"]
+    assert error == "pag is 'much', expected a finite number"
+
+
+def test_where_all_is_there_no_model_is_loaded(minisd_command, monkeypatch):
+    write({"prompt": "a", "steps": 1}, {"prompt": "b", "steps": 1})
+    assert minisd_command("batch", "rows.jsonl", *TINY)[0] == 0
+    monkeypatch.setattr(engines.Local, "start", lambda *_: pytest.fail("a worker was started"))
+    code, out, _ = minisd_command("batch", "rows.jsonl", *TINY)
+    assert code == 0 and out == "0 drawn, 2 there already, 0 failed\n"
 
 
 def test_a_bad_row_becomes_its_error(minisd_command):

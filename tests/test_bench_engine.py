@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -351,7 +352,7 @@ def test_the_run_on_a_card_starts_everything_with_options_that_are_known(full, m
         gpu, "run_tests", lambda found, deadline: tests.extend(found) or {gpu.FAILED, gpu.LATE}
     )
     assert gpu.main(["unet", "editing"]) == 0 and not tests
-    in_order = ["bench.unet", "bench.editing"]
+    in_order = ["bench.editing", "bench.unet"]  # that of the parts
     assert [command[0] for command in commands] == in_order
     assert "unet: passed, 0 s" in capsys.readouterr().out
     commands.clear()
@@ -493,7 +494,7 @@ def test_the_part_in_which_the_time_ends(slow, tmp_path, monkeypatch, capsys):
         clock[0] = 600.0 * ("last" in command)
         return process
 
-    parts = {"unet": ["good"], "txt2img": ["last"], "editing": ["good"]}
+    parts = {"unet": ["good"], "txt2img": ["last"], "startup": ["good"]}
     monkeypatch.setattr(gpu, "commands", lambda full: parts)
     monkeypatch.setattr(harness, "ROOT", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -501,9 +502,9 @@ def test_the_part_in_which_the_time_ends(slow, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     assert gpu.main(list(parts)) == 1
     said = (
-        "not done in time: txt2img, editing\n"
+        "not done in time: txt2img, startup\n"
         if slow
-        else "failed: txt2img\nnot done in time: editing\n"
+        else "failed: txt2img\nnot done in time: startup\n"
     )
     assert capsys.readouterr().out.endswith("\nunet 0 s, txt2img 600 s = 600 s\n" + said)
 
@@ -520,6 +521,19 @@ def test_collecting_ends_at_the_deadline(tmp_path, monkeypatch, capsys):
     )
     assert gpu.main(["tests"]) == 1
     assert capsys.readouterr().out.endswith("not done in time: tests\n")
+
+
+def test_the_ptxas_of_a_card_is_recorded(monkeypatch):
+    """That which would make the kernels there, with what somebody has chosen."""
+    pytest.importorskip("triton")
+    from minisd_kernels import tiles
+    from triton import knobs
+
+    assert harness.provenance("cpu")["ptxas"] is None
+    monkeypatch.setattr(tiles, "arch", lambda: 90)
+    assert re.fullmatch(r"\d+\.\d+", harness.assembler("cuda"))
+    monkeypatch.setattr(tiles, "arch", lambda: 100)
+    assert harness.assembler("cuda") == knobs.nvidia.ptxas_blackwell.version
 
 
 def test_where_there_is_no_git(tmp_path, monkeypatch):

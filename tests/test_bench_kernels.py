@@ -15,7 +15,7 @@ import pytest
 import torch
 from minisd_kernels import attention, cross_attention, dispatch, reference, tuned
 
-from bench import attention as bench, fused, harness, tune
+from bench import attention as bench, fused, harness, host, tune
 
 SHAPE = dict(B=4, heads=3, N=10, L=5, D=8)
 KEYS = ("B", "heads", "N", "L", "D")
@@ -314,6 +314,15 @@ def test_host_time_counts_launches(tmp_path):
     launches = {name: x["launches"] for name, x in found.items()}
     assert launches == dict.fromkeys(found, 1) | {"save_mean": 2}
     assert len(found) == 8 and all(0 < x["us"] < 10_000 for x in found.values())
+
+
+@pytest.mark.parametrize("us, status", [(14.9, 0), (15.1, 1)])
+def test_a_call_that_takes_too_long_on_the_host_is_an_error(us, status, monkeypatch, capsys):
+    """However many launches it makes."""
+    found = {"cross": {"us": 1.0, "launches": 1}, "save_mean": {"us": us, "launches": 2}}
+    monkeypatch.setattr(host, "measure", lambda: found)
+    assert host.main([]) == status
+    assert ("SLOW save_mean: more than 15 us" in capsys.readouterr().out) == bool(status)
 
 
 @pytest.mark.full

@@ -242,6 +242,14 @@ def test_each_picture_its_mask_prompt_and_seed(sd, monkeypatch):
     )
 
 
+def test_several_of_each_picture_keep_its_own_pixels(sd):
+    images, masks = [picture(seed=1), picture(seed=2)], [box(), box(left=0, right=8)]
+    drawn = pixels(minisd.blend(sd, images, masks, "a", num_images=2, **QUIET))
+    for i, own in enumerate([0, 0, 1, 1]):
+        changed = (drawn[i] != pixels([images[own]])[0]).any(-1)
+        assert not changed[~masks[own]].any() and changed[masks[own]].mean() > 0.5
+
+
 def test_on_step_may_replace_the_latents(sd, monkeypatch):
     final = spy(sd, monkeypatch)
     minisd.blend(
@@ -359,7 +367,7 @@ def test_files_of_masks_that_are_refused(sd, tmp_path):
             dict(image=[picture(), picture(80, 48)]),
             r"sizes \[\(40, 24\), \(80, 48\)\], expected one size",
         ),
-        (dict(guidance=float("nan")), "guidance is nan, expected a finite number"),
+        (dict(guidance=float("nan")), "guidance is nan, expected a number from -1000 to 1000"),
         (dict(sampler="euler"), "sampler is 'euler'"),
         (dict(prompt=[]), "0 prompts"),
     ],

@@ -101,6 +101,28 @@ def test_save_buffers_are_written_to_themselves_and_once_per_call():
     )  # other memory, another graph
 
 
+def test_a_map_that_was_written_by_pointer_is_not_stale():
+    """As kernels and graphs write: no version counts it. The next step injects what was kept."""
+    replay, kept, nothing = Mocked(), torch.zeros(2, 3), torch.zeros(2, 3)
+
+    def keep(x, edits):
+        edits["site"].save.numpy()[:] = x.numpy()
+        return x
+
+    def take(x, edits):
+        return x + edits["site"].inject
+
+    for i in range(1, 4):
+        x, version = torch.full((2, 3), float(i)), kept._version
+        replay("keep", keep, x, {"site": AttentionEdit(save=kept)})
+        assert kept._version > version
+        assert torch.equal(replay("take", take, nothing, {"site": AttentionEdit(inject=kept)}), x)
+    version = kept._version
+    kept.numpy()[:] = 7  # by somebody else
+    taken = replay("take", take, nothing, {"site": AttentionEdit(inject=kept)})
+    assert (taken == 7).all() and kept._version == version and replay.captures == 2
+
+
 @pytest.fixture(scope="module")
 def sd(tmp_path_factory):
     return p2p_model.load(tmp_path_factory.mktemp("graph"))[1]

@@ -199,6 +199,18 @@ def anchors(page):
     }
 
 
+def test_each_kind_of_user_has_a_page():
+    """Of at most 150 lines; the index names all pages; the server is 40 lines."""
+    index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+    linked = set(re.findall(r"\]\((.+?)\)", index))
+    assert {page.name for page in DOCS} - linked == {"README.md"}
+    for name in ("README", "researchers", "kernels", "backend"):
+        lines = (ROOT / f"docs/{name}.md").read_text(encoding="utf-8").splitlines()
+        assert len(lines) <= 150, name
+    [server] = [code for _, _, code in blocks(ROOT / "docs/backend.md") if "class Draw" in code]
+    assert len(server.splitlines()) <= 40
+
+
 def test_links_lead_somewhere():
     for page in [*PAGES, ROOT / "CHANGELOG.md"]:
         links = re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8"))

@@ -190,7 +190,7 @@ def test_images_of_several_prompts(sd, drawn):
         (dict(seed=b"1"), "got seeds b'1', expected a whole number or a list"),
         (dict(seed=True), "got seeds True, expected a whole number or a list"),
         (dict(seed=[False]), r"got seeds \[False\], expected a whole number or a list"),
-        (dict(guidance=float("nan")), "guidance is nan, expected a finite number"),
+        (dict(guidance=float("nan")), "guidance is nan, expected a number from -1000 to 1000"),
         (dict(sampler="euler"), "sampler is 'euler', expected one of 'dpm"),
         (dict(latents=[0.0]), "the latents are list, expected a tensor of floats"),
         (

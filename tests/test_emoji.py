@@ -4,6 +4,7 @@ a model that loads. The sets here are three of flat squares, made on the spot.""
 import json
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from test_training import TINY
 
 import minisd
-from bench import emoji as bench
+from bench import emoji as bench, harness
 from minisd.training import __main__ as training, emoji, loop
 from minisd.training.__main__ import main
 from minisd.training.recipes import RECIPES
@@ -148,6 +149,48 @@ def test_retrieval_finds_the_nearest(icons, monkeypatch):
     assert bench.retrieved(known[own] + 0.01, known, candidates) == 1
     wrong = known[[own[0], candidates[1][3], own[2]]]
     assert bench.retrieved(wrong, known, candidates) == pytest.approx(2 / 3)
+
+
+def model_of(drawn):
+    """What draws of a caption the drawing that `drawn` says; its autoencoder keeps all."""
+    return SimpleNamespace(
+        unet=SimpleNamespace(config=SimpleNamespace(sample_size=8)),
+        vae=SimpleNamespace(factor=4),
+        encode_image=lambda image: [image],
+        decode=lambda z: z,
+        txt2img=lambda captions, **how: [flat(drawn[caption], 32) for caption in captions],
+    )
+
+
+def seen(image):
+    """In place of the network's features: the silhouette, and a little of the colour."""
+    values = np.asarray(image, float)
+    return np.append((values.min(-1) < 250).ravel(), values.mean((0, 1)) / 255)
+
+
+def test_the_whole_scorer(icons, monkeypatch):
+    """Of a model that draws what it is told, of one that draws another thing in another style, and
+    of no model: the true drawing is found, and so is another style's of the thing."""
+    monkeypatch.setattr(bench, "AMONG", len(THINGS))
+    monkeypatch.setattr(bench, "render", flat)
+    monkeypatch.setattr(bench, "features", lambda images, *_: np.stack([*map(seen, images)]))
+    drawings = emoji.read_drawings(icons)
+    right = {each.caption: each for each in drawings}
+    wrong = {each.caption: drawings[i - 4] for i, each in enumerate(drawings)}
+    held_out = sum(each.split == "heldout" for each in drawings)
+    for drawn, share in ((right, 1), (wrong, 0)):
+        found, pairs, images = bench.retrieval(model_of(drawn), drawings, 10, {})
+        assert found["heldout"] == {"pairs": held_out, "right": share, "style": share}
+        assert found["train"] == {"pairs": 10, "right": share, "style": share}
+        assert found["autoencoder"] == {"pairs": held_out, "right": 1, "style": 1}
+        assert found["another style"] == {"pairs": held_out, "right": 1, "style": 0}
+        assert [flat(drawn[pair.caption], 32) for pair in pairs] == images
+    table = bench.report(harness.provenance("cpu") | {"retrieval": found})
+    assert f"| autoencoder | 100.0 % of {held_out} | 100.0 % |" in table and "swaps" not in table
+    overlap = {"pairs": 3, "edited": 0.9, "baseline": 0.5, "drawings": 0.75}
+    table = bench.table({"retrieval": found, "overlap": overlap})
+    assert "| 3 style swaps: silhouettes of | overlap |" in table
+    assert "| source and edit, prompt-to-prompt | 0.90 |" in table
 
 
 def test_another_style_is_of_the_same_thing(icons):

@@ -265,7 +265,7 @@ def test_weights_lead_away_or_towards(sd, rows):
             r"erase_scale is \[1.0, 2.0\], expected one weight or one per concept \(1\)",
         ),
         (dict(erase_scale=float("nan")), "erase_scale is nan"),
-        (dict(guidance=float("inf")), "guidance is inf, expected a finite number"),
+        (dict(guidance=float("inf")), "guidance is inf, expected a number from -1000 to 1000"),
         (dict(guide=partial(sega, threshold=90)), "threshold is 90, expected a number from 0 to 1"),
         (
             dict(image=[picture()] * 2, prompt=["a"] * 3),

@@ -244,11 +244,11 @@ def semantic(**options):
         ),
         (
             lambda: erase(Recorder(), UNCOND, COND, CONCEPTS, "3"),
-            "guidance scale is '3', expected a finite number",
+            "guidance scale is '3', expected a number from -1000 to 1000",
         ),
         (
             lambda: cfg(Recorder(), UNCOND, COND, "3"),
-            "guidance scale is '3', expected a finite number",
+            "guidance scale is '3', expected a number from -1000 to 1000",
         ),
         (lambda: cfg(Recorder(), UNCOND, COND, True), "guidance scale is True"),
         (
@@ -258,6 +258,7 @@ def semantic(**options):
         (lambda: semantic(threshold="0.9"), "threshold is '0.9', expected a number from 0 to 1"),
         (lambda: semantic(warmup=1.5), "warmup is 1.5, expected a whole number, at least 0"),
         (lambda: semantic(momentum=None), "momentum is None, expected a finite number"),
+        (lambda: semantic(momentum=10**400), "momentum is 10000.*, expected a finite number"),
         (lambda: semantic(beta=2), "beta is 2, expected a number from 0 to 1"),
     ],
 )

@@ -413,8 +413,10 @@ def test_a_bad_file_is_refused_by_what_it_says(saved):
         "skip is 0.5, expected a whole number from 0 to 2": {"skip": 0.5},
         "timesteps: got .*, expected a tuple of int": {"timesteps": [0, 1.5, 2]},
         "got 1 timesteps, expected one for each of 3 steps": {"timesteps": [0]},
-        "guidance is 'x', expected a finite number": {"guidance": "x"},
+        "guidance is 'x', expected a number from -1000 to 1000": {"guidance": "x"},
         "guidance is nan": {"guidance": float("nan")},
+        r"guidance is 1e\+300, expected a number from -1000 to 1000": {"guidance": 1e300},
+        "guidance is 10000.*, expected a number from -1000": {"guidance": 10**400},
         "the method is .*, expected one of ddim": {"method": ["ddim"]},
         r"z: got \(2, 4, 8, 8\), expected a tensor \(3, C, h, w\)": {"prompts": ["a", "b", "c"]},
     }

@@ -87,8 +87,9 @@ def test_no_factor_is_overwritten_while_it_is_read(table):
     fail_with([r for r in table if r["overwritten"]], "registers of a wgmma that are written early")
 
 
-def test_a_kernel_that_is_known_to_be_wrong_is_found():
-    """split_tiles.py was wrong on a card with ptxas 12.8; what a newer one makes of it is right."""
+def test_kernels_that_are_known_to_be_wrong_are_found():
+    """Those of split_tiles.py were wrong on a card with ptxas 12.8: one by a register that nothing
+    has written, one by registers that hold something else. What a newer ptxas makes is right."""
     from triton import knobs
 
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
@@ -101,11 +102,15 @@ def test_a_kernel_that_is_known_to_be_wrong_is_found():
         return json.loads(done.stdout)
 
     if knobs.nvidia.ptxas.version == "12.8":
-        unwritten, _ = look()
+        found = look()
+        unwritten, _ = found["split_kernel"]
         assert unwritten and "UIADD3" in unwritten[0] and "<- UR" in unwritten[0]
+        unwritten, wrong = found["stored_kernel"]
+        assert not unwritten and any("64x32x16" in text for text in wrong)
     blackwell = knobs.nvidia.ptxas_blackwell
     if blackwell.version != "12.8":
-        assert look(TRITON_PTXAS_PATH=blackwell.path) == [[], []]
+        found = look(TRITON_PTXAS_PATH=blackwell.path)
+        assert found == {"split_kernel": [[], []], "stored_kernel": [[], []]}
 
 
 def test_what_nvdisasm_notes_beside_an_instruction_is_left_out():
@@ -251,6 +256,22 @@ def test_float32_is_not_tf32(table):
     fail_with(
         [r for r in table if r["tf32"]] + [r for r in single if r["mma"] + r["wgmma"]], "TF32"
     )
+
+
+def test_nothing_becomes_tf32_on_sm_100(tmp_path):
+    """Its compiler made TF32 products of float16 numbers that a kernel had widened, in spite of
+    "ieee". A stored map is widened, moved by a float32 table and multiplied with V."""
+    path = tmp_path / "table.json"
+    command = [sys.executable, "-m", "bench.kernel_resources", "--arch", "100"]
+    command += ["--only", "refine, inject", "--json", str(path)]
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert path.exists(), done.stdout[-15000:] + done.stderr[-5000:]
+    rows = json.loads(path.read_text())
+    assert {r["dtype"] for r in rows} == {"float16", "float32"}
+    fail_with([r for r in rows if r["tf32"]], "TF32")
+    for r in rows:
+        assert (r["tcgen05"] + r["mma"] > 0) == (r["dtype"] == "float16"), r
 
 
 def test_loads_are_wide(table):

@@ -26,13 +26,13 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 def poisoned(monkeypatch):
     """NaN in every output, and in what lies between two launches: a number that no kernel wrote
     shows."""
-    allocate = torch.Tensor.new_empty
+    for name in ("new_empty", "new_empty_strided"):
 
-    def poison(*args, **kwargs):
-        x = allocate(*args, **kwargs)
-        return x.fill_(NAN) if x.is_floating_point() else x
+        def poison(*args, allocate=getattr(torch.Tensor, name), **kwargs):
+            x = allocate(*args, **kwargs)
+            return x.fill_(NAN) if x.is_floating_point() else x
 
-    monkeypatch.setattr(torch.Tensor, "new_empty", poison)
+        monkeypatch.setattr(torch.Tensor, name, poison)
 
 
 # One of each form: a compile takes about a second, and the interpreter has seen the others.

@@ -122,6 +122,25 @@ def test_the_second_launch_is_the_first_again(name, recorder):
                 assert a == b or a is b
 
 
+def test_a_profiler_is_told_of_every_launch(recorder):
+    """Triton's launcher hands what it is told to the hooks; where there is none, nothing is."""
+    hook, told = triton.knobs.runtime.launch_enter_hook, []
+
+    def launch():
+        with torch.no_grad():
+            ops.attention(*[heads(130, 40)] * 3)
+        told.append(recorder.launched[-1][6])
+
+    launch()
+    hook.add(print)
+    try:
+        launch()
+    finally:
+        hook.remove(print)
+    launch()
+    assert [x and x.get()["name"] for x in told[1:]] == ["attention_kernel", None]
+
+
 def test_what_was_compiled_for_other_tensors_is_not_launched(recorder):
     """Other shapes, strides, dtypes or an address that is no multiple of 16 bytes go through Triton
     again."""

@@ -198,12 +198,25 @@ def test_half_precision(tmp_path):
     assert redraw_latents(sd, found, **QUIET).isfinite().all()
 
 
+def test_what_on_step_raises_stops_it(sd):
+    inversion, seen = invert(sd, pictures(1), SOURCE, steps=3, trajectory=True, **QUIET), []
+
+    def stop(x, step):
+        seen.append((step.index, tuple(x.shape)))
+        if step.index == 1:
+            raise minisd.Cancelled("enough")
+
+    with pytest.raises(minisd.Cancelled, match="enough"):
+        null_text(sd, inversion, inner_steps=1, on_step=stop, **QUIET)
+    assert seen == [(0, inversion.z.shape), (1, inversion.z.shape)]
+
+
 @pytest.mark.parametrize(
     "kept, arguments, message",
     [
         (False, {}, "null-text needs the trajectory"),
         (True, {"guidance": 1}, "guidance is 1"),
-        (True, {"guidance": float("nan")}, "guidance is nan, expected a finite number"),
+        (True, {"guidance": float("nan")}, "guidance is nan, expected a number from -1000 to 1000"),
         (True, {"inner_steps": -1}, "inner_steps is -1, expected a whole number, at least 0"),
         (True, {"inner_steps": 1.5}, "inner_steps is 1.5"),
         (True, {"lr": "0.01"}, "lr is '0.01', expected a number, at least 0"),

@@ -1,6 +1,7 @@
 """Real photographs, scikit-image's (public domain or CC0): there and back, inversion, blending,
 heat maps. The bundled model has seen none such; nothing here says that it draws them."""
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -91,6 +92,16 @@ def test_the_table_of_the_full_size():
     assert image.size == (512, 512) and values(image).std() > 10
     record = {"command": "python -m bench.photographs", "device": "cpu", "processor": "a CPU"}
     record |= {"threads": 1, "torch": "2.13", "triton": None, "commit": "abc", "python": "3.11"}
+    record |= {"dtype": "bfloat16", "steps": 2}
     found = {"changed outside": 0, "inside": 0.98, "finite": True, "latents": [1, 4, 64, 64]}
     table = bench.table(record | {"rows": {"blend": {"found": found, "seconds": 12.3}}})
+    assert "| 512 x 512, bfloat16, 2 steps | measured | time |" in table
     assert "| blend | changed outside 0, inside 0.98 | 12 s |" in table
+
+
+def test_figures_of_other_runs_are_not_mixed(tmp_path, capsys):
+    path = tmp_path / "photographs.json"
+    path.write_text(json.dumps({"dtype": "bfloat16", "steps": 2, "rows": {}}))
+    with pytest.raises(SystemExit):
+        bench.main(["--steps", "3", "--json", str(path)])
+    assert "photographs.json is of bfloat16, 2 steps" in capsys.readouterr().err

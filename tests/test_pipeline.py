@@ -2,6 +2,7 @@
 adds or refuses."""
 
 import dataclasses
+import json
 import warnings
 
 import numpy as np
@@ -101,6 +102,33 @@ def test_txt2img_equals_diffusers(pair, sampler, guidance, record_property):
     assert (
         images[0].size == (40, 24) and values(images).std() > 20
     )  # not a flat or saturated picture
+
+
+@pytest.fixture(scope="module")
+def v_pair(tmp_path_factory):
+    """The same of a folder whose network predicts v, and whose first level is noise alone."""
+    folder = tmp_path_factory.mktemp("v")
+    pipe = tiny.save(folder)
+    config = tiny.SCHEDULER | {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+    config |= {"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True}
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(config))
+    return pipe, config, minisd.load(folder, device="cpu")
+
+
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_v_prediction_equals_diffusers(v_pair, sampler, record_property):
+    pipe, config, sd = v_pair
+    kind, karras = type(SCHEDULERS[sampler]()), {"use_karras_sigmas": sampler == "dpm++"}
+    pipe.scheduler = kind.from_config(config, **(karras if sampler != "ddim" else {}))
+    x, last = sd.noise(7, batch=2), {}
+    how = {"num_inference_steps": 6, "guidance_scale": 5.0, "output_type": "latent"}
+    expected = pipe(["a red circle", "b"], latents=x, **how).images
+    how = {"steps": 6, "guidance": 5.0, "sampler": sampler, "progress": False}
+    sd.txt2img(["a red circle", "b"], latents=x, on_step=final(last), **how)
+    assert sd.schedule.alphas_cumprod[-1] == 0
+    error = ((last["x"] - expected).abs().max() / expected.abs().max()).item()
+    record_property("v-prediction, pipeline", error)
+    assert error <= 1e-5
 
 
 @pytest.mark.parametrize("guidance", [1, 3, 7.5])
@@ -405,7 +433,7 @@ def test_the_models_are_for_inference(sd):
             "2048 x 2052 pixels, expected at most",
         ),
         (dict(num_images=2.0), "num_images is 2.0"),
-        (dict(guidance="7"), "guidance is '7', expected a finite number"),
+        (dict(guidance="7"), "guidance is '7', expected a number from -1000 to 1000"),
         (dict(sampler=["ddim"]), r"sampler is \['ddim'\], expected one of"),
         (dict(latents=torch.zeros(1, 4, 8, 8, dtype=torch.int64)), "latents are torch.int64"),
         (dict(latents=np.zeros((1, 4, 8, 8))), "latents are ndarray, expected a tensor of floats"),

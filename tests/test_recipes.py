@@ -2,6 +2,9 @@
 image, from its PNG, and from the JSON."""
 
 import json
+import os
+import re
+import warnings
 from functools import partial
 
 import numpy as np
@@ -131,11 +134,56 @@ def test_what_other_programs_read(sd):
     assert text[2].startswith(expected) and text[2].endswith(
         f"Version: minisd {minisd.__version__}"
     )
+    images = sd.txt2img(["a", "b"], negative_prompt=["x", "y"], num_images=2, **HOW)
+    second = [each.info["parameters"].splitlines()[1] for each in images]
+    assert second == [f"Negative prompt: {text}" for text in "xxyy"]
     [redrawn] = sd.img2img(image(), "two\nlines", 0.7, sampler="ddim", **HOW)
     text = redrawn.info["parameters"].splitlines()
     assert text[:2] == ["two", "lines"]
     assert "Sampler: DDIM, CFG scale: 7.5, Seed: 0, Size: 40x24" in text[2]
     assert "Denoising strength: 0.7" in text[2]
+
+
+def test_what_ends_a_setting_is_quoted(original, tmp_path):
+    """As A1111's reader splits it: `key: value` or `key: "value"`, and a comma."""
+    folder = tmp_path / "a, b: c"
+    folder.symlink_to(original)
+    sd = minisd.load(folder, device="cpu")
+    lora = {"lora_unet_conv_in.lora_up.weight": torch.ones(16, 1, 1, 1)}
+    lora["lora_unet_conv_in.lora_down.weight"] = torch.ones(1, 4, 3, 3)
+    save_file(lora, tmp_path / "hat.safetensors")
+    sd.merge((tmp_path / "hat.safetensors", 0.5), tmp_path / "hat.safetensors")
+    text = sd.txt2img("a cat, red", **HOW)[0].info["parameters"].splitlines()
+    assert text[0] == "a cat, red <lora:hat:0.5> <lora:hat:1>"
+    pattern = r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)'  # A1111's re_param_code
+    found = dict(re.findall(pattern, text[1]))
+    assert json.loads(found["Model"]) == str(folder) and found["Steps"] == "3"
+    assert found["Version"] == f"minisd {minisd.__version__}" and len(found) == 7
+
+
+def test_a_models_name_may_be_no_utf8(original, tmp_path):
+    folder = os.fsencode(tmp_path) + b"/m\xff"
+    os.symlink(original, folder)
+    [drawn] = minisd.load(os.fsdecode(folder), device="cpu").txt2img("é", **HOW)
+    minisd.save(drawn, tmp_path / "a.png")
+    told = minisd.recipe(tmp_path / "a.png")
+    assert told["model"]["source"] == os.fsdecode(folder) and told["arguments"]["prompt"] == "é"
+    assert equal(minisd.from_recipe(tmp_path / "a.png", progress=False), drawn)
+    del drawn.info["parameters"]
+    minisd.save(drawn, tmp_path / "b.png")
+    assert minisd.recipe(tmp_path / "b.png") == told
+
+
+def test_other_circumstances_are_warned_of(sd, original):
+    [drawn] = sd.txt2img("a", **HOW)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert equal(minisd.from_recipe(drawn, sd, progress=False), drawn)
+    other = minisd.load(original, device="cpu", dtype="bfloat16")
+    with pytest.warns(UserWarning, match="drawn with dtype float32, here bfloat16: bits may be"):
+        minisd.from_recipe(drawn, other, progress=False)
+    with pytest.warns(UserWarning, match="drawn with version minisd 0.0.1, here minisd"):
+        minisd.from_recipe(minisd.recipe(drawn) | {"version": "minisd 0.0.1"}, sd, progress=False)
 
 
 def test_info_reads_what_python_wrote(sd, tmp_path, minisd_command, monkeypatch):

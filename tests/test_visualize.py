@@ -47,7 +47,7 @@ def test_heatmap(sd):
         (dict(until=1.5), "until is 1.5, expected a number from 0 to 1"),
         (dict(until=0.03), "until is 0.03 of 25 steps, expected at least the first of them"),
         (dict(steps="25"), "steps is '25', expected a whole number, at least 1"),
-        (dict(guidance="7"), "guidance is '7', expected a finite number"),
+        (dict(guidance="7"), "guidance is '7', expected a number from -1000 to 1000"),
         (dict(height="32"), "32 x '32' pixels"),
         (
             dict(latents=torch.zeros(4, 8, 8)),

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
+from .. import __version__, expect
 from ..checkpoints.sources import sha256
 from ..drawing import Drawing, Options, check_names
 from ..editing.prompt_to_prompt import EditOptions
@@ -29,7 +29,7 @@ OWN = {
 TEXTS = ("prompt", "image", "source", "target", "negative_prompt")
 # Options of Drawing that one row of a file cannot have.
 NOT_HERE = ("uncond", "latents", "on_step", "progress", "num_images", "rule")
-OPTIONS = tuple(name for name in Options.__annotations__ if name not in NOT_HERE)
+OPTIONS = (*(name for name in Options.__annotations__ if name not in NOT_HERE), "pag")
 INTERVALS = ("cross_steps", "self_steps")  # [0.2, 0.8] is the interval, not a list of two
 
 
@@ -103,6 +103,8 @@ def checked(given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         if isinstance(arguments.get(name), list):
             raise ValueError(f"{name} is a list, expected one number: a row is one image")
     how: Any = {name: value for name, value in arguments.items() if name in OPTIONS}
+    if (scale := how.pop("pag", None)) is not None:
+        expect.number("pag", scale)
     Drawing.of(how)
     return method, arguments
 

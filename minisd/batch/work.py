@@ -10,11 +10,13 @@ import shutil
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from ..editing.perturbed import pag
 from ..editing.prompt_to_prompt import edit_prompt
 from ..recipes import save
 from .rows import INTERVALS, Failure, Job
@@ -63,6 +65,8 @@ def draw(sd: "StableDiffusion", piece: Sequence[Job]) -> list[Image.Image]:
     """The images of jobs of equal shapes, in one call."""
     jobs = [dict(job.arguments) for job in piece]
     method, how = piece[0].method, dict(jobs[0], progress=False)
+    if (scale := how.pop("pag", None)) is not None:
+        how["rule"] = partial(pag, pag_scale=scale)
     if len(piece) > 1:
         how["prompt"] = [job["prompt"] for job in jobs]
         how["seed"] = [job.get("seed", 0) for job in jobs]

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ..files import atomic_write, expect_file
 from .kinds import kind_of_pipeline
@@ -148,24 +148,27 @@ def pipeline_of(repo: str, revision: str | None = None) -> tuple[str | None, str
     What was damaged in the cache is fetched again, with a warning.
     """
     folder = _fetch(repo, [CONFIGS[0]], revision, False, [INDEX], repair=True)
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError, RecursionError):  # whoever needs it says what is wrong
-        index = None
-    return (index.get("_class_name") if isinstance(index, dict) else None), folder.name
+    return read_index(folder).get("_class_name"), folder.name
 
 
 def expect_pipeline(folder: Path, where: object) -> None:
     """CheckpointError for a model whose model_index.json names one that minisd does not know."""
+    if kind := kind_of_pipeline(read_index(folder)):
+        raise CheckpointError(f"{where} is {kind}, which minisd does not draw with")
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """model_index.json of a folder, {} without one: diffusers needs it, minisd does not."""
     try:
         expect_file(folder / INDEX)
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    except FileNotFoundError:  # diffusers needs it, minisd does not
-        return
+    except FileNotFoundError:
+        return {}
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / INDEX}: {error}") from error
-    if isinstance(index, dict) and (kind := kind_of_pipeline(index)):
-        raise CheckpointError(f"{where} is {kind}, which minisd does not draw with")
+    if not isinstance(index, dict):
+        raise CheckpointError(f"{folder / INDEX}: got {index!r:.80}, expected an object")
+    return index
 
 
 def fetch_clip(names: Sequence[str], local_files_only: bool = False) -> Path:

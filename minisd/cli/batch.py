@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from argparse import Namespace
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,8 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..batch.rows import Failure, Job
+    from ..batch.rows import Failure
+    from ..batch.work import Done
     from ..pipeline import StableDiffusion
 
 ENGINES = ("local", "ray", "torchrun")
@@ -61,7 +63,7 @@ class LoadModel:
 
 def batch(args: Namespace, call: Call) -> None:
     from ..batch.rows import Failure, Job, pieces, read
-    from ..batch.work import clean, close, write_failure
+    from ..batch.work import Done, clean, close, place, write_failure
     from ..files import atomic_write
 
     model, folder = ModelRequest.of(args, args.model), Path(args.to)
@@ -81,21 +83,25 @@ def batch(args: Namespace, call: Call) -> None:
         with atomic_write(folder / "index.jsonl") as temporary:
             lines = [json.dumps({"row": each.row, "id": each.id}) + "\n" for each in found]
             temporary.write_text("".join(lines), encoding="utf-8")
-        draw_all(engine, pieces(list(jobs.values()), args.batch_size), len(jobs), failed)
+        if all(place(folder, job).exists() for job in jobs.values()):  # the model is not needed
+            done: Iterable[Done] = [Done([], list(jobs), [])]
+        else:
+            done = engine(pieces(list(jobs.values()), args.batch_size))
+        draw_all(done, len(jobs), failed, engine)
     finally:
         close(folder)
 
 
-def draw_all(engine: Any, todo: list[list[Job]], images: int, failed: list[Failure]) -> None:
-    """Run the engine under a progress bar, then say what became of all rows."""
+def draw_all(done: Iterable[Done], images: int, failed: list[Failure], engine: Any) -> None:
+    """Under a progress bar what becomes of the rows, then in a line what became of all."""
     from tqdm import tqdm
 
     start, drawn, there = time.monotonic(), 0, 0
     with tqdm(total=images, unit="image") as bar:
-        for done in engine(todo) if todo else ():
-            drawn, there = drawn + len(done.drawn), there + len(done.there)
-            failed.extend(done.failed)
-            bar.update(len(done.drawn) + len(done.there) + len(done.failed))
+        for each in done:
+            drawn, there = drawn + len(each.drawn), there + len(each.there)
+            failed.extend(each.failed)
+            bar.update(len(each.drawn) + len(each.there) + len(each.failed))
     seconds = time.monotonic() - start
     rate = f" in {seconds:.0f} s, {drawn / seconds:.2f} images/s" if drawn else ""
     restarts = getattr(engine, "restarts", 0)

@@ -73,34 +73,65 @@ def blend(
     for what does not fit.
     """
     arguments = dict(locals())
-    prompts, drawing = as_list(prompt), Drawing.of(options)
-    masks = [read_mask(each) for each in (mask if isinstance(mask, (list, tuple)) else [mask])]
+    drawing = Drawing.of(options)
     plan = drawing.make_sampler(sd, strength)
     expect.whole_number("feather", feather, 0)
-
-    pixels = sd.pixels(image, drawing.height, drawing.width)
-    check_proportions([each.size for each in as_given(image)], masks)
-    images = unchanged(image, pixels, drawing)
-    rows = expect.rows(images=len(images), masks=len(masks), prompts=len(prompts))
-    prompts = prompts * (rows // len(prompts))
-    images = drawing.each(images * (rows // len(images)))
-    masks = drawing.each(masks * (rows // len(masks)))
-    drawing = drawing.at(*pixels.shape[2:])
-    start, behind = noises(drawing, sd, len(images))
+    given = Given.of(sd, image, mask, prompt, drawing)
+    drawing = drawing.at(*given.pixels.shape[2:])
+    start, behind = noises(drawing, sd, len(given.images))
     if len(plan) == 0:
-        return tell(images, sd, "blend", arguments, drawing, prompts)
+        return tell(given.images, sd, "blend", arguments, drawing, given.prompts)
 
     h, w = start.shape[2:]
-    m = torch.cat([latent_mask(each, h, w) for each in masks]).to(sd.device)
-    z0 = drawing.per_image(sd.encode_image(pixels), rows)
-    background = Background(z0, behind, m)
-    predict = drawing.rule(sd.network, *drawing.embed(sd, prompts), drawing.guidance)
+    m = torch.cat([latent_mask(each, h, w) for each in given.masks]).to(sd.device)
+    z0 = drawing.per_image(sd.encode_image(given.pixels), len(given.prompts))
+    background = Background(z0, behind, drawing.per_image(m, len(given.prompts)))
+    predict = drawing.rule(sd.network, *drawing.embed(sd, given.prompts), drawing.guidance)
     x = background(plan.start(z0, start), next(iter(plan)).now)
     x = drawing.denoise(x, plan, predict, background.after)
     drawn = sd.decode(background(x, Level(1.0, 0.0)))
     if paste_back:
-        drawn = [paste(*each, feather) for each in zip(images, drawn, masks)]
-    return tell(drawn, sd, "blend", arguments, drawing, prompts)
+        drawn = given.pasted(drawn, feather)
+    return tell(drawn, sd, "blend", arguments, drawing, given.prompts)
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """The image, mask and prompt of a call, of which there may be one for all or one for each.
+
+    prompts: one for each row. masks: one, or one for each. pixels: (1 or rows, 3, H, W). images:
+    what is pasted into, num_images times for each row.
+    """
+
+    prompts: list[str]
+    masks: list[Mask]
+    pixels: Tensor
+    images: list[Image.Image]
+
+    @classmethod
+    def of(
+        cls,
+        sd: "StableDiffusion",
+        image: ImageInput,
+        mask: MaskInput | list[MaskInput] | tuple[MaskInput, ...],
+        prompt: str | Sequence[str],
+        drawing: Drawing,
+    ) -> "Given":
+        """ValueError for masks of other proportions than the image's, and counts that differ."""
+        prompts = as_list(prompt)
+        masks = [read_mask(each) for each in (mask if isinstance(mask, (list, tuple)) else [mask])]
+        pixels = sd.pixels(image, drawing.height, drawing.width)
+        check_proportions([each.size for each in as_given(image)], masks)
+        images = unchanged(image, pixels, drawing)
+        rows = expect.rows(images=len(images), masks=len(masks), prompts=len(prompts))
+        prompts, images = prompts * (rows // len(prompts)), images * (rows // len(images))
+        return cls(prompts, masks, pixels, drawing.each(images))
+
+    def pasted(self, drawn: list[Image.Image], feather: int) -> list[Image.Image]:
+        """What was drawn, pasted through the masks into the images."""
+        each = len(self.images) // len(self.masks)
+        masks = [mask for mask in self.masks for _ in range(each)]
+        return [paste(*three, feather) for three in zip(self.images, drawn, masks, strict=True)]
 
 
 @dataclass(frozen=True)

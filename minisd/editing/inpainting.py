@@ -20,11 +20,10 @@ from PIL import Image
 from torch import Tensor
 
 from .. import expect
-from ..drawing import Drawing, Options, as_list
-from ..pipeline import ImageInput, unchanged
+from ..drawing import Drawing, Options
+from ..pipeline import ImageInput
 from ..recipes import tell
-from ..viewing.images import as_given
-from .blended import Mask, MaskInput, check_proportions, paste, read_mask, resized
+from .blended import Given, Mask, MaskInput, resized
 
 if TYPE_CHECKING:
     from ..pipeline import StableDiffusion
@@ -73,32 +72,25 @@ def inpaint(
     if (got := sd.unet.config.in_channels) != (expected := 2 * sd.channels + 1):
         why = f"the model's UNet takes {got} channels, an inpainting model's {expected}"
         raise ValueError(f"{why}: expected such a model; `blend` (minisd blend) takes any")
-    prompts, drawing = as_list(prompt), Drawing.of(options)
-    masks = [read_mask(each) for each in (mask if isinstance(mask, (list, tuple)) else [mask])]
+    drawing = Drawing.of(options)
     plan = drawing.make_sampler(sd, strength)
     expect.whole_number("feather", feather, 0)
-
-    pixels = sd.pixels(image, drawing.height, drawing.width)
-    check_proportions([each.size for each in as_given(image)], masks)
-    images = unchanged(image, pixels, drawing)
-    rows = expect.rows(images=len(images), masks=len(masks), prompts=len(prompts))
-    prompts = prompts * (rows // len(prompts))
-    images = drawing.each(images * (rows // len(images)))
-    noise = drawing.at(*pixels.shape[2:]).noise(sd, len(images))
+    given = Given.of(sd, image, mask, prompt, drawing)
+    noise = drawing.at(*given.pixels.shape[2:]).noise(sd, len(given.images))
     if len(plan) == 0:
-        return tell(images, sd, "inpaint", arguments, drawing, prompts)
+        return tell(given.images, sd, "inpaint", arguments, drawing, given.prompts)
 
-    known = drawing.per_image(mask_and_masked(sd, pixels, masks), rows)
+    rows = len(given.prompts)
+    known = drawing.per_image(mask_and_masked(sd, given.pixels, given.masks), rows)
     x = noise
     if strength < 1:
-        x = plan.start(drawing.per_image(sd.encode_image(pixels), rows), noise)
-    uncond, cond = drawing.embed(sd, prompts)
+        x = plan.start(drawing.per_image(sd.encode_image(given.pixels), rows), noise)
+    uncond, cond = drawing.embed(sd, given.prompts)
     predict = drawing.rule(WithMask(sd.network, known), uncond, cond, drawing.guidance)
     drawn = sd.decode(drawing.denoise(x, plan, predict))
     if paste_back:
-        masks = drawing.each(masks * (rows // len(masks)))
-        drawn = [paste(*each, feather) for each in zip(images, drawn, masks)]
-    return tell(drawn, sd, "inpaint", arguments, drawing, prompts)
+        drawn = given.pasted(drawn, feather)
+    return tell(drawn, sd, "inpaint", arguments, drawing, given.prompts)
 
 
 def mask_and_masked(sd: "StableDiffusion", pixels: Tensor, masks: list[Mask]) -> Tensor:

@@ -36,7 +36,7 @@ from .. import expect
 from ..checkpoints.bundle import read_bundle, write_bundle
 from ..drawing import Drawing, Options, as_list, chain, embed, memory_for
 from ..pipeline import ImageInput
-from ..sampling.guidance import Embeddings, conditional
+from ..sampling.guidance import MOST, Embeddings, conditional
 from ..sampling.samplers import DDIM, Step
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class Inversion:
             expected = ", ".join(METHODS)
             raise ValueError(f"the method is {self.method!r:.80}, expected one of {expected}")
         if self.guidance is not None:
-            expect.number("guidance", self.guidance)
+            expect.number("guidance", self.guidance, -MOST, MOST)
         needed = NEEDED.get(self.method, ())
         if missing := [name for name in needed if getattr(self, name) is None]:
             raise ValueError(f"{self.method} inversion needs {missing[0]}, which is missing")

@@ -27,8 +27,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import expect
-from ..drawing import embed, memory_for
+from ..drawing import OnStep, chain, embed, memory_for
 from ..models.attention import Implementation
+from ..sampling.guidance import MOST
 from ..sampling.samplers import DDIM, Step
 from .inversion import Inversion
 
@@ -48,6 +49,7 @@ def null_text(
     lr: float = 1e-2,
     early_stop: float = 1e-5,
     recompute: bool = False,
+    on_step: OnStep | None = None,
     progress: bool = True,
 ) -> Inversion:
     """The inversion with an unconditional embedding for each image and step, and its losses.
@@ -55,14 +57,15 @@ def null_text(
     inversion: of `invert(..., trajectory=True)`. guidance: the scale of the edits to come, not 1,
     at which nothing is unconditional. inner_steps: 0 leaves the embedding of "". recompute: keep
     one activation per layer and compute the others again in the backward pass; takes a third more
-    time, for large images. Attention is computed by "sdpa", which has a backward pass, or by
-    "reference" where that was chosen. The images are independent rows: each has its own Adam and
-    stops by itself. ValueError for what does not fit.
+    time, for large images. on_step: as of `minisd.drawing.Drawing`, called after each step; what it
+    raises stops all. Attention is computed by "sdpa", which has a backward pass, or by "reference"
+    where that was chosen. The images are independent rows: each has its own Adam and stops by
+    itself. ValueError for what does not fit.
     """
     inversion.check(sd)
     if inversion.trajectory is None:
         raise ValueError("null-text needs the trajectory: invert(..., trajectory=True)")
-    expect.number("guidance", guidance)
+    expect.number("guidance", guidance, -MOST, MOST)
     if guidance == 1:
         why = "at which the unconditional embedding has no effect"
         raise ValueError(f"guidance is 1, {why}: expected another scale")
@@ -77,7 +80,7 @@ def null_text(
         (steps, max(inner_steps, 1), len(cond)), torch.nan, dtype=torch.float32, device="cpu"
     )
 
-    x = path[0]
+    x, after = path[0], chain(on_step=on_step)
     with memory_for("latents", x):
         for step in tqdm(DDIM(sd.schedule, steps, skip), disable=not progress):
             i = step.index * 50 / max(steps, 50)
@@ -89,6 +92,8 @@ def null_text(
                 losses[step.index, inner, rows.cpu()] = loss.cpu()
             uncond[step.index] = phi
             x = objective.next(phi)
+            if after is not None:
+                x = after(x, step)
     return replace(
         inversion, method="null-text", guidance=float(guidance), uncond=uncond, losses=losses
     )

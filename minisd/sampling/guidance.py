@@ -35,6 +35,7 @@ from .samplers import Step
 if TYPE_CHECKING:  # guidance is given the network and imports no model
     from ..models.sites import Edits
 
+MOST = 1000  # of a scale; from about 20 on images fall apart
 Scales = float | Sequence[float]  # of all images, or a list with one for each
 Embeddings = Tensor | Sequence[Tensor]  # (1 or B, L, D), or one such tensor for each step
 StepEdits = Callable[[Step], "Edits"]  # step -> {site name: AttentionEdit or FeatureEdit}
@@ -244,16 +245,14 @@ class Sega(Guidance):
 
 
 def check_scales(name: str, scale: Scales, images: int | None = None) -> Scales:
-    """The scale or the scales; ValueError for what is no number, or a list that has not one for
-    each image."""
-    if not isinstance(scale, (list, tuple)):
-        expect.number(name, scale)
-        return scale
-    for each in scale:
-        expect.number(name, each)
-    if not scale or images not in (None, len(scale)):
+    """The scale or the scales; ValueError for what is no number up to MOST, or a list that has not
+    one for each image."""
+    listed = scale if isinstance(scale, (list, tuple)) else [scale]
+    for each in listed:
+        expect.number(name, each, -MOST, MOST)
+    if listed is scale and (not listed or images not in (None, len(listed))):
         each_of = "image, at least one" if images is None else f"of {images} images"
-        raise ValueError(f"{name} is a list of {len(scale)}, expected one for each {each_of}")
+        raise ValueError(f"{name} is a list of {len(listed)}, expected one for each {each_of}")
     return scale
 
 
