@@ -165,14 +165,17 @@ def style_aligned(sd, rng, seed) -> Trial:
 
 
 def excite(sd, rng, seed) -> Trial:
-    """Two colours of one thing: the second. Shapes are hardly ever neglected (docs/methods.md)."""
-    (one, two), shape = rng.sample(list(scenes.COLOURS), 2), rng.choice(scenes.SHAPES)
-    text, how = f"a {one} {two} {shape}", of_seed(seed) | {"guidance": 3, "sampler": "ddim"}
+    """Two things without a relation, which no caption has, and no guidance: both, and no third."""
+    colours, shapes = (rng.sample(list(names), 2) for names in (scenes.COLOURS, scenes.SHAPES))
+    textures = rng.sample(scenes.TEXTURES[1:], 2)
+    things = [Thing(*said, None, texture) for *said, texture in zip(shapes, colours, textures)]
+    text, how = " ".join(map(str, things)), of_seed(seed) | {"guidance": 1, "sampler": "ddim"}
     gently = {"scale": 5.0, "until": 1.0, "refinements": 0}
-    drawn = minisd.attend_and_excite(sd, text, two, **gently, **how)
+    drawn = minisd.attend_and_excite(sd, text, shapes, **gently, **how)
 
     def right(image: Image.Image) -> bool:
-        return [found.colour for found in read(image).objects] == [two]
+        found = [(each.shape, each.colour) for each in read(image).objects]
+        return sorted(found, key=str) == sorted(zip(shapes, colours))
 
     return judged(text, sd.txt2img(text, **how), drawn, right)
 
@@ -301,7 +304,7 @@ METHODS = [
         "attend_and_excite",
         "Attend-and-Excite",
         excite,
-        "the second of two colours",
+        "two things, named without a relation",
     ),
     Method("DiffEdit", "diffedit", "DiffEdit", diffedit, "the new colour, and the rest as it was"),
     Method(
