@@ -6,8 +6,8 @@
 Labels 0, 1, ..., K - 1, 0, ... by `generate` in 25 steps of DPM-Solver++, and the same words by the
 UNet in as many with guidance 7.5, image i with seed + i. right: images in which bench.scorer finds
 one thing, of the label's colour, of its shape, and all three. "rendered" is what the renderer draws
-of the labels, through the autoencoder and back: the ceiling. The guidance was chosen on seeds from
-1000 on. --sheet: eight labels by both.
+of the labels, through the autoencoder and back: the ceiling. Guidance 3 was looked at beforehand
+on other seeds, from 1000 on; it is not the best of several. --sheet: eight labels by both.
 """
 
 import argparse
