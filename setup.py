@@ -7,6 +7,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 PACKAGES = "models sampling engine editing checkpoints viewing training toy batch cli".split()
+MODELS, FILES = ("shapes", "shapes-dit"), ("*", "*/*")  # of weights/
 root = Path(__file__).parent
 version = re.search(
     r'^__version__ = "(.+)"', (root / "minisd/__init__.py").read_text(), re.M
@@ -42,7 +43,7 @@ setup(
     package_data={
         "minisd": ["py.typed"],
         "minisd_kernels": ["*.md", "*.json", "*.c"],
-        "minisd_weights": ["*.md", "shapes/*", "shapes/*/*"],
+        "minisd_weights": ["*.md", *(f"{model}/{each}" for model in MODELS for each in FILES)],
     },
     install_requires=[
         "torch>=2.10",

@@ -1,5 +1,7 @@
 """Images of labels: a DiT end to end, as `pipeline` is Stable Diffusion.
 
+    dit = minisd.load_dit("shapes-dit")                  # bundled
+    dit.generate(labels="a red circle")
     dit = minisd.load_dit("facebook/DiT-XL-2-256")
     dit.generate(labels=[207, "otter"])                  # 207: a golden retriever
 
@@ -135,7 +137,8 @@ def load_dit(
     local_files_only: bool = False,
     copy: bool = False,
 ) -> LabelDiffusion:
-    """Load a DiT for labels: a folder in diffusers layout, or a Hub repo, facebook/DiT-XL-2-256.
+    """Load a DiT for labels: "shapes-dit" (bundled), a folder in diffusers layout, or a Hub repo,
+    facebook/DiT-XL-2-256.
 
     compat: whose formulas are followed where the published code and diffusers differ, see
     `minisd.models.dit`; "diffusers" also guides all channels. The others: see `minisd.load`. The

@@ -1,32 +1,49 @@
-"""The bundled model `shapes`: the files that were described and measured, and a model that
-diffusers can run too."""
+"""The bundled models, `shapes` and `shapes-dit`: the files that were described and measured, and
+models that diffusers can run too."""
 
 import json
 import re
 import warnings
 from pathlib import Path
 
+import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import (
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+)
+from oracle import difference
+from oracle_dit import Published
 
 import minisd
+from bench import dit as bench
+from bench.labels import HOW
 from bench.shapes import hashes
+from minisd.training.labelled import LABELS
+from minisd.training.recipes import SHAPES_DIT
 
 ROOT = Path(__file__).parents[1]
-FOLDER = ROOT / "weights/shapes"
+FOLDER, LABELLED = ROOT / "weights/shapes", ROOT / "weights/shapes-dit"
 
 
 def test_the_readme_gives_the_sha256_of_each_file():
     readme = (ROOT / "weights/README.md").read_text(encoding="utf-8")
-    assert dict(re.findall(r"^\| `(.+?)` \| `([0-9a-f]{64})` \|$", readme, re.M)) == {
-        f"shapes/{name}": sha for name, sha in hashes(FOLDER).items()
+    told = dict(re.findall(r"^\| `(.+?)` \| `([0-9a-f]{64})` \|$", readme, re.M))
+    assert told == {
+        f"{model.name}/{name}": sha
+        for model in (FOLDER, LABELLED)
+        for name, sha in hashes(model).items()
     }
 
 
-def test_the_measured_weights_are_the_bundled_ones():
-    record = json.loads((ROOT / "bench/results/cpu/shapes.json").read_text(encoding="utf-8"))
-    assert record["sha256"] == hashes(FOLDER), (
-        "run `python -m bench.shapes --json bench/results/cpu/shapes.json` again"
+@pytest.mark.parametrize(
+    ("folder", "bench"), [(FOLDER, "shapes"), (LABELLED, "labels")], ids=["shapes", "shapes-dit"]
+)
+def test_the_measured_weights_are_the_bundled_ones(folder, bench):
+    record = json.loads((ROOT / f"bench/results/cpu/{bench}.json").read_text(encoding="utf-8"))
+    assert record["sha256"] == hashes(folder), (
+        f"run `python -m bench.{bench} --json bench/results/cpu/{bench}.json` again"
     )
 
 
@@ -47,3 +64,54 @@ def test_diffusers_draws_the_same(record_property):
     error = ((last[-1] - theirs).abs().max() / theirs.abs().max()).item()
     record_property("bundled model, latents", error)
     assert error <= 1e-4
+
+
+# ---- shapes-dit
+
+
+@pytest.fixture(scope="module")
+def labelled():
+    return minisd.load_dit("shapes-dit", device="cpu")
+
+
+def test_the_dit_is_the_recipes_on_the_autoencoder_of_shapes(labelled):
+    index = json.loads((LABELLED / "model_index.json").read_text(encoding="utf-8"))
+    assert labelled.dit.config == SHAPES_DIT.dits["shapes-dit"]
+    assert index["trained_steps"] == SHAPES_DIT.how.steps
+    assert [*labelled.names.values()] == [str(label) for label in LABELS]
+    for part in ("vae", "scheduler"):
+        assert hashes(LABELLED / part) == hashes(FOLDER / part)
+
+
+@torch.no_grad()
+def test_the_dit_is_computed_as_published_and_as_diffusers_does(labelled, record_property):
+    """Its trained weights in the published formulas and, with compat, in diffusers' model."""
+    x, t = labelled.noise(2, 3), torch.tensor([999, 0, 500])
+    labels = [3, 24, 17]
+    found = labelled.dit(x, t, labelled.dit.embed_labels(labels))
+    expected = Published(labelled.dit.state_dict(), labelled.dit.config)(x, t, labels)
+    error = difference(found, expected)
+    record_property("shapes-dit, published", error)
+    assert error <= 2e-6
+    theirs = DiTTransformer2DModel.from_pretrained(LABELLED / "transformer").eval()
+    other = minisd.load_dit("shapes-dit", device="cpu", compat="diffusers").dit
+    expected = theirs(x, timestep=t, class_labels=torch.tensor(labels)).sample
+    error = difference(other(x, t, other.embed_labels(labels)), expected)
+    record_property("shapes-dit, compat diffusers", error)
+    assert error <= 2e-6
+
+
+def test_the_dit_draws_its_labels(labelled):
+    """One image of each; chance is 1 in 24, and less."""
+    images = labelled.generate([*range(24)], seed=3000, guidance=3.0, **HOW)
+    right = bench.right(images, bench.captions(24))
+    assert min(right[what] for what in ("count", "colour", "shape")) >= 0.8
+    moved = bench.right(images, [*bench.captions(24)[9:], *bench.captions(24)[:9]])
+    assert moved["all"] <= 0.1
+
+
+def test_the_dit_is_no_model_for_texts_and_shapes_none_for_labels():
+    with pytest.raises(ValueError, match="its DiT takes labels: minisd.load_dit and `minisd dit`"):
+        minisd.load("shapes-dit", device="cpu")
+    with pytest.raises(ValueError, match="with its unet/, minisd.load"):
+        minisd.load_dit("shapes", device="cpu")

@@ -158,8 +158,7 @@ def test_each_command_has_its_output():
             else:
                 assert following == "text", command
     shown = set().union(*found.values())
-    # no DiT is bundled that has labels
-    assert set(DRAWING) <= found[README] and shown == set(commands) - {"dit"}
+    assert set(DRAWING) <= found[README] and shown == set(commands)
 
 
 def test_every_image_of_a_command_is_shown():

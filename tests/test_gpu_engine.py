@@ -5,7 +5,7 @@ import pytest
 import torch
 from methods import as_tensor, methods
 
-from minisd import edit_prompt, load
+from minisd import edit_prompt, load, load_dit
 
 pytestmark = [
     pytest.mark.gpu,
@@ -76,3 +76,18 @@ def test_adapters_and_hooks_on_projections_have_effect(graph):
         assert (latents() - plain).abs().max() > 1e-3
         setattr(site, name, layer)
         torch.testing.assert_close(latents(), plain)
+
+
+def test_a_dit_draws_its_labels_the_same_by_graphs():
+    plain, graphed = (
+        load_dit("shapes-dit", device="cuda", dtype="float32", graph=graph)
+        for graph in (False, True)
+    )
+    latents = []
+    for dit in (plain, graphed):
+        for label in ("a red circle", "a blue square"):
+            keep = lambda x, step: latents.append(x.clone())
+            dit.generate(label, steps=6, sampler="dpm++", on_step=keep, progress=False)
+    for theirs, ours in zip(latents[:12], latents[12:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    assert graphed.network.replay.graphs and plain.network is plain.dit

@@ -469,6 +469,15 @@ def test_command_takes_a_name(named, minisd_command, draw_again, tmp_path, monke
     assert not Path("c.png").exists()
 
 
+def test_without_a_network_the_bundled_one_is_named(hub, minisd_command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = minisd_command("dit", "--label", "3", "--local-files-only")
+    assert code == 2 and "shapes-dit is the DiT that comes with minisd" in err
+    with pytest.raises(CheckpointError) as error:
+        minisd.load_dit("owner/none", device="cpu")
+    assert "shapes-dit" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

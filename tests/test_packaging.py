@@ -216,12 +216,19 @@ def test_the_wheel_holds_a_whole_bundled_model(wheel):
         for info in wheel.infolist()
         if info.filename.endswith(".safetensors")
     }
-    assert len(sizes) == 3 and sum(sizes.values()) <= 40e6 and max(sizes.values()) <= 15 * 2**20
+    assert len(sizes) == 5 and sum(sizes.values()) <= 40e6 and max(sizes.values()) <= 15 * 2**20
     assert {
         "minisd_weights/shapes/tokenizer/vocab.json",
         "minisd_weights/shapes/tokenizer/merges.txt",
     } <= names
     assert "minisd_weights/shapes/scheduler/scheduler_config.json" in names
+    for part in ("transformer", "vae"):
+        assert f"minisd_weights/shapes-dit/{part}/diffusion_pytorch_model.safetensors" in names
+        assert f"minisd_weights/shapes-dit/{part}/config.json" in names
+    assert "minisd_weights/shapes-dit/model_index.json" in names
+    assert "minisd_weights/shapes-dit/scheduler/scheduler_config.json" in names
+    own = [size for name, size in sizes.items() if "/shapes-dit/" in name]
+    assert sum(own) <= 15e6
 
 
 def test_the_wheel_names_the_command_and_its_requirements(wheel):

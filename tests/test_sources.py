@@ -299,7 +299,7 @@ def test_a_path_is_no_name(monkeypatch, tmp_path):
             == f"{path!r} is a path, and nothing is there; the {kind} is the string {str(path)!r}"
         )
     assert refusal(Path("nothing")).startswith(
-        "there is no model 'nothing': it is neither bundled (shapes)"
+        "there is no model 'nothing': it is neither bundled (shapes, shapes-dit)"
     )
     shutil.copytree(SHAPES, tmp_path / "shapes")
     assert_is_shapes(load(Path("shapes")))
@@ -506,15 +506,16 @@ def test_models_lists_what_is_here_where_and_how_large(hub, repo, tmp_path, caps
     v1_4 = f"CompVis/stable-diffusion-v1-4 --revision {COMMIT} --variant fp16"
     assert [line[:2] for line in lines] == [
         ["shapes", "bundled"],
+        ["shapes-dit", "bundled"],
         [v1_4, "Hub cache"],
         ["owner/shapes", "Hub cache"],
         ["sd-v1-5", "not here"],
     ]
-    assert lines[2][2:] == [
+    assert lines[3][2:] == [
         f"{size / 1e6:.1f} MB",
         str(cache / "models--owner--shapes/snapshots" / COMMIT),
     ]
-    assert lines[3][2:] == ["4.3 GB", "minisd fetch sd-v1-5"]
+    assert lines[4][2:] == ["4.3 GB", "minisd fetch sd-v1-5"]
     # What the first column says is what the commands take.
     assert (
         cli.main(["info", v1_4.split()[0], "--variant", "fp16"]) == 2

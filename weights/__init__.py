@@ -1,1 +1,1 @@
-"""Data, not code: the bundled checkpoint in `shapes/` (see README.md)."""
+"""Data, not code: the bundled checkpoints in `shapes/` and `shapes-dit/` (see README.md)."""

@@ -71,7 +71,13 @@ def locate_dit(
         raise CheckpointError(f"{got}. {LICENCE}")
     folder = Path(source)
     if (repo := hub_repo(source)) is not None:
-        folder = download_dit(repo, variant, revision, local_files_only)
+        try:
+            folder = download_dit(repo, variant, revision, local_files_only)
+        except CheckpointError as error:
+            if repo != PUBLISHED:
+                raise
+            other = "shapes-dit is the DiT that comes with minisd"
+            raise CheckpointError(f"{error}. {other}") from error
     elif revision is not None:
         raise ValueError(f"revision={revision!r} is for Hub repos, and {source!r} is not one")
     elif isinstance(source, str):
