@@ -100,7 +100,7 @@ MINIATURE = LabelRecipe(  # one CPU core, about six minutes
     max_weight=20.0,
     noisy_share=0.2,
 )
-SHAPES_DIT = LabelRecipe(  # one CPU core, about an hour
+SHAPES_DIT = LabelRecipe(  # one CPU core, 80 minutes
     dits={"shapes-dit": small_dit(6, 4, 2)},
     how=Hyperparameters(steps=12_000, batch=64, lr=2e-3, pool=12_000, ema=0.999),
     max_weight=20.0,
