@@ -3,6 +3,7 @@ order of its page, and each command makes the images and prints the text that th
 
 import contextlib
 import io
+import logging
 import re
 import shlex
 import shutil
@@ -54,8 +55,17 @@ TIERS = [
 ]
 
 
+@pytest.fixture
+def log_level():
+    """A page that turns the log on leaves it on for no other test."""
+    log = logging.getLogger("minisd")
+    level = log.level
+    yield
+    log.setLevel(level)
+
+
 @pytest.mark.parametrize("page", TIERS)
-def test_the_code_of_the_page_runs(page, hub, repo, tmp_path, monkeypatch):
+def test_the_code_of_the_page_runs(page, hub, repo, tmp_path, monkeypatch, log_level):
     hub.repos["CompVis/stable-diffusion-v1-4"] = repo  # for `minisd fetch`
     folder = tmp_path / "reader"
     folder.mkdir()
