@@ -39,7 +39,10 @@ def speed(unet: dict, txt2img: dict, editing: dict, startup: dict) -> str:
     said = "seconds, and memory at the peak (of prompt-to-prompt, whose rival are the usual"
     said += "\nattention processors that form every map: above the weights)"
     shown = f"{harness.machine(unet)};\n{said}:\n\n{harness.markdown(heads, rows)}"
-    return f"{shown}\n\nImporting, loading `shapes` and drawing the first image take {seconds}."
+    others = {"images": txt2img, "prompt-to-prompt": editing, "the first image": startup}
+    older = ", ".join(f"{what} {x['commit'][:7]}" for what, x in others.items())
+    shown += f"\n\nImporting, loading `shapes` and drawing the first image take {seconds}."
+    return f"{shown}\nMeasured at other commits: {older}."
 
 
 def row(what: str, rows: list[dict], ours: str, theirs: str, memory: str = "bytes") -> list[tuple]:

@@ -102,9 +102,10 @@ def test_the_summary_of_speed():
         group(2, minisd=1, diffusers=9),
         group(1, minisd=2000, diffusers=3000),
     )
-    unet, no_images = about | {"rows": list(groups)}, {"rows": []}
+    unet, no_images = about | {"rows": list(groups)}, {"rows": [], "commit": "d" * 40}
     edits = {"rows": [{"size": 512, "times": group(1, lockstep=1000, eager=4000)["times"]}]}
-    first = {"rows": [{"what": "shapes: all", "times": t(2340, 0)}]}
+    first = {"rows": [{"what": "shapes: all", "times": t(2340, 0)}], "commit": "f" * 40}
+    edits["commit"] = "e" * 40
     made = summary.speed(unet, no_images, edits, first)
     assert made.startswith("P, 2 threads, torch 2, commit cccccccccccc;")
     assert [line for line in made.splitlines() if line.startswith("| one")] == [
@@ -112,7 +113,9 @@ def test_the_summary_of_speed():
         "| one guided step of prompt-to-prompt, two prompts, fp32 | 1 s, 1.00 GB | 4 s, 1.00 GB "
         "| 4.00 |",
     ]
-    assert made.endswith("drawing the first image take 2.3 s.")
+    end = made.split("drawing the first image take ")[1]
+    commits = f"images {'d' * 7}, prompt-to-prompt {'e' * 7}, the first image {'f' * 7}"
+    assert end == f"2.3 s.\nMeasured at other commits: {commits}."
 
 
 def test_markdown():
