@@ -110,6 +110,13 @@ def through(sd, images: list[Image.Image]) -> list[Image.Image]:
     return [image for some in parts for image in sd.decode(sd.encode_image(some))]
 
 
+def label_sheet(sets: dict[str, list[Image.Image]]) -> Image.Image:
+    """Eight labels, a row for each set of images of labels 0, 1, ..."""
+    shown = [(name, k) for name in sets for k in SHOWN]
+    named = [f"{name}: {LABELS[k]}" for name, k in shown]
+    return contact_sheet([sets[name][k] for name, k in shown], named, 8).quantize(128)
+
+
 def beside(models: dict[str, LabelDiffusion], sd, n: int, page: Path) -> dict[str, dict]:
     """The sheet of eight labels; name -> shares that are right with guidance, of n images."""
     own = {"UNet": [], **{name: [] for name in models}}
@@ -118,11 +125,7 @@ def beside(models: dict[str, LabelDiffusion], sd, n: int, page: Path) -> dict[st
         own["UNet"] += sd.txt2img(texts, seed=i, steps=STEPS, guidance=7.5, progress=False)
     for name, model in models.items():
         own[name] = draw(model, [i % len(LABELS) for i in range(n)], GUIDANCE)
-    shown = [(name, k) for name in own for k in SHOWN]
-    sheet = contact_sheet(
-        [own[name][k] for name, k in shown], [f"{name}: {LABELS[k]}" for name, k in shown], 8
-    )
-    sheet.quantize(128).save(page)
+    label_sheet(own).save(page)
     return {name: right(images, captions(n)) for name, images in own.items()}
 
 

@@ -21,12 +21,11 @@ from tqdm import tqdm
 
 import minisd
 from bench import harness
-from bench.dit import SHOWN, STEPS, captions, right, through
+from bench.dit import STEPS, captions, label_sheet, right, through
 from bench.shapes import hashes
 from minisd.checkpoints.sources import bundled
 from minisd.labels import LabelDiffusion
 from minisd.training.labelled import LABELS, render_labels
-from minisd.viewing.visualize import contact_sheet
 
 BATCH = 16  # stays in a core's cache
 HOW = {"steps": STEPS, "sampler": "dpm++", "progress": False}
@@ -52,13 +51,6 @@ def draw_captions(sd, n: int, seed: int) -> list[Image.Image]:
         own = {"seed": seed + i, "guidance": UNET_GUIDANCE}
         images += sd.txt2img(texts[i : i + BATCH], **own, **HOW)
     return images
-
-
-def sheet(sets: dict[str, list[Image.Image]]) -> Image.Image:
-    """Eight labels, a row for each set."""
-    shown = [(name, k) for name in sets for k in SHOWN]
-    named = [f"{name}: {LABELS[k]}" for name, k in shown]
-    return contact_sheet([sets[name][k] for name, k in shown], named, 8)
 
 
 def table(record: dict) -> str:
@@ -105,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     own["right"] = {name: shares[name] for name in ROWS if name in shares}
     if args.sheet:
         few = {name: sets[name](len(LABELS)) for name in ROWS[:2]}
-        sheet(few).quantize(128).save(args.sheet)
+        label_sheet(few).save(args.sheet)
     if "shapes-dit" in (args.only or ROWS):
         folder = bundled().get(args.model, Path(args.model))
         own |= {"guidance": args.guidance, "sha256": hashes(folder)}
