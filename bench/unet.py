@@ -6,14 +6,17 @@ A step is the UNet on the unconditional and the conditional rows of `batch` late
 the update of DDIM. Contenders have processes of their own, take turns, and compute with the same
 weights. Batches 1, 2 and 8, what is compiled at batch 1 only (that takes minutes each;
 --no-compiled: not at all). CPU: float32 and bfloat16, in groups that fit into memory together, and
-at batch 1 OpenVINO (pip install "minisd[bench]"), which converts diffusers' UNet; CUDA: float16,
-also as a CUDA graph. error: of the step's result against diffusers in float32, relative, the root
-of the mean square. Writes bench/results/<device>/unet.json, and prints what misses its target.
+at batch 1 OpenVINO and ONNX Runtime with diffusers' UNet (pip install "minisd[bench]"); CUDA:
+float16, also as a CUDA graph. error: of the step's result against diffusers in float32, relative,
+the root of the mean square. Writes bench/results/<device>/unet.json (unet_batch2.json,
+unet_batch8.json), and prints what misses its target.
 `python -m bench.against PATH` compares with another checkout.
 """
 
 import sys
+import tempfile
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -58,6 +61,23 @@ def theirs(
     return {name: models.diffusers_step(unet, *inputs(device, dtype, batch, small))}
 
 
+class Noise(torch.nn.Module):
+    """diffusers' UNet without its options, for a converter to trace."""
+
+    def __init__(self, unet: torch.nn.Module):
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x, t, context):
+        return self.unet(x, t, encoder_hidden_states=context, return_dict=False)[0]
+
+
+def example(device: str, batch: int, small: bool) -> tuple[torch.Tensor, ...]:
+    """What Noise is called with in a step, float32."""
+    x, uncond, cond = inputs(device, torch.float32, batch, small)
+    return torch.cat([x, x]), torch.tensor(981), torch.cat([uncond.expand_as(cond), cond])
+
+
 def openvino(name: str, device: str, dtype: torch.dtype, batch: int, small: bool):
     """The same step, diffusers' UNet converted by OpenVINO: no file in between, the same weights.
 
@@ -66,23 +86,10 @@ def openvino(name: str, device: str, dtype: torch.dtype, batch: int, small: bool
     import openvino as ov
 
     unet = models.diffusers_unet(device, torch.float32, small)
-    x, uncond, cond = inputs(device, torch.float32, batch, small)
-    both, context = torch.cat([x, x]), torch.cat([uncond.expand_as(cond), cond])
-
-    class Noise(torch.nn.Module):
-        """What is traced: the UNet without its options."""
-
-        def __init__(self):
-            super().__init__()
-            self.unet = unet
-
-        def forward(self, x, t, context):
-            return self.unet(x, t, encoder_hidden_states=context, return_dict=False)[0]
-
-    example = both, torch.tensor(981), context
+    tensors = example(device, batch, small)
     with torch.no_grad():
-        shapes = [tuple(tensor.shape) for tensor in example]
-        model = ov.convert_model(Noise().eval(), example_input=example, input=shapes)
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        model = ov.convert_model(Noise(unet).eval(), example_input=tensors, input=shapes)
     precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
     options = {"INFERENCE_PRECISION_HINT": precision, "NUM_STREAMS": 1}
     options["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
@@ -92,7 +99,38 @@ def openvino(name: str, device: str, dtype: torch.dtype, batch: int, small: bool
         answer = request.infer([both.numpy(), t.numpy(), encoder_hidden_states.numpy()])
         return [torch.from_numpy(answer[0])]
 
-    return {name: models.diffusers_step(network, x, uncond, cond)}
+    return {name: models.diffusers_step(network, *inputs(device, torch.float32, batch, small))}
+
+
+def onnx_runtime(name: str, device: str, dtype: torch.dtype, batch: int, small: bool):
+    """The same step, diffusers' UNet exported to ONNX, by way of files that are gone afterwards.
+
+    float32 alone: on a CPU ONNX Runtime has no products in bfloat16.
+    """
+    import onnxruntime as ort
+
+    noise = Noise(models.diffusers_unet(device, torch.float32, small)).eval()
+    names = "x", "t", "context"
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "unet.onnx"
+        with torch.no_grad():
+            torch.onnx.export(
+                noise,
+                example(device, batch, small),
+                path,
+                input_names=names,
+                dynamo=True,
+                verbose=False,
+            )
+        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def network(both, t, encoder_hidden_states, return_dict):
+        values = both.numpy(), t.numpy(), encoder_hidden_states.numpy()
+        return [torch.from_numpy(session.run(None, dict(zip(names, values)))[0])]
+
+    return {name: models.diffusers_step(network, *inputs(device, torch.float32, batch, small))}
 
 
 def groups(device: str, compiled: bool) -> list[dict[str, tuple]]:
@@ -123,6 +161,7 @@ def groups(device: str, compiled: bool) -> list[dict[str, tuple]]:
     if compiled:  # the others are of batch 1
         together.append(mine | {"OpenVINO fp32": (openvino, fp32)})
         together.append(my_half | {"OpenVINO bf16": (openvino, bf16)})
+        together.append(mine | {"ONNX Runtime fp32": (onnx_runtime, fp32)})
     compiled_theirs = partial(channels_last, compile="default")  # tuning takes longer than all else
     also = [
         mine | {"diffusers fp32 compiled": (compiled_theirs, fp32)},
@@ -175,8 +214,9 @@ def misses(rows: list[dict]) -> list[str]:
 
 def main() -> int:
     args = harness.options(__doc__, "bench.unet", batch=int, compiled=True)
-    device, rows = torch.device(args.device).type, []
+    device = torch.device(args.device).type
     for batch in [args.batch] if args.batch else [1] if args.quick else [1, 2, 8]:
+        rows, name = [], "unet" if batch == 1 else f"unet_batch{batch}"
         together = groups(device, args.compiled and batch == 1 and not args.quick)
         if args.quick:  # small ones fit into memory all at once
             together = [{name: each for group in together for name, each in group.items()}]
@@ -191,7 +231,7 @@ def main() -> int:
             for name, t in times.items() if exact is not None else ():
                 t["error"] = ((results[name] - exact).norm() / exact.norm()).item()
             rows.append({"batch": batch, "times": times})
-            harness.finish("unet", rows, args, table, misses)
+            harness.finish(name, rows, args, table, misses)
     return 0
 
 

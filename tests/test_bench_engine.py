@@ -40,11 +40,14 @@ def test_a_step_is_diffusers_step():
         same(ours(), theirs())
 
 
-def test_openvinos_step_is_diffusers_step():
-    pytest.importorskip("openvino", reason='needs minisd[bench]: pip install -e ".[bench]"')
+@pytest.mark.parametrize(
+    "package, contender", [("openvino", unet.openvino), ("onnxruntime", unet.onnx_runtime)]
+)
+def test_a_converted_step_is_diffusers_step(package, contender):
+    pytest.importorskip(package, reason='needs minisd[bench]: pip install -e ".[bench]"')
     arguments = ("cpu", torch.float32, 1, True)
     [theirs] = unet.theirs("a", *arguments).values()
-    [converted] = unet.openvino("b", *arguments).values()
+    [converted] = contender("b", *arguments).values()
     same(converted(), theirs())
 
 
@@ -193,6 +196,7 @@ def test_tables():
     assert "| lockstep fp32 | 2100 | 1900 - 2100 | 0.50 GB | 1.05 | 2.00 |" in table
     rows = [
         {"what": "step", "size": size, "batch": batch, "along": along, "ms": ms, "bytes": 1000 * ms}
+        | {"flops": batch * size**2 * 10**9}
         for size, batch, along, ms in (
             (256, 1, "both", 10),
             (512, 1, "size", 80),
@@ -201,8 +205,8 @@ def test_tables():
     ]
     table = scaling.table({**RECORD, "rows": rows})
     assert (
-        "| step: exponent of pixels | | | 1.50 | 1.50 |" in table
-        and "of batch | | | 1.00 | 1.00 |" in table
+        "| step: exponent of pixels | | | 1.50 | 1.50 | 1.00 |" in table
+        and "of batch | | | 1.00 | 1.00 | 1.00 |" in table
     )
 
 

@@ -3,6 +3,8 @@ models that diffusers can run too."""
 
 import json
 import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -115,3 +117,10 @@ def test_the_dit_is_no_model_for_texts_and_shapes_none_for_labels():
         minisd.load("shapes-dit", device="cpu")
     with pytest.raises(ValueError, match="with its unet/, minisd.load"):
         minisd.load_dit("shapes", device="cpu")
+
+
+def test_loading_imports_no_compiler():
+    """sympy and torch._dynamo take longer to import than the weights to be read."""
+    code = "import sys, minisd; minisd.load('shapes'); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"sympy", "torch._dynamo"} & set(done.stdout.split())

@@ -74,17 +74,25 @@ class CLIPTextConfig:
         return read_config(cls, known, neutral={}, absent=ABSENT)
 
 
+def embedding(rows: int, width: int) -> nn.Embedding:
+    """nn.Embedding(rows, width) with its own initial values, of the default dtype and device.
+
+    On the meta device, which has no values, torch would import sympy and torch._dynamo to draw
+    them: a second of each load.
+    """
+    weight = torch.empty(rows, width)
+    if not weight.is_meta:
+        nn.init.normal_(weight)
+    return nn.Embedding.from_pretrained(weight, freeze=False)
+
+
 class Embeddings(nn.Module):
     """token_embedding[ids] + position_embedding[0..L-1]; embeddings may stand in place of ids."""
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
-        # nn.Embedding's own initial values, of the default dtype and device as every module's; made
-        # by itself on the meta device, they import all of torch._dynamo.
-        token = torch.randn(config.vocab_size, config.hidden_size)
-        position = torch.randn(config.max_position_embeddings, config.hidden_size)
-        self.token_embedding = nn.Embedding.from_pretrained(token, freeze=False)
-        self.position_embedding = nn.Embedding.from_pretrained(position, freeze=False)
+        self.token_embedding = embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = embedding(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, ids: Tensor) -> Tensor:
         tokens = ids if ids.is_floating_point() else self.token_embedding(ids)

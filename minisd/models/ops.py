@@ -30,6 +30,7 @@ import functools
 import importlib.util
 import platform
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -267,7 +268,7 @@ def norm_silu_conv(norm: Layer, conv: Layer, x: Tensor, in_place: bool = False) 
     more."""
     plain = is_plain(norm, nn.GroupNorm) and is_plain(conv, nn.Conv2d)
     if plain and bands.is_large(x):
-        return bands.norm_silu_conv(norm, conv, x, in_place)
+        return bands.norm_silu_conv(norm, partial(conv2d, conv), x, in_place)
     if plain and bands.are_large(x):
         return in_parts(lambda x: conv2d(conv, group_norm_silu(norm, x)), x, TOGETHER)
     return conv2d(conv, group_norm_silu(norm, x))
@@ -275,18 +276,24 @@ def norm_silu_conv(norm: Layer, conv: Layer, x: Tensor, in_place: bool = False) 
 
 def upsample_conv(conv: Layer, x: Tensor, size: tuple[int, int]) -> Tensor:
     """conv(x enlarged to `size`, each position the nearest), large images in bands."""
-    twice = tuple(size) == (2 * x.shape[2], 2 * x.shape[3])
-    if bands.is_large(x, 2) and twice and is_plain(conv, nn.Conv2d):
-        return bands.upsample_conv(conv, x)
-    if twice and by_onednn(conv, nn.Conv2d, x) and is_usual_3x3(conv):
+    if tuple(size) != (2 * x.shape[2], 2 * x.shape[3]):
+        return conv2d(conv, F.interpolate(x, size=size, mode="nearest"))
+    if bands.is_large(x, 2) and is_plain(conv, nn.Conv2d):
+        return bands.upsample_conv(partial(double_conv, conv), x)
+    return double_conv(conv, x)
+
+
+def double_conv(conv: Layer, x: Tensor) -> Tensor:
+    """conv(x with each pixel repeated in a square of 2 x 2)."""
+    if by_onednn(conv, nn.Conv2d, x) and is_usual_3x3(conv):
         return in_parts(lambda x: upsampled(x, conv.weight, conv.bias), x, many(x))
-    return conv2d(conv, F.interpolate(x, size=size, mode="nearest"))
+    return conv2d(conv, F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
 def add_conv(conv: Layer, x: Tensor, h: Tensor) -> Tensor:
     """conv(x) + h for a 1x1 convolution, in the memory of h where it may; large images in bands."""
     if bands.is_large(x) and is_plain(conv, nn.Conv2d):
-        return bands.add_conv(conv, x, h)
+        return bands.add_conv(partial(conv2d, conv), x, h)
     return add(conv2d(conv, x), h)
 
 
