@@ -258,7 +258,7 @@ def launch_fused(case: Case) -> None:
         arguments, prepare = (x, *parameters, 1e-5, x), norms.prepare_layer_norm
     else:
         x = empty(2, C, rows, 1, dtype=dtype)
-        arguments, prepare = (x, 32, *parameters, 1e-5, x), norms.prepare_group_norm_silu
+        arguments, prepare = (x, *parameters, 32, 1e-5, x), norms.prepare_group_norm_silu
     prepare(*arguments)(*arguments)
 
 

@@ -8,24 +8,28 @@ is imported by the first call.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
-import torch.autograd.forward_ad
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .checks import CHECKS
 
 
-def needs_gradient(*tensors: Tensor | None) -> bool:
+def needs_gradient(*inputs: Any) -> bool:
     """Whether the backward pass will ask for a gradient; RuntimeError for forward-mode
-    derivatives."""
-    if torch.autograd.forward_ad._current_level >= 0:
-        unpack_dual = torch.autograd.forward_ad.unpack_dual
-        if any(x is not None and unpack_dual(x).tangent is not None for x in tensors):
+    derivatives. inputs: tensors, and others that need none."""
+    level, enabled = forward_ad._current_level, torch.is_grad_enabled()
+    if level < 0 and not enabled:
+        return False
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    if level >= 0:
+        if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
             raise RuntimeError(
                 "the Triton kernels have no forward-mode derivatives; use impl='sdpa'"
             )
-    return torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in tensors])
+    return enabled and any(x.requires_grad for x in tensors)
 
 
 # Registration. The schemas are the ops' signatures; (a!) marks an argument that is written to.
@@ -51,7 +55,7 @@ SCHEMAS = {
 
 
 def empty_out(q: Tensor, *args) -> Tensor:
-    """The output, uninitialised; of the fake kernels too, so both promise the same strides."""
+    """The output, uninitialised."""
     B, H, N, D = q.shape
     return q.new_empty_strided((B, H, N, D), (N * H * D, D, H * D, 1))
 
@@ -74,9 +78,13 @@ def empty_gradients(grad_out, q, k, v, v_source, *args) -> tuple[Tensor, ...]:
 def prepare(name: str, args: tuple, out) -> Callable:
     """The function of (*args, out) that computes an op for inputs like these; the import of Triton
     is here."""
-    from . import attention, backward, cross_attention
+    from . import attention, backward, cross_attention, norms
 
     of = {
+        "group_norm": norms.prepare_group_norm,
+        "group_norm_silu": norms.prepare_group_norm_silu,
+        "layer_norm": norms.prepare_layer_norm,
+        "geglu": norms.prepare_geglu,
         "attention": attention.prepare,
         "attention_lse": attention.prepare,
         "cross_attention": cross_attention.prepare,
@@ -88,8 +96,8 @@ def prepare(name: str, args: tuple, out) -> Callable:
 
 KNOWN = {}  # signature of an op's inputs -> the function that launches its kernels
 MOST = 4096  # signatures that are kept
-# how many of an op's inputs are tensors; they come first
-TENSORS = {name: schema.split("->")[0].count("Tensor") for name, schema in SCHEMAS.items()}
+TENSORS: dict[str, int] = {}  # op -> how many of its inputs are tensors; they come first
+EMPTY: dict[str, Callable] = {}  # op -> its output, uninitialised
 
 
 def refuse_cpu(q: Tensor) -> None:
@@ -98,7 +106,8 @@ def refuse_cpu(q: Tensor) -> None:
 
     if q.device.type != "cuda" and not triton.knobs.runtime.interpret:
         raise ValueError(
-            f"the Triton kernels need a CUDA device, got {q.device}; impl='sdpa' runs everywhere"
+            f"the Triton kernels need a CUDA device, got {q.device}; impl='sdpa' runs everywhere, "
+            "as torch.nn.functional does"
         )
 
 
@@ -138,17 +147,42 @@ def prepared(key: tuple, args: tuple) -> Callable:
     return KNOWN[key]
 
 
-def call(op, *args):
-    """op(*args) past the autograd key, which would only look for inputs that need a gradient:
+def is_eager(x: Tensor) -> bool:
+    """Whether an op of x, of which no gradient is asked, is nothing but its launches: no compiler,
+    tracer or mode looks on, and x is no tensor without values or of somebody's own class. Then the
+    dispatcher is left out, which takes longer than all else before the launch."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or not (x.is_cuda or x.is_cpu):
+        return False
+    c = torch._C
+    looks_on = c._len_torch_dispatch_stack() or c._len_torch_function_stack()
+    return not (looks_on or c._get_tracing_state() or c._functorch.peek_interpreter_stack())
+
+
+def call(name: str, *args):
+    """The op past the autograd key, which would only look for inputs that need a gradient:
     `needs_gradient` has."""
+    if is_eager(args[0]):
+        return run(name, *args)
+    op = getattr(torch.ops.minisd_kernels, name).default
     if torch.compiler.is_compiling():  # which cannot trace the guard
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 
 
-def register(name: str, schema: str) -> None:
+def inference(name: str, *args):
+    """The op of what has no backward; RuntimeError where an input needs a gradient."""
+    if not torch.is_grad_enabled() and forward_ad._current_level < 0 and is_eager(args[0]):
+        return run(name, *args)
+    return getattr(torch.ops.minisd_kernels, name).default(*args)  # which looks for one
+
+
+def register(name: str, schema: str, check: Callable, empty: Callable, instead: str) -> None:
+    """Make an op known to torch. check: of its inputs; empty: its output, of the fake kernel, too,
+    so both promise the same strides; instead: what has a backward."""
     op = f"minisd_kernels::{name}"
+    TENSORS[name] = schema.split("->")[0].count("Tensor")
+    CHECKS[name], EMPTY[name] = check, empty
     torch.library.define(op, schema, tags=torch.Tag.pt2_compliant_tag)
     overload = getattr(torch.ops.minisd_kernels, name).default
 
@@ -157,10 +191,8 @@ def register(name: str, schema: str) -> None:
         return EMPTY[name](*args)
 
     def refuse_gradients(*args):
-        if needs_gradient(*[x for x in args if isinstance(x, Tensor)]):
-            raise RuntimeError(
-                f"torch.ops.minisd_kernels.{name} has no backward; minisd_kernels.ops has"
-            )
+        if needs_gradient(*args):
+            raise RuntimeError(f"torch.ops.minisd_kernels.{name} has no backward; {instead} has")
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)
 
@@ -169,7 +201,7 @@ def register(name: str, schema: str) -> None:
     torch.library.impl(op, "Autograd")(refuse_gradients)
 
 
-EMPTY = dict.fromkeys(SCHEMAS, empty_out)
-EMPTY |= {"attention_lse": empty_lse, "attention_backward": empty_gradients}
+OUTPUTS = {"attention_lse": empty_lse, "attention_backward": empty_gradients}
 for _name, _schema in SCHEMAS.items():
-    register(_name, _schema)
+    _empty = OUTPUTS.get(_name, empty_out)
+    register(_name, _schema, CHECKS[_name], _empty, "minisd_kernels.ops")

@@ -1,18 +1,16 @@
 """The public fused ops beside attention: `group_norm`, `group_norm_silu`, `layer_norm`, `geglu`,
 checked here, computed in norms.py.
 
-As in ops.py: importing this imports torch only, each op is registered with torch.library, what
-depends on shapes, dtypes and devices alone is done once (`run`), and there is no backward. minisd's
-models use them on CUDA where no gradient is asked for (minisd/models/ops.py).
+As in ops.py: importing this imports torch only, and each op is registered with torch.library
+(dispatch.py); there is no backward. minisd's models use them on CUDA where no gradient is asked for
+(minisd/models/ops.py).
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .checks import DTYPES
-from .dispatch import MOST, call, needs_gradient
+from .dispatch import inference, register
 
 MAX_WIDTH = 16384  # layer_norm holds whole rows
 
@@ -27,17 +25,17 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float 
     (channels,), the same dtypes. Returns x's shape, dtype and memory format. ValueError: shapes,
     dtypes, devices, memory format. RuntimeError: an input needs a gradient. Source: Wu and He 2018.
     """
-    return without_gradient("group_norm", x, groups, weight, bias, eps)
+    return inference("group_norm", x, weight, bias, groups, eps)
 
 
 def group_norm_silu(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5
 ) -> Tensor:
     """silu(group_norm(x, groups, weight, bias, eps)), with the same arguments and errors."""
-    return without_gradient("group_norm_silu", x, groups, weight, bias, eps)
+    return inference("group_norm_silu", x, weight, bias, groups, eps)
 
 
-def check_images(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> None:
+def check_images(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> None:
     if x.ndim != 4 or x.numel() == 0:
         raise ValueError(
             f"x: expected (batch, channels, height, width), none of them 0, got {tuple(x.shape)}"
@@ -60,7 +58,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     bias: (channels,), the same dtypes. ValueError and RuntimeError as in group_norm_silu. Source:
     Ba et al. 2016.
     """
-    return without_gradient("layer_norm", x, weight, bias, eps)
+    return inference("layer_norm", x, weight, bias, eps)
 
 
 def geglu(x: Tensor) -> Tensor:
@@ -70,7 +68,7 @@ def geglu(x: Tensor) -> Tensor:
     x: (..., 2 * channels), contiguous, float16, bfloat16 or float32 -> (..., channels). ValueError
     and RuntimeError as in group_norm_silu. Source: Shazeer 2020.
     """
-    return without_gradient("geglu", x)
+    return inference("geglu", x)
 
 
 def check_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
@@ -112,97 +110,21 @@ def check(x: Tensor, channels: int, *parameters: Tensor) -> None:
             )
 
 
-NO_BACKWARD = (
-    "the fused Triton kernels have no backward; use torch.nn.functional or torch.no_grad()"
-)
-
-
-def without_gradient(name: str, *args) -> Tensor:
-    """The op; RuntimeError where an input needs a gradient."""
-    if needs_gradient(*[x for x in args if isinstance(x, Tensor)]):
-        raise RuntimeError(NO_BACKWARD)
-    return call(getattr(torch.ops.minisd_kernels, name).default, *args)
-
-
-# Registration, as in ops.py.
-
-CHECKS = {
-    "group_norm": check_images,
-    "group_norm_silu": check_images,
-    "layer_norm": check_layer_norm,
-    "geglu": check_geglu,
-}
-
-SCHEMAS = {
-    "group_norm": "(Tensor x, int groups, Tensor weight, Tensor bias, float eps) -> Tensor",
-    "group_norm_silu": "(Tensor x, int groups, Tensor weight, Tensor bias, float eps) -> Tensor",
-    "layer_norm": "(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor",
-    "geglu": "(Tensor x) -> Tensor",
-}
-
-
 def empty_out(x: Tensor, *args) -> Tensor:
-    """The output of both norms, uninitialised, and their fake kernel."""
+    """The output of the norms, uninitialised."""
     return torch.empty_like(x)
 
 
 def empty_half(x: Tensor) -> Tensor:
-    """The output of geglu, uninitialised, and its fake kernel."""
+    """The output of geglu, uninitialised."""
     return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
 
 
-KNOWN: dict[tuple, Callable] = {}  # launches by what they are right for
-
-
-def run(name: str, empty: Callable, x: Tensor, *args) -> Tensor:
-    """Allocate the output and launch on x's device; prepared at the first call with such inputs."""
-    facts = [
-        (a.shape, a.stride(), a.dtype, a.device, a.data_ptr() & 15) if isinstance(a, Tensor) else a
-        for a in (x, *args)
-    ]
-    key = (name, *facts)
-    launch = KNOWN.get(key)
-    if launch is None:
-        CHECKS[name](x, *args)
-    with torch.cuda.device_of(x):
-        out = empty(x)
-        if launch is None:
-            if len(KNOWN) >= MOST:
-                KNOWN.clear()
-            launch = KNOWN[key] = prepare(name, x, *args, out)
-        launch(x, *args, out)
-    return out
-
-
-def prepare(name: str, x: Tensor, *args) -> Callable:
-    """What launches the op for tensors like these; ValueError without a card."""
-    import triton
-
-    from . import norms
-
-    if x.device.type != "cuda" and not triton.knobs.runtime.interpret:
-        raise ValueError(
-            f"the Triton kernels need a CUDA device, got {x.device}; torch.nn.functional runs "
-            f"everywhere"
-        )
-    return getattr(norms, f"prepare_{name}")(x, *args)
-
-
-def register(name: str, schema: str, empty) -> None:
-    def no_backward(ctx, grad):
-        raise RuntimeError(NO_BACKWARD)
-
-    op = f"minisd_kernels::{name}"
-    torch.library.define(op, schema, tags=torch.Tag.pt2_compliant_tag)
-
-    def fake(x, *args):
-        CHECKS[name](x, *args)
-        return empty(x)
-
-    torch.library.impl(op, ("CPU", "CUDA"))(lambda x, *args: run(name, empty, x, *args))
-    torch.library.register_fake(op, fake)
-    torch.library.register_autograd(op, no_backward)
-
-
-for _name, _schema in SCHEMAS.items():
-    register(_name, _schema, empty_half if _name == "geglu" else empty_out)
+NORM = "(Tensor x, Tensor weight, Tensor bias, {}float eps) -> Tensor"
+for _name, _schema, _check, _empty in (
+    ("group_norm", NORM.format("int groups, "), check_images, empty_out),
+    ("group_norm_silu", NORM.format("int groups, "), check_images, empty_out),
+    ("layer_norm", NORM.format(""), check_layer_norm, empty_out),
+    ("geglu", "(Tensor x) -> Tensor", check_geglu, empty_half),
+):
+    register(_name, _schema, _check, _empty, "torch.nn.functional")

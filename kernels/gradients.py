@@ -50,11 +50,10 @@ class Terms(torch.autograd.Function):
 
 def one_term(q, k, v, source_row, bias, scale) -> Tensor:
     """P V, of the map of row source_row in the last rows: one launch."""
-    op = torch.ops.minisd_kernels
     if k.shape[2] <= checks.MAX_KEYS:
         tables = (None,) * 4  # inject too
-        return call(op.cross_attention.default, q, k, v, source_row, *tables, bias, scale)
-    return call(op.attention.default, q, k, v, source_row, bias, None, None, scale, False)
+        return call("cross_attention", q, k, v, source_row, *tables, bias, scale)
+    return call("attention", q, k, v, source_row, bias, None, None, scale, False)
 
 
 class WithLse(torch.autograd.Function):
@@ -62,8 +61,7 @@ class WithLse(torch.autograd.Function):
 
     @staticmethod
     def forward(q, k, v, source_row, bias, scale, is_causal):
-        op = torch.ops.minisd_kernels.attention_lse.default
-        return call(op, q, k, v, source_row, bias, None, None, scale, is_causal)
+        return call("attention_lse", q, k, v, source_row, bias, None, None, scale, is_causal)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -84,9 +82,8 @@ def gradients_of(ctx, grad_out, q, k, v, v_source, source_row, bias, grad_lse, i
         raise RuntimeError("the Triton kernels have no second derivatives; use impl='sdpa'")
     if bias is not None and bias.requires_grad:
         raise RuntimeError("bias: the Triton kernels have no gradient of it; use impl='sdpa'")
-    op = torch.ops.minisd_kernels.attention_backward.default
     tensors = (grad_out, q, k, v, v_source, source_row, bias, grad_lse)
-    *grads, of_source = call(op, *tensors, ctx.scale, is_causal)
+    *grads, of_source = call("attention_backward", *tensors, ctx.scale, is_causal)
     return *grads, None if v_source is None else of_source
 
 

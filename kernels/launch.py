@@ -26,16 +26,17 @@ class Launch:
         self.rest = ()  # the arguments after the tensors, constexprs too
 
     def __call__(self, *tensors) -> None:
-        if self.compiled is None:
+        compiled = self.compiled
+        if compiled is None:
             self.first(*tensors)
             return
-        device, compiled, hooks = driver.active, self.compiled, knobs.runtime
+        device, hooks, grid, rest = driver.active, knobs.runtime, self.grid, self.rest
         stream = device.get_current_stream(device.get_current_device())
         enter, leave, told = hooks.launch_enter_hook, hooks.launch_exit_hook, None
         if enter.calls or leave.calls:  # a profiler's
-            told = compiled.launch_metadata(self.grid, stream, *tensors, *self.rest)
-        launched = compiled.function, compiled.packed_metadata, told, enter, leave
-        compiled.run(*self.grid, stream, *launched, *tensors, *self.rest)
+            told = compiled.launch_metadata(grid, stream, *tensors, *rest)
+        function, packed = compiled.function, compiled.packed_metadata
+        compiled.run(*grid, stream, function, packed, told, enter, leave, *tensors, *rest)
 
     def first(self, *tensors) -> None:
         """Through Triton, which compiles; the interpreter compiles nothing."""

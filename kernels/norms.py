@@ -181,7 +181,7 @@ def geglu_kernel(x, out, rows, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.cons
 BLOCK_P, BLOCK_C = 64, 64  # positions and channels of a tile
 
 
-def prepare_group_norm(x, groups, weight, bias, eps, out, silu=False):
+def prepare_group_norm(x, weight, bias, groups, eps, out, silu=False):
     """x and out: (B, C, h, w) in channels_last memory."""
     B, C, h, w = x.shape
     positions, width = h * w, C // groups
@@ -193,9 +193,9 @@ def prepare_group_norm(x, groups, weight, bias, eps, out, silu=False):
     combine = Launch(group_kernel, (B, groups), numbers, WIDTH=width, **block)
     apply = Launch(apply_kernel, tiles, (positions, C), SILU=silu, **size)
 
-    def launch(x, groups, weight, bias, eps, out):
-        room = torch.empty(B * (blocks + 1) * 2 * C, dtype=torch.float32, device=x.device)
-        moments, statistics = room.split((B * blocks * 2 * C, B * 2 * C))
+    def launch(x, weight, bias, groups, eps, out):
+        moments = x.new_empty(B * blocks * 2 * C, dtype=torch.float32)
+        statistics = x.new_empty(B * 2 * C, dtype=torch.float32)
         take(x, moments)
         combine(moments, weight, statistics)
         apply(x, statistics, bias, out)

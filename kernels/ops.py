@@ -61,9 +61,8 @@ def attention(
         names = ("source_row", "bias", "kv_row", "own_value")
         fields = dict(zip(names, edit)) | dict(is_causal=is_causal, return_lse=return_lse)
         return gradients.attention(q, k, v, **fields, scale=scale)
-    op = torch.ops.minisd_kernels
-    op = op.attention_lse.default if return_lse else op.attention.default
-    return call(op, q, k, v, *edit, scale, is_causal)
+    name = "attention_lse" if return_lse else "attention"
+    return call(name, q, k, v, *edit, scale, is_causal)
 
 
 def cross_attention(
@@ -124,11 +123,10 @@ def cross_attention(
         edit = dict(source_row=source_row, inject=inject, bias=bias, save=save, save_mean=save_mean)
         edit |= dict(token_map=token_map, blend=blend, reweight=reweight)
         return gradients.cross_attention(q, k, v, **edit, scale=scale)
-    op = torch.ops.minisd_kernels
     if save is not None or save_mean is not None:
         edit = (source_row, inject, *tables, bias, save, save_mean)
-        return call(op.cross_attention_save.default, q, k, v, *edit, scale)
-    return call(op.cross_attention.default, q, k, v, source_row, inject, *tables, bias, scale)
+        return call("cross_attention_save", q, k, v, *edit, scale)
+    return call("cross_attention", q, k, v, source_row, inject, *tables, bias, scale)
 
 
 def edited_map(

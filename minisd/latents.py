@@ -37,6 +37,7 @@ class Latents:
     schedule: NoiseSchedule
     compile: bool | str
     graph: bool
+    batch_invariant: bool = False
 
     @property
     def denoiser(self) -> Denoiser:
@@ -58,8 +59,9 @@ class Latents:
 
     @property
     def network(self) -> Network:
-        """The denoiser as it is computed: itself, compiled, or a CUDA graph. Methods ask this."""
-        key = (self.denoiser, self.compile, self.graph)
+        """The denoiser as it is computed: itself, compiled, a CUDA graph, image by image. Methods
+        ask this."""
+        key = (self.denoiser, self.compile, self.graph, self.batch_invariant)
         if self.__dict__.get("_network", (None,))[:-1] != key:
             self.__dict__["_network"] = (*key, network(*key))
         return self.__dict__["_network"][-1]

@@ -46,8 +46,8 @@ DTYPES = {
 class StableDiffusion(Latents):
     """The five parts, and the few functions that join them; images and latents: see `Latents`.
 
-    compile, graph: how `network` computes the UNet, see `load`. adapters: what `merge` and
-    `add_embedding` have put in. loaded: what `load` was told.
+    compile, graph, batch_invariant: how `network` computes the UNet, see `load`. adapters: what
+    `merge` and `add_embedding` have put in. loaded: what `load` was told.
     """
 
     tokenizer: CLIPTokenizer
@@ -57,6 +57,7 @@ class StableDiffusion(Latents):
     schedule: NoiseSchedule
     compile: bool | str = False
     graph: bool = False
+    batch_invariant: bool = False
     adapters: Adapters = field(default_factory=Adapters)
     loaded: dict[str, Any] = field(default_factory=dict)
 
@@ -91,7 +92,8 @@ class StableDiffusion(Latents):
         """Text encoder's last hidden states, (B, 77, D). Longer prompts are cut, with a warning."""
         tokens = token_embeddings(self, self.tokenizer(as_list(prompts)))
         # On a CPU one by one: so a text's bits are the same whatever stands beside it.
-        some = tokens.split(1 if self.device.type == "cpu" else len(tokens))
+        alone = self.device.type == "cpu" or self.batch_invariant
+        some = tokens.split(1 if alone else len(tokens))
         return torch.cat([self.text_encoder(each) for each in some])
 
     def merge(self, *loras: Source | tuple[Source, float]) -> None:
@@ -175,6 +177,7 @@ def load(
     attention: Implementation | Literal["auto"] = "auto",
     compile: bool | str = False,
     graph: bool = False,
+    batch_invariant: bool = False,
     variant: str | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
@@ -189,8 +192,10 @@ def load(
     shows what it became. attention: "triton", "sdpa" or "reference"; "auto" is triton on CUDA, else
     sdpa; `sd.unet.attention` shows it. compile: let torch.compile make one graph of the UNet, with
     its default backend or the one named; slow at the first call for each size, number of images and
-    kind of edit, each a graph of its own. graph: CUDA only, replay the UNet as a CUDA graph. Both
-    hold for all methods of drawing and editing, and for `sd.network` in a loop of your own.
+    kind of edit, each a graph of its own. graph: CUDA only, replay the UNet as a CUDA graph.
+    batch_invariant: images drawn together are computed one after the other, so that an image's bits
+    do not depend on how many they are, on a card either (docs/models.md has what is left out). All
+    three hold for all methods of drawing and editing, and for `sd.network` in a loop of your own.
     variant: "fp16" takes the files *.fp16.safetensors, and of parts without one the plain file,
     with a warning. revision: branch, tag or commit of a Hub
     repo. local_files_only: do not ask the Hub, use its local cache. tokenizer: a folder with
@@ -213,10 +218,10 @@ def load(
         local_files_only=local_files_only,
         tokenizer=tokenizer,
     )
-    how = {"compile": compile, "graph": graph}
+    how: Any = {"compile": compile, "graph": graph, "batch_invariant": batch_invariant}
     loaded = as_told(source, variant=variant, revision=revision, tokenizer=tokenizer, **how)
     start, parts = time.monotonic(), load_parts(checkpoint, where, kind, copy)
-    sd = StableDiffusion(*parts, compile=compile, graph=graph, loaded=loaded)
+    sd = StableDiffusion(*parts, **how, loaded=loaded)
     sd.unet.attention = implementation
     log.info("loaded %s in %.2f s: %s", source, time.monotonic() - start, sd)
     return sd

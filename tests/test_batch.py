@@ -1,12 +1,15 @@
-"""An image on a CPU is the same to the last bit, drawn alone or in any batch beside any others."""
+"""An image on a CPU is the same to the last bit, drawn alone or in any batch beside any others;
+with batch_invariant=True no shape that a library chooses by depends on the batch."""
 
 import itertools
 import random
+from functools import partial
 
 import p2p_model
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import minisd
 from minisd.models import ops
@@ -124,3 +127,93 @@ def test_layers(dtype, threads):
             same(norm, function, torch.randn(4, 32, side, side))
     norm = nn.LayerNorm(320)
     same(norm, lambda layer, x: layer(x), torch.randn(4, 77, 320))
+
+
+class Shapes(TorchDispatchMode):
+    """The shapes of what products, convolutions, norms and attention are given."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        if any(word in name for word in ("mm", "linear", "conv", "norm", "attention", "softmax")):
+            tensors = [tuple(x.shape) for x in args if isinstance(x, torch.Tensor)]
+            self.seen.add((name, *tensors))
+        return function(*args, **(kwargs or {}))
+
+
+RULES = {
+    "cfg": minisd.cfg,
+    "pag": minisd.pag,  # a table of rows
+    "deep cache": None,  # saves and takes rows
+}
+
+
+def shapes_of(sd, name, n):
+    """Of n images drawn by one of RULES."""
+    rule = RULES[name] or partial(minisd.deep_cache, unet=sd.unet, every=2)
+    with Shapes() as shapes:
+        sd.txt2img("a red circle", num_images=n, steps=3, rule=rule, progress=False)
+    return shapes.seen
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", RULES)
+def test_no_shape_depends_on_the_batch(tmp_path, name):
+    """Though texts and guidance groups of an image are rows of one call."""
+    p2p_model.load(tmp_path)
+    plain, ours = (minisd.load(tmp_path, device="cpu", batch_invariant=b) for b in (False, True))
+    one = shapes_of(ours, name, 1)
+    assert len(one) > 20 and shapes_of(ours, name, 3) == one
+    assert shapes_of(plain, name, 3) != one
+
+
+@onednn
+@torch.no_grad()
+def test_image_by_image_is_the_same_image(tmp_path):
+    """As it is on a CPU anyway, whatever the rows of edits say."""
+    p2p_model.load(tmp_path)
+    plain, ours = (minisd.load(tmp_path, device="cpu", batch_invariant=b) for b in (False, True))
+    assert repr(ours.network) != repr(plain.network) and ours.loaded["batch_invariant"] is True
+    x = plain.noise(0, 3)
+    texts = plain.encode_prompt(["", *WORDS[:3]])
+    assert torch.equal(ours.encode_prompt(["", *WORDS[:3]]), texts)
+    sites = plain.unet.sites("cross")
+    factors = torch.rand(3, 77, dtype=torch.float32)
+    h, n, _ = plain.unet.shape(sites[1])
+    found = []
+    for sd in (plain, ours):
+        save = torch.zeros(2, h, n, 77)  # of the last two images
+        edits = {
+            sites[0]: minisd.AttentionEdit(reweight=factors),
+            sites[1]: minisd.AttentionEdit(save=save),
+        }
+        guidance = minisd.cfg(sd.network, texts[:1], texts[1:], edits=lambda step, e=edits: e)
+        step = next(iter(minisd.DDIM(sd.schedule, 4)))
+        eps, _ = guidance(x, step)
+        found += [(eps, save)]
+        for seed in range(2):
+            options = {"num_images": 2, "steps": 2, "seed": seed, "progress": False}
+            found[-1] += (sd.txt2img(["a red", "a blue circle"], **options)[3].tobytes(),)
+        edited = minisd.edit_prompt(sd, "a red circle", "a blue circle", steps=2, progress=False)
+        found[-1] += (edited[1].tobytes(),)
+    (eps, save, *images), (own_eps, own_save, *own_images) = found
+    assert torch.equal(own_eps, eps) and save.abs().sum() > 0
+    assert torch.equal(own_save, save) and own_images == images
+
+
+@torch.no_grad()
+def test_a_function_of_all_rows_is_refused_image_by_image(tmp_path):
+    p2p_model.load(tmp_path)
+    sd = minisd.load(tmp_path, device="cpu", batch_invariant=True)
+    rule = partial(minisd.cfg, edits=minisd.freeu(sd.unet))
+    options = {"steps": 1, "rule": rule, "progress": False}
+    sd.txt2img("a red circle", **options)
+    with pytest.raises(ValueError, match="2 images under an edit that is a function of all rows"):
+        sd.txt2img("a red circle", num_images=2, **options)
+    x, context = sd.noise(0, 2), sd.encode_prompt(["a", "b"])
+    for wrong in ({"no site": minisd.AttentionEdit()}, {sd.unet.deep: "no edit"}):
+        with pytest.raises(ValueError, match="no site|expected FeatureEdit"):
+            sd.network(x, torch.tensor(1), context, wrong)

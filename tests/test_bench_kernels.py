@@ -305,15 +305,20 @@ def test_a_fused_op_that_is_not_a_number_is_wrong():
 @pytest.mark.full
 def test_host_time_counts_launches(tmp_path):
     """In a process of its own, because Triton's driver is replaced; times depend on the machine."""
-    code = "import json; from bench import host; print(json.dumps(host.measure(rounds=1, n=3)))"
+    code = "import json; from bench import host; found = host.measure(rounds=1, n=3); "
+    code += "print(json.dumps([found, host.measure_steps(rounds=1)]))"
     env = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found, steps = json.loads(done.stdout)
     launches = {name: x["launches"] for name, x in found.items()}
     assert launches == dict.fromkeys(found, 1) | {"save_mean": 2}
     assert len(found) == 8 and all(0 < x["us"] < 10_000 for x in found.values())
+    ours, theirs = steps["minisd"], steps["diffusers"]
+    # GroupNorm 3 each, LayerNorm, GEGLU and two attentions in each transformer; 13,346 calls
+    assert ours["launches"] == 3 * (2 * 22 + 16 + 1) + 16 * (3 + 1 + 2) and theirs["launches"] == 0
+    assert 3_000 < ours["calls"] < 15_000 and theirs["calls"] > 3_000
 
 
 @pytest.mark.parametrize("us, status", [(14.9, 0), (15.1, 1)])
@@ -321,6 +326,7 @@ def test_a_call_that_takes_too_long_on_the_host_is_an_error(us, status, monkeypa
     """However many launches it makes."""
     found = {"cross": {"us": 1.0, "launches": 1}, "save_mean": {"us": us, "launches": 2}}
     monkeypatch.setattr(host, "measure", lambda: found)
+    monkeypatch.setattr(host, "measure_steps", lambda: {})
     assert host.main([]) == status
     assert ("SLOW save_mean: more than 15 us" in capsys.readouterr().out) == bool(status)
 

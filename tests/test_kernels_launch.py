@@ -92,7 +92,7 @@ for B, H in ((65536, 2), (2, 65536)):
     launch('cross_attention', q, k, k, row, None, None, blend, *[None] * 3)
     launch('cross_attention_save', q, k, k, *[None] * 7, empty(1, 64, 5, dtype=torch.float32), None)
 x = empty(65536, 64, 4, 4).to(memory_format=torch.channels_last)
-launch_norm(norms.prepare_group_norm_silu, x, 32, empty(64), empty(64), 1e-5, x)
+launch_norm(norms.prepare_group_norm_silu, x, empty(64), empty(64), 32, 1e-5, x)
 print(json.dumps(grids))
 """)
     assert len(grids) == 2 * 4 + 3
@@ -117,7 +117,7 @@ launch('attention', q, q, q, *[None] * 5, False)
 launch('cross_attention', q, k, k, None, maps, None, empty(2, 77, dtype=torch.float32), *[None] * 3)
 launch('cross_attention_save', q, k, k, *[None] * 6, maps, mean, None)
 x = empty(2, 1024, 9, 9).to(memory_format=torch.channels_last)
-launch_norm(norms.prepare_group_norm_silu, x, 32, empty(1024), empty(1024), 1e-5, x)
+launch_norm(norms.prepare_group_norm_silu, x, empty(1024), empty(1024), 32, 1e-5, x)
 launch_norm(norms.prepare_layer_norm, empty(8, 320), empty(320), empty(320), 1e-5, empty(8, 320))
 launch_norm(norms.prepare_geglu, empty(8, 320), empty(8, 160))
 import re

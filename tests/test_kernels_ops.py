@@ -1,12 +1,14 @@
 """minisd_kernels without a launch: what is refused, what is imported, what a fake kernel
 promises."""
 
+import contextlib
 import subprocess
 import sys
 
 import pytest
 import torch
-from minisd_kernels import dispatch, ops, reference
+from minisd_kernels import dispatch, fused, ops, reference
+from torch.utils._python_dispatch import TorchDispatchMode
 
 B, H, N, L, D = 3, 2, 5, 7, 16
 
@@ -102,6 +104,37 @@ def test_the_registered_ops_check_their_inputs(name):
     if name != "attention_backward":
         with pytest.raises(ValueError, match="no empty dimension"):
             DIRECT[name](*(x.to("meta") for x in qkv(L=0)))
+
+
+class Seen(TorchDispatchMode):
+    """The names of the operators, which are not computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return args[0]
+
+
+@torch.no_grad()
+def test_who_looks_on_sees_the_op(monkeypatch):
+    """Where nobody does, it is called past torch's dispatcher."""
+    q, k, v = qkv()
+    names = []
+    with Seen() as seen:
+        assert ops.attention(q, k, v) is q and fused.geglu(q) is q
+    assert seen.names == [f"minisd_kernels.{name}.default" for name in ("attention", "geglu")]
+    monkeypatch.setattr(dispatch, "run", lambda name, x, *args: names.append(name) or x)
+    assert ops.attention(q, k, v) is q and fused.geglu(q) is q
+    assert names == ["attention", "geglu"]
+    own_class = torch.Tensor._make_subclass(type("Own", (torch.Tensor,), {}), q)
+    for x in (own_class, q.to("meta")):
+        names.clear()
+        with contextlib.suppress(ValueError):  # needs a card
+            fused.geglu(x)
+        assert not names
 
 
 @pytest.mark.parametrize("op", [ops.attention, ops.cross_attention])

@@ -270,11 +270,13 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # the checkpoint's to_out.0
 
     def split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, N, H*D) -> (B, H, N, D)
+        B, N, _ = x.shape
+        return x.view(B, N, self.heads, -1).transpose(1, 2)  # (B, N, H*D) -> (B, H, N, D)
 
     def project(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """(B, L, context_channels) -> k, v, each (B, H, L, D)."""
-        k, v = ops.linear(self.to_k, context), ops.linear(self.to_v, context)
+        of = ops.children(self)
+        k, v = ops.linear(of["to_k"], context), ops.linear(of["to_v"], context)
         return self.split_heads(k), self.split_heads(v)
 
     def forward(
@@ -289,9 +291,13 @@ class Attention(nn.Module):
 
         edit: of the map; edits: of its features, by their names (any others are not its own).
         """
-        q = self.split_heads(ops.linear(self.to_q, x))
+        of = ops.children(self)
+        q = self.split_heads(ops.linear(of["to_q"], x))
         k, v = self.project(x) if kv is None else kv
-        q, k, v = (edited(y, edits.get(name), name) for y, name in zip((q, k, v), self.features))
+        if edits:
+            named = zip((q, k, v), self.features)
+            q, k, v = (edited(y, edits.get(name), name) for y, name in named)
         out = attention(q, k, v, edit, impl)
-        out = ops.linear(self.to_out[0], out.transpose(1, 2).flatten(-2))
+        (last,) = of["to_out"]
+        out = ops.linear(last, out.transpose(1, 2).flatten(-2))
         return edited(out, edits.get(self.features[3]), self.features[3])

@@ -29,7 +29,7 @@ images are computed one by one (minisd/pipeline.py). tests/test_batch.py compare
 import functools
 import importlib.util
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -58,6 +58,7 @@ CHANNELS = 128  # from which on Winograd's form is quicker
 # elements an elementwise function, which computes that many together.
 CUT, ELEMENTS, WIDE = 1024, 2**15, 32
 ROWS = 2048  # tokens of a feed-forward at a time
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
@@ -71,11 +72,24 @@ def onednn_computes(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
+def children(module: nn.Module) -> dict[str, Any]:
+    """The modules in a module by their names, as they lie: `module.name` is found by a function of
+    torch's in Python, which all together take a tenth of what a step costs the host."""
+    return module._modules
+
+
+def plain(layer: Layer, kind: type) -> Mapping[str, Any] | None:
+    """The parameters of a layer that is exactly torch's own and whose calls nobody watches or
+    changes; None of any other."""
+    if type(layer) is not kind or "forward" in layer.__dict__ or is_hooked(layer):
+        return None
+    own: Mapping[str, Any] = layer.__dict__["_parameters"]
+    return own if type(own.get("weight")) is nn.Parameter and "bias" in own else None
+
+
 def is_plain(layer: Layer, kind: type) -> bool:
-    """Whether the layer is exactly torch's own and nobody watches or changes its calls."""
-    weight = layer.__dict__.get("_parameters", {}).get("weight")
-    own = type(layer) is kind and "forward" not in layer.__dict__ and not is_hooked(layer)
-    return own and type(weight) is nn.Parameter
+    """Whether it is one."""
+    return plain(layer, kind) is not None
 
 
 def is_known(module: nn.Module) -> bool:
@@ -97,13 +111,15 @@ def is_inference(*tensors: Tensor) -> bool:
     # Forward-mode derivatives and torch.func
     if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return not (differentiable or torch.is_autocast_enabled(tensors[0].device.type))
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return False
+    some = torch._C._is_any_autocast_enabled()  # a tenth of the time of asking for the device
+    return not (some and torch.is_autocast_enabled(tensors[0].device.type))
 
 
 def by_onednn(layer: Layer, kind: type, x: Tensor) -> bool:
     """Whether oneDNN may be called with this layer's parameters in place of layer(x)."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or not is_plain(layer, kind):
+    if not x.is_cpu or torch.compiler.is_compiling() or not is_plain(layer, kind):
         return False
     weight = layer.weight
     if x.dtype != weight.dtype or weight.device != x.device or not onednn_computes(x.dtype):
@@ -111,36 +127,41 @@ def by_onednn(layer: Layer, kind: type, x: Tensor) -> bool:
     return is_inference(x, weight)
 
 
-@functools.cache
-def has_kernels(device: str) -> bool:
-    """Whether the Triton kernels run on a device of that type."""
-    return device == "cuda" and importlib.util.find_spec("triton") is not None
+def has_kernels(x: Tensor) -> bool:
+    """Whether the Triton kernels run where x is."""
+    return x.is_cuda and HAS_TRITON
 
 
-def by_kernels(x: Tensor, *parameters: Tensor) -> bool:
+def by_kernels(x: Tensor) -> bool:
     """Whether minisd_kernels.fused may compute something of x."""
-    if torch.compiler.is_compiling() or not has_kernels(x.device.type):
+    if not has_kernels(x) or x.dtype not in fused.DTYPES or x.numel() == 0:
         return False
-    if x.dtype not in fused.DTYPES or x.numel() == 0:
-        return False
-    alike = all(y.dtype == x.dtype and y.device == x.device for y in parameters)
-    return alike and is_inference(x, *parameters)
+    return is_inference(x)
 
 
-def norm_by_kernels(norm: Layer, kind: type, x: Tensor) -> bool:
-    """The same of a norm, which must be plain and have its scale and shift."""
-    if torch.compiler.is_compiling() or not has_kernels(x.device.type):
-        return False
-    if not is_plain(norm, kind) or norm.bias is None:
-        return False
-    return by_kernels(x, norm.weight, norm.bias)
+def norm_for_kernels(norm: Layer, kind: type, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Scale and shift of a plain norm that minisd_kernels.fused may compute of x; else None."""
+    own = plain(norm, kind) if by_kernels(x) else None
+    if own is None or own["bias"] is None:
+        return None
+    weight, bias = own["weight"], own["bias"]
+    alike = weight.dtype == bias.dtype == x.dtype
+    alike = alike and weight.get_device() == bias.get_device() == x.get_device()
+    trained = torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad)
+    return (weight, bias) if alike and not trained else None
 
 
 def linear(layer: Layer, x: Tensor) -> Tensor:
     """y = x W^T + b. x: (..., in) -> (..., out)."""
     if by_onednn(layer, nn.Linear, x):
         return product(x, layer.weight, layer.bias)
-    return call(layer, x)
+    return by_torch(layer, x)
+
+
+def by_torch(layer: Layer, x: Tensor) -> Tensor:
+    """A linear layer of x by the code that torch chooses."""
+    own = plain(layer, nn.Linear)
+    return call(layer, x) if own is None else F.linear(x, own["weight"], own["bias"])
 
 
 def call(layer: Layer, x: Tensor) -> Tensor:
@@ -162,7 +183,7 @@ def may_be_kept(layer: Layer) -> bool:
 def conv2d(layer: Layer, x: Tensor) -> Tensor:
     """The convolution of x (B, in, h, w)."""
     if not (by_onednn(layer, nn.Conv2d, x) and is_usual(layer)):
-        return call(layer, x)
+        return convolution(layer, x)
     weight, bias, padding = layer.weight, layer.bias, layer.padding
     matrix = weight.permute(0, 2, 3, 1).flatten(1)  # (out, kernel * in), a view
     once = layer.stride == layer.dilation == (1, 1)
@@ -176,6 +197,15 @@ def conv2d(layer: Layer, x: Tensor) -> Tensor:
     numbers = list(padding), list(layer.stride), list(layer.dilation), 1
     op = torch.ops.mkldnn._convolution_pointwise  # whatever torch would choose
     return op(x, weight, bias, *numbers, "none", [], "")
+
+
+def convolution(layer: Layer, x: Tensor) -> Tensor:
+    """layer(x) by the code that torch chooses."""
+    own = plain(layer, nn.Conv2d)
+    if own is None or layer.padding_mode != "zeros":
+        return call(layer, x)
+    numbers = layer.stride, layer.padding, layer.dilation, layer.groups
+    return F.conv2d(x, own["weight"], own["bias"], *numbers)
 
 
 def is_usual(layer: Layer) -> bool:
@@ -219,8 +249,9 @@ def is_few(x: Tensor, weight: Tensor) -> bool:
 
 def group_norm(norm: Layer, x: Tensor) -> Tensor:
     """norm(x), on a CPU large images one by one. x: (B, C, h, w)."""
-    if in_channels_last(x) and norm_by_kernels(norm, nn.GroupNorm, x):
-        return fused.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    own = norm_for_kernels(norm, nn.GroupNorm, x) if in_channels_last(x) else None
+    if own is not None:
+        return fused.group_norm(x, norm.num_groups, *own, norm.eps)
     if not one_by_one(norm, x):
         return norm(x)
     out = torch.empty_like(x)
@@ -241,8 +272,9 @@ def one_by_one(norm: Layer, x: Tensor) -> bool:
 
 def group_norm_silu(norm: Layer, x: Tensor) -> Tensor:
     """silu(norm(x)). x: (B, C, h, w)."""
-    if in_channels_last(x) and norm_by_kernels(norm, nn.GroupNorm, x):
-        return fused.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    own = norm_for_kernels(norm, nn.GroupNorm, x) if in_channels_last(x) else None
+    if own is not None:
+        return fused.group_norm_silu(x, norm.num_groups, *own, norm.eps)
     if not one_by_one(norm, x):
         return F.silu(call(norm, x), inplace=not torch.is_grad_enabled())
     out = torch.empty_like(x)
@@ -257,21 +289,21 @@ def in_channels_last(x: Tensor) -> bool:
 
 def layer_norm(norm: Layer, x: Tensor) -> Tensor:
     """norm(x) over the last dimension."""
-    over_rows = x.is_contiguous() and norm_by_kernels(norm, nn.LayerNorm, x)
-    if over_rows and norm.normalized_shape == x.shape[-1:] and x.shape[-1] <= fused.MAX_WIDTH:
-        return fused.layer_norm(x, norm.weight, norm.bias, norm.eps)
-    return norm(x)
+    own = norm_for_kernels(norm, nn.LayerNorm, x) if x.is_contiguous() else None
+    width = x.shape[-1:]
+    if own is None or norm.normalized_shape != width or width[0] > fused.MAX_WIDTH:
+        return norm(x)
+    return fused.layer_norm(x, *own, norm.eps)
 
 
 def norm_silu_conv(norm: Layer, conv: Layer, x: Tensor, in_place: bool = False) -> Tensor:
     """conv(silu(norm(x))), large images in bands (engine/bands.py); in_place: x is needed no
     more."""
-    plain = is_plain(norm, nn.GroupNorm) and is_plain(conv, nn.Conv2d)
-    if plain and bands.is_large(x):
+    if not (bands.are_large(x) and is_plain(norm, nn.GroupNorm) and is_plain(conv, nn.Conv2d)):
+        return conv2d(conv, group_norm_silu(norm, x))
+    if bands.is_large(x):
         return bands.norm_silu_conv(norm, partial(conv2d, conv), x, in_place)
-    if plain and bands.are_large(x):
-        return in_parts(lambda x: conv2d(conv, group_norm_silu(norm, x)), x, TOGETHER)
-    return conv2d(conv, group_norm_silu(norm, x))
+    return in_parts(lambda x: conv2d(conv, group_norm_silu(norm, x)), x, TOGETHER)
 
 
 def upsample_conv(conv: Layer, x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -305,7 +337,7 @@ def geglu(layer: Layer, x: Tensor) -> Tensor:
             biases = layer.bias.chunk(2)
         gate = product(x, weights[1], biases[1], "gelu", GELU)
         return gate.mul_(product(x, weights[0], biases[0]))
-    x = linear(layer, x)
+    x = by_torch(layer, x)
     if x.is_contiguous() and by_kernels(x):
         return fused.geglu(x)
     h, gate = x.chunk(2, dim=-1)
@@ -339,11 +371,13 @@ def add(x: Tensor, h: Tensor, layer: Layer = None) -> Tensor:
     """
     if layer is not None and may_be_kept(layer):
         h = h.clone()
-    groups = h.unflatten(0, (-1, x.shape[0]))
+    rows = x.shape[0]
     if torch.is_grad_enabled() or x.dtype != h.dtype:
-        return (x + groups).flatten(0, 1)
-    groups.add_(x)
-    return h  # not a view of `groups`: its strides would hide channels_last
+        return (x + h.unflatten(0, (-1, rows))).flatten(0, 1)
+    if rows == 1 or rows == h.shape[0]:
+        return h.add_(x)
+    h.unflatten(0, (-1, rows)).add_(x)
+    return h  # not the view: its strides would hide channels_last
 
 
 def repeat_rows(x: Tensor, rows: int) -> Tensor:

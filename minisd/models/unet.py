@@ -10,6 +10,7 @@ FeatureEdit, and each layer looks its own up. The network knows nothing else of 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -127,7 +128,7 @@ class TimestepEmbedding(nn.Module):
 class Conditioning(NamedTuple):
     """What one call of the UNet tells all of its blocks beside x."""
 
-    times: Mapping[str, Tensor]  # resnet -> what the time adds, (1 or B, channels)
+    times: Mapping[str, Tensor]  # resnet -> what the time adds, (1 or B, channels, 1, 1)
     context: Context  # cross site -> keys and values of the text
     edits: Edits  # site -> what is changed there
     attention: Implementation  # the code that computes attention
@@ -136,7 +137,7 @@ class Conditioning(NamedTuple):
 
     def feature(self, site: str, x: Tensor) -> Tensor:
         """x, or what the edit at a feature site makes of all its rows."""
-        return feature(x, site, self.edits, self.rows)
+        return feature(x, site, self.edits, self.rows) if self.edits else x
 
 
 class GEGLU(nn.Module):
@@ -181,18 +182,19 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels)
 
     def forward(self, x: Tensor, c: Conditioning) -> Tensor:
-        attn1, attn2 = self.attn1, self.attn2
+        of = ops.children(self)
+        attn1, attn2, ff = of["attn1"], of["attn2"], of["ff"]
         # Before an edit, and before the text, the guidance groups are equal.
-        if any(site in c.edits for site in (attn1.name, *attn1.features)):
+        if c.edits and any(site in c.edits for site in (attn1.name, *attn1.features)):
             x = ops.repeat_rows(x, c.rows)
         edit: Any = c.edits.get(attn1.name)
-        h = attn1(ops.layer_norm(self.norm1, x), None, edit, c.attention, c.edits)
+        h = attn1(ops.layer_norm(of["norm1"], x), None, edit, c.attention, c.edits)
         x = ops.add(x, h, attn1)
         x = ops.repeat_rows(x, c.rows)
         edit, kv = c.edits.get(attn2.name), c.context[attn2.name]
-        h = attn2(ops.layer_norm(self.norm2, x), kv, edit, c.attention, c.edits)
+        h = attn2(ops.layer_norm(of["norm2"], x), kv, edit, c.attention, c.edits)
         x = ops.add(x, h, attn2)
-        return ops.add(x, self.ff(ops.layer_norm(self.norm3, x)), self.ff)
+        return ops.add(x, ff(ops.layer_norm(of["norm3"], x)), ff)
 
 
 class Transformer(nn.Module):
@@ -214,10 +216,12 @@ class Transformer(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, c: Conditioning) -> Tensor:
-        tokens = ops.conv2d(self.proj_in, ops.group_norm(self.norm, x)).flatten(2).transpose(1, 2)
-        for block in self.transformer_blocks:
+        of = ops.children(self)
+        tokens = ops.conv2d(of["proj_in"], ops.group_norm(of["norm"], x)).flatten(2).transpose(1, 2)
+        for block in of["transformer_blocks"]:
             tokens = block(tokens, c)  # (rows, h*w, channels)
-        out = ops.conv2d(self.proj_out, tokens.transpose(1, 2).unflatten(2, x.shape[2:]))
+        rows, _, channels = tokens.shape
+        out = ops.conv2d(of["proj_out"], tokens.transpose(1, 2).view(rows, channels, *x.shape[2:]))
         return c.feature(self.name, ops.add(x, out))
 
 
@@ -245,18 +249,21 @@ class Block(nn.Module):
             for i, width in enumerate(widths)
         )
         text = config.cross_attention_dim
-        self.attentions = nn.ModuleList(
+        self.attentions: Any = nn.ModuleList(
             Transformer(channels, heads, text, groups, f"{name}.attentions.{i}")
             for i in range(transformers)
         )
 
-    def resnet(self, i: int, x: Tensor, c: Conditioning) -> Tensor:
-        resnet = self.resnets[i]
-        return c.feature(resnet.name, resnet(x, c.times[resnet.name]))
+    def layers(self) -> list[tuple[ResnetBlock, Transformer | None]]:
+        """Each resnet, with the transformer that follows it if there is one."""
+        return list(zip_longest(self.resnets, self.attentions))
 
-    def layer(self, i: int, x: Tensor, c: Conditioning) -> Tensor:
-        x = self.resnet(i, x, c)
-        return self.attentions[i](x, c) if self.attentions else x
+
+def through(layer: tuple[ResnetBlock, Transformer | None], x: Tensor, c: Conditioning) -> Tensor:
+    """x through one of the layers of a block."""
+    resnet, transformer = layer
+    x = c.feature(resnet.name, resnet(x, c.times[resnet.name]))
+    return x if transformer is None else transformer(x, c)
 
 
 def recomputed(layer: Callable[..., Tensor], *arguments: Any) -> Tensor:
@@ -284,8 +291,8 @@ class DownBlock(Block):
 
     def forward(self, x: Tensor, c: Conditioning) -> tuple[Tensor, list[Tensor]]:
         skips = []
-        for i in range(len(self.resnets)):
-            x = recomputed(self.layer, i, x, c) if c.recompute else self.layer(i, x, c)
+        for layer in self.layers():
+            x = recomputed(through, layer, x, c) if c.recompute else through(layer, x, c)
             skips.append(x)
         for downsample in self.downsamplers:
             x = downsample(x)
@@ -300,8 +307,9 @@ class MidBlock(Block):
         super().__init__(config, [channels, channels], channels, heads, 1, name)
 
     def forward(self, x: Tensor, c: Conditioning) -> Tensor:
-        x = self.attentions[0](self.resnet(0, x, c), c)
-        return c.feature(self.name, self.resnet(1, x, c))
+        for layer in self.layers():
+            x = through(layer, x, c)
+        return c.feature(self.name, x)
 
 
 class UpBlock(Block):
@@ -324,11 +332,11 @@ class UpBlock(Block):
     def forward(
         self, x: Tensor, skips: list[Tensor], size: torch.Size, c: Conditioning, first: int = 0
     ) -> Tensor:
-        for i in range(first, len(self.resnets)):
-            name = f"{self.resnets[i].name}.skip"
-            skip = c.feature(name, ops.repeat_rows(skips.pop(0), x.shape[0]))
+        for layer in self.layers()[first:]:
+            skip = ops.repeat_rows(skips.pop(0), x.shape[0])
+            skip = c.feature(f"{layer[0].name}.skip", skip)
             x = torch.cat([x, skip], dim=1)
-            x = recomputed(self.layer, i, x, c) if c.recompute else self.layer(i, x, c)
+            x = recomputed(through, layer, x, c) if c.recompute else through(layer, x, c)
         for upsample in self.upsamplers:
             x = upsample(x, size)
         return c.feature(self.name, x)
@@ -462,8 +470,8 @@ class UNet(Denoiser):
         """What is left of all blocks: the layers whose skips join after `self.deep`."""
         down, up = self.down_blocks[0], self.up_blocks[-1]
         skips = [x]
-        for i in range(len(up.resnets) - 2):
-            skips.append(down.layer(i, skips[-1], c))
+        for layer in down.layers()[: len(up.resnets) - 2]:
+            skips.append(through(layer, skips[-1], c))
         x = c.feature(self.deep, x)  # replaced by what is injected, of the same shape
         return up(x, skips[::-1], x.shape[2:], c, first=1)
 
@@ -471,11 +479,11 @@ class UNet(Denoiser):
         return cast(ResnetBlock, self.get_submodule(name))
 
     def times(self, x: Tensor, t: Tensor) -> dict[str, Tensor]:
-        """{resnet: what the time adds to its channels, (1 or B, channels)}."""
+        """{resnet: what the time adds to its channels, (1 or B, channels, 1, 1)}."""
         if self.config.in_channels > 2 * self.config.out_channels:
             what = "x of an inpainting model (minisd.inpaint draws with it)"
             expect.shape(what, x, "B", self.config.in_channels, "h", "w")
         widths = self._time_widths
         self.check_inputs(x, t, sum(widths))
         table = self.time_table(t.reshape(-1)) if t.ndim < 2 else t
-        return dict(zip(self._resnets, table.split(widths, dim=1)))
+        return dict(zip(self._resnets, table[:, :, None, None].split(widths, dim=1)))
