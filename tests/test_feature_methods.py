@@ -224,6 +224,18 @@ def test_seg_leads_away_from_blurred_queries(pair, sigma, record_property):
         minisd.seg(sd.network, uncond, cond, sigma=0)
 
 
+def test_seg_refuses_an_edit_where_it_blurs(pair):
+    """It would be dropped; elsewhere it has its effect."""
+    _, sd = pair
+    x, q = sd.noise(3), "mid_block.attentions.0.transformer_blocks.0.attn1.q"
+    none = minisd.FeatureEdit(scale=torch.zeros(1, 1, 1, 1))
+    rule = partial(minisd.seg, edits=lambda step: {q: none})
+    with pytest.raises(ValueError, match=f"{q} is edited and blurred, expected one of them"):
+        our_run(sd, x, rule)
+    elsewhere = partial(minisd.seg, edits=lambda step: {"mid_block": none})
+    assert difference(our_run(sd, x, elsewhere), our_run(sd, x, minisd.seg)) > 1e-3
+
+
 # ---- cost
 
 

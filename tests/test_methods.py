@@ -392,6 +392,8 @@ def test_attend_and_excite_of_several_images(both):
         assert difference(two[i : i + 1], one) <= 1e-4
     with pytest.raises(ValueError, match="'bird' is not in the prompt"):
         minisd.attend_and_excite(sd, SOURCE, ["bird"])
+    with pytest.raises(ValueError, match="the word '' is not in the prompt, expected one of 'a'"):
+        minisd.attend_and_excite(sd, SOURCE, [])
     assert torch.equal(
         minisd.attend_and_excite(sd, SOURCE, ["cat"], until=0.0, **HOW), sd.txt2img(SOURCE, **HOW)
     )

@@ -92,6 +92,12 @@ def test_words_that_were_cut_have_no_map(sd):
         sheet = word_sheet(image, maps)
     assert sheet.width == 6 * 134 + 6  # the image, a, cat, on, my, mat
     assert (values(sheet) == values(word_sheet(image, maps, ["a", "cat", "on", "my", "mat"]))).all()
+    there = "expected one of 'a', 'cat', 'on', 'my', 'mat'$"
+    for word in ("bird", "mat bird"):
+        with pytest.raises(ValueError, match=f"'{word}' was cut from the prompt, {there}"):
+            maps.word(word)
+    with pytest.raises(ValueError, match=f"'cow' is not in the prompt, {there}"):
+        maps.word("cow")
 
 
 def test_overlay_by_hand():

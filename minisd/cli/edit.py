@@ -308,7 +308,7 @@ def heatmap(args: Namespace, call: Call) -> None:
 
         for word in only or ():  # before the drawing, which may take minutes
             if not find_word(sd.tokenizer, prompt, word):
-                raise missing_word(word, [prompt])
+                raise missing_word(sd.tokenizer, word, [prompt])
         [image], maps = heatmap(sd, prompt, where=where, until=until, **options)
         maps = daam(maps) if args.daam else maps
         return [token_sheet(image, maps) if tokens else word_sheet(image, maps, only)]

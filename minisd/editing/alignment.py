@@ -52,6 +52,14 @@ def find_word(tokenizer: CLIPTokenizer, prompt: str, word: str) -> list[int]:
     or "tomcat". Tokens are found by their characters: CLIP cuts "'stop'" into "'s", "top" and "'",
     of which "stop" is the first two.
     """
+    room = tokenizer.max_length - 2
+    found = occurrences(tokenizer, prompt, word)
+    return [1 + i for own in found if own[-1] < room for i in own]
+
+
+def occurrences(tokenizer: CLIPTokenizer, prompt: str, word: str) -> list[list[int]]:
+    """The tokens of each occurrence of a word as `find_word` finds it, counted from 0 without
+    <bos>, those that do not fit into the row as well."""
     text, wanted = (unicodedata.normalize("NFC", each) for each in (prompt, word))
     if word not in tokenizer.added:  # "<my-cat>" as it is
         wanted = wanted.strip(string.punctuation + string.whitespace) or wanted
@@ -60,12 +68,12 @@ def find_word(tokenizer: CLIPTokenizer, prompt: str, word: str) -> list[int]:
         return []
     phrase = r"\s+".join(map(re.escape, parts))
     pattern = re.compile(f"(?=({phrase}))", re.IGNORECASE)  # ahead, so that matches may overlap
-    spans, room = tokenizer.spans(text), tokenizer.max_length - 2
+    spans = tokenizer.spans(text)
     found = []
     for start, end in (match.span(1) for match in pattern.finditer(text)):
         own = [i for i, (a, b) in enumerate(spans) if a < end and b > start]
-        if own and own[-1] < room and is_edge(text, start) and is_edge(text, end):
-            found += [1 + i for i in own]
+        if own and is_edge(text, start) and is_edge(text, end):
+            found.append(own)
     return found
 
 
@@ -83,14 +91,18 @@ def is_edge(text: str, i: int) -> bool:
     return not (all(letters) or all(others))
 
 
-def missing_word(word: str, prompts: Sequence[str]) -> ValueError:
-    """The error for a word that no prompt has: it names the words that are there."""
+def missing_word(tokenizer: CLIPTokenizer, word: str, prompts: Sequence[str]) -> ValueError:
+    """The error for a word that no prompt has, or none in the part that fits into the row: it names
+    the words that are there."""
     there = dict.fromkeys(
-        w.strip(string.punctuation) or w for prompt in prompts for w in prompt.split()
+        w.strip(string.punctuation) or w
+        for prompt in prompts
+        for w in prompt.split()
+        if find_word(tokenizer, prompt, w)
     )
-    return ValueError(
-        f"the word {word!r} is not in the prompt, expected one of {', '.join(map(repr, there))}"
-    )
+    cut = any(occurrences(tokenizer, prompt, word) for prompt in prompts)
+    got = "was cut from the prompt" if cut else "is not in the prompt"
+    return ValueError(f"the word {word!r} {got}, expected one of {', '.join(map(repr, there))}")
 
 
 def align(source: Sequence, target: Sequence) -> list[int | None]:

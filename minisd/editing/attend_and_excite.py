@@ -61,7 +61,7 @@ def attend_and_excite(
     uncond, cond = drawing.embed(sd, [prompt])
     height, width = (side * sd.vae.factor for side in x.shape[2:])
     maps = Maps(sd, [prompt] * len(x), drawing.steps, height=height, width=width)
-    columns = [maps.columns(word) for word in as_list(words)]
+    columns = [maps.columns(word) for word in as_list(words) or [""]]  # none is no word of it
     impl = "reference" if sd.unet.attention == "reference" else "sdpa"  # which have gradients
     look = conditional(partial(sd.unet, attention=impl), cond, maps)
     plan = drawing.make_sampler(sd, rows=len(x))

@@ -68,7 +68,7 @@ class LocalBlend:
         for word in shared:
             found = [find_word(self.maps.tokenizer, prompt, word) for prompt in prompts]
             if not any(found):
-                raise missing_word(word, prompts)
+                raise missing_word(self.maps.tokenizer, word, prompts)
             for row, positions in enumerate(found):
                 picked[row, positions] = 1
         return picked

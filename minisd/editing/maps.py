@@ -133,7 +133,7 @@ class Maps:
         """Positions of a word in a row's prompt; ValueError if it is not there."""
         positions = find_word(self.tokenizer, self.prompts[row], word)
         if not positions:
-            raise missing_word(word, [self.prompts[row]])
+            raise missing_word(self.tokenizer, word, [self.prompts[row]])
         return positions
 
     def word(self, word: str, row: int = 0, grid: tuple[int, int] | None = None) -> Tensor:

@@ -34,7 +34,10 @@ class Smoothed(Guidance):
 
     def edits_of(self, x: Tensor, step: Step) -> Mapping[str, Any]:
         blur = FeatureEdit(apply=smoothing(self.sigma, tuple(x.shape[2:]), len(x)))
-        return {**super().edits_of(x, step), **{f"{site}.q": blur for site in self.sites}}
+        mine, own = {f"{site}.q": blur for site in self.sites}, super().edits_of(x, step)
+        if both := sorted(mine.keys() & own.keys()):
+            raise ValueError(f"{both[0]} is edited and blurred, expected one of them: other sites")
+        return {**own, **mine}
 
 
 def seg(

@@ -113,7 +113,7 @@ def columns_of(
 
     def columns(word: str) -> list[int]:
         if not any(find_word(tokenizer, prompt, word) for prompt in among):
-            raise missing_word(word, among)
+            raise missing_word(tokenizer, word, among)
         return find_word(tokenizer, prompts[row], word)
 
     return columns

@@ -78,7 +78,7 @@ class Capture(Mapping[Key, Tensor]):
         """
         columns = find_word(self.tokenizer, self.prompt, word)
         if not columns:
-            raise missing_word(word, [self.prompt])
+            raise missing_word(self.tokenizer, word, [self.prompt])
         keys = [
             key
             for key in self
