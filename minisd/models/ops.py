@@ -146,7 +146,6 @@ def norm_for_kernels(norm: Layer, kind: type, x: Tensor) -> tuple[Tensor, Tensor
         return None
     weight, bias = own["weight"], own["bias"]
     alike = weight.dtype == bias.dtype == x.dtype
-    alike = alike and weight.get_device() == bias.get_device() == x.get_device()
     trained = torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad)
     return (weight, bias) if alike and not trained else None
 
