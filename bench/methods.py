@@ -165,19 +165,25 @@ def style_aligned(sd, rng, seed) -> Trial:
 
 
 def excite(sd, rng, seed) -> Trial:
-    """Two things without a relation, which no caption has, and no guidance: both, and no third."""
-    colours, shapes = (rng.sample(list(names), 2) for names in (scenes.COLOURS, scenes.SHAPES))
-    textures = rng.sample(scenes.TEXTURES[1:], 2)
-    things = [Thing(*said, None, texture) for *said, texture in zip(shapes, colours, textures)]
-    text, how = " ".join(map(str, things)), of_seed(seed) | {"guidance": 1, "sampler": "ddim"}
-    gently = {"scale": 5.0, "until": 1.0, "refinements": 0}
-    drawn = minisd.attend_and_excite(sd, text, shapes, **gently, **how)
+    """A second thing in given images that show the first: both, and no third.
+
+    Both ways draw from the given images' inversion by the caption of one thing, whose noise speaks
+    against a second, with little guidance.
+    """
+    said = two(rng)
+    source = replace(said, things=said.things[:1], place=None)
+    given = [scenes.render(scenes.draw(source, rng), 64) for _ in range(EACH)]
+    latents = minisd.invert(sd, given, str(source), **HOW).latents
+    how = HOW | {"latents": latents, "num_images": EACH, "guidance": 2.0, "sampler": "ddim"}
+    words, without = [each.shape for each in said.things], sd.txt2img(str(said), **how)
+    gently = {"scale": 10.0, "until": 1.0, "refinements": 0}
+    drawn = minisd.attend_and_excite(sd, str(said), words, **gently, **how)
 
     def right(image: Image.Image) -> bool:
         found = [(each.shape, each.colour) for each in read(image).objects]
-        return sorted(found, key=str) == sorted(zip(shapes, colours))
+        return sorted(found, key=str) == sorted((each.shape, each.colour) for each in said.things)
 
-    return judged(text, sd.txt2img(text, **how), drawn, right)
+    return judged(f"{source} / {said}", without, drawn, right)
 
 
 def diffedit(sd, rng, seed) -> Trial:
@@ -304,7 +310,7 @@ METHODS = [
         "attend_and_excite",
         "Attend-and-Excite",
         excite,
-        "two things, named without a relation",
+        "a second thing, where the noise is of one",
     ),
     Method("DiffEdit", "diffedit", "DiffEdit", diffedit, "the new colour, and the rest as it was"),
     Method(
