@@ -15,8 +15,8 @@ class Launch:
 
     numbers: the arguments that follow the tensors; constants: the constexprs and launch options,
     by name. The first call goes through Triton, which compiles; the others launch what it found, on
-    the current stream, as Triton does. They are right only for tensors like the first ones
-    (dispatch.run keeps a Launch by these).
+    the current stream of the tensors' device, which has to be the current one. They are right only
+    for tensors like the first ones (dispatch.run keeps a Launch by these, and sees to the device).
     """
 
     def __init__(self, kernel, grid: tuple, numbers: tuple, **constants):
@@ -30,8 +30,8 @@ class Launch:
         if compiled is None:
             self.first(*tensors)
             return
-        device, hooks, grid, rest = driver.active, knobs.runtime, self.grid, self.rest
-        stream = device.get_current_stream(device.get_current_device())
+        hooks, grid, rest = knobs.runtime, self.grid, self.rest
+        stream = driver.active.get_current_stream(tensors[0].get_device())
         enter, leave, told = hooks.launch_enter_hook, hooks.launch_exit_hook, None
         if enter.calls or leave.calls:  # a profiler's
             told = compiled.launch_metadata(grid, stream, *tensors, *rest)

@@ -275,8 +275,7 @@ class Attention(nn.Module):
 
     def project(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """(B, L, context_channels) -> k, v, each (B, H, L, D)."""
-        of = ops.children(self)
-        k, v = ops.linear(of["to_k"], context), ops.linear(of["to_v"], context)
+        k, v = ops.linear(self.to_k, context), ops.linear(self.to_v, context)
         return self.split_heads(k), self.split_heads(v)
 
     def forward(
@@ -291,13 +290,11 @@ class Attention(nn.Module):
 
         edit: of the map; edits: of its features, by their names (any others are not its own).
         """
-        of = ops.children(self)
-        q = self.split_heads(ops.linear(of["to_q"], x))
+        q = self.split_heads(ops.linear(self.to_q, x))
         k, v = self.project(x) if kv is None else kv
         if edits:
             named = zip((q, k, v), self.features)
             q, k, v = (edited(y, edits.get(name), name) for y, name in named)
         out = attention(q, k, v, edit, impl)
-        (last,) = of["to_out"]
-        out = ops.linear(last, out.transpose(1, 2).flatten(-2))
+        out = ops.linear(self.to_out[0], out.transpose(1, 2).flatten(-2))
         return edited(out, edits.get(self.features[3]), self.features[3])

@@ -42,12 +42,11 @@ class ResnetBlock(nn.Module):
         return ops.linear(self.time_emb_proj, F.silu(emb))
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        of = ops.children(self)
-        h = ops.norm_silu_conv(of["norm1"], of["conv1"], x)
+        h = ops.norm_silu_conv(self.norm1, self.conv1, x)
         if time is not None:
             h = ops.add(time, h)
-        h = ops.norm_silu_conv(of["norm2"], of["conv2"], h, in_place=True)
-        shortcut = of.get("conv_shortcut")
+        h = ops.norm_silu_conv(self.norm2, self.conv2, h, in_place=True)
+        shortcut = self.conv_shortcut
         return ops.add(x, h) if shortcut is None else ops.add_conv(shortcut, x, h)
 
 

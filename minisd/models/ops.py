@@ -72,12 +72,6 @@ def onednn_computes(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-def children(module: nn.Module) -> dict[str, Any]:
-    """The modules in a module by their names, as they lie: `module.name` is found by a function of
-    torch's in Python, which all together take a tenth of what a step costs the host."""
-    return module._modules
-
-
 def plain(layer: Layer, kind: type) -> Mapping[str, Any] | None:
     """The parameters of a layer that is exactly torch's own and whose calls nobody watches or
     changes; None of any other."""
@@ -146,7 +140,6 @@ def norm_for_kernels(norm: Layer, kind: type, x: Tensor) -> tuple[Tensor, Tensor
         return None
     weight, bias = own["weight"], own["bias"]
     alike = weight.dtype == bias.dtype == x.dtype
-    alike = alike and weight.get_device() == bias.get_device() == x.get_device()
     trained = torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad)
     return (weight, bias) if alike and not trained else None
 

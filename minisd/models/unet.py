@@ -182,19 +182,18 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels)
 
     def forward(self, x: Tensor, c: Conditioning) -> Tensor:
-        of = ops.children(self)
-        attn1, attn2, ff = of["attn1"], of["attn2"], of["ff"]
+        attn1, attn2, ff = self.attn1, self.attn2, self.ff
         # Before an edit, and before the text, the guidance groups are equal.
         if c.edits and any(site in c.edits for site in (attn1.name, *attn1.features)):
             x = ops.repeat_rows(x, c.rows)
         edit: Any = c.edits.get(attn1.name)
-        h = attn1(ops.layer_norm(of["norm1"], x), None, edit, c.attention, c.edits)
+        h = attn1(ops.layer_norm(self.norm1, x), None, edit, c.attention, c.edits)
         x = ops.add(x, h, attn1)
         x = ops.repeat_rows(x, c.rows)
         edit, kv = c.edits.get(attn2.name), c.context[attn2.name]
-        h = attn2(ops.layer_norm(of["norm2"], x), kv, edit, c.attention, c.edits)
+        h = attn2(ops.layer_norm(self.norm2, x), kv, edit, c.attention, c.edits)
         x = ops.add(x, h, attn2)
-        return ops.add(x, ff(ops.layer_norm(of["norm3"], x)), ff)
+        return ops.add(x, ff(ops.layer_norm(self.norm3, x)), ff)
 
 
 class Transformer(nn.Module):
@@ -216,12 +215,11 @@ class Transformer(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, c: Conditioning) -> Tensor:
-        of = ops.children(self)
-        tokens = ops.conv2d(of["proj_in"], ops.group_norm(of["norm"], x)).flatten(2).transpose(1, 2)
-        for block in of["transformer_blocks"]:
+        tokens = ops.conv2d(self.proj_in, ops.group_norm(self.norm, x)).flatten(2).transpose(1, 2)
+        for block in self.transformer_blocks:
             tokens = block(tokens, c)  # (rows, h*w, channels)
         rows, _, channels = tokens.shape
-        out = ops.conv2d(of["proj_out"], tokens.transpose(1, 2).view(rows, channels, *x.shape[2:]))
+        out = ops.conv2d(self.proj_out, tokens.transpose(1, 2).view(rows, channels, *x.shape[2:]))
         return c.feature(self.name, ops.add(x, out))
 
 
