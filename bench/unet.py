@@ -216,7 +216,7 @@ def main() -> int:
     args = harness.options(__doc__, "bench.unet", batch=int, compiled=True)
     device = torch.device(args.device).type
     for batch in [args.batch] if args.batch else [1] if args.quick else [1, 2, 8]:
-        rows, name = [], "unet" if batch == 1 else f"unet_batch{batch}"
+        rows, file = [], "unet" if batch == 1 else f"unet_batch{batch}"
         together = groups(device, args.compiled and batch == 1 and not args.quick)
         if args.quick:  # small ones fit into memory all at once
             together = [{name: each for group in together for name, each in group.items()}]
@@ -231,7 +231,7 @@ def main() -> int:
             for name, t in times.items() if exact is not None else ():
                 t["error"] = ((results[name] - exact).norm() / exact.norm()).item()
             rows.append({"batch": batch, "times": times})
-            harness.finish(name, rows, args, table, misses)
+            harness.finish(file, rows, args, table, misses)
     return 0
 
 

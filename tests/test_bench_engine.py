@@ -32,6 +32,22 @@ def same(ours, theirs, bar=1e-4):
     assert (ours - theirs).abs().max() <= bar * theirs.abs().max()
 
 
+def test_each_batch_has_its_file(monkeypatch):
+    written = {}
+
+    def contest(builders, device, rounds, results):
+        results |= dict.fromkeys(builders, torch.ones(1))
+        return {name: {"ms": 1.0, "bytes": 1} for name in builders}
+
+    monkeypatch.setattr(harness, "contest", contest)
+    monkeypatch.setattr(harness, "finish", lambda name, rows, *rest: written.update({name: rows}))
+    monkeypatch.setattr(sys, "argv", ["unet", "--device", "cpu", "--no-compiled"])
+    assert unet.main() == 0
+    assert list(written) == ["unet", "unet_batch2", "unet_batch8"]
+    for batch, rows in zip((1, 2, 8), written.values()):
+        assert [row["batch"] for row in rows] == [batch] * 3
+
+
 def test_a_step_is_diffusers_step():
     arguments = ("cpu", torch.float32, 2, True)
     [ours] = unet.ours("a", *arguments).values()
