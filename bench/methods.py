@@ -38,13 +38,13 @@ from minisd.training import scenes
 from minisd.training.scenes import Description, Thing
 from minisd.viewing.visualize import contact_sheet
 
-SEED, STEPS, EACH = 4001, 10, 5
+SEED, STEPS, EACH = 4001, 10, 1
 HOW = {"steps": STEPS, "progress": False}
 FREEU = (1.2, 1.2), (1.0, 1.0)  # b, s; the published ones are Stable Diffusion's
 ORACLES = ("test_methods", "test_perturbed", "test_feature_methods")
 PARTS = ("error", "score", "cost")
 SIDE = 256  # pixels, of the measurement of time and memory: 4096 positions
-Scored = list[tuple[Image.Image, bool]]  # EACH images, and whether each is right
+Scored = list[tuple[Image.Image, bool]]  # the EACH images of a caption, and whether each is right
 Trial = tuple[str, Scored, Scored]  # what is drawn, without the method, with it
 
 
