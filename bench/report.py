@@ -67,6 +67,7 @@ TABLES = [
     Table("docs/dit.md", "bench.dit", ("dit",), dit.table),
     Table("docs/dit.md", "bench.dit guided", ("dit",), dit.guided_table),
     Table(REPORT, "bench.unet", ("unet",), unet.table),
+    Table(REPORT, "bench.unet --batch 2", ("unet_batch2",), unet.table),
     Table(REPORT, "bench.unet --batch 8", ("unet_batch8",), unet.table),
     Table(REPORT, "bench.editing speed", ("editing_speed",), editing_speed.table),
     Table(REPORT, "bench.startup", ("startup",), startup.table),
