@@ -22,7 +22,7 @@ class Launch:
     def __init__(self, kernel, grid: tuple, numbers: tuple, **constants):
         self.kernel, self.numbers, self.constants = kernel, numbers, constants
         self.grid = (*grid, 1, 1)[:3]
-        self.found = None
+        self.found: tuple | None = None  # by the first call: what the others launch
 
     def __call__(self, *tensors) -> None:
         if self.found is None:

@@ -246,7 +246,7 @@ def geglu_kernel(x, out, rows, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.cons
 
 BLOCK_P, BLOCK_C = 64, 64  # positions and channels of a tile
 SHORT, NARROW = 1024, 128  # positions and channels of a group up to which GroupNorm is one launch
-TILE = 2**14  # numbers of one at a time, 32 in each of 512 threads: twice as many are spilled
+TILE = 2**14  # numbers of one at a time, 16 in each of 1024 threads: many more are spilled
 
 
 def prepare_group_norm(x, weight, bias, groups, eps, out, silu=False):
@@ -257,7 +257,7 @@ def prepare_group_norm(x, weight, bias, groups, eps, out, silu=False):
     if positions <= SHORT and width <= NARROW:
         block_p = min(triton.next_power_of_2(positions), TILE // block_w)
         size = dict(WIDTH=width, BLOCK_P=block_p, BLOCK_W=block_w)
-        size["num_warps"] = min(16, max(4, block_p * block_w // 1024))
+        size["num_warps"] = max(4, block_p * block_w // 512)
         return Launch(group_norm_kernel, (B * groups,), (positions, C, eps), SILU=silu, **size)
     blocks = triton.cdiv(positions, BLOCK_P)
     tiles, size = (blocks * B, triton.cdiv(C, BLOCK_C)), dict(BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_C)
