@@ -23,13 +23,13 @@ from ..models.convolutions import Edges, in_parts
 # for these where the image ends, (1 or 0, 1 or 0) -> the n rows between.
 Convolution = Callable[[Tensor, Edges], Tensor]
 
-# Elements of an activation above which it is computed in bands: 64 channels of 512x512, 256
-# channels of 512x512. On a CPU earlier, because it costs no time there, and because torch's
-# GroupNorm of channels_last is less exact there.
-LARGE = {"cpu": 2**24, "cuda": 2**26}
+# Elements of an activation above which it is computed in bands: 32 channels of 512x512, 256
+# channels of 512x512. On a CPU earlier: in float32 these are the 32 MB above which memory comes
+# fresh from the system at every call, and torch's GroupNorm of channels_last is less exact.
+LARGE = {"cpu": 2**23, "cuda": 2**26}
 BAND = 2**22  # elements of a band
-# Elements of what is computed number by number, several operations one after the other: in float32
-# a MB, which stays in the cache of a CPU.
+# Elements that mean and deviations are taken of at a time: on a CPU what stays in its cache for the
+# second, in float32 a MB.
 PIECE = {"cpu": 2**18, "cuda": BAND}
 
 
@@ -56,10 +56,6 @@ def bands(x: Tensor, factor: int = 1, elements: int | None = None) -> list[slice
     rows = elements * height * len(x) // (factor**2 * x.numel())
     rows = max(1, rows - rows % 2)
     return [slice(start, min(start + rows, height)) for start in range(0, height, rows)]
-
-
-def pieces(x: Tensor) -> list[slice]:
-    return bands(x, elements=PIECE.get(x.device.type, BAND))
 
 
 def norm_silu_conv(
@@ -106,7 +102,8 @@ def statistics(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor, Tensor, T
     whose means are m_ic and variances v_ic (Chan, Golub and LeVeque 1979): memory is read once.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    C, parts = x.shape[1], [x[:, :, rows] for rows in pieces(x)]
+    pieces = bands(x, elements=PIECE.get(x.device.type, BAND))
+    C, parts = x.shape[1], [x[:, :, rows] for rows in pieces]
     unused = x.new_zeros(C, dtype=wide), x.new_ones(C, dtype=wide)  # they tell it to sum in `wide`
     pairs = (torch.batch_norm_update_stats(part, *unused, 0.0) for part in parts)
     m, v = (torch.stack(y).unflatten(1, (norm.num_groups, -1)) for y in zip(*pairs))  # (P, G, C/G)
