@@ -119,12 +119,13 @@ LARGE = (
 )  # what takes most registers of each kernel
 TOGETHER = 16  # kernels that one process compiles, then disassembles at once
 DTYPES = ("float16", "bfloat16", "float32")
-FUSED = {  # see norms.py; kernel: channels, of the UNet, and of the VAE
-    "group_norm moments": (128, 320, 1280),
-    "group_norm group": (128, 320, 1280),
-    "group_norm apply": (128, 320, 1280),
-    "layer_norm": (320, 1280),
-    "geglu": (1280,),
+FUSED = {  # see norms.py; kernel: channels and rows, of the UNet, and of the VAE
+    "group_norm": ((320, 1024), (960, 1024), (1280, 64), (2560, 256)),
+    "group_norm moments": ((128, 2**16), (320, 2**13), (1280, 2**11)),
+    "group_norm group": ((128, 2**16), (320, 2**13), (1280, 2**11)),
+    "group_norm apply": ((128, 2**16), (320, 2**13), (1280, 2**11)),
+    "layer_norm": ((320, 1024), (1280, 1024)),
+    "geglu": ((1280, 1024),),
 }
 KERNELS = {  # op: the kernel that is looked at
     "attention": "attention_kernel",
@@ -134,6 +135,7 @@ KERNELS = {  # op: the kernel that is looked at
     "statistics": "statistics_kernel",
     "query": "query_kernel",
     "key": "key_kernel",
+    "group_norm": "group_norm_kernel",
     "group_norm moments": "moments_kernel",
     "group_norm group": "group_kernel",
     "group_norm apply": "apply_kernel",
@@ -179,7 +181,7 @@ def suite(arch: int) -> list[Case]:
         for D, N in UGLY.items()
         for form in ("flash", "refine")
     ]
-    out += [Case(arch, form, C, 1024, 0, "float16") for form in FUSED for C in FUSED[form]]
+    out += [Case(arch, form, *size, 0, "float16") for form in FUSED for size in FUSED[form]]
     return list(dict.fromkeys(out))
 
 
@@ -259,7 +261,7 @@ def launch_fused(case: Case) -> None:
     else:
         x = empty(2, C, rows, 1, dtype=dtype)
         arguments, prepare = (x, *parameters, 32, 1e-5, x), norms.prepare_group_norm_silu
-    prepare(*arguments)(*arguments)
+    prepare(*arguments)(*(x for x in arguments if isinstance(x, torch.Tensor)))
 
 
 def launch_attention(case: Case) -> None:
@@ -299,7 +301,7 @@ def launch_attention(case: Case) -> None:
     else:
         name, args = "cross_attention_save", (q, k, v, *edit.values(), *save.values(), None)
     out = dispatch.EMPTY[name](*args)
-    dispatch.prepare(name, args, out)(*args, out)
+    dispatch.prepare(name, args, out)(*args[: dispatch.TENSORS[name]], out)
 
 
 def instructions(cubin: bytes) -> bytes:

@@ -220,7 +220,7 @@ def prepare(q, k, v, source_row, bias, kv_row, own_value, scale, is_causal, out)
     """The launch of out = attention(q, k, v, ...), for tensors like these; all checks are done in
     checks.py.
 
-    It takes the same arguments. out: the output, or (output, lse).
+    It takes the same tensors. out: the output, or (output, lse).
     """
     (B, H, N, D), L = q.shape, k.shape[2]
     first_out = out[0] if isinstance(out, tuple) else out
@@ -237,8 +237,8 @@ def prepare(q, k, v, source_row, bias, kv_row, own_value, scale, is_causal, out)
     constants = {"CAUSAL": is_causal, "D": D, "WIDTH": width(D), "UNIT": u} | even | choice
     attend = Launch(attention_kernel, launch_grid(q, choice), (*numbers, rows), **constants)
 
-    def launch(q, k, v, source_row, bias, kv_row, own_value, scale, is_causal, out):
-        out, lse = out if isinstance(out, tuple) else (out, None)
-        attend(q, k, v, source_row, bias, kv_row, own_value, out, lse)
+    def launch(*tensors):
+        *inputs, out = tensors
+        attend(*inputs, *(out if isinstance(out, tuple) else (out, None)))
 
     return launch

@@ -266,7 +266,7 @@ def prepare(
 ) -> Callable:
     """The launches that fill out = (grad_q, grad_k, grad_v, grad_source), for tensors like these.
 
-    It takes the same arguments. grad_lse: (B, H, N), the gradient of each row's lse, or None.
+    They take the same tensors. grad_lse: (B, H, N), the gradient of each row's lse, or None.
     """
     (B, H, N, D), (L, DV) = q.shape, v.shape[2:]
     S = next((x.shape[0] for x in (source_row, bias, v_source) if x is not None), 0)
@@ -288,7 +288,7 @@ def prepare(
     )
     keys = Launch(key_kernel, (blocks_l * H * B,), (*sizes, *steps, *written), **choice)
 
-    def launch(grad_out, q, k, v, v_source, source_row, bias, grad_lse, scale, is_causal, out):
+    def launch(grad_out, q, k, v, v_source, source_row, bias, grad_lse, out):
         grad_q, grad_k, grad_v, grad_source = out
         log_sum, delta = (q.new_empty(terms, H, N, dtype=torch.float32) for _ in range(2))
         tensors = (q, k, v, v_source, grad_out, source_row, bias, log_sum, delta)

@@ -4,6 +4,8 @@
 registered op and with its arguments.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -134,6 +136,12 @@ def check_kernel(q: Tensor, k: Tensor, at_most: int | None = None) -> None:
         )
 
 
+def check_scale(scale: float | None) -> None:
+    """ValueError unless the kernels can find the largest score before they multiply with scale."""
+    if scale is not None and (isinstance(scale, Tensor) or not 0 < scale < math.inf):
+        raise ValueError(f"scale: expected None or a finite number above 0, got {scale}")
+
+
 def shapes(*tensors: Tensor) -> str:
     return ", ".join(str(tuple(x.shape)) for x in tensors)
 
@@ -141,6 +149,7 @@ def shapes(*tensors: Tensor) -> str:
 def check_attention(q, k, v, source_row, bias, kv_row, own_value, scale, is_causal):
     check(q, k, v, source_row, bias=bias, kv_row=kv_row, own_value=own_value)
     check_kernel(q, k)
+    check_scale(scale)
     if is_causal and kv_row is not None:
         raise ValueError("is_causal: expected no kv_row, whose keys have no order among queries")
 
@@ -152,9 +161,10 @@ def check_attention_lse(q, k, v, source_row, bias, kv_row, own_value, scale, is_
 
 
 def check_cross_attention(q, k, v, source_row, inject, token_map, blend, reweight, bias, *others):
-    *saves, _ = others
+    *saves, scale = others
     check(q, k, v, source_row, inject, token_map, blend, reweight, *saves, bias=bias)
     check_kernel(q, k, MAX_EDITED_KEYS)
+    check_scale(scale)
 
 
 def check_attention_backward(*args):

@@ -252,8 +252,8 @@ def row_of(L: int, bias, saves, edits) -> str:
 
 
 def prepare(q, k, v, source_row, inject, token_map, blend, reweight, bias, *others) -> Callable:
-    """The launches for tensors like these; all checks are done in checks.py. It takes the same
-    arguments. others: save and save_mean, if the op has them, scale and out.
+    """The launches for tensors like these; all checks are done in checks.py. They take the same
+    tensors. others: save and save_mean, if the op has them, scale and out.
 
     The mean is taken of maps in q's dtype, which are `save` if that is as exact.
     """

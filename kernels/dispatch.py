@@ -72,12 +72,12 @@ def empty_gradients(grad_out, q, k, v, v_source, *args) -> tuple[Tensor, ...]:
     return empty_out(q), empty_out(k), empty_out(v), source
 
 
-# What computes each op: (inputs) -> a function of the inputs and the output that launches kernels.
+# What computes each op: (inputs) -> a function of its tensors and the output that launches kernels.
 
 
 def prepare(name: str, args: tuple, out) -> Callable:
-    """The function of (*args, out) that computes an op for inputs like these; the import of Triton
-    is here."""
+    """The function of the tensors among args, and of out, that computes an op for inputs like
+    these; the import of Triton is here."""
     from . import attention, backward, cross_attention, norms
 
     of = {
@@ -118,7 +118,7 @@ def run(name: str, *args):
     Whether a pointer is a multiple of 16 bytes is part of that, because Triton compiles it in.
     """
     device = args[0].get_device()  # -1: the interpreter's CPU
-    if device >= 0 and device != torch.cuda.current_device():
+    if device >= 0 and device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
             return run(name, *args)
     tensors, numbers = args[: TENSORS[name]], args[TENSORS[name] :]
@@ -129,7 +129,7 @@ def run(name: str, *args):
     key = (name, numbers, *facts)
     launch = KNOWN.get(key) or prepared(key, args)
     out = EMPTY[name](*args)
-    launch(*args, out)
+    launch(*tensors, out)
     if name == "cross_attention_save":  # by pointer, which caches by version do not see
         torch.autograd.graph.increment_version([x for x in args[-3:-1] if x is not None])
     return out

@@ -22,21 +22,18 @@ class Launch:
     def __init__(self, kernel, grid: tuple, numbers: tuple, **constants):
         self.kernel, self.numbers, self.constants = kernel, numbers, constants
         self.grid = (*grid, 1, 1)[:3]
-        self.compiled = None
-        self.rest = ()  # the arguments after the tensors, constexprs too
+        self.found: tuple | None = None  # by the first call: what the others launch
 
     def __call__(self, *tensors) -> None:
-        compiled = self.compiled
-        if compiled is None:
+        if self.found is None:
             self.first(*tensors)
             return
-        hooks, grid, rest = knobs.runtime, self.grid, self.rest
-        stream = driver.active.get_current_stream(tensors[0].get_device())
+        compiled, launch, function, packed, stream_of, device, rest = self.found
+        grid, stream, hooks = self.grid, stream_of(device), knobs.runtime
         enter, leave, told = hooks.launch_enter_hook, hooks.launch_exit_hook, None
         if enter.calls or leave.calls:  # a profiler's
             told = compiled.launch_metadata(grid, stream, *tensors, *rest)
-        function, packed = compiled.function, compiled.packed_metadata
-        compiled.run(*grid, stream, function, packed, told, enter, leave, *tensors, *rest)
+        launch(*grid, stream, function, packed, told, enter, leave, *tensors, *rest)
 
     def first(self, *tensors) -> None:
         """Through Triton, which compiles; the interpreter compiles nothing."""
@@ -44,5 +41,7 @@ class Launch:
         if compiled is not None:
             names = self.kernel.arg_names
             values = dict(zip(names, (*tensors, *self.numbers))) | self.constants
-            self.rest = tuple(values[name] for name in names[len(tensors) :])
-            self.compiled = compiled
+            rest = tuple(values[name] for name in names[len(tensors) :])  # constexprs too
+            what = compiled.run, compiled.function, compiled.packed_metadata
+            where = driver.active.get_current_stream, tensors[0].get_device()
+            self.found = compiled, *what, *where, rest

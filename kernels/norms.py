@@ -13,10 +13,12 @@ its first: the other two end at 65535.
 All sums in float32, of deviations from a mean and never of squares: mean(x^2) - mean^2 loses what
 var is made of.
 
-In channels_last memory a group is a narrow column, 10 channels of 320, and its rows lie far apart.
-So nobody reads group by group: `moments_kernel` takes mean and squared deviations of each channel
-over a block of positions, all channels side by side; `group_kernel` combines them into those of a
-group (Chan, Golub and LeVeque 1979); `apply_kernel` normalises. x is read twice and written once.
+GroupNorm is one launch where a group of an image is short, a program each (`group_norm_kernel`).
+A long one is a narrow column of channels_last memory, 10 channels of 320, whose rows lie far apart.
+So there nobody reads group by group: `moments_kernel` takes mean and squared deviations of each
+channel over a block of positions, all channels side by side; `group_kernel` combines them into
+those of a group (Chan, Golub and LeVeque 1979); `apply_kernel` normalises. x is read twice and
+written once.
 
 Sources: Wu and He 2018 (GroupNorm), Ba et al. 2016 (LayerNorm), Shazeer 2020 (GEGLU).
 """
@@ -32,6 +34,70 @@ from .launch import Launch
 def offsets(b, offs_p, offs_c, positions, channels):
     """Where (positions, channels) of image b lie in channels_last memory."""
     return (b.to(tl.int64) * positions + offs_p.to(tl.int64)[:, None]) * channels + offs_c[None, :]
+
+
+@triton.jit
+def column(
+    b,
+    g,
+    start,
+    positions,
+    channels,
+    WIDTH: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """Where group g of image b lies at BLOCK_P positions from `start` on, and what of it is
+    there."""
+    offs_p, offs_w = start + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_W)
+    m_x = (offs_p[:, None] < positions) & (offs_w[None, :] < WIDTH)
+    return offsets(b, offs_p, g * WIDTH + offs_w, positions, channels), m_x
+
+
+@triton.jit
+def group_norm_kernel(
+    x,
+    weight,
+    bias,
+    out,
+    positions,
+    channels,
+    eps,
+    SILU: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """out = y or silu(y) of one group of one image, WIDTH channels at all positions: few, so that
+    after the first time they are read from a cache."""
+    groups = channels // WIDTH
+    b, g = tl.program_id(0) // groups, tl.program_id(0) % groups
+    count = tl.cast(positions, tl.float32) * WIDTH
+
+    total = tl.zeros([BLOCK_P, BLOCK_W], tl.float32)
+    for start in range(0, positions, BLOCK_P):
+        offs_x, m_x = column(b, g, start, positions, channels, WIDTH, BLOCK_P, BLOCK_W)
+        total += tl.load(x + offs_x, m_x, 0.0).to(tl.float32)
+    mean = tl.sum(tl.sum(total, 1), 0) / count
+
+    total = tl.zeros([BLOCK_P, BLOCK_W], tl.float32)
+    for start in range(0, positions, BLOCK_P):
+        offs_x, m_x = column(b, g, start, positions, channels, WIDTH, BLOCK_P, BLOCK_W)
+        deviation = tl.where(m_x, tl.load(x + offs_x, m_x, 0.0).to(tl.float32) - mean, 0.0)
+        total += deviation * deviation
+    inverse = 1 / tl.sqrt(tl.sum(tl.sum(total, 1), 0) / count + eps)
+
+    offs_w = tl.arange(0, BLOCK_W)
+    offs_c, m_w = g * WIDTH + offs_w, offs_w < WIDTH
+    scale = tl.load(weight + offs_c, m_w, 0.0).to(tl.float32) * inverse
+    shift = tl.load(bias + offs_c, m_w, 0.0).to(tl.float32)
+    for start in range(0, positions, BLOCK_P):
+        offs_x, m_x = column(b, g, start, positions, channels, WIDTH, BLOCK_P, BLOCK_W)
+        deviation = tl.load(x + offs_x, m_x, 0.0).to(tl.float32) - mean
+        y = deviation * scale[None, :] + shift[None, :]
+        if SILU:
+            y = y * tl.sigmoid(y)
+        tl.store(out + offs_x, y.to(out.dtype.element_ty), mask=m_x)
 
 
 @triton.jit
@@ -179,21 +245,29 @@ def geglu_kernel(x, out, rows, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.cons
 # The launches: plain Python, for tensors like these. All checks are done in fused.py.
 
 BLOCK_P, BLOCK_C = 64, 64  # positions and channels of a tile
+SHORT, NARROW = 1024, 128  # positions and channels of a group up to which GroupNorm is one launch
+TILE = 2**14  # numbers of one at a time, 16 in each of 1024 threads: many more are spilled
 
 
 def prepare_group_norm(x, weight, bias, groups, eps, out, silu=False):
     """x and out: (B, C, h, w) in channels_last memory."""
     B, C, h, w = x.shape
     positions, width = h * w, C // groups
+    block_w = triton.next_power_of_2(width)
+    if positions <= SHORT and width <= NARROW:
+        block_p = min(triton.next_power_of_2(positions), TILE // block_w)
+        size = dict(WIDTH=width, BLOCK_P=block_p, BLOCK_W=block_w)
+        size["num_warps"] = max(4, block_p * block_w // 512)
+        return Launch(group_norm_kernel, (B * groups,), (positions, C, eps), SILU=silu, **size)
     blocks = triton.cdiv(positions, BLOCK_P)
     tiles, size = (blocks * B, triton.cdiv(C, BLOCK_C)), dict(BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_C)
     take = Launch(moments_kernel, tiles, (positions, C), **size)
-    block = dict(BLOCK_P=BLOCK_P, BLOCK_K=64, BLOCK_W=triton.next_power_of_2(width))
+    block = dict(BLOCK_P=BLOCK_P, BLOCK_K=64, BLOCK_W=block_w)
     numbers = (positions, C, blocks, eps)
     combine = Launch(group_kernel, (B, groups), numbers, WIDTH=width, **block)
     apply = Launch(apply_kernel, tiles, (positions, C), SILU=silu, **size)
 
-    def launch(x, weight, bias, groups, eps, out):
+    def launch(x, weight, bias, out):
         moments = x.new_empty(B * blocks * 2 * C, dtype=torch.float32)
         statistics = x.new_empty(B * 2 * C, dtype=torch.float32)
         take(x, moments)
@@ -212,8 +286,7 @@ def prepare_layer_norm(x, weight, bias, eps, out):
     rows, block_c = x.numel() // C, triton.next_power_of_2(C)
     block_r = max(1, 4096 // block_c)
     grid, size = (triton.cdiv(rows, block_r),), dict(BLOCK_R=block_r, BLOCK_C=block_c)
-    normalise = Launch(layer_norm_kernel, grid, (rows, C, eps), **size)
-    return lambda x, weight, bias, eps, out: normalise(x, weight, bias, out)
+    return Launch(layer_norm_kernel, grid, (rows, C, eps), **size)
 
 
 def prepare_geglu(x, out):

@@ -46,7 +46,7 @@ def attention(
     within the last S rows; kv_row: (S, M), likewise. The values are not checked here, that would
     synchronise the device. bias: (S, 1 or heads, 1 or queries, keys), float16, bfloat16 or
     float32, -inf to hide a key; with kv_row over M times the keys. own_value: (S,) float32 or
-    bool. scale: None for 1 / sqrt(D).
+    bool. scale: above 0, None for 1 / sqrt(D).
     Returns (batch, heads, queries, D) as a view of (batch, queries, heads, D) memory.
     Differentiable in q, k and v, lse too. ValueError: shapes, dtypes, devices. RuntimeError:
     forward-mode derivatives, a gradient of the bias.

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kernel_cases import NAN, check
-from minisd_kernels import fused, reference
+from minisd_kernels import dispatch, fused, reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -89,6 +89,8 @@ def test_fake_kernels_promise_the_layout_that_is_returned():
 
 
 if INTERPRETED:
+    from minisd_kernels import norms
+
     DTYPES = (torch.float32, torch.float16)
 
     @pytest.fixture(autouse=True)
@@ -126,18 +128,70 @@ if INTERPRETED:
         ids=str,
     )
     @pytest.mark.parametrize("silu", [False, True])
-    def test_group_norm(shape, groups, offset, dtype, silu):
+    def test_group_norm(shape, groups, offset, dtype, silu, monkeypatch):
+        """By the kernels that combine blocks of positions, whatever the size."""
+        monkeypatch.setattr(norms, "SHORT", 0)
+        x = image_of(shape, offset, dtype)
+        launched = run_group_norm(monkeypatch, x, groups, silu)
+        assert launched == ["moments_kernel", "group_kernel", "apply_kernel"]
+
+    @pytest.mark.parametrize(
+        "dtype, silu",
+        [(torch.float32, False), (torch.float16, True), (torch.bfloat16, True)],
+        ids=str,
+    )
+    @pytest.mark.parametrize(
+        "shape, groups, offset",
+        [
+            ((2, 20, 16, 16), 2, 0),
+            ((1, 40, 1, 257), 2, 3),  # one position more than a power of 2
+            ((2, 60, 5, 7), 2, 100),  # mean far from zero
+            ((1, 80, 16, 16), 2, 0),
+            ((2, 120, 8, 8), 2, -2),
+            ((1, 160, 16, 16), 2, 0),  # more than one tile
+            ((1, 64, 32, 32), 1, 1),  # the longest
+            ((1, 128, 3, 3), 1, 1),  # the widest
+            ((3, 20, 1, 1), 2, 0),  # one position
+            ((2, 7, 1, 1), 7, 0),  # one number
+        ],
+        ids=str,
+    )
+    def test_group_norm_in_one_launch(shape, groups, offset, dtype, silu, monkeypatch):
+        x = image_of(shape, offset, dtype)
+        assert run_group_norm(monkeypatch, x, groups, silu) == ["group_norm_kernel"]
+
+    @pytest.mark.parametrize("shape", [(1, 2, 25, 41), (1, 129, 2, 2)], ids=str)
+    def test_a_longer_or_wider_group_takes_three_launches(shape, monkeypatch):
+        """Of one position more than 1024, or one channel more than 128."""
+        x = image_of(shape, 0, torch.float32)
+        assert len(run_group_norm(monkeypatch, x, 1, True)) == 3
+
+    def image_of(shape, offset, dtype):
+        """Channels of different variance, in channels_last memory."""
         torch.manual_seed(0)
         x = (image(*shape) * torch.linspace(0.1, 3, shape[1])[:, None, None] + offset).to(dtype)
         assert x.is_contiguous(memory_format=torch.channels_last)
+        return x
+
+    def run_group_norm(monkeypatch, x, groups, silu):
+        """Compare with float64; the names of the kernels that are launched."""
+        dispatch.KNOWN.clear()
 
         def torch_op(x, groups, weight, bias, eps):
             y = F.group_norm(x, groups, weight, bias, eps)
             return F.silu(y) if silu else y
 
         name = "group_norm_silu" if silu else "group_norm"
-        run(name, x, groups, *parameters(shape[1], dtype), 1e-5, torch_op=torch_op)
-        assert getattr(fused, name)(x, groups, *parameters(shape[1])).stride() == x.stride()
+        weight, bias = parameters(x.shape[1], x.dtype)
+        run(name, x, groups, weight, bias, 1e-5, torch_op=torch_op)
+        launched, launch = [], norms.Launch.__call__
+        monkeypatch.setattr(
+            norms.Launch,
+            "__call__",
+            lambda self, *args: launched.append(self.kernel.__name__) or launch(self, *args),
+        )
+        assert getattr(fused, name)(x, groups, weight, bias).stride() == x.stride()
+        return launched
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize(

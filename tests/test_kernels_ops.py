@@ -67,6 +67,16 @@ def test_limits():
         ops.attention(*qkv(D=264))
 
 
+@pytest.mark.parametrize("scale", [0, -0.3, float("nan"), float("inf"), torch.tensor(0.3)], ids=str)
+@pytest.mark.parametrize("op", [ops.attention, ops.cross_attention])
+def test_a_scale_that_turns_scores_around_is_refused(op, scale):
+    """The kernels multiply after they have looked for the largest score, and hide keys by -inf."""
+    for tracked in (False, True):
+        q, k, v = (x.requires_grad_(tracked) for x in qkv())
+        with pytest.raises(ValueError, match="scale: expected None or a finite .* above 0, got "):
+            op(q, k, v, scale=scale)
+
+
 def test_cpu_tensors_are_refused_outside_of_the_interpreter():
     pytest.importorskip("triton")
     for op in (ops.attention, ops.cross_attention):

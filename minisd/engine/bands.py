@@ -36,13 +36,13 @@ PIECE = {"cpu": 2**18, "cuda": BAND}
 def is_large(x: Tensor, factor: int = 1) -> bool:
     """Whether x (B, C, h, w), with sides `factor` times as long, is to be computed in bands: by the
     size of one image on a CPU, so that it does not depend on its batch."""
-    share = 1 / max(len(x), 1) if x.device.type == "cpu" else 1
+    share = 1 / max(x.shape[0], 1) if x.is_cpu else 1
     return are_large(x, factor * factor * share)
 
 
 def are_large(x: Tensor, factor: float = 1) -> bool:
     """Whether the batch has so many elements, times `factor`, that no copy of all should be."""
-    most = LARGE.get(x.device.type, LARGE["cuda"])
+    most = LARGE["cpu" if x.is_cpu else "cuda"]
     return factor * x.numel() > most and not torch.is_grad_enabled()
 
 

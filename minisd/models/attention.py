@@ -96,6 +96,8 @@ def attention(
     for shapes, dtypes or devices that do not fit; RuntimeError for what "triton" does not
     differentiate (bias, forward mode).
     """
+    if edit is None and impl == "triton":
+        return plain(q, k, v, impl=impl)  # the kernels heed autocast themselves
     check_implementation(impl)
     q, k, v = kernels.as_autocast(q, k, v)
     if edit is None:
@@ -296,5 +298,6 @@ class Attention(nn.Module):
             named = zip((q, k, v), self.features)
             q, k, v = (edited(y, edits.get(name), name) for y, name in named)
         out = attention(q, k, v, edit, impl)
-        out = ops.linear(self.to_out[0], out.transpose(1, 2).flatten(-2))
-        return edited(out, edits.get(self.features[3]), self.features[3])
+        to_out, *_ = self.to_out  # quicker than an index
+        out = ops.linear(to_out, out.transpose(1, 2).flatten(-2))
+        return edited(out, edits.get(self.features[3]), self.features[3]) if edits else out

@@ -78,7 +78,8 @@ def plain(layer: Layer, kind: type) -> Mapping[str, Any] | None:
     if type(layer) is not kind or "forward" in layer.__dict__ or is_hooked(layer):
         return None
     own: Mapping[str, Any] = layer.__dict__["_parameters"]
-    return own if type(own.get("weight")) is nn.Parameter and "bias" in own else None
+    named = "weight" in own and "bias" in own
+    return own if named and type(own["weight"]) is nn.Parameter else None
 
 
 def is_plain(layer: Layer, kind: type) -> bool:
@@ -126,22 +127,21 @@ def has_kernels(x: Tensor) -> bool:
     return x.is_cuda and HAS_TRITON
 
 
-def by_kernels(x: Tensor) -> bool:
-    """Whether minisd_kernels.fused may compute something of x."""
+def by_kernels(x: Tensor, *parameters: Tensor) -> bool:
+    """Whether minisd_kernels.fused may compute something of x, and of parameters."""
     if not has_kernels(x) or x.dtype not in fused.DTYPES or x.numel() == 0:
         return False
-    return is_inference(x)
+    return is_inference(x, *parameters)
 
 
 def norm_for_kernels(norm: Layer, kind: type, x: Tensor) -> tuple[Tensor, Tensor] | None:
     """Scale and shift of a plain norm that minisd_kernels.fused may compute of x; else None."""
-    own = plain(norm, kind) if by_kernels(x) else None
+    own = plain(norm, kind)
     if own is None or own["bias"] is None:
         return None
     weight, bias = own["weight"], own["bias"]
     alike = weight.dtype == bias.dtype == x.dtype
-    trained = torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad)
-    return (weight, bias) if alike and not trained else None
+    return (weight, bias) if alike and by_kernels(x, weight, bias) else None
 
 
 def linear(layer: Layer, x: Tensor) -> Tensor:
@@ -166,11 +166,10 @@ def call(layer: Layer, x: Tensor) -> Tensor:
 def may_be_kept(layer: Layer) -> bool:
     """Whether a hook or a wrapper may hold on to what a call of the layer returned, and will see
     what is written there: under gradients nothing is."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    known = type(layer).__module__.startswith(("torch.nn.modules.", "minisd."))
+    if known and not (layer._forward_hooks or torch_module._global_forward_hooks):
         return False
-    if layer._forward_hooks or torch_module._global_forward_hooks:
-        return True
-    return not type(layer).__module__.startswith(("torch.nn.modules.", "minisd."))
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
 def conv2d(layer: Layer, x: Tensor, edges: Edges = BOTH) -> Tensor:
