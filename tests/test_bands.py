@@ -1,7 +1,9 @@
 """Large images in bands of rows: the same function, and nothing as large as the image but what
 a block hands on."""
 
+import copy
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minisd import AutoencoderKL, VAEConfig
 from minisd.engine import bands
 from minisd.models.blocks import ResnetBlock, Upsample
-from minisd.models.ops import add
+from minisd.models.ops import add, conv2d, double_conv, norm_silu_conv
 
 
 @pytest.fixture
@@ -111,14 +113,44 @@ def test_a_stage_does_not_keep_its_input():
 def test_what_is_still_needed_is_not_written_over(in_bands):
     in_bands(100)
     x = torch.randn(1, 8, 9, 5)
-    kept, norm, conv = x.clone(), torch.nn.GroupNorm(4, 8), torch.nn.Conv2d(8, 8, 3, padding=1)
+    kept, norm, layer = x.clone(), torch.nn.GroupNorm(4, 8), torch.nn.Conv2d(8, 8, 3, padding=1)
+    conv = partial(conv2d, layer)
     with torch.no_grad():
         out = bands.norm_silu_conv(norm, conv, x)
-        bands.upsample_conv(lambda x: conv(torch.nn.functional.interpolate(x, scale_factor=2)), x)
+        bands.upsample_conv(partial(double_conv, layer), x)
         assert torch.equal(x, kept) and bands.is_large(x)
         inside = bands.norm_silu_conv(norm, conv, x, in_place=True)
     assert inside is x and torch.equal(inside, out)
     assert not bands.is_large(x)  # gradients
+
+
+def test_the_norms_of_a_batch_are_those_of_each_image_and_of_deviations(in_bands):
+    """Far from 0 a mean of squares would lose the variance; each image has its own."""
+    in_bands(100)
+    generator = torch.Generator().manual_seed(0)
+    x = (
+        torch.randn(2, 8, 9, 5, generator=generator)
+        + torch.tensor([1000.0, -500.0])[:, None, None, None]
+    )
+    norm, layer = torch.nn.GroupNorm(4, 8), torch.nn.Conv2d(8, 8, 3, padding=1)
+    exact = copy.deepcopy(norm).double(), copy.deepcopy(layer).double()
+    with torch.no_grad():
+        expected = exact[1](torch.nn.functional.silu(exact[0](x.double())))
+        out = bands.norm_silu_conv(norm, partial(conv2d, layer), x)
+        bands.norm_silu_conv(norm, partial(conv2d, layer), x, in_place=True)
+    # the means are rounded to float32, of numbers whose deviations are 1
+    assert (out - expected).abs().max() <= 2 * torch.finfo(torch.float32).eps * 1000
+    assert torch.equal(x, out)
+
+
+def test_a_convolution_of_another_kind_is_computed_at_once(in_bands):
+    in_bands(100)
+    norm, x = torch.nn.GroupNorm(4, 8), torch.randn(1, 8, 9, 5)
+    for options in ({"padding_mode": "reflect"}, {"dilation": 2}, {"stride": 2}):
+        layer = torch.nn.Conv2d(8, 8, 3, padding=1, **options)
+        with torch.no_grad():
+            expected = layer(torch.nn.functional.silu(norm(x)))
+            assert torch.allclose(norm_silu_conv(norm, layer, x.clone()), expected, atol=1e-6)
 
 
 @torch.no_grad()

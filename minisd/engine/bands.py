@@ -4,10 +4,10 @@ time than a band.
     y = conv(silu(norm(x)))     and     y = conv(upsample(x)),     conv 3x3
 
 At 1024x1024 the decoder's activations have a gigabyte each, and without bands four of them are
-alive at once. A band is computed with one row more on either side, whose own results are dropped,
-and the norm's mean and variance are those of the whole image: the sums are the same as without
-bands, so there are no seams and nothing to blend, unlike in a tiled decoding. models/ops.py and
-models/blocks.py ask `is_large`; smaller images, and gradients, are computed at once.
+alive at once. A band is convolved with the rows that lie above and below it, and the norm's mean
+and variance are those of the whole image: the sums are the same as without bands, so there are no
+seams and nothing to blend, unlike in a tiled decoding. models/ops.py asks `is_large`; smaller
+images, and gradients, are computed at once.
 """
 
 from collections.abc import Callable
@@ -17,15 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Convolution = Callable[[Tensor], Tensor]  # of a band
+from ..models.convolutions import Edges, in_parts
 
-# Elements of an activation above which it is computed in bands: 64 channels of 512x512, 256
-# channels of 512x512. On a CPU earlier, because it costs no time there, and because torch's
-# GroupNorm of channels_last is less exact there.
-LARGE = {"cpu": 2**24, "cuda": 2**26}
+# A band (B, C, 1 + n + 1, w), with the rows above and below it, and how many rows of zeros stand in
+# for these where the image ends, (1 or 0, 1 or 0) -> the n rows between.
+Convolution = Callable[[Tensor, Edges], Tensor]
+
+# Elements of an activation above which it is computed in bands: 32 channels of 512x512, 256
+# channels of 512x512. On a CPU earlier: in float32 these are the 32 MB above which memory comes
+# fresh from the system at every call, and torch's GroupNorm of channels_last is less exact.
+LARGE = {"cpu": 2**23, "cuda": 2**26}
 BAND = 2**22  # elements of a band
-# Elements of what is computed number by number, several operations one after the other: in float32
-# a MB, which stays in the cache of a CPU.
+# Elements that mean and deviations are taken of at a time: on a CPU what stays in its cache for the
+# second, in float32 a MB.
 PIECE = {"cpu": 2**18, "cuda": BAND}
 
 
@@ -46,35 +50,34 @@ def bands(x: Tensor, factor: int = 1, elements: int | None = None) -> list[slice
     """Slices that cover the rows of x (B, C, h, w), each about `elements` (BAND) of an image, or so
     many once enlarged by `factor`.
 
-    The first has one row less than the others: with a row more above and below where there is one,
-    all of an even number of rows are even, as Winograd's form of a convolution needs them.
+    But for the last, all have an even number of rows or one, as Winograd's form needs them.
     """
     height, elements = x.shape[2], BAND if elements is None else elements
     rows = elements * height * len(x) // (factor**2 * x.numel())
     rows = max(1, rows - rows % 2)
-    edges = [0, *range(max(1, rows - 1), height, rows), height]
-    return [slice(start, stop) for start, stop in zip(edges, edges[1:])]
-
-
-def pieces(x: Tensor) -> list[slice]:
-    return bands(x, elements=PIECE.get(x.device.type, BAND))
+    return [slice(start, min(start + rows, height)) for start in range(0, height, rows)]
 
 
 def norm_silu_conv(
     norm: nn.GroupNorm, conv: Convolution, x: Tensor, in_place: bool = False
 ) -> Tensor:
-    """conv(silu(norm(x))), a GroupNorm and a convolution that keeps the size; in_place: in the
-    memory of x."""
-    scale, shift = affine(norm, x)
+    """conv(silu(norm(x))), a GroupNorm and a convolution that keeps the size, image by image;
+    in_place: in the memory of x."""
 
-    def activated(band: Tensor) -> Tensor:
-        out = torch.empty_like(band)
-        for rows in pieces(band):
-            y = band[:, :, rows].to(scale.dtype) * scale
-            out[:, :, rows] = F.silu(y.add_(shift), inplace=True)
-        return conv(out)
+    def of_image(image: Tensor) -> Tensor:
+        mean, var, weight, bias = statistics(norm, image)
 
-    return _convolve(activated, x, 1, x if in_place else None)
+        def activated(band: Tensor) -> Tensor:
+            # With mean and variance given, GroupNorm is BatchNorm.
+            return F.silu(F.batch_norm(band, mean, var, weight, bias, eps=norm.eps), inplace=True)
+
+        return _convolve(conv, image, 1, activated, image if in_place else None)
+
+    if not in_place:
+        return in_parts(of_image, x, 1)
+    for image in x.split(1):
+        of_image(image)
+    return x
 
 
 def upsample_conv(conv: Convolution, x: Tensor) -> Tensor:
@@ -82,42 +85,44 @@ def upsample_conv(conv: Convolution, x: Tensor) -> Tensor:
     return _convolve(conv, x, 2)
 
 
-def add_conv(conv: Convolution, x: Tensor, h: Tensor) -> Tensor:
+def add_conv(conv: Callable[[Tensor], Tensor], x: Tensor, h: Tensor) -> Tensor:
     """conv(x) + h, in the memory of h, for a 1x1 convolution."""
     for rows in bands(x):
         h[:, :, rows] += conv(x[:, :, rows])
     return h
 
 
-def affine(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
-    """scale, shift with norm(x) = scale x + shift for a GroupNorm.
+def statistics(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """mean, var, weight, bias with norm(x) = (x - mean) / sqrt(var + eps) * weight + bias of one
+    image x (1, C, h, w), each (C,) in float32 or wider.
 
-        scale = weight / sqrt(var + eps),   shift = bias - mean scale
-        var   = mean over the group's channels c of v_c + (m_c - mean)^2
+        mean = sum n_i m_ic / n,     var = sum n_i (v_ic + (m_ic - mean)^2) / n
 
-    each (B, C, 1, 1) in float32 or wider, with the means m_c and variances v_c of the channels,
-    which are quicker to take than those of groups.
+    over the channels c of a group and over pieces i of the image, with n_i numbers of each channel,
+    whose means are m_ic and variances v_ic (Chan, Golub and LeVeque 1979): memory is read once.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    count, parts = x.shape[2] * x.shape[3], pieces(x)
-
-    def sums(function: Callable[[Tensor], Tensor]) -> Tensor:
-        of_parts = (function(x[:, :, rows].to(wide)).sum((2, 3), keepdim=True) for rows in parts)
-        return torch.stack(list(of_parts)).sum(0)
-
-    m_c = sums(lambda piece: piece) / count
-    v_c = sums(lambda piece: (piece - m_c).square_()) / count
-    groups = (norm.num_groups, -1)
-    m_c, v_c = m_c.unflatten(1, groups), v_c.unflatten(1, groups)  # (B, G, C / G, 1, 1)
-    mean = m_c.mean(2, keepdim=True)
-    var = (v_c + (m_c - mean).square()).mean(2, keepdim=True)
-    scale = norm.weight.to(wide).view(*groups, 1, 1) * (var + norm.eps).rsqrt()
-    shift = norm.bias.to(wide).view(*groups, 1, 1) - mean * scale
-    return scale.flatten(1, 2), shift.flatten(1, 2)
+    pieces = bands(x, elements=PIECE.get(x.device.type, BAND))
+    C, parts = x.shape[1], [x[:, :, rows] for rows in pieces]
+    unused = x.new_zeros(C, dtype=wide), x.new_ones(C, dtype=wide)  # they tell it to sum in `wide`
+    pairs = (torch.batch_norm_update_stats(part, *unused, 0.0) for part in parts)
+    m, v = (torch.stack(y).unflatten(1, (norm.num_groups, -1)) for y in zip(*pairs))  # (P, G, C/G)
+    n = torch.tensor([part.shape[2] for part in parts], dtype=wide, device=x.device)
+    share = (n / (n.sum() * m.shape[2]))[:, None, None]
+    mean = (share * m).sum((0, 2), keepdim=True)
+    var = (share * (v + (m - mean).square())).sum((0, 2), keepdim=True)
+    mean, var = (y.expand(1, *m.shape[1:]).flatten() for y in (mean, var))
+    return mean, var, norm.weight.to(wide), norm.bias.to(wide)
 
 
-def _convolve(conv: Convolution, x: Tensor, factor: int, out: Tensor | None = None) -> Tensor:
-    """conv(x), which has `factor` times as many rows as x.
+def _convolve(
+    conv: Convolution,
+    x: Tensor,
+    factor: int,
+    before: Callable[[Tensor], Tensor] = lambda band: band,
+    out: Tensor | None = None,
+) -> Tensor:
+    """conv(before(x)), which has `factor` times as many rows as x.
 
     out: x itself, or None for new memory.
     """
@@ -125,9 +130,8 @@ def _convolve(conv: Convolution, x: Tensor, factor: int, out: Tensor | None = No
     for rows in bands(x, factor):
         band = x[:, :, rows.start : rows.stop + 1]
         band = band if above is None else torch.cat([above, band], dim=2)
-        first = 0 if above is None else factor
         above = x[:, :, rows.stop - 1 : rows.stop].clone()  # as it is before it is written over
-        y = conv(band)[:, :, first : first + factor * (rows.stop - rows.start)]
+        y = conv(before(band), (int(rows.start == 0), int(rows.stop == x.shape[2])))
         if out is None:
             size = (len(x), y.shape[1], factor * x.shape[2], y.shape[3])
             order = torch.channels_last

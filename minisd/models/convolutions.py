@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Edges = tuple[int, int]  # rows of zeros above and below x
+BOTH: Edges = (1, 1)
+
 CACHED = 2**20  # bytes of a weight for each input and output: nine times that stays in the cache
 
 
@@ -44,9 +47,9 @@ def in_parts(function: Callable[[Tensor], Tensor], x: Tensor, together: int) -> 
     return cast(Tensor, out)
 
 
-def padded(x: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, h + 2, w + 2, C), zeros around it."""
-    return F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).contiguous()
+def padded(x: Tensor, edges: Edges) -> Tensor:
+    """(B, C, h, w) -> (B, h + 2, w + 2, C), zeros around it; h + 1 or h rows without an edge."""
+    return F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, *edges)).contiguous()
 
 
 def windows(x: Tensor, side: int) -> Tensor:
@@ -60,18 +63,18 @@ def windows(x: Tensor, side: int) -> Tensor:
     return all_of_them.reshape(B, h, w, side * side * C)
 
 
-def windows_3x3(x: Tensor) -> Tensor:
+def windows_3x3(x: Tensor, edges: Edges = BOTH) -> Tensor:
     """The 3x3 window around each position, zeros outside: (B, C, h, w) -> (B, h, w, 9 C)."""
-    return windows(padded(x), 3)
+    return windows(padded(x, edges), 3)
 
 
-def by_windows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def by_windows(x: Tensor, weight: Tensor, bias: Tensor | None, edges: Edges = BOTH) -> Tensor:
     """The convolution as one product of windows and weights."""
     matrix = weight.permute(0, 2, 3, 1).flatten(1)  # (O, 9 C), a view
-    return product(windows_3x3(x), matrix, bias).permute(0, 3, 1, 2)
+    return product(windows_3x3(x, edges), matrix, bias).permute(0, 3, 1, 2)
 
 
-def upsampled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def upsampled(x: Tensor, weight: Tensor, bias: Tensor | None, edges: Edges = BOTH) -> Tensor:
     """The convolution of x with each pixel repeated in a square of 2 x 2: (B, O, 2h, 2w).
 
     Three neighbours in a row of the enlarged image are copies of two pixels, (a, b, b) or
@@ -82,8 +85,8 @@ def upsampled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     and likewise along columns: four convolutions of x by 2x2 in place of one of 3x3 with four times
     the positions, 4/9 of the multiplications.
     """
-    kernel, around = weight.permute(0, 2, 3, 1), padded(x)  # (O, 3, 3, C)
-    B, _, h, w = x.shape
+    kernel, around = weight.permute(0, 2, 3, 1), padded(x, edges)  # (O, 3, 3, C)
+    B, h, w = len(x), around.shape[1] - 2, x.shape[3]
     out = torch.empty((B, h, 2, w, 2, len(weight)), dtype=x.dtype, device=x.device)
     for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
         near = windows(around[:, i : i + h + 1, j : j + w + 1], 2)
@@ -106,7 +109,7 @@ def folded(kernel: Tensor, dim: int, odd: int) -> Tensor:
     return torch.stack((a + b, c) if odd else (a, b + c), dim)
 
 
-def winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def winograd(x: Tensor, weight: Tensor, bias: Tensor | None, edges: Edges = BOTH) -> Tensor:
     """The convolution with 16 multiplications for 2 x 2 results in place of 36, of even h and w.
 
     Along a row, two results of four pixels d and three weights g:
@@ -120,10 +123,10 @@ def winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     that of one product of windows (6.1e-7 beside 3.9e-7); in bfloat16, where the differences and
     the products are rounded, it would be three times as large.
     """
-    kernel = weight.permute(0, 2, 3, 1)  # (O, 3, 3, C)
-    B, _, h, w = x.shape
+    kernel, around = weight.permute(0, 2, 3, 1), padded(x, edges)  # (O, 3, 3, C)
+    B, h, w = len(x), around.shape[1] - 2, x.shape[3]
     out = torch.empty((B, h // 2, 2, w // 2, 2, len(weight)), dtype=x.dtype, device=x.device)
-    for i, rows in enumerate(of_pixels(padded(x), 1)):
+    for i, rows in enumerate(of_pixels(around, 1)):
         d = list(of_pixels(rows, 2))  # each (B, h/2, w/2, C)
         for some in outputs(weight):
             g = of_weights(kernel[some], 1, i)  # (outputs, 3, C)

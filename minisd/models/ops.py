@@ -41,7 +41,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 from ..engine import bands
-from .convolutions import by_windows, in_parts, product, upsampled, winograd
+from .convolutions import BOTH, Edges, by_windows, in_parts, product, upsampled, winograd
 
 Layer = Any  # the nn.Module that holds the parameters, or what somebody put in its place
 
@@ -172,10 +172,10 @@ def may_be_kept(layer: Layer) -> bool:
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
-def conv2d(layer: Layer, x: Tensor) -> Tensor:
-    """The convolution of x (B, in, h, w)."""
+def conv2d(layer: Layer, x: Tensor, edges: Edges = BOTH) -> Tensor:
+    """The convolution of x (B, in, h, w); edges: of a band of an image (engine/bands.py)."""
     if not (by_onednn(layer, nn.Conv2d, x) and is_usual(layer)):
-        return convolution(layer, x)
+        return convolution(layer, x, edges)
     weight, bias, padding = layer.weight, layer.bias, layer.padding
     matrix = weight.permute(0, 2, 3, 1).flatten(1)  # (out, kernel * in), a view
     once = layer.stride == layer.dilation == (1, 1)
@@ -183,21 +183,30 @@ def conv2d(layer: Layer, x: Tensor) -> Tensor:
         return product(x.permute(0, 2, 3, 1), matrix, bias).permute(0, 3, 1, 2)
     if is_usual_3x3(layer):
         if is_few(x, weight):
-            return in_parts(lambda x: by_windows(x, weight, bias), x, TOGETHER)
-        if is_wide(x, weight):
-            return in_parts(lambda x: winograd(x, weight, bias), x, many(x))
+            return in_parts(lambda x: by_windows(x, weight, bias, edges), x, TOGETHER)
+        if is_wide(x, weight, edges):
+            return in_parts(lambda x: winograd(x, weight, bias, edges), x, many(x))
+    x, padding = with_edges(x, padding, edges)
     numbers = list(padding), list(layer.stride), list(layer.dilation), 1
     op = torch.ops.mkldnn._convolution_pointwise  # whatever torch would choose
     return op(x, weight, bias, *numbers, "none", [], "")
 
 
-def convolution(layer: Layer, x: Tensor) -> Tensor:
+def convolution(layer: Layer, x: Tensor, edges: Edges = BOTH) -> Tensor:
     """layer(x) by the code that torch chooses."""
     own = plain(layer, nn.Conv2d)
     if own is None or layer.padding_mode != "zeros":
         return call(layer, x)
-    numbers = layer.stride, layer.padding, layer.dilation, layer.groups
+    x, padding = with_edges(x, layer.padding, edges)
+    numbers = layer.stride, padding, layer.dilation, layer.groups
     return F.conv2d(x, own["weight"], own["bias"], *numbers)
+
+
+def with_edges(x: Tensor, padding: Any, edges: Edges) -> tuple[Tensor, Any]:
+    """x with its edges, and the padding of a convolution that is then left to do."""
+    if edges == BOTH:
+        return x, padding
+    return F.pad(x, (0, 0, *edges)) if any(edges) else x, (0, padding[1])
 
 
 def is_usual(layer: Layer) -> bool:
@@ -209,8 +218,18 @@ def is_usual(layer: Layer) -> bool:
 
 def is_usual_3x3(layer: Layer) -> bool:
     """Whether it is a 3x3 convolution that keeps the size."""
+    return is_usual(layer) and is_3x3(layer)
+
+
+def is_3x3(layer: Layer) -> bool:
+    """Whether a convolution is 3x3, of the next positions, with zeros around the image."""
     numbers = layer.kernel_size, layer.padding, layer.stride, layer.dilation
-    return is_usual(layer) and numbers == ((3, 3), (1, 1), (1, 1), (1, 1))
+    return layer.padding_mode == "zeros" and numbers == ((3, 3), (1, 1), (1, 1), (1, 1))
+
+
+def may_be_cut(conv: Layer) -> bool:
+    """Whether engine/bands.py may compute a convolution in bands."""
+    return is_plain(conv, nn.Conv2d) and is_3x3(conv)
 
 
 def many(x: Tensor) -> int:
@@ -218,10 +237,10 @@ def many(x: Tensor) -> int:
     return max(1, POSITIONS // (x.shape[2] * x.shape[3]))
 
 
-def is_wide(x: Tensor, weight: Tensor) -> bool:
+def is_wide(x: Tensor, weight: Tensor, edges: Edges) -> bool:
     """Whether Winograd's form is quicker: float32, even sides, and so many channels that products
     take longer than the sums before and after them."""
-    even = x.shape[2] % 2 == x.shape[3] % 2 == 0
+    even = (x.shape[2] + sum(edges)) % 2 == x.shape[3] % 2 == 0
     return even and x.dtype == torch.float32 and min(weight.shape[:2]) >= CHANNELS
 
 
@@ -291,7 +310,7 @@ def layer_norm(norm: Layer, x: Tensor) -> Tensor:
 def norm_silu_conv(norm: Layer, conv: Layer, x: Tensor, in_place: bool = False) -> Tensor:
     """conv(silu(norm(x))), large images in bands (engine/bands.py); in_place: x is needed no
     more."""
-    if not (bands.are_large(x) and is_plain(norm, nn.GroupNorm) and is_plain(conv, nn.Conv2d)):
+    if not (bands.are_large(x) and is_plain(norm, nn.GroupNorm) and may_be_cut(conv)):
         return conv2d(conv, group_norm_silu(norm, x))
     if bands.is_large(x):
         return bands.norm_silu_conv(norm, partial(conv2d, conv), x, in_place)
@@ -302,16 +321,21 @@ def upsample_conv(conv: Layer, x: Tensor, size: tuple[int, int]) -> Tensor:
     """conv(x enlarged to `size`, each position the nearest), large images in bands."""
     if tuple(size) != (2 * x.shape[2], 2 * x.shape[3]):
         return conv2d(conv, F.interpolate(x, size=size, mode="nearest"))
-    if bands.is_large(x, 2) and is_plain(conv, nn.Conv2d):
+    if bands.is_large(x, 2) and may_be_cut(conv):
         return bands.upsample_conv(partial(double_conv, conv), x)
     return double_conv(conv, x)
 
 
-def double_conv(conv: Layer, x: Tensor) -> Tensor:
-    """conv(x with each pixel repeated in a square of 2 x 2)."""
+def double_conv(conv: Layer, x: Tensor, edges: Edges = BOTH) -> Tensor:
+    """conv(x with each pixel repeated in a square of 2 x 2); edges: of a band of an image."""
     if by_onednn(conv, nn.Conv2d, x) and is_usual_3x3(conv):
-        return in_parts(lambda x: upsampled(x, conv.weight, conv.bias), x, many(x))
-    return conv2d(conv, F.interpolate(x, scale_factor=2, mode="nearest"))
+        return in_parts(lambda x: upsampled(x, conv.weight, conv.bias, edges), x, many(x))
+    enlarged = F.interpolate(x, scale_factor=2, mode="nearest")
+    if edges == BOTH:
+        return conv2d(conv, enlarged)
+    above, below = edges  # of the rows that lie above and below only the next is needed
+    rows = slice(1 - above, enlarged.shape[2] - 1 + below)
+    return conv2d(conv, enlarged[:, :, rows], edges)
 
 
 def add_conv(conv: Layer, x: Tensor, h: Tensor) -> Tensor:
