@@ -79,7 +79,8 @@ class WithLse(torch.autograd.Function):
 def gradients_of(ctx, grad_out, q, k, v, v_source, source_row, bias, grad_lse, is_causal):
     """The gradients of q, k, v and v_source; RuntimeError for those that there are not."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError("the Triton kernels have no second derivatives; use impl='sdpa'")
+        what = "the Triton kernels have no second derivatives, nor torch.func's first"
+        raise RuntimeError(f"{what}; use impl='sdpa'")
     if bias is not None and bias.requires_grad:
         raise RuntimeError("bias: the Triton kernels have no gradient of it; use impl='sdpa'")
     tensors = (grad_out, q, k, v, v_source, source_row, bias, grad_lse)

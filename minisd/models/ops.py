@@ -186,7 +186,8 @@ def conv2d(layer: Layer, x: Tensor, edges: Edges = BOTH) -> Tensor:
             return in_parts(lambda x: by_windows(x, weight, bias, edges), x, TOGETHER)
         if is_wide(x, weight, edges):
             return in_parts(lambda x: winograd(x, weight, bias, edges), x, many(x))
-    x, padding = with_edges(x, padding, edges)
+    if edges != BOTH:
+        x, padding = with_edges(x, edges), (0, 1)
     numbers = list(padding), list(layer.stride), list(layer.dilation), 1
     op = torch.ops.mkldnn._convolution_pointwise  # whatever torch would choose
     return op(x, weight, bias, *numbers, "none", [], "")
@@ -197,16 +198,16 @@ def convolution(layer: Layer, x: Tensor, edges: Edges = BOTH) -> Tensor:
     own = plain(layer, nn.Conv2d)
     if own is None or layer.padding_mode != "zeros":
         return call(layer, x)
-    x, padding = with_edges(x, layer.padding, edges)
+    padding = layer.padding
+    if edges != BOTH:
+        x, padding = with_edges(x, edges), (0, 1)
     numbers = layer.stride, padding, layer.dilation, layer.groups
     return F.conv2d(x, own["weight"], own["bias"], *numbers)
 
 
-def with_edges(x: Tensor, padding: Any, edges: Edges) -> tuple[Tensor, Any]:
-    """x with its edges, and the padding of a convolution that is then left to do."""
-    if edges == BOTH:
-        return x, padding
-    return F.pad(x, (0, 0, *edges)) if any(edges) else x, (0, padding[1])
+def with_edges(x: Tensor, edges: Edges) -> Tensor:
+    """A band with the rows of zeros above and below it; a 3x3 convolution then pads its sides."""
+    return F.pad(x, (0, 0, *edges)) if any(edges) else x
 
 
 def is_usual(layer: Layer) -> bool:
