@@ -120,7 +120,7 @@ LARGE = (
 TOGETHER = 16  # kernels that one process compiles, then disassembles at once
 DTYPES = ("float16", "bfloat16", "float32")
 FUSED = {  # see norms.py; kernel: channels and rows, of the UNet, and of the VAE
-    "group_norm": ((320, 1024), (960, 1024), (1280, 64), (2560, 256)),
+    "group_norm": ((320, 1024), (2560, 256)),
     "group_norm moments": ((128, 2**16), (320, 2**13), (1280, 2**11)),
     "group_norm group": ((128, 2**16), (320, 2**13), (1280, 2**11)),
     "group_norm apply": ((128, 2**16), (320, 2**13), (1280, 2**11)),
