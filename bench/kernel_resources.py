@@ -186,14 +186,12 @@ def suite(arch: int) -> list[Case]:
 
 
 def matrix(arch: int) -> list[Case]:
-    """The larger list, to be run by hand with each version of Triton: sm_90, where ptxas was wrong,
-    above all."""
+    """The larger list, the same for every card, to be run by hand with each version of Triton."""
     out = suite(arch)
-    if arch == 90:
-        every = itertools.product(FORMS, (8, 40, 72, 80, 96, 160, 256))
-        out += [case(arch, form, D, 1000, TEXT, "float16") for form, D in every]
-        keys = itertools.product(FORMS, (40, 80, 96, 160), (63, 128))
-        out += [case(arch, form, D, 1024, L, "float16") for form, D, L in keys]
+    every = itertools.product(FORMS, (8, 40, 72, 80, 96, 160, 256))
+    out += [case(arch, form, D, 1000, TEXT, "float16") for form, D in every]
+    keys = itertools.product(FORMS, (40, 80, 96, 160), (63, 128))
+    out += [case(arch, form, D, 1024, L, "float16") for form, D, L in keys]
     out += [case(arch, form, D, 1000, TEXT, "bfloat16") for form in DISTINCT for D in (40, 80, 160)]
     crossing = [form for form in FORMS if FORMS[form][0] in ("cross", "save", "mean")]
     long = itertools.product(crossing, LONG, (40, 160), ("float16", "float32"))

@@ -19,7 +19,6 @@ from torch import Tensor
 
 LEVEL = {torch.float32: 1, torch.bfloat16: 2}  # what minisd_attention_level must be at least
 STEP = 8  # the head dim is a multiple of it
-WIDEST = 256  # head dim of float32 up to which it is quicker
 
 
 @functools.cache
@@ -49,21 +48,6 @@ def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     L = k.shape[2]
     fits = k.shape == v.shape == (B, H, L, D) and D % STEP == 0 and min(B, H, N, L, D) > 0
     return fits and q.stride(3) == k.stride(3) == v.stride(3) == 1
-
-
-def is_quicker(q: Tensor) -> bool:
-    """Whether `attention` is quicker than PyTorch's for such tensors.
-
-    CPU ms of one thread on an AMD EPYC with AVX-512 whose other core was busy, PyTorch's / this:
-
-        queries, keys, D   4096, 4096, 40   1024, 1024, 80   256, 256, 160   4096, 77, 40
-        float32                675 / 472          69 / 61         8.6 / 8.4         23 / 16
-        bfloat16               730 / 272          77 / 32         9.1 / 4.4         22 / 10
-
-    of 16 heads; one head of D = 512, 4096 queries and keys: 375 / 510 and 364 / 202. So not float32
-    with wide heads, whose tile of queries does not fit into the first cache.
-    """
-    return q.dtype == torch.bfloat16 or q.shape[3] <= WIDEST
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

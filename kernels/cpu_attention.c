@@ -56,31 +56,30 @@ INLINE F32 __m512 exp2_negative(__m512 x, int half)
     return _mm512_scalef_ps(p, n);
 }
 
-/* sums[STEP][VECTORS] += left[i][j] right[i], over i; left: a number for each of STEP, `apart`
-   numbers from one to the next and `next` from one i to the next; right: TILE numbers, likewise. */
-INLINE F32 void products_f32(__m512 sums[STEP][VECTORS], const float *left, int64_t apart,
-                             int64_t next, const float *right, int64_t count)
+/* sums[STEP][VECTORS] += left[i][STEP] right[i][TILE], over i. */
+INLINE F32 void products_f32(__m512 sums[STEP][VECTORS], const float *left, const float *right,
+                             int64_t count)
 {
     for (int64_t i = 0; i < count; i++) {
         __m512 x[VECTORS];
         for (int w = 0; w < VECTORS; w++) x[w] = _mm512_loadu_ps(right + i * TILE + w * LANES);
         for (int j = 0; j < STEP; j++) {
-            __m512 y = _mm512_set1_ps(left[i * next + j * apart]);
+            __m512 y = _mm512_set1_ps(left[i * STEP + j]);
             for (int w = 0; w < VECTORS; w++) sums[j][w] = _mm512_fmadd_ps(y, x[w], sums[j][w]);
         }
     }
 }
 
 /* The same of pairs of bfloat16, each in 32 bits. */
-INLINE BF16 void products_bf16(__m512 sums[STEP][VECTORS], const int32_t *left, int64_t apart,
-                               int64_t next, const int32_t *right, int64_t count)
+INLINE BF16 void products_bf16(__m512 sums[STEP][VECTORS], const int32_t *left,
+                               const int32_t *right, int64_t count)
 {
     for (int64_t i = 0; i < count; i++) {
         __m512bh x[VECTORS];
         for (int w = 0; w < VECTORS; w++)
             x[w] = (__m512bh)_mm512_loadu_si512(right + i * TILE + w * LANES);
         for (int j = 0; j < STEP; j++) {
-            __m512bh y = (__m512bh)_mm512_set1_epi32(left[i * next + j * apart]);
+            __m512bh y = (__m512bh)_mm512_set1_epi32(left[i * STEP + j]);
             for (int w = 0; w < VECTORS; w++) sums[j][w] = _mm512_dpbf16_ps(sums[j][w], y, x[w]);
         }
     }
@@ -89,7 +88,8 @@ INLINE BF16 void products_bf16(__m512 sums[STEP][VECTORS], const int32_t *left, 
 /* Where the numbers of one head and the results between the products are. */
 typedef struct {
     void *q;                /* the tile: [dim][TILE] float32 or [dim / 2][TILE] pairs, scaled */
-    void *k, *v;            /* the head: [keys][dim] and, of bfloat16, v as pairs of keys */
+    void *k;                /* the head: [keys / STEP][dim][STEP], or pairs of dims of bfloat16 */
+    void *v;                /* of each BLOCK: [dim / STEP][keys][STEP], or pairs of keys */
     float *scores;          /* [BLOCK][TILE], times log2 e */
     int32_t *pairs;         /* [BLOCK / 2][TILE] */
     float *out;             /* [dim][TILE] */
@@ -179,6 +179,9 @@ INLINE F32 void add_sums(__m512 sums[STEP][VECTORS], float *to)
     store_sums(sums, to);
 }
 
+/* Keys, and behind the last one room for a step. */
+static int64_t padded(int64_t keys) { return (keys + STEP - 1) / STEP * STEP; }
+
 /* All keys for one tile of queries. */
 F32 static void tile_f32(const Call *call, Room *room)
 {
@@ -189,14 +192,14 @@ F32 static void tile_f32(const Call *call, Room *room)
         for (int64_t j = 0; j < count; j += STEP) { /* behind the last key there is room */
             __m512 sums[STEP][VECTORS];
             clear_sums(sums);
-            products_f32(sums, k + j * dim, dim, 1, room->q, dim);
+            products_f32(sums, k + j * dim, room->q, dim);
             store_sums(sums, room->scores + j * TILE);
         }
         softmax_f32(room, count, dim);
         for (int64_t d = 0; d < dim; d += STEP) {
             __m512 sums[STEP][VECTORS];
             clear_sums(sums);
-            products_f32(sums, v + d, 1, dim, room->scores, count);
+            products_f32(sums, v + d * padded(count), room->scores, count);
             add_sums(sums, room->out + d * TILE);
         }
     }
@@ -208,11 +211,12 @@ BF16 static void tile_bf16(const Call *call, Room *room)
     __m512 scale = _mm512_set1_ps(call->scale * LOG2_E);
     for (int64_t start = 0; start < call->keys; start += BLOCK) {
         int64_t count = call->keys - start < BLOCK ? call->keys - start : BLOCK;
-        const int32_t *k = (int32_t *)room->k + start * half, *v = (int32_t *)room->v + start * half;
+        const int32_t *k = (int32_t *)room->k + start * half;
+        const int32_t *v = (int32_t *)room->v + start * half;
         for (int64_t j = 0; j < count; j += STEP) {
             __m512 sums[STEP][VECTORS];
             clear_sums(sums);
-            products_bf16(sums, k + j * half, half, 1, room->q, half);
+            products_bf16(sums, k + j * half, room->q, half);
             for (int i = 0; i < STEP; i++)
                 for (int w = 0; w < VECTORS; w++) sums[i][w] = _mm512_mul_ps(sums[i][w], scale);
             store_sums(sums, room->scores + j * TILE);
@@ -221,32 +225,53 @@ BF16 static void tile_bf16(const Call *call, Room *room)
         for (int64_t d = 0; d < dim; d += STEP) {
             __m512 sums[STEP][VECTORS];
             clear_sums(sums);
-            products_bf16(sums, v + d, 1, dim, room->pairs, (count + 1) / 2);
+            products_bf16(sums, v + d * padded(count) / 2, room->pairs, (count + 1) / 2);
             add_sums(sums, room->out + d * TILE);
         }
     }
 }
 
-/* k and v of one head side by side. v of bfloat16: [keys / 2][dim] pairs of two keys. */
+/* k of one head, STEP keys side by side; behind the last key the last one is repeated. */
+static void pack_keys(const Call *call, const char *k, uint32_t *to)
+{
+    int64_t size = call->half ? 2 : 4, words = call->dim * size / 4;
+    for (int64_t i = 0; i < call->keys; i += STEP) {
+        const char *from[STEP];
+        for (int64_t j = i; j < i + STEP; j++)
+            from[j - i] = k + (j < call->keys ? j : call->keys - 1) * call->k_stride[2] * size;
+        for (int64_t d = 0; d < words; d++)
+            for (int j = 0; j < STEP; j++) memcpy(to++, from[j] + 4 * d, 4);
+    }
+}
+
+/* v of one head, STEP dims side by side; a key without another to pair with has zeros there. */
+static void pack_values(const Call *call, const char *v, uint32_t *to)
+{
+    int64_t step = call->v_stride[2], together = call->half ? 2 : 1; /* keys in a word */
+    for (int64_t start = 0; start < call->keys; start += BLOCK) {
+        int64_t count = call->keys - start < BLOCK ? call->keys - start : BLOCK;
+        int64_t apart = padded(count) / together * STEP; /* words from STEP dims to the next */
+        for (int64_t i = 0; i < count; i += together, v += 4 * step)
+            for (int64_t d = 0; d < call->dim / STEP; d++) {
+                uint32_t *word = to + d * apart + i / together * STEP;
+                if (!call->half) {
+                    memcpy(word, v + d * STEP * 4, STEP * 4);
+                    continue;
+                }
+                uint16_t low[STEP], high[STEP] = {0};
+                memcpy(low, v + d * STEP * 2, STEP * 2);
+                if (i + 1 < count) memcpy(high, v + (step + d * STEP) * 2, STEP * 2);
+                for (int j = 0; j < STEP; j++) word[j] = low[j] | (uint32_t)high[j] << 16;
+            }
+        to += call->dim / STEP * apart;
+    }
+}
+
 static void pack_head(const Call *call, Room *room, int64_t row, int64_t head)
 {
-    int64_t dim = call->dim, keys = call->keys, size = call->half ? 2 : 4;
-    const char *k = call->k + (row * call->k_stride[0] + head * call->k_stride[1]) * size;
-    const char *v = call->v + (row * call->v_stride[0] + head * call->v_stride[1]) * size;
-    for (int64_t i = 0; i < keys; i++)
-        memcpy((char *)room->k + i * dim * size, k + i * call->k_stride[2] * size, dim * size);
-    if (!call->half) {
-        for (int64_t i = 0; i < keys; i++)
-            memcpy((char *)room->v + i * dim * size, v + i * call->v_stride[2] * size, dim * size);
-        return;
-    }
-    uint32_t *pairs = room->v;
-    for (int64_t i = 0; i < keys; i += 2) {
-        const uint16_t *low = (const uint16_t *)v + i * call->v_stride[2];
-        const uint16_t *high = low + call->v_stride[2];
-        for (int64_t d = 0; d < dim; d++)
-            pairs[i / 2 * dim + d] = low[d] | (i + 1 < keys ? (uint32_t)high[d] << 16 : 0);
-    }
+    int64_t size = call->half ? 2 : 4;
+    pack_keys(call, call->k + (row * call->k_stride[0] + head * call->k_stride[1]) * size, room->k);
+    pack_values(call, call->v + (row * call->v_stride[0] + head * call->v_stride[1]) * size, room->v);
 }
 
 /* q of `count` queries the other way round; behind the last one there are zeros. */
@@ -305,7 +330,7 @@ static void one_tile(const Call *call, Room *room, int64_t row, int64_t head, in
 static Room *make_room(const Call *call)
 {
     int64_t size = call->half ? 2 : 4, dim = call->dim;
-    int64_t packed = (call->keys + 2 * STEP) * dim * size; /* behind the last key there is room */
+    int64_t packed = padded(call->keys) * dim * size;
     packed = (packed + LINE - 1) / LINE * LINE;
     int64_t head = (sizeof(Room) + LINE - 1) / LINE * LINE;
     char *memory = aligned_alloc(LINE, head + 2 * packed + dim * TILE * (size + 4) + BLOCK * TILE * 6);
@@ -317,7 +342,6 @@ static Room *make_room(const Call *call)
     room->out = (float *)((char *)room->q + dim * TILE * size);
     room->scores = room->out + dim * TILE;
     room->pairs = (int32_t *)(room->scores + BLOCK * TILE);
-    memset(room->k, 0, 2 * packed);
     return room;
 }
 

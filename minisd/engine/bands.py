@@ -126,15 +126,17 @@ def _convolve(
 
     out: x itself, or None for new memory.
     """
-    above: Tensor | None = None
+    place = y = None
     for rows in bands(x, factor):
-        band = x[:, :, rows.start : rows.stop + 1]
-        band = band if above is None else torch.cat([above, band], dim=2)
-        above = x[:, :, rows.stop - 1 : rows.stop].clone()  # as it is before it is written over
-        y = conv(before(band), (int(rows.start == 0), int(rows.stop == x.shape[2])))
+        band = before(x[:, :, max(rows.start - 1, 0) : rows.stop + 1])
+        if y is not None:  # not earlier: where out is x, this band has read the last row of `place`
+            cast(Tensor, out)[:, :, place] = y
+        y = conv(band, (int(rows.start == 0), int(rows.stop == x.shape[2])))
+        place = slice(factor * rows.start, factor * rows.stop)
         if out is None:
             size = (len(x), y.shape[1], factor * x.shape[2], y.shape[3])
             order = torch.channels_last
             out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=order)
-        out[:, :, factor * rows.start : factor * rows.stop] = y
-    return cast(Tensor, out)
+    out, y = cast(Tensor, out), cast(Tensor, y)
+    out[:, :, place] = y
+    return out
