@@ -5,21 +5,22 @@ transformers.
 
 Parts, in this order: tests (the GPU-marked ones, in as many processes as there are cores), then
 attention, the kernels' own figures, then the tables of the README, editing, unet, txt2img and
-startup, then fused and scaling; all of them unless some are named, so that it can be split over
-several calls where the time of one is limited. Each part writes its results as soon as it has them.
-Prints what is wrong or misses its target, how each part ended and after how many seconds, and in
-the end what was skipped and why. Needs no installation: the checkout is put on the path. What needs
-something that is not there is left out with a line saying so: the tests without pytest, what draws
-without Pillow, a test file or a rival without diffusers.
+startup, then fused and scaling, and in the end bundled, the kernels' tests once more with the ptxas
+that Triton bundles and minisd_kernels/toolchain.py may have replaced; all of them unless some are
+named, so that it can be split over several calls where the time of one is limited. Each part writes
+its results as soon as it has them. Prints what is wrong or misses its target, how each part ended
+and after how many seconds, and in the end what was skipped and why. Needs no installation: the
+checkout is put on the path. What needs something that is not there is left out with a line saying
+so: the tests without pytest, what draws without Pillow, a test file or a rival without diffusers.
 
 The whole ends within ten minutes: when --minutes (9.5) are over, what runs is interrupted, and the
 parts that did not end are named; what they had saved stays. On an H200 where nothing has been
 compiled yet all of it should fit, but that is an estimate and was never measured, in minutes: tests
 1.5 - 2.25 (about 260 compiles of a second, on four cores), attention 1.5 - 2 (compiles and
 FlexAttention), editing 0.75, unet 1 - 1.5 (12 processes), txt2img 0.75 (6 processes), startup 1,
-fused 0.75, scaling 0.5. --full adds the other dtypes, batches and sizes of the kernels and what
-compiles the whole UNet, diffusers' too; it takes as long as it takes, unless --minutes says
-otherwise.
+fused 0.75, scaling 0.5, bundled as long as tests, if anything is left. --full adds the other
+dtypes, batches and sizes of the kernels and what compiles the whole UNet, diffusers' too; it takes
+as long as it takes, unless --minutes says otherwise.
 """
 
 import argparse
@@ -36,11 +37,23 @@ from pathlib import Path
 import torch
 
 from bench import harness
+from bench.kernel_resources import nvidia
 
-PARTS = ("tests", "attention", "editing", "unet", "txt2img", "startup", "fused", "scaling")
-NEEDS = {"tests": "pytest"} | dict.fromkeys(
+PARTS = (
+    "tests",
+    "attention",
+    "editing",
+    "unet",
+    "txt2img",
+    "startup",
+    "fused",
+    "scaling",
+    "bundled",
+)
+NEEDS = {"tests": "pytest", "bundled": "pytest"} | dict.fromkeys(
     ("editing", "txt2img", "unet", "scaling", "startup"), "PIL"
 )
+TESTS = {"tests": "test_*.py", "bundled": "test_kernels*.py"}  # part: which files
 MARK = "pytest.mark.gpu"
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
 PASSED, FAILED, LATE = (
@@ -56,12 +69,14 @@ def left(deadline: float) -> float | None:
     return None if deadline == math.inf else max(0, deadline - time.monotonic())
 
 
-def collect(folder: Path, deadline: float) -> list[str]:
-    """The GPU tests of a folder, as pytest calls them; a file that imports what is not there,
-    itself or by a module of its own, is skipped with a line. subprocess.TimeoutExpired at the
-    deadline."""
+def collect(folder: Path, deadline: float, files: str) -> list[str]:
+    """The GPU tests of some files in a folder, as pytest calls them; a file that imports what is
+    not there, itself or by a module of its own, is skipped with a line.
+
+    subprocess.TimeoutExpired at the deadline.
+    """
     tests = []
-    for file in sorted(folder.glob("test_*.py")):
+    for file in sorted(folder.glob(files)):
         if MARK not in file.read_text():
             continue
         command = [*PYTEST, "--collect-only", str(file)]
@@ -78,13 +93,22 @@ def collect(folder: Path, deadline: float) -> list[str]:
     return tests
 
 
-def run_tests(tests: list[str], deadline: float, processes: int | None = None) -> set[str]:
+def run_tests(
+    tests: list[str],
+    deadline: float,
+    processes: int | None = None,
+    env: dict[str, str] | None = None,
+) -> set[str]:
     """How the tests end, in as many processes as there are cores: most of their time is compiling,
     on one core each."""
     processes = processes or os.cpu_count() or 1
     running = [
         subprocess.Popen(
-            [*PYTEST, *share], cwd=harness.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            [*PYTEST, *share],
+            cwd=harness.ROOT,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
         for share in (tests[i::processes] for i in range(processes))
         if share
@@ -116,7 +140,7 @@ def finish(process: subprocess.Popen, deadline: float, patience: float = 10) -> 
 
 
 def commands(full: bool) -> dict[str, list[str]]:
-    """{part: its command}, of all parts but the tests."""
+    """{part: its command}, of all parts that are no tests."""
     kernels, compiled = [] if full else ["--quick"], "--compiled" if full else "--no-compiled"
     return {
         "attention": ["bench.attention", *kernels],
@@ -131,14 +155,15 @@ def commands(full: bool) -> dict[str, list[str]]:
 
 def run(part: str, full: bool, deadline: float) -> set[str]:
     """How its processes end."""
-    if part != "tests":
+    if part not in TESTS:
         command = [sys.executable, "-m", *commands(full)[part]]
         return {finish(subprocess.Popen(command, cwd=harness.ROOT), deadline)}
     try:
-        tests = collect(harness.ROOT / "tests", deadline)
+        tests = collect(harness.ROOT / "tests", deadline, TESTS[part])
     except subprocess.TimeoutExpired:
         return {LATE}
-    return run_tests(tests, deadline)
+    bundled = {**os.environ, "TRITON_PTXAS_PATH": str(nvidia("ptxas"))}
+    return run_tests(tests, deadline, env=bundled if part == "bundled" else None)
 
 
 def main(argv=None) -> int:

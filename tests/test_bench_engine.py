@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from bench import against, editing_speed, gpu, harness, report, scaling, txt2img, unet
+from bench.kernel_resources import nvidia
 
 TIMES = {"ms": 2000.0, "low": 1900.0, "high": 2100.0, "bytes": 3_400_000_000, "above": 500_000_000}
 RECORD = {
@@ -366,11 +367,17 @@ def test_the_run_on_a_card_starts_everything_with_options_that_are_known(full, m
         gpu, "finish", lambda process, deadline: gpu.FAILED if process.returncode else gpu.PASSED
     )
     monkeypatch.setattr(
-        gpu, "collect", lambda folder, deadline: deadlines.append(deadline) or [folder]
+        gpu,
+        "collect",
+        lambda folder, deadline, files: deadlines.append(deadline) or [folder / files],
     )
-    monkeypatch.setattr(
-        gpu, "run_tests", lambda found, deadline: tests.extend(found) or {gpu.FAILED, gpu.LATE}
-    )
+    ended = {"test_*.py": {gpu.FAILED, gpu.LATE}, "test_kernels*.py": {gpu.PASSED}}
+
+    def run_tests(found, deadline, env):
+        tests.append((*found, (env or {}).get("TRITON_PTXAS_PATH")))
+        return ended[found[0].name]
+
+    monkeypatch.setattr(gpu, "run_tests", run_tests)
     assert gpu.main(["unet", "editing"]) == 0 and not tests
     in_order = ["bench.editing", "bench.unet"]  # that of the parts
     assert [command[0] for command in commands] == in_order
@@ -383,9 +390,9 @@ def test_the_run_on_a_card_starts_everything_with_options_that_are_known(full, m
     assert "not done in time: unet, scaling" in capsys.readouterr().out
     assert gpu.main(full) == 1  # two of them fail: said in the end, and the others have run
     assert capsys.readouterr().out.endswith("failed: tests, fused\nnot done in time: tests\n")
-    assert tests == [harness.ROOT / "tests"] and [
-        deadline == math.inf for deadline in deadlines
-    ] == [bool(full)]
+    folder, bundled = harness.ROOT / "tests", str(nvidia("ptxas"))
+    assert tests == [(folder / "test_*.py", None), (folder / "test_kernels*.py", bundled)]
+    assert [deadline == math.inf for deadline in deadlines] == [bool(full)] * 2
     assert {command[0] for command in commands} == {
         f"bench.{name}"
         for name in ("attention", "fused", "editing", "unet", "txt2img", "scaling", "startup")
@@ -438,8 +445,8 @@ def test_gpu_tests_that_cannot_be_imported_are_skipped(tmp_path):
     (tmp_path / "test_other.py").write_text("import diffusers")
     code = (
         "from math import inf; from pathlib import Path; from bench import gpu;"
-        f"print(*gpu.collect(Path({str(tmp_path)!r}), inf), sep='\\n');"
-        "print(*gpu.collect(gpu.harness.ROOT / 'tests', inf), sep='\\n')"
+        f"print(*gpu.collect(Path({str(tmp_path)!r}), inf, 'test_*.py'), sep='\\n');"
+        "print(*gpu.collect(gpu.harness.ROOT / 'tests', inf, 'test_*.py'), sep='\\n')"
     )
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
