@@ -17,6 +17,7 @@ budget. Exit status 1: ours or the contender failed or was wrong, or nothing was
 
 import argparse
 import importlib
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -124,14 +125,22 @@ def bandwidth(device: str) -> float:
     return 2 * n / (ms * 1e-3)
 
 
-def loaded(name: str) -> Callable:
-    """The function that "module:function" names; ValueError if there is none."""
+def loaded(name: str) -> tuple[str, Callable]:
+    """The name and the function that "module:function" names; ArgumentTypeError if there is
+    none."""
     module, _, function = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), function)
+        return name, getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         expected = "expected module:function, function(q, k, v, edit) -> out"
-        raise ValueError(f"--contender {name!r}: {error}; {expected}") from error
+        raise argparse.ArgumentTypeError(f"{name!r}: {error}; {expected}") from error
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """ "2,8,4096,77,40" -> (2, 8, 4096, 77, 40); ArgumentTypeError for anything else."""
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*){4}", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected B,H,N,L,D, five numbers above 0")
+    return tuple(map(int, text.split(",")))
 
 
 def inputs(B: int, heads: int, N: int, L: int, D: int, dtype, device):
@@ -408,6 +417,7 @@ def main(argv=None) -> int:
     )
     parser.add_argument(
         "--shape",
+        type=numbers,
         action="append",
         metavar="B,H,N,L,D",
         help="time this shape only; may be repeated",
@@ -419,20 +429,16 @@ def main(argv=None) -> int:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="batch 2, float16, the 512x512 shapes")
     parser.add_argument("--only", default="", metavar="FORM", help="forms whose name contains this")
-    parser.add_argument("--contender", metavar="MODULE:FUNCTION", help="one rival more")
+    parser.add_argument(
+        "--contender", type=loaded, metavar="MODULE:FUNCTION", help="one rival more"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write there, not to results/")
     args = parser.parse_args(argv)
-    contender = args.contender and (args.contender, loaded(args.contender))
     if torch.device(args.device).type != "cuda":
         print("no GPU: the Triton kernels are left out, only what runs on this device is timed")
     dtypes = [getattr(torch, name) for name in (args.dtype[:1] if args.quick else args.dtype)]
-    if args.shape:
-        shapes = [tuple(map(int, shape.split(","))) for shape in args.shape]
-    else:
-        grid = SHAPES[:8] if args.quick else SHAPES
-        shapes = [
-            (B, H, *shape) for B in (args.batch[:1] if args.quick else args.batch) for shape in grid
-        ]
+    grid, batches = (SHAPES[:8], args.batch[:1]) if args.quick else (SHAPES, args.batch)
+    shapes = args.shape or [(B, H, *shape) for B in batches for shape in grid]
     rows, suffix = [], "-shape" if args.shape else "-quick" if args.quick else ""
     rate, path = bandwidth(args.device), args.json
     print(f"measured bandwidth {rate * 1e-9:.0f} GB/s")
@@ -443,7 +449,7 @@ def main(argv=None) -> int:
             forms = ("plain", *(CROSS_EDITS if is_cross(N, L) else SELF_EDITS))
             forms = [form for form in forms if args.only in form]
             shape = (B, heads, N, L, D, dtype, args.device, forms, args.rounds, peak, rate)
-            rows += bench_shape(*shape, contender)
+            rows += bench_shape(*shape, args.contender)
             if rows and args.json:
                 harness.write(args.json, {**harness.provenance(args.device), "rows": rows})
             elif rows:

@@ -31,8 +31,8 @@ def check(
     kv_row=None,
     own_value=None,
 ) -> None:
-    """ValueError unless q, k, v and the edit agree in shape, dtype and device; of every
-    implementation."""
+    """ValueError unless q, k, v and the edit agree in shape, dtype and device, TypeError for a part
+    of the edit that is no tensor; of every implementation."""
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise ValueError(
             "q, k, v: expected 4 dimensions (batch, heads, tokens, head_dim), "
@@ -50,6 +50,8 @@ def check(
         raise ValueError(f"q, k, v: expected one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k, v: expected one device, got {q.device}, {k.device}, {v.device}")
+    if kv_row is not None:
+        check_tensor("kv_row", kv_row)
     if kv_row is not None and (kv_row.ndim != 2 or not kv_row.shape[1]):
         raise ValueError(f"kv_row: expected shape (S, M), M at least 1, got {tuple(kv_row.shape)}")
 
@@ -91,6 +93,8 @@ def check_edit(q: Tensor, edit: dict) -> None:
     they should."""
     if not edit:
         return
+    for name, (x, _, _) in edit.items():
+        check_tensor(name, x)
     rows = {name: x.shape[0] if x.ndim else 0 for name, (x, _, _) in edit.items()}
     S, B = next(iter(rows.values())), q.shape[0]
     if any(each != S for each in rows.values()) or not 1 <= S <= B:
@@ -108,6 +112,12 @@ def check_edit(q: Tensor, edit: dict) -> None:
             )
         if x.device != q.device:
             raise ValueError(f"{name}: expected a tensor on {q.device} like q, got {x.device}")
+
+
+def check_tensor(name: str, x) -> None:
+    """TypeError for a list or a number."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
 
 
 def overlaps(x: Tensor) -> bool:

@@ -122,10 +122,14 @@ def run(name: str, *args):
         with torch.cuda.device(device):
             return run(name, *args)
     tensors, numbers = args[: TENSORS[name]], args[TENSORS[name] :]
-    facts = [
-        x if x is None else (x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() & 15)
-        for x in tensors
-    ]
+    try:
+        facts = [
+            x if x is None else (x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() & 15)
+            for x in tensors
+        ]
+    except AttributeError:  # not a tensor
+        CHECKS[name](*args)  # which says what it is
+        raise
     key = (name, numbers, *facts)
     launch = KNOWN.get(key) or prepared(key, args)
     out = EMPTY[name](*args)

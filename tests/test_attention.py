@@ -221,6 +221,14 @@ def test_bad_edits_are_refused(fields, match, impl):
         attention(q, k, v, AttentionEdit(**fields), impl)
 
 
+@pytest.mark.parametrize("impl", ["sdpa", "reference", "triton"])
+@pytest.mark.parametrize("name", [n for n in AttentionEdit._fields if not n.endswith("_qk")])
+def test_what_is_no_tensor_is_refused(name, impl):
+    q, k, v, _ = inputs("none", ())
+    with pytest.raises(TypeError, match=f"{name}: expected a tensor, got list"):
+        attention(q, k, v, AttentionEdit(**{name: [1.0, 2.0]}), impl)
+
+
 def test_unknown_impl_and_rows_are_refused():
     q, k, v, _ = inputs("none", ())
     with pytest.raises(

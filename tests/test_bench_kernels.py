@@ -208,9 +208,24 @@ def test_a_contender_is_held_to_the_budget(tmp_path, monkeypatch, capsys, name, 
 def test_nothing_to_measure_is_an_error(tmp_path, monkeypatch, capsys):
     assert run(tmp_path, monkeypatch, "--only", "nonsense") == 1
     assert "nothing was measured: no form contains 'nonsense'" in capsys.readouterr().out
-    for name in ("no_such_module:f", "bench.attention:no_such_function", "bench.attention"):
-        with pytest.raises(ValueError, match=f"--contender '{name}': .*expected module:function"):
-            run(tmp_path, monkeypatch, "--contender", name)
+
+
+@pytest.mark.parametrize(
+    "option, value, expected",
+    [
+        ("--contender", "no_such_module:f", "expected module:function"),
+        ("--contender", "bench.attention:no_such_function", "expected module:function"),
+        ("--contender", "bench.attention", "expected module:function"),
+        ("--shape", "2,8,64", "expected B,H,N,L,D"),
+        ("--shape", "2,8,64,64,x", "expected B,H,N,L,D"),
+        ("--shape", "2,8,64,0,40", "expected B,H,N,L,D"),
+    ],
+)
+def test_an_option_that_cannot_be_read(option, value, expected, capsys):
+    with pytest.raises(SystemExit):
+        bench.main([option, value])
+    (said,) = capsys.readouterr().err.splitlines()[-1:]
+    assert f"argument {option}: {value!r}: " in said and expected in said
 
 
 def test_what_a_form_needs():

@@ -289,6 +289,18 @@ def test_bad_fields_are_refused(fields, match):
         ops.check(*qkv(), **fields)
 
 
+@pytest.mark.parametrize("value", [[1, 0], 0.5])
+@pytest.mark.parametrize("name", ["source_row", "bias", "kv_row", "own_value", "reweight", "save"])
+def test_what_is_no_tensor_is_refused(name, value):
+    match = f"{name}: expected a tensor, got {type(value).__name__}"
+    with pytest.raises(TypeError, match=match):
+        ops.check(*qkv(), **{name: value})
+    op = ops.attention if name in ("kv_row", "own_value") else ops.cross_attention
+    for tracked in (False, True):
+        with pytest.raises(TypeError, match=match):
+            op(*(x.requires_grad_(tracked) for x in qkv()), **{name: value})
+
+
 def test_what_cross_attention_does_not_take():
     for name, x in (("kv_row", torch.zeros(2, 1, dtype=torch.int64)), ("own_value", torch.ones(2))):
         with pytest.raises(
