@@ -126,14 +126,13 @@ def bandwidth(device: str) -> float:
 
 
 def loaded(name: str) -> tuple[str, Callable]:
-    """The name and the function that "module:function" names; ArgumentTypeError if there is
-    none."""
+    """The name and the function that "module:function" names; ValueError if there is none."""
     module, _, function = name.partition(":")
     try:
         return name, getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         expected = "expected module:function, function(q, k, v, edit) -> out"
-        raise argparse.ArgumentTypeError(f"{name!r}: {error}; {expected}") from error
+        raise ValueError(f"argument --contender: {name!r}: {error}; {expected}") from error
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -429,11 +428,13 @@ def main(argv=None) -> int:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="batch 2, float16, the 512x512 shapes")
     parser.add_argument("--only", default="", metavar="FORM", help="forms whose name contains this")
-    parser.add_argument(
-        "--contender", type=loaded, metavar="MODULE:FUNCTION", help="one rival more"
-    )
+    parser.add_argument("--contender", metavar="MODULE:FUNCTION", help="one rival more")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write there, not to results/")
     args = parser.parse_args(argv)
+    try:
+        contender = args.contender and loaded(args.contender)
+    except ValueError as error:
+        parser.error(str(error))
     if torch.device(args.device).type != "cuda":
         print("no GPU: the Triton kernels are left out, only what runs on this device is timed")
     dtypes = [getattr(torch, name) for name in (args.dtype[:1] if args.quick else args.dtype)]
@@ -449,7 +450,7 @@ def main(argv=None) -> int:
             forms = ("plain", *(CROSS_EDITS if is_cross(N, L) else SELF_EDITS))
             forms = [form for form in forms if args.only in form]
             shape = (B, heads, N, L, D, dtype, args.device, forms, args.rounds, peak, rate)
-            rows += bench_shape(*shape, args.contender)
+            rows += bench_shape(*shape, contender)
             if rows and args.json:
                 harness.write(args.json, {**harness.provenance(args.device), "rows": rows})
             elif rows:

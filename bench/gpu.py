@@ -50,8 +50,8 @@ PARTS = (
     "scaling",
     "bundled",
 )
-NEEDS = {"tests": "pytest", "bundled": "pytest"} | dict.fromkeys(
-    ("editing", "txt2img", "unet", "scaling", "startup"), "PIL"
+NEEDS = {"tests": ("pytest",), "bundled": ("pytest", "triton")} | dict.fromkeys(
+    ("editing", "txt2img", "unet", "scaling", "startup"), ("PIL",)
 )
 TESTS = {"tests": "test_*.py", "bundled": "test_kernels*.py"}  # part: which files
 MARK = "pytest.mark.gpu"
@@ -139,6 +139,16 @@ def finish(process: subprocess.Popen, deadline: float, patience: float = 10) -> 
     return LATE if late else FAILED if process.returncode else PASSED
 
 
+def why_not(part: str) -> str | None:
+    """What keeps a part from being run on this machine; None: nothing."""
+    for module in NEEDS.get(part, ()):
+        if importlib.util.find_spec(module) is None:
+            return f"{module} is not installed"
+    if part == "bundled" and torch.cuda.get_device_capability()[0] != 9:
+        return "only on sm_90 may another ptxas than Triton's have been chosen"
+    return None
+
+
 def commands(full: bool) -> dict[str, list[str]]:
     """{part: its command}, of all parts that are no tests."""
     kernels, compiled = [] if full else ["--quick"], "--compiled" if full else "--no-compiled"
@@ -162,8 +172,9 @@ def run(part: str, full: bool, deadline: float) -> set[str]:
         tests = collect(harness.ROOT / "tests", deadline, TESTS[part])
     except subprocess.TimeoutExpired:
         return {LATE}
-    bundled = {**os.environ, "TRITON_PTXAS_PATH": str(nvidia("ptxas"))}
-    return run_tests(tests, deadline, env=bundled if part == "bundled" else None)
+    if part == "tests":
+        return run_tests(tests, deadline)
+    return run_tests(tests, deadline, env={**os.environ, "TRITON_PTXAS_PATH": str(nvidia("ptxas"))})
 
 
 def main(argv=None) -> int:
@@ -192,8 +203,8 @@ def main(argv=None) -> int:
     deadline = time.monotonic() + 60 * minutes
     for part in [part for part in PARTS if part in (args.parts or PARTS)]:
         start = time.monotonic()
-        if part in NEEDS and importlib.util.find_spec(NEEDS[part]) is None:
-            skipped.append(f"{part} skipped: {NEEDS[part]} is not installed")
+        if reason := why_not(part):
+            skipped.append(f"{part} skipped: {reason}")
             print(skipped[-1], flush=True)
             continue
         if start >= deadline:

@@ -1,8 +1,9 @@
 /* softmax(q k^T scale) v on a CPU with AVX-512: one pass over the keys, no map in memory.
 
-   A vector holds 16 queries, a tile TILE of them. So keys and values are read as they lie, a number
-   at a time for all queries of the tile, maxima and sums of a row need no sum across a vector, no
-   head dim has to be padded, and a query's result depends on nothing but its own q and on k and v.
+   A vector holds 16 queries, a tile TILE of them. So keys and values are read a number at a time
+   for all queries of the tile, maxima and sums of a row need no sum across a vector, no head dim
+   has to be padded, and a query's result depends on nothing but its own q and on k and v. Both are
+   copied once, in the order in which they are read, for all threads.
    Keys come in blocks: scores of a block, their maximum, exp, and the block's share of the output,
    which is scaled when the maximum grows (Milakov and Gimelshein 2018; Dao et al. 2022).
 
@@ -23,7 +24,7 @@
 #define STEP 8                /* keys, or head dims, whose sums are in registers together */
 #define LOG2_E 1.44269504f
 #define LINE 64               /* bytes of a cache line */
-#define PIECES 16             /* of the work, for each thread */
+#define TOGETHER (1 << 22)    /* bytes of k and v of the heads that are computed at a time */
 
 #define F32 __attribute__((target("avx512f,avx512dq,avx512bw,fma")))
 #define BF16 __attribute__((target("avx512f,avx512dq,avx512bw,avx512bf16,fma")))
@@ -88,8 +89,8 @@ INLINE BF16 void products_bf16(__m512 sums[STEP][VECTORS], const int32_t *left,
 /* Where the numbers of one head and the results between the products are. */
 typedef struct {
     void *q;                /* the tile: [dim][TILE] float32 or [dim / 2][TILE] pairs, scaled */
-    void *k;                /* the head: [keys / STEP][dim][STEP], or pairs of dims of bfloat16 */
-    void *v;                /* of each BLOCK: [dim / STEP][keys][STEP], or pairs of keys */
+    const void *k;          /* of a head: [keys / STEP][dim][STEP], or pairs of dims of bfloat16 */
+    const void *v;          /* of each BLOCK: [dim / STEP][keys][STEP], or pairs of keys */
     float *scores;          /* [BLOCK][TILE], times log2 e */
     int32_t *pairs;         /* [BLOCK / 2][TILE] */
     float *out;             /* [dim][TILE] */
@@ -231,47 +232,61 @@ BF16 static void tile_bf16(const Call *call, Room *room)
     }
 }
 
-/* k of one head, STEP keys side by side; behind the last key the last one is repeated. */
-static void pack_keys(const Call *call, const char *k, uint32_t *to)
+/* Where the numbers of one of all heads begin. */
+static char *head_of(const Call *call, const char *x, const int64_t *stride, int64_t head)
+{
+    int64_t number = head / call->heads * stride[0] + head % call->heads * stride[1];
+    return (char *)x + number * (call->half ? 2 : 4);
+}
+
+/* `count` keys, STEP of them side by side; behind the last one it is repeated. */
+static void pack_keys(const Call *call, const char *k, int64_t count, uint32_t *to)
 {
     int64_t size = call->half ? 2 : 4, words = call->dim * size / 4;
-    for (int64_t i = 0; i < call->keys; i += STEP) {
+    for (int64_t i = 0; i < count; i += STEP) {
         const char *from[STEP];
         for (int64_t j = i; j < i + STEP; j++)
-            from[j - i] = k + (j < call->keys ? j : call->keys - 1) * call->k_stride[2] * size;
+            from[j - i] = k + (j < count ? j : count - 1) * call->k_stride[2] * size;
         for (int64_t d = 0; d < words; d++)
             for (int j = 0; j < STEP; j++) memcpy(to++, from[j] + 4 * d, 4);
     }
 }
 
-/* v of one head, STEP dims side by side; a key without another to pair with has zeros there. */
-static void pack_values(const Call *call, const char *v, uint32_t *to)
+/* Their values, STEP dims side by side; a key without another to pair with has zeros there. */
+static void pack_values(const Call *call, const char *v, int64_t count, uint32_t *to)
 {
     int64_t step = call->v_stride[2], together = call->half ? 2 : 1; /* keys in a word */
-    for (int64_t start = 0; start < call->keys; start += BLOCK) {
-        int64_t count = call->keys - start < BLOCK ? call->keys - start : BLOCK;
-        int64_t apart = padded(count) / together * STEP; /* words from STEP dims to the next */
-        for (int64_t i = 0; i < count; i += together, v += 4 * step)
-            for (int64_t d = 0; d < call->dim / STEP; d++) {
-                uint32_t *word = to + d * apart + i / together * STEP;
-                if (!call->half) {
-                    memcpy(word, v + d * STEP * 4, STEP * 4);
-                    continue;
-                }
-                uint16_t low[STEP], high[STEP] = {0};
-                memcpy(low, v + d * STEP * 2, STEP * 2);
-                if (i + 1 < count) memcpy(high, v + (step + d * STEP) * 2, STEP * 2);
-                for (int j = 0; j < STEP; j++) word[j] = low[j] | (uint32_t)high[j] << 16;
+    int64_t apart = padded(count) / together * STEP; /* words from STEP dims to the next */
+    for (int64_t i = 0; i < count; i += together, v += 4 * step)
+        for (int64_t d = 0; d < call->dim / STEP; d++) {
+            uint32_t *word = to + d * apart + i / together * STEP;
+            if (!call->half) {
+                memcpy(word, v + d * STEP * 4, STEP * 4);
+                continue;
             }
-        to += call->dim / STEP * apart;
-    }
+            uint16_t low[STEP], high[STEP] = {0};
+            memcpy(low, v + d * STEP * 2, STEP * 2);
+            if (i + 1 < count) memcpy(high, v + (step + d * STEP) * 2, STEP * 2);
+            for (int j = 0; j < STEP; j++) word[j] = low[j] | (uint32_t)high[j] << 16;
+        }
 }
 
-static void pack_head(const Call *call, Room *room, int64_t row, int64_t head)
+/* Bytes of k, and of v, of one head. */
+static int64_t packed(const Call *call)
+{
+    return padded(call->keys) * call->dim * (call->half ? 2 : 4);
+}
+
+/* A block of keys and values of a head, from `start` on, to the memory of that head. */
+static void pack_block(const Call *call, char *to, int64_t head, int64_t start)
 {
     int64_t size = call->half ? 2 : 4;
-    pack_keys(call, call->k + (row * call->k_stride[0] + head * call->k_stride[1]) * size, room->k);
-    pack_values(call, call->v + (row * call->v_stride[0] + head * call->v_stride[1]) * size, room->v);
+    int64_t count = call->keys - start < BLOCK ? call->keys - start : BLOCK;
+    const char *k = head_of(call, call->k, call->k_stride, head) + start * call->k_stride[2] * size;
+    const char *v = head_of(call, call->v, call->v_stride, head) + start * call->v_stride[2] * size;
+    to += start * call->dim * size;
+    pack_keys(call, k, count, (uint32_t *)to);
+    pack_values(call, v, count, (uint32_t *)(to + packed(call)));
 }
 
 /* q of `count` queries the other way round; behind the last one there are zeros. */
@@ -312,17 +327,19 @@ static void unpack_tile(const Call *call, const Room *room, char *out, int64_t c
         }
 }
 
-/* `first` and the queries behind it, of a head whose k and v are packed. */
-static void one_tile(const Call *call, Room *room, int64_t row, int64_t head, int64_t first)
+/* `first` and the queries behind it, of a head whose k and v are at `there`. */
+static void one_tile(const Call *call, Room *room, const char *there, int64_t head, int64_t first)
 {
-    const int64_t *s = call->q_stride, *t = call->out_stride, size = call->half ? 2 : 4;
-    int64_t q = row * s[0] + head * s[1] + first * s[2];
-    int64_t out = row * t[0] + head * t[1] + first * t[2];
+    int64_t size = call->half ? 2 : 4;
     int64_t count = call->queries - first < TILE ? call->queries - first : TILE;
-    pack_tile(call, room, call->q + q * size, count);
+    const char *q = head_of(call, call->q, call->q_stride, head);
+    char *out = head_of(call, call->out, call->out_stride, head);
+    room->k = there;
+    room->v = there + packed(call);
+    pack_tile(call, room, q + first * call->q_stride[2] * size, count);
     if (call->half) tile_bf16(call, room);
     else tile_f32(call, room);
-    unpack_tile(call, room, call->out + out * size, count);
+    unpack_tile(call, room, out + first * call->out_stride[2] * size, count);
 }
 
 /* Memory of one thread, and the room in it; 0 without memory. Each part begins with a line of the
@@ -330,15 +347,11 @@ static void one_tile(const Call *call, Room *room, int64_t row, int64_t head, in
 static Room *make_room(const Call *call)
 {
     int64_t size = call->half ? 2 : 4, dim = call->dim;
-    int64_t packed = padded(call->keys) * dim * size;
-    packed = (packed + LINE - 1) / LINE * LINE;
     int64_t head = (sizeof(Room) + LINE - 1) / LINE * LINE;
-    char *memory = aligned_alloc(LINE, head + 2 * packed + dim * TILE * (size + 4) + BLOCK * TILE * 6);
+    char *memory = aligned_alloc(LINE, head + dim * TILE * (size + 4) + BLOCK * TILE * 6);
     if (!memory) return 0;
     Room *room = (Room *)memory;
-    room->k = memory + head;
-    room->v = memory + head + packed;
-    room->q = memory + head + 2 * packed;
+    room->q = memory + head;
     room->out = (float *)((char *)room->q + dim * TILE * size);
     room->scores = room->out + dim * TILE;
     room->pairs = (int32_t *)(room->scores + BLOCK * TILE);
@@ -349,7 +362,9 @@ static Room *make_room(const Call *call)
    threads, then the strides (row, head, token) of q, k, v, out, in elements.
 
    The threads are OpenMP's, which PyTorch's products have just used and which would otherwise wait
-   for more of them on the processors that others need. Who is done takes the next piece. */
+   for more of them on the processors that others need. So many heads are computed at a time as
+   there are threads or as fit into TOGETHER, after their k and v were packed; who is done takes the
+   next block or tile. */
 int minisd_attention(const void *q, const void *k, const void *v, void *out, const int64_t *numbers,
                      float scale)
 {
@@ -358,27 +373,30 @@ int minisd_attention(const void *q, const void *k, const void *v, void *out, con
     call.keys = numbers[3], call.dim = numbers[4], call.half = numbers[5], call.scale = scale;
     memcpy(call.q_stride, numbers + 7, 12 * sizeof(int64_t)); /* the four lie one after the other */
     int64_t heads = call.rows * call.heads, tiles = (call.queries + TILE - 1) / TILE;
-    int64_t piece = 1 + heads * tiles / (PIECES * numbers[6]); /* tiles of a head */
-    int64_t pieces = (tiles + piece - 1) / piece, count = heads * pieces;
-    int64_t threads = numbers[6] < count ? numbers[6] : count;
-    int failed = 0;
-#pragma omp parallel num_threads(threads) reduction(| : failed)
+    int64_t blocks = (call.keys + BLOCK - 1) / BLOCK, size = 2 * packed(&call);
+    int64_t threads = numbers[6] < heads * tiles ? numbers[6] : heads * tiles;
+    int64_t together = TOGETHER / size < threads ? threads : TOGETHER / size;
+    if (together > heads) together = heads;
+    char *there = aligned_alloc(LINE, together * size);
+    int failed = !there;
+#pragma omp parallel num_threads(threads) reduction(| : failed) if (there)
     {
         Room *room = make_room(&call);
-        int64_t there = -1; /* the head whose k and v are packed */
-        failed = !room;
+        failed |= !room;
+        for (int64_t head = 0; there && head < heads; head += together) {
+            int64_t count = heads - head < together ? heads - head : together;
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < count; i++) {
-            int64_t row = i / pieces / call.heads, head = i / pieces % call.heads;
-            int64_t first = i % pieces * piece, last = first + piece < tiles ? first + piece : tiles;
-            if (!room) continue;
-            if (i / pieces != there) pack_head(&call, room, row, head);
-            there = i / pieces;
-            for (int64_t tile = first; tile < last; tile++)
-                one_tile(&call, room, row, head, tile * TILE);
+            for (int64_t i = 0; i < count * blocks; i++)
+                pack_block(&call, there + i / blocks * size, head + i / blocks, i % blocks * BLOCK);
+#pragma omp for schedule(dynamic)
+            for (int64_t i = 0; i < count * tiles; i++) {
+                const char *k_and_v = there + i / tiles * size;
+                if (room) one_tile(&call, room, k_and_v, head + i / tiles, i % tiles * TILE);
+            }
         }
         free(room);
     }
+    free(there);
     return failed;
 }
 

@@ -48,8 +48,8 @@ def attention(
     float32, -inf to hide a key; with kv_row over M times the keys. own_value: (S,) float32 or
     bool. scale: above 0, None for 1 / sqrt(D).
     Returns (batch, heads, queries, D) as a view of (batch, queries, heads, D) memory.
-    Differentiable in q, k and v, lse too. ValueError: shapes, dtypes, devices. RuntimeError:
-    forward-mode derivatives, a gradient of the bias.
+    Differentiable in q, k and v, lse too. ValueError: shapes, dtypes, devices. TypeError: a part
+    of the edit that is no tensor. RuntimeError: forward-mode derivatives, a gradient of the bias.
     Source: Dao et al. 2022, 2023 (FlashAttention 1 and 2); Hertz et al. 2022 (self-attention
     injection); Cao et al. 2023 (MasaCtrl, kv_row); Ahn et al. 2024 (own_value).
     """
@@ -105,9 +105,10 @@ def cross_attention(
     Differentiable in all but bias; a map that carries gradients is `edited_map`'s. ValueError:
     shapes, dtypes, devices, more than 256 keys (attention takes any number, `impl="sdpa"` of minisd
     edits and saves such maps), two sources, a token_map or blend without a source, save memory that
-    overlaps, kv_row or own_value (attention takes them). RuntimeError: forward-mode derivatives.
-    Where an input needs a gradient, P' is `edited_map`'s and the save buffers, written in place,
-    carry it. Source: Hertz et al. 2022 (prompt-to-prompt).
+    overlaps, kv_row or own_value (attention takes them). TypeError: a part of the edit that is no
+    tensor. RuntimeError: forward-mode derivatives. Where an input needs a gradient, P' is
+    `edited_map`'s and the save buffers, written in place, carry it.
+    Source: Hertz et al. 2022 (prompt-to-prompt).
     """
     q, k, v = as_autocast(q, k, v)
     tables = (token_map, blend, reweight)

@@ -373,11 +373,15 @@ def test_the_run_on_a_card_starts_everything_with_options_that_are_known(full, m
     )
     ended = {"test_*.py": {gpu.FAILED, gpu.LATE}, "test_kernels*.py": {gpu.PASSED}}
 
-    def run_tests(found, deadline, env):
+    def run_tests(found, deadline, env=None):
         tests.append((*found, (env or {}).get("TRITON_PTXAS_PATH")))
         return ended[found[0].name]
 
     monkeypatch.setattr(gpu, "run_tests", run_tests)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert gpu.main(["bundled"]) == 0 and not tests
+    assert "bundled skipped: only on sm_90 " in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert gpu.main(["unet", "editing"]) == 0 and not tests
     in_order = ["bench.editing", "bench.unet"]  # that of the parts
     assert [command[0] for command in commands] == in_order

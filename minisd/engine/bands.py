@@ -124,7 +124,7 @@ def _convolve(
 ) -> Tensor:
     """conv(before(x)), which has `factor` times as many rows as x.
 
-    out: x itself, or None for new memory.
+    out: x itself, or None for new memory. before: has to be in new memory where out is x.
     """
     place = y = None
     for rows in bands(x, factor):

@@ -90,11 +90,11 @@ def attention(
 
     q: (R, H, N, D), k, v: (R, H, L, D) -> (R, H, N, D). impl: "triton", the kernels of
     minisd_kernels, CUDA only; "sdpa", PyTorch's scaled_dot_product_attention, anywhere, or on a CPU
-    without gradients minisd_kernels.cpu, where that was built;
-    "reference", the formula in eager PyTorch. Under autocast all compute in its dtype. All
-    differentiate, and a map saved under gradients carries them. ValueError for an unknown impl and
-    for shapes, dtypes or devices that do not fit; RuntimeError for what "triton" does not
-    differentiate (bias, forward mode).
+    without gradients minisd_kernels.cpu, where that was built; "reference", the formula in eager
+    PyTorch. Under autocast all compute in its dtype. All differentiate, and a map saved under
+    gradients carries them. ValueError for an unknown impl and for shapes, dtypes or devices that do
+    not fit; TypeError for a part of the edit that is no tensor; RuntimeError for what "triton" does
+    not differentiate (bias, forward mode).
     """
     if edit is None and impl == "triton":
         return plain(q, k, v, impl=impl)  # the kernels heed autocast themselves
@@ -160,7 +160,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, impl: 
         return (kernels.cross_attention if one_pass else kernels.attention)(q, k, v, bias=bias)
     here = bias is None and q.device.type == "cpu" and ops.is_inference(q, k, v)
     if here and cpu.takes(q, k, v):
-        return cpu.attention(q, k, v)  # the same, quicker
+        return cpu.attention(q, k, v)  # the same, quicker but for a few queries
     mask = None if bias is None else bias.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, mask)
 
@@ -214,12 +214,15 @@ def number_of_rows(edit: AttentionEdit) -> int:
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, edit: AttentionEdit) -> None:
-    """ValueError unless the edit fits q, k, v: shapes, dtypes and devices, never values."""
+    """ValueError unless the edit fits q, k, v: shapes, dtypes and devices, never values; TypeError
+    for what is no tensor."""
     tensors = edit._asdict()
     inject_qk, save_qk = tensors.pop("inject_qk"), tensors.pop("save_qk")
     for name, pair in (("inject_qk", inject_qk), ("save_qk", save_qk)):
         if pair is None:
             continue
+        if not (isinstance(pair, tuple) and len(pair) == 2 and all(map(torch.is_tensor, pair))):
+            raise TypeError(f"{name}: expected q and k, a tuple of two tensors, got {pair!r:.80}")
         S = number_of_rows(edit)
         for x, like in zip(pair, (q, k), strict=True):
             expected = (S, *like.shape[1:])
