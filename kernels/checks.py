@@ -52,8 +52,9 @@ def check(
         raise ValueError(f"q, k, v: expected one device, got {q.device}, {k.device}, {v.device}")
     if kv_row is not None:
         check_tensor("kv_row", kv_row)
-    if kv_row is not None and (kv_row.ndim != 2 or not kv_row.shape[1]):
-        raise ValueError(f"kv_row: expected shape (S, M), M at least 1, got {tuple(kv_row.shape)}")
+        if kv_row.ndim != 2 or not kv_row.shape[1]:
+            got = tuple(kv_row.shape)
+            raise ValueError(f"kv_row: expected shape (S, M), M at least 1, got {got}")
 
     L = k.shape[2] * (1 if kv_row is None else kv_row.shape[1])
     ints, maps, tables = (torch.int32, torch.int64), (*DTYPES, q.dtype), (torch.float32,)
