@@ -351,7 +351,7 @@ def test_the_run_on_a_card_starts_everything_with_options_that_are_known(full, m
     class Read(Exception):
         pass
 
-    commands, deadlines, read, tests = [], [], argparse.ArgumentParser.parse_args, []
+    commands, read, tests = [], argparse.ArgumentParser.parse_args, []
 
     def parse(self, args=None, namespace=None):
         raise Read(read(self, args, namespace))
@@ -366,21 +366,10 @@ def test_the_run_on_a_card_starts_everything_with_options_that_are_known(full, m
     monkeypatch.setattr(
         gpu, "finish", lambda process, deadline: gpu.FAILED if process.returncode else gpu.PASSED
     )
+    monkeypatch.setattr(gpu, "collect", lambda folder, deadline, files: [files])
     monkeypatch.setattr(
-        gpu,
-        "collect",
-        lambda folder, deadline, files: deadlines.append(deadline) or [folder / files],
+        gpu, "run_tests", lambda found, *_, **env: tests.extend(found) or {gpu.FAILED, gpu.LATE}
     )
-    ended = {"test_*.py": {gpu.FAILED, gpu.LATE}, "test_kernels*.py": {gpu.PASSED}}
-
-    def run_tests(found, deadline, env=None):
-        tests.append((*found, (env or {}).get("TRITON_PTXAS_PATH")))
-        return ended[found[0].name]
-
-    monkeypatch.setattr(gpu, "run_tests", run_tests)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    assert gpu.main(["bundled"]) == 0 and not tests
-    assert "bundled skipped: only on sm_90 " in capsys.readouterr().out
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert gpu.main(["unet", "editing"]) == 0 and not tests
     in_order = ["bench.editing", "bench.unet"]  # that of the parts
@@ -393,10 +382,9 @@ def test_the_run_on_a_card_starts_everything_with_options_that_are_known(full, m
     assert gpu.main(["unet", "scaling", "--minutes", "0"]) == 1 and not commands
     assert "not done in time: unet, scaling" in capsys.readouterr().out
     assert gpu.main(full) == 1  # two of them fail: said in the end, and the others have run
-    assert capsys.readouterr().out.endswith("failed: tests, fused\nnot done in time: tests\n")
-    folder, bundled = harness.ROOT / "tests", str(nvidia("ptxas"))
-    assert tests == [(folder / "test_*.py", None), (folder / "test_kernels*.py", bundled)]
-    assert [deadline == math.inf for deadline in deadlines] == [bool(full)] * 2
+    said = "failed: tests, fused, bundled\nnot done in time: tests, bundled\n"
+    assert capsys.readouterr().out.endswith(said)
+    assert tests == ["test_*.py", "test_kernels*.py"]
     assert {command[0] for command in commands} == {
         f"bench.{name}"
         for name in ("attention", "fused", "editing", "unet", "txt2img", "scaling", "startup")
@@ -412,6 +400,30 @@ def test_the_run_on_a_card_starts_everything_with_options_that_are_known(full, m
         with pytest.raises(Read) as caught:
             importlib.import_module(module).main()
         assert caught.value.args[0].device == "cuda"
+
+
+@pytest.mark.parametrize("full", [[], ["--full"]])
+def test_the_tests_on_a_card_run_with_the_bundled_ptxas_too(full, monkeypatch, capsys):
+    """The kernels' alone, and on sm_90, where another one may have been chosen."""
+    ran = []
+
+    def run_tests(found, deadline, env=None):
+        ran.append((*found, deadline == math.inf, (env or {}).get("TRITON_PTXAS_PATH")))
+        return {gpu.PASSED}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "collect", lambda folder, deadline, files: [folder / files])
+    monkeypatch.setattr(gpu, "run_tests", run_tests)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert gpu.main(["bundled"]) == 0 and not ran
+    assert "bundled skipped: only on sm_90 " in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert gpu.main(["bundled", "tests", *full]) == 0
+    folder, bundled = harness.ROOT / "tests", str(nvidia("ptxas"))
+    assert ran == [
+        (folder / "test_*.py", bool(full), None),
+        (folder / "test_kernels*.py", bool(full), bundled),
+    ]
 
 
 def test_the_run_on_a_card_needs_no_installation_but_a_card():
