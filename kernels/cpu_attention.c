@@ -39,22 +39,21 @@ typedef struct {
     int half; /* bfloat16 */
 } Call;
 
-/* 2^x for x <= 0 by 2^n 2^r, n = round(x), 2^r by the polynomial whose relative error is the least on
-   [-1/2, 1/2]: of degree 6 to 2 ulp or, where bfloat16 follows, of degree 4 to 3e-6. */
-INLINE F32 __m512 exp2_negative(__m512 x, int half)
+/* 2^x by 2^n 2^r, n = floor(x), 2^r by the polynomial whose relative error is the least on [0, 1]:
+   of degree 6 to 2 ulp or, where bfloat16 follows, of degree 3 to 7.5e-5, a fiftieth of what its
+   rounding comes to. 0 of -inf. */
+INLINE F32 __m512 exp2_vector(__m512 x, int half)
 {
-    static const float wide[] = {1.0f, 6.93147206e-1f, 2.40226469e-1f, 5.55032878e-2f,
-                                 9.61848898e-3f, 1.33999312e-3f, 1.53458086e-4f};
-    static const float narrow[] = {9.99999261e-1f, 6.93121815e-1f, 2.40247448e-1f, 5.59178603e-2f,
-                                   9.57010191e-3f};
+    static const float wide[] = {1.0f, 6.93146984e-1f, 2.40229835e-1f, 5.54833489e-2f,
+                                 9.67882715e-3f, 1.24398113e-3f, 2.17018518e-4f};
+    static const float narrow[] = {9.99925219e-1f, 6.9583354e-1f, 2.26067159e-1f, 7.80245204e-2f};
     const float *factors = half ? narrow : wide;
-    int degree = half ? 4 : 6;
-    x = _mm512_max_ps(_mm512_set1_ps(-126.0f), x); /* NaN stays */
-    __m512 n = _mm512_roundscale_ps(x, 8), r = _mm512_sub_ps(x, n);
+    int degree = half ? 3 : 6;
+    __m512 r = _mm512_reduce_ps(x, 9); /* x - floor(x) */
     __m512 p = _mm512_set1_ps(factors[degree]);
     for (int i = degree - 1; i >= 0; i--)
         p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(factors[i]));
-    return _mm512_scalef_ps(p, n);
+    return _mm512_scalef_ps(p, x);
 }
 
 /* sums[STEP][VECTORS] += left[i][STEP] right[i][TILE], over i. */
@@ -88,32 +87,38 @@ INLINE BF16 void products_bf16(__m512 sums[STEP][VECTORS], const int32_t *left,
 
 /* Where the numbers of one head and the results between the products are. */
 typedef struct {
-    void *q;                /* the tile: [dim][TILE] float32 or [dim / 2][TILE] pairs, scaled */
+    void *q;                /* the tile: [dim][TILE] float32, scaled, or [dim / 2][TILE] pairs */
     const void *k;          /* of a head: [keys / STEP][dim][STEP], or pairs of dims of bfloat16 */
     const void *v;          /* of each BLOCK: [dim / STEP][keys][STEP], or pairs of keys */
-    float *scores;          /* [BLOCK][TILE], times log2 e */
+    float *scores;          /* [BLOCK][TILE], of bfloat16 not scaled */
     int32_t *pairs;         /* [BLOCK / 2][TILE] */
     float *out;             /* [dim][TILE] */
-    float maximum[TILE], sum[TILE];
+    float maximum[TILE];    /* of the scores of all blocks so far */
+    float before[TILE];     /* and without this one */
+    float sum[TILE];
 } Room;
 
-/* The maximum so far is brought up to that of a block's scores, and the sum and the output so far to
-   that maximum, which is returned. w: the first of LANES queries of the tile. */
-INLINE F32 __m512 new_maximum(Room *room, int w, int64_t count, int64_t dim)
+/* The sum and the output so far are brought down to the maximum with this block, which is returned,
+   times `scale`. w: the first of LANES queries of the tile. */
+INLINE F32 __m512 new_maximum(Room *room, int w, int64_t dim, __m512 scale)
 {
-    __m512 before = _mm512_loadu_ps(room->maximum + w), now = before;
-    for (int64_t j = 0; j < count; j++)
-        now = _mm512_max_ps(now, _mm512_loadu_ps(room->scores + j * TILE + w));
+    __m512 before = _mm512_mul_ps(_mm512_loadu_ps(room->before + w), scale);
+    __m512 now = _mm512_mul_ps(_mm512_loadu_ps(room->maximum + w), scale);
     if (_mm512_cmp_ps_mask(now, before, _CMP_NEQ_UQ)) {
-        __m512 factor = exp2_negative(_mm512_sub_ps(before, now), 0);
+        __m512 factor = exp2_vector(_mm512_sub_ps(before, now), 0);
         _mm512_storeu_ps(room->sum + w, _mm512_mul_ps(_mm512_loadu_ps(room->sum + w), factor));
         for (int64_t d = 0; d < dim; d++) {
             float *out = room->out + d * TILE + w;
             _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_loadu_ps(out), factor));
         }
-        _mm512_storeu_ps(room->maximum + w, now);
     }
     return now;
+}
+
+/* 2^(score scale - maximum), which is exp of a scaled score's difference from the largest. */
+INLINE F32 __m512 probability(const float *score, __m512 scale, __m512 maximum, int half)
+{
+    return exp2_vector(_mm512_fmsub_ps(_mm512_loadu_ps(score), scale, maximum), half);
 }
 
 INLINE F32 void add_to_sum(Room *room, int w, __m512 sum)
@@ -121,14 +126,14 @@ INLINE F32 void add_to_sum(Room *room, int w, __m512 sum)
     _mm512_storeu_ps(room->sum + w, _mm512_add_ps(_mm512_loadu_ps(room->sum + w), sum));
 }
 
-/* Scores of one block, times log2 e, to exp(score - maximum). */
-INLINE F32 void softmax_f32(Room *room, int64_t count, int64_t dim)
+/* Scores of one block to probabilities, not yet divided by their sum. scale: times log2 e. */
+INLINE F32 void softmax_f32(Room *room, int64_t count, int64_t dim, __m512 scale)
 {
     for (int w = 0; w < TILE; w += LANES) {
-        __m512 now = new_maximum(room, w, count, dim), sum = _mm512_setzero_ps();
+        __m512 maximum = new_maximum(room, w, dim, scale), sum = _mm512_setzero_ps();
         for (int64_t j = 0; j < count; j++) {
             float *score = room->scores + j * TILE + w;
-            __m512 p = exp2_negative(_mm512_sub_ps(_mm512_loadu_ps(score), now), 0);
+            __m512 p = probability(score, scale, maximum, 0);
             sum = _mm512_add_ps(sum, p);
             _mm512_storeu_ps(score, p);
         }
@@ -137,19 +142,17 @@ INLINE F32 void softmax_f32(Room *room, int64_t count, int64_t dim)
 }
 
 /* The same to pairs of bfloat16, of two keys each, the first one low. */
-INLINE BF16 void softmax_bf16(Room *room, int64_t count, int64_t dim)
+INLINE BF16 void softmax_bf16(Room *room, int64_t count, int64_t dim, __m512 scale)
 {
     uint16_t order[2 * LANES];
     for (int i = 0; i < 2 * LANES; i++) order[i] = i / 2 + i % 2 * LANES;
     __m512i alternating = _mm512_loadu_si512(order);
     for (int w = 0; w < TILE; w += LANES) {
-        __m512 now = new_maximum(room, w, count, dim), sum = _mm512_setzero_ps();
+        __m512 maximum = new_maximum(room, w, dim, scale), sum = _mm512_setzero_ps();
         for (int64_t j = 0; j < count; j += 2) {
             const float *score = room->scores + j * TILE + w;
-            __m512 p = exp2_negative(_mm512_sub_ps(_mm512_loadu_ps(score), now), 1);
-            __m512 next = _mm512_setzero_ps();
-            if (j + 1 < count)
-                next = exp2_negative(_mm512_sub_ps(_mm512_loadu_ps(score + TILE), now), 1);
+            __m512 p = probability(score, scale, maximum, 1), next = _mm512_setzero_ps();
+            if (j + 1 < count) next = probability(score + TILE, scale, maximum, 1);
             sum = _mm512_add_ps(sum, _mm512_add_ps(p, next));
             __m512i pair = (__m512i)_mm512_cvtne2ps_pbh(next, p);
             _mm512_storeu_si512(room->pairs + j / 2 * TILE + w,
@@ -180,6 +183,16 @@ INLINE F32 void add_sums(__m512 sums[STEP][VECTORS], float *to)
     store_sums(sums, to);
 }
 
+/* The largest so far, with the scores of STEP keys. */
+INLINE F32 void raise_maximum(Room *room, __m512 sums[STEP][VECTORS])
+{
+    for (int w = 0; w < VECTORS; w++) {
+        __m512 most = _mm512_loadu_ps(room->maximum + w * LANES);
+        for (int j = 0; j < STEP; j++) most = _mm512_max_ps(most, sums[j][w]);
+        _mm512_storeu_ps(room->maximum + w * LANES, most);
+    }
+}
+
 /* Keys, and behind the last one room for a step. */
 static int64_t padded(int64_t keys) { return (keys + STEP - 1) / STEP * STEP; }
 
@@ -190,13 +203,20 @@ F32 static void tile_f32(const Call *call, Room *room)
     for (int64_t start = 0; start < call->keys; start += BLOCK) {
         int64_t count = call->keys - start < BLOCK ? call->keys - start : BLOCK;
         const float *k = (float *)room->k + start * dim, *v = (float *)room->v + start * dim;
-        for (int64_t j = 0; j < count; j += STEP) { /* behind the last key there is room */
+        memcpy(room->before, room->maximum, sizeof room->before);
+        for (int64_t j = 0; j < count; j += STEP) { /* behind the last key it is repeated */
             __m512 sums[STEP][VECTORS];
-            clear_sums(sums);
-            products_f32(sums, k + j * dim, room->q, dim);
-            store_sums(sums, room->scores + j * TILE);
+            float *scores = room->scores + j * TILE;
+            for (int64_t d = 0; d < dim; d += BLOCK) { /* a sum of sums is more exact */
+                int64_t dims = dim - d < BLOCK ? dim - d : BLOCK;
+                clear_sums(sums);
+                products_f32(sums, k + j * dim + d * STEP, (float *)room->q + d * TILE, dims);
+                if (d) add_sums(sums, scores);
+                else store_sums(sums, scores);
+            }
+            raise_maximum(room, sums);
         }
-        softmax_f32(room, count, dim);
+        softmax_f32(room, count, dim, _mm512_set1_ps(1.0f));
         for (int64_t d = 0; d < dim; d += STEP) {
             __m512 sums[STEP][VECTORS];
             clear_sums(sums);
@@ -214,15 +234,15 @@ BF16 static void tile_bf16(const Call *call, Room *room)
         int64_t count = call->keys - start < BLOCK ? call->keys - start : BLOCK;
         const int32_t *k = (int32_t *)room->k + start * half;
         const int32_t *v = (int32_t *)room->v + start * half;
+        memcpy(room->before, room->maximum, sizeof room->before);
         for (int64_t j = 0; j < count; j += STEP) {
             __m512 sums[STEP][VECTORS];
             clear_sums(sums);
             products_bf16(sums, k + j * half, room->q, half);
-            for (int i = 0; i < STEP; i++)
-                for (int w = 0; w < VECTORS; w++) sums[i][w] = _mm512_mul_ps(sums[i][w], scale);
             store_sums(sums, room->scores + j * TILE);
+            raise_maximum(room, sums);
         }
-        softmax_bf16(room, count, dim);
+        softmax_bf16(room, count, dim, scale);
         for (int64_t d = 0; d < dim; d += STEP) {
             __m512 sums[STEP][VECTORS];
             clear_sums(sums);
