@@ -61,14 +61,19 @@ def test_winograd(size, bias, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-def test_upsampled(size, dtype, bias, monkeypatch):
+@pytest.mark.parametrize("many", [0, 10**6], ids=["convolutions", "products"])
+def test_upsampled(size, dtype, bias, many, monkeypatch):
     """The sums of weights are rounded once more: in bfloat16 within twice the error."""
     monkeypatch.setattr(convolutions, "CACHED", 0)  # 64 results at a time
+    monkeypatch.setattr(convolutions, "MANY", many)
     conv, x = layer_and_image(size, 40, 72, dtype, bias)
     enlarged = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    want = exact(conv, enlarged)
-    got = convolutions.upsampled(x, conv.weight, conv.bias)
+    want, rows = exact(conv, enlarged), size[1]
+    got = convolutions.upsampled(x, conv.weight, conv.bias, [slice(0, rows)])
     assert got.shape == want.shape and got.is_contiguous(memory_format=torch.channels_last)
+    assert error(got, want) <= 2 * error(conv(enlarged), want)
+    bands = [slice(0, 1), slice(1, 3), slice(3, rows)]
+    got = convolutions.upsampled(x, conv.weight, conv.bias, bands)
     assert error(got, want) <= 2 * error(conv(enlarged), want)
 
 
@@ -87,7 +92,7 @@ def products(function, *arguments):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_where_they_are_chosen(dtype):
+def test_where_they_are_chosen(dtype, monkeypatch):
     """For values alone, of plain layers; and new weights are used at once."""
     wide = dtype == torch.float32
     conv, x = layer_and_image((2, 18, 16), ops.CHANNELS, 160, dtype)
@@ -98,6 +103,8 @@ def test_where_they_are_chosen(dtype):
     assert products(double, conv, x) == 4
     narrow = layer_and_image((1, 18, 16), 8, 160, dtype)
     assert products(ops.conv2d, *narrow) == 0 and products(double, *narrow) == 4
+    monkeypatch.setattr(convolutions, "MANY", 18 * 16)
+    assert products(double, *narrow) == 0
     before = ops.conv2d(conv, x), double(conv, x)
     conv.weight.data += 0.1  # which no version counter sees
     tolerance = 1e-5 if wide else 2e-2

@@ -5,7 +5,7 @@ them that could be stale. models/ops.py chooses among these functions, for value
 gradients. x: (B, C, h, w), weight: (O, C, 3, 3) -> channels_last memory.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import cast
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 Edges = tuple[int, int]  # rows of zeros above and below x
 BOTH: Edges = (1, 1)
 
+MANY = 1024  # positions of an image from which on bringing the weights in order costs little
 CACHED = 2**20  # bytes of a weight for each input and output: nine times that stays in the cache
 
 
@@ -47,7 +48,7 @@ def in_parts(function: Callable[[Tensor], Tensor], x: Tensor, together: int) -> 
     return cast(Tensor, out)
 
 
-def padded(x: Tensor, edges: Edges) -> Tensor:
+def padded(x: Tensor, edges: Edges = BOTH) -> Tensor:
     """(B, C, h, w) -> (B, h + 2, w + 2, C), zeros around it; h + 1 or h rows without an edge."""
     return F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, *edges)).contiguous()
 
@@ -74,7 +75,7 @@ def by_windows(x: Tensor, weight: Tensor, bias: Tensor | None, edges: Edges = BO
     return product(windows_3x3(x, edges), matrix, bias).permute(0, 3, 1, 2)
 
 
-def upsampled(x: Tensor, weight: Tensor, bias: Tensor | None, edges: Edges = BOTH) -> Tensor:
+def upsampled(x: Tensor, weight: Tensor, bias: Tensor | None, bands: Iterable[slice]) -> Tensor:
     """The convolution of x with each pixel repeated in a square of 2 x 2: (B, O, 2h, 2w).
 
     Three neighbours in a row of the enlarged image are copies of two pixels, (a, b, b) or
@@ -84,17 +85,32 @@ def upsampled(x: Tensor, weight: Tensor, bias: Tensor | None, edges: Edges = BOT
 
     and likewise along columns: four convolutions of x by 2x2 in place of one of 3x3 with four times
     the positions, 4/9 of the multiplications.
+
+    bands: the rows of x, so many at a time.
     """
-    kernel, around = weight.permute(0, 2, 3, 1), padded(x, edges)  # (O, 3, 3, C)
-    B, h, w = len(x), around.shape[1] - 2, x.shape[3]
+    kernel, around = weight.permute(0, 2, 3, 1), padded(x)  # (O, 3, 3, C), (B, h + 2, w + 2, C)
+    B, _, h, w = x.shape
     out = torch.empty((B, h, 2, w, 2, len(weight)), dtype=x.dtype, device=x.device)
     for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        near = windows(around[:, i : i + h + 1, j : j + w + 1], 2)
         for some in outputs(weight):
-            matrix = folded(folded(kernel[some], 1, i), 2, j).flatten(1)  # (outputs, 4 C)
+            matrix = folded(folded(kernel[some], 1, i), 2, j)  # (outputs, 2, 2, C)
             b = None if bias is None else bias[some]
-            out[:, :, i, :, j, some] = product(near, matrix, b)
+            for rows in bands:
+                near = around[:, rows.start + i : rows.stop + i + 1]
+                if h * w < MANY:
+                    y = product(windows(near[:, :, j : j + w + 1], 2), matrix.flatten(1), b)
+                else:  # a column too many costs less than to leave it out
+                    y = convolved(near, matrix, b)[:, :, j : j + w]
+                out[:, rows, i, :, j, some] = y
     return out.view(B, 2 * h, 2 * w, -1).permute(0, 3, 1, 2)
+
+
+def convolved(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+    """oneDNN's convolution, without zeros around: (B, H, W, C), (O, h, w, C) -> (B, H - h + 1,
+    W - w + 1, O)."""
+    x, kernel = x.permute(0, 3, 1, 2), kernel.permute(0, 3, 1, 2)
+    op, once = torch.ops.mkldnn._convolution_pointwise, [1, 1]
+    return op(x, kernel, bias, [0, 0], once, once, 1, "none", [], "").permute(0, 2, 3, 1)
 
 
 def outputs(weight: Tensor) -> Iterator[slice]:

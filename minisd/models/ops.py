@@ -322,6 +322,9 @@ def upsample_conv(conv: Layer, x: Tensor, size: tuple[int, int]) -> Tensor:
     """conv(x enlarged to `size`, each position the nearest), large images in bands."""
     if tuple(size) != (2 * x.shape[2], 2 * x.shape[3]):
         return conv2d(conv, F.interpolate(x, size=size, mode="nearest"))
+    if by_onednn(conv, nn.Conv2d, x) and is_usual_3x3(conv):
+        weight, bias, rows = conv.weight, conv.bias, bands.bands(x)
+        return in_parts(lambda x: upsampled(x, weight, bias, rows), x, many(x))
     if bands.is_large(x, 2) and may_be_cut(conv):
         return bands.upsample_conv(partial(double_conv, conv), x)
     return double_conv(conv, x)
@@ -329,8 +332,6 @@ def upsample_conv(conv: Layer, x: Tensor, size: tuple[int, int]) -> Tensor:
 
 def double_conv(conv: Layer, x: Tensor, edges: Edges = BOTH) -> Tensor:
     """conv(x with each pixel repeated in a square of 2 x 2); edges: of a band of an image."""
-    if by_onednn(conv, nn.Conv2d, x) and is_usual_3x3(conv):
-        return in_parts(lambda x: upsampled(x, conv.weight, conv.bias, edges), x, many(x))
     enlarged = F.interpolate(x, scale_factor=2, mode="nearest")
     if edges == BOTH:
         return conv2d(conv, enlarged)
