@@ -232,6 +232,14 @@ def test_what_is_no_tensor_is_refused(name, impl):
         attention(q, k, v, AttentionEdit(**{name: [1.0, 2.0]}), impl)
 
 
+@pytest.mark.parametrize("impl", ["sdpa", "reference", "triton"])
+def test_what_is_no_tensor_is_refused_beside_a_pair(impl):
+    q, k, v, _ = inputs("none", ())
+    pair = torch.zeros_like(q), torch.zeros_like(k)
+    with pytest.raises(TypeError, match="bias: expected a tensor, got list"):
+        attention(q, k, v, AttentionEdit(bias=[1.0, 2.0], save_qk=pair), impl)
+
+
 def test_unknown_impl_and_rows_are_refused():
     q, k, v, _ = inputs("none", ())
     with pytest.raises(

@@ -210,7 +210,7 @@ def folded(
 def number_of_rows(edit: AttentionEdit) -> int:
     """S, the rows that the edit addresses (0: none)."""
     tensors = [x[0] if isinstance(x, tuple) else x for x in edit]
-    return next((x.shape[0] for x in tensors if x is not None), 0)
+    return next((x.shape[0] for x in tensors if torch.is_tensor(x)), 0)
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, edit: AttentionEdit) -> None:
