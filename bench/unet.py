@@ -173,7 +173,8 @@ def groups(device: str, compiled: bool) -> list[dict[str, tuple]]:
 def table(record: dict) -> str:
     """The Markdown tables of a result file, one for each group."""
     parts = [harness.origin(record)]
-    for row in record["rows"]:
+    compared = [row for row in record["rows"] if len(row["times"]) > 1]
+    for row in compared or record["rows"]:  # without a rival that was not there
         times = row["times"]
         rivals = [name for name in times if not name.startswith("minisd")]
         heads = [f"batch {row['batch']}", "ms a step", "quartiles", "peak memory", "above weights"]

@@ -192,6 +192,9 @@ def test_tables():
     [head, rule, row] = unet.table({**RECORD, "rows": [alone]}).splitlines()[2:]
     assert row == "| minisd fp32 | 5.213 | 5.1 - 87.65 | 3.40 GB | 0.50 GB |"  # no rival
     assert head.count("|") == rule.count("|") == row.count("|")
+    both = {"batch": 1, "times": times}  # what has a rival is shown, where there is some
+    rows = {**RECORD, "rows": [alone, both]}
+    assert unet.table(rows) == unet.table({**RECORD, "rows": [both]})
     table = txt2img.table({**RECORD, "rows": [{"sampler": "ddim", "steps": 2, "times": times}]})
     assert "| ddim, 2 steps | diffusers fp32 | 3 | 1.9 - 2.1 | 3.40 GB | 0.50 GB |" in table
     card = {"plain": times["minisd fp32"]}
