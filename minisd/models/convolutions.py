@@ -86,22 +86,26 @@ def upsampled(x: Tensor, weight: Tensor, bias: Tensor | None, bands: Iterable[sl
     and likewise along columns: four convolutions of x by 2x2 in place of one of 3x3 with four times
     the positions, 4/9 of the multiplications.
 
-    bands: the rows of x, so many at a time.
+    bands: the rows of x, so many at a time where it has many.
     """
     kernel, around = weight.permute(0, 2, 3, 1), padded(x)  # (O, 3, 3, C), (B, h + 2, w + 2, C)
     B, _, h, w = x.shape
     out = torch.empty((B, h, 2, w, 2, len(weight)), dtype=x.dtype, device=x.device)
+    few = h * w < MANY
     for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        near = around[:, i : i + h + 1]
+        if few:
+            near = windows(near[:, :, j : j + w + 1], 2)
         for some in outputs(weight):
             matrix = folded(folded(kernel[some], 1, i), 2, j)  # (outputs, 2, 2, C)
             b = None if bias is None else bias[some]
+            if few:
+                out[:, :, i, :, j, some] = product(near, matrix.flatten(1), b)
+                continue
             for rows in bands:
-                near = around[:, rows.start + i : rows.stop + i + 1]
-                if h * w < MANY:
-                    y = product(windows(near[:, :, j : j + w + 1], 2), matrix.flatten(1), b)
-                else:  # a column too many costs less than to leave it out
-                    y = convolved(near, matrix, b)[:, :, j : j + w]
-                out[:, rows, i, :, j, some] = y
+                y = convolved(near[:, rows.start : rows.stop + 1], matrix, b)
+                # A column too many costs less than a copy without it.
+                out[:, rows, i, :, j, some] = y[:, :, j : j + w]
     return out.view(B, 2 * h, 2 * w, -1).permute(0, 3, 1, 2)
 
 
