@@ -174,7 +174,7 @@ def table(record: dict) -> str:
     """The Markdown tables of a result file, one for each group."""
     parts = [harness.origin(record)]
     compared = [row for row in record["rows"] if len(row["times"]) > 1]
-    for row in compared or record["rows"]:  # without a rival that was not there
+    for row in compared or record["rows"]:  # but for those whose rival was not there
         times = row["times"]
         rivals = [name for name in times if not name.startswith("minisd")]
         heads = [f"batch {row['batch']}", "ms a step", "quartiles", "peak memory", "above weights"]

@@ -13,6 +13,7 @@
 #include <stdint.h>
 
 #if defined(__x86_64__) && defined(__GNUC__)
+#include <float.h>
 #include <immintrin.h>
 #include <stdlib.h>
 #include <string.h>
@@ -40,8 +41,8 @@ typedef struct {
 } Call;
 
 /* 2^x by 2^n 2^r, n = floor(x), 2^r by the polynomial whose relative error is the least on [0, 1]:
-   of degree 6 to 2 ulp or, where bfloat16 follows, of degree 3 to 7.5e-5, a fiftieth of what its
-   rounding comes to. 0 of -inf. */
+   of degree 6 to 2 ulp or, where bfloat16 follows, of degree 3 to 7.5e-5, a 26th of what its
+   rounding may come to. 0 of -inf. */
 INLINE F32 __m512 exp2_vector(__m512 x, int half)
 {
     static const float wide[] = {1.0f, 6.93146984e-1f, 2.40229835e-1f, 5.54833489e-2f,
@@ -98,14 +99,13 @@ typedef struct {
     float sum[TILE];
 } Room;
 
-/* The sum and the output so far are brought down to the maximum with this block, which is returned,
-   times `scale`. w: the first of LANES queries of the tile. */
+/* The sum and the output so far are brought down to the maximum with this block, which is returned.
+   w: the first of LANES queries of the tile. scale: of the scores, times log2 e. */
 INLINE F32 __m512 new_maximum(Room *room, int w, int64_t dim, __m512 scale)
 {
-    __m512 before = _mm512_mul_ps(_mm512_loadu_ps(room->before + w), scale);
-    __m512 now = _mm512_mul_ps(_mm512_loadu_ps(room->maximum + w), scale);
+    __m512 before = _mm512_loadu_ps(room->before + w), now = _mm512_loadu_ps(room->maximum + w);
     if (_mm512_cmp_ps_mask(now, before, _CMP_NEQ_UQ)) {
-        __m512 factor = exp2_vector(_mm512_sub_ps(before, now), 0);
+        __m512 factor = exp2_vector(_mm512_mul_ps(_mm512_sub_ps(before, now), scale), 0);
         _mm512_storeu_ps(room->sum + w, _mm512_mul_ps(_mm512_loadu_ps(room->sum + w), factor));
         for (int64_t d = 0; d < dim; d++) {
             float *out = room->out + d * TILE + w;
@@ -115,10 +115,11 @@ INLINE F32 __m512 new_maximum(Room *room, int w, int64_t dim, __m512 scale)
     return now;
 }
 
-/* 2^(score scale - maximum), which is exp of a scaled score's difference from the largest. */
-INLINE F32 __m512 probability(const float *score, __m512 scale, __m512 maximum, int half)
+/* exp of how far a scaled score is from the largest, where it is exactly 1. */
+INLINE F32 __m512 probability(const float *score, __m512 maximum, __m512 scale, int half)
 {
-    return exp2_vector(_mm512_fmsub_ps(_mm512_loadu_ps(score), scale, maximum), half);
+    __m512 away = _mm512_sub_ps(_mm512_loadu_ps(score), maximum);
+    return exp2_vector(_mm512_mul_ps(away, scale), half);
 }
 
 INLINE F32 void add_to_sum(Room *room, int w, __m512 sum)
@@ -126,14 +127,15 @@ INLINE F32 void add_to_sum(Room *room, int w, __m512 sum)
     _mm512_storeu_ps(room->sum + w, _mm512_add_ps(_mm512_loadu_ps(room->sum + w), sum));
 }
 
-/* Scores of one block to probabilities, not yet divided by their sum. scale: times log2 e. */
-INLINE F32 void softmax_f32(Room *room, int64_t count, int64_t dim, __m512 scale)
+/* Scores of one block, which are scaled, to probabilities, not yet divided by their sum. */
+INLINE F32 void softmax_f32(Room *room, int64_t count, int64_t dim)
 {
+    __m512 scale = _mm512_set1_ps(1.0f);
     for (int w = 0; w < TILE; w += LANES) {
         __m512 maximum = new_maximum(room, w, dim, scale), sum = _mm512_setzero_ps();
         for (int64_t j = 0; j < count; j++) {
             float *score = room->scores + j * TILE + w;
-            __m512 p = probability(score, scale, maximum, 0);
+            __m512 p = probability(score, maximum, scale, 0);
             sum = _mm512_add_ps(sum, p);
             _mm512_storeu_ps(score, p);
         }
@@ -141,7 +143,7 @@ INLINE F32 void softmax_f32(Room *room, int64_t count, int64_t dim, __m512 scale
     }
 }
 
-/* The same to pairs of bfloat16, of two keys each, the first one low. */
+/* The same, of scores not yet scaled, to pairs of bfloat16, of two keys each, the first one low. */
 INLINE BF16 void softmax_bf16(Room *room, int64_t count, int64_t dim, __m512 scale)
 {
     uint16_t order[2 * LANES];
@@ -151,8 +153,8 @@ INLINE BF16 void softmax_bf16(Room *room, int64_t count, int64_t dim, __m512 sca
         __m512 maximum = new_maximum(room, w, dim, scale), sum = _mm512_setzero_ps();
         for (int64_t j = 0; j < count; j += 2) {
             const float *score = room->scores + j * TILE + w;
-            __m512 p = probability(score, scale, maximum, 1), next = _mm512_setzero_ps();
-            if (j + 1 < count) next = probability(score + TILE, scale, maximum, 1);
+            __m512 p = probability(score, maximum, scale, 1), next = _mm512_setzero_ps();
+            if (j + 1 < count) next = probability(score + TILE, maximum, scale, 1);
             sum = _mm512_add_ps(sum, _mm512_add_ps(p, next));
             __m512i pair = (__m512i)_mm512_cvtne2ps_pbh(next, p);
             _mm512_storeu_si512(room->pairs + j / 2 * TILE + w,
@@ -216,7 +218,7 @@ F32 static void tile_f32(const Call *call, Room *room)
             }
             raise_maximum(room, sums);
         }
-        softmax_f32(room, count, dim, _mm512_set1_ps(1.0f));
+        softmax_f32(room, count, dim);
         for (int64_t d = 0; d < dim; d += STEP) {
             __m512 sums[STEP][VECTORS];
             clear_sums(sums);
@@ -325,7 +327,7 @@ static void pack_tile(const Call *call, Room *room, const char *q, int64_t count
     }
     memset(room->out, 0, dim * TILE * sizeof(float));
     for (int i = 0; i < TILE; i++) {
-        room->maximum[i] = -1e30f;
+        room->maximum[i] = -FLT_MAX;
         room->sum[i] = 0;
     }
 }

@@ -99,6 +99,12 @@ def test_extreme_numbers(dtype):
     if dtype == torch.float32:  # scores of 1e4 in float32 are 1e-3 from the exact ones
         assert (got - want).abs().max() <= 5e-3 * want.abs().max()
     assert got.isfinite().all()
+    for large in (10.0, 300.0):  # scores of 1e7 to 1e10: the largest has it all
+        far = [large * x for x in (q, k)]
+        one = ((far[0].double() @ far[1].double().mT) / 4).argmax(-1)
+        assert torch.equal(cpu.attention(*far, v)[0, 0], v[0, 0, one[0, 0]])
+    below = q.abs() * 1e13, -k.abs() * 1e13  # every score is below -1e30
+    assert cpu.attention(*below, v).isfinite().all()
     same = k[:, :, :1].expand_as(k).contiguous()
     mean = v.double().mean(2, keepdim=True).expand_as(want)
     assert (cpu.attention(q, same, v) - mean).abs().max() <= 2 * eps * v.abs().max()

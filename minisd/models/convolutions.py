@@ -1,11 +1,12 @@
-"""3x3 convolutions written as products by oneDNN, some of them with fewer multiplications.
+"""3x3 convolutions written as products or 2x2 convolutions by oneDNN, some of them with fewer
+multiplications.
 
 Everything reads the weights as they lie in channels_last memory, at each call: there is no copy of
 them that could be stale. models/ops.py chooses among these functions, for values alone, without
 gradients. x: (B, C, h, w), weight: (O, C, 3, 3) -> channels_last memory.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -75,7 +76,7 @@ def by_windows(x: Tensor, weight: Tensor, bias: Tensor | None, edges: Edges = BO
     return product(windows_3x3(x, edges), matrix, bias).permute(0, 3, 1, 2)
 
 
-def upsampled(x: Tensor, weight: Tensor, bias: Tensor | None, bands: Iterable[slice]) -> Tensor:
+def upsampled(x: Tensor, weight: Tensor, bias: Tensor | None, bands: Sequence[slice]) -> Tensor:
     """The convolution of x with each pixel repeated in a square of 2 x 2: (B, O, 2h, 2w).
 
     Three neighbours in a row of the enlarged image are copies of two pixels, (a, b, b) or
