@@ -7,8 +7,8 @@ At 1024x1024 the decoder's activations have a gigabyte each, and without bands f
 alive at once. A band is convolved with the rows that lie above and below it, and the norm's mean
 and variance are those of the whole image: the sums are the same as without bands, so there are no
 seams and nothing to blend, unlike in a tiled decoding. models/ops.py asks `is_large`; smaller
-images, and gradients, are computed at once. The forms of models/convolutions.py that enlarge an
-image go through its bands by themselves.
+images, and gradients, are computed at once. On a CPU the second is `upsampled` of
+models/convolutions.py, which takes the bands of any image and one copy of x, with zeros around it.
 """
 
 from collections.abc import Callable
