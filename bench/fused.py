@@ -1,5 +1,5 @@
 """Time GroupNorm + SiLU, LayerNorm and GEGLU of minisd_kernels beside PyTorch's, and check them in
-the same run.
+the same run; the norms also with the sum before them, of the time or of the residual.
 
     python -m bench.fused [--quick] [--device cuda]
 
@@ -27,6 +27,14 @@ def group_norm_silu(x, weight, bias):
     return F.silu(F.group_norm(x, GROUPS, weight, bias))
 
 
+def shifted_group_norm_silu(x, weight, bias, shift):
+    return group_norm_silu(x + shift[:, :, None, None], weight, bias)
+
+
+def add_layer_norm(x, h, weight, bias):
+    return x + h, layer_norm(x + h, weight, bias)
+
+
 def layer_norm(x, weight, bias):
     return F.layer_norm(x, x.shape[-1:], weight, bias)
 
@@ -41,18 +49,22 @@ def case(
 ) -> tuple[Callable, Callable, Callable, tuple]:
     """(ours, PyTorch's, the oracle, the arguments) of one op at one site of the UNet."""
     weight, bias = (torch.randn(C, device=device).to(dtype) for _ in range(2))
-    if op == "group_norm_silu":
+    if op.endswith("group_norm_silu"):
         x = torch.randn(B, C, side, side, device=device).to(
             dtype, memory_format=torch.channels_last
         )
+        shift = [torch.randn(1, C, device=device).to(dtype)] if op.startswith("shifted") else []
         return (
-            lambda x, w, b: fused.group_norm_silu(x, GROUPS, w, b),
-            group_norm_silu,
-            lambda x, w, b: reference.group_norm_silu(x, GROUPS, w, b),
-            (x, weight, bias),
+            lambda x, w, b, *shift: fused.group_norm_silu(x, GROUPS, w, b, 1e-5, *shift),
+            shifted_group_norm_silu if shift else group_norm_silu,
+            lambda x, w, b, *shift: reference.group_norm_silu(x, GROUPS, w, b, 1e-5, *shift),
+            (x, weight, bias, *shift),
         )
-    if op == "layer_norm":
-        x = torch.randn(B, side * side, C, device=device).to(dtype)
+    if op.endswith("layer_norm"):
+        x, h = (torch.randn(B, side * side, C, device=device).to(dtype) for _ in range(2))
+        if op == "add_layer_norm":
+            args = x, h, weight, bias
+            return fused.add_layer_norm, add_layer_norm, reference.add_layer_norm, args
         return fused.layer_norm, layer_norm, reference.layer_norm, (x, weight, bias)
     x = torch.randn(B, side * side, 8 * C, device=device).to(dtype)
     return fused.geglu, geglu, reference.geglu, (x,)
@@ -87,9 +99,12 @@ def bench_case(op: str, B: int, C: int, side: int, dtype, device: str, rounds: i
             "torch.compile": lambda: compiled(*args),
         }
         exact = oracle(*(x.double() for x in args))
-        row["error_over_budget"] = error_ratio(ours(*args), torch_op(*args), exact)
+        results = (ours(*args), torch_op(*args), exact)
+        if op == "add_layer_norm":  # the norm: tests compare the sum's bits
+            results = tuple(y for _, y in results)
+        row["error_over_budget"] = error_ratio(*results)
     row["times"] = harness.interleave(functions, device, rounds, graph=True)
-    print(f"{op:<16} B{B} C{C:<5}{side}x{side} {row['dtype']:<9}", end="")
+    print(f"{op:<24} B{B} C{C:<5}{side}x{side} {row['dtype']:<9}", end="")
     print(*(f"{name} {t['ms']:.4f} ms" for name, t in row["times"].items()), sep="  ", flush=True)
     return row
 
@@ -143,7 +158,8 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     if torch.device(args.device).type != "cuda":
         print("no GPU: the Triton kernels are left out, only PyTorch's ops are timed")
-    ops, rows = ("group_norm_silu", "layer_norm", "geglu"), []
+    norms = "group_norm_silu", "shifted group_norm_silu", "layer_norm", "add_layer_norm"
+    ops, rows = (*norms, "geglu"), []
     dtypes, batches = (
         ((torch.float16,), (2,)) if args.quick else ((torch.float16, torch.bfloat16), (2, 8))
     )

@@ -121,10 +121,13 @@ TOGETHER = 16  # kernels that one process compiles, then disassembles at once
 DTYPES = ("float16", "bfloat16", "float32")
 FUSED = {  # see norms.py; kernel: channels and rows, of the UNet, and of the VAE
     "group_norm": ((320, 1024), (2560, 256)),
+    "group_norm shift": ((640, 1024), (1280, 256)),
     "group_norm moments": ((128, 2**16), (320, 2**13), (1280, 2**11)),
     "group_norm group": ((128, 2**16), (320, 2**13), (1280, 2**11)),
+    "group_norm group shift": ((320, 2**13), (640, 2**11)),
     "group_norm apply": ((128, 2**16), (320, 2**13), (1280, 2**11)),
     "layer_norm": ((320, 1024), (1280, 1024)),
+    "add_layer_norm": ((320, 1024), (1280, 1024)),
     "geglu": ((1280, 1024),),
 }
 KERNELS = {  # op: the kernel that is looked at
@@ -136,10 +139,13 @@ KERNELS = {  # op: the kernel that is looked at
     "query": "query_kernel",
     "key": "key_kernel",
     "group_norm": "group_norm_kernel",
+    "group_norm shift": "group_norm_kernel",
     "group_norm moments": "moments_kernel",
     "group_norm group": "group_kernel",
+    "group_norm group shift": "group_kernel",
     "group_norm apply": "apply_kernel",
     "layer_norm": "layer_norm_kernel",
+    "add_layer_norm": "layer_norm_kernel",
     "geglu": "geglu_kernel",
 }
 
@@ -246,20 +252,25 @@ def empty(*shape, dtype):
 
 
 def launch_fused(case: Case) -> None:
-    from minisd_kernels import norms
-
     C, rows, dtype = case.head_dim, case.queries, getattr(torch, case.dtype)
     parameters = empty(C, dtype=dtype), empty(C, dtype=dtype)
     if case.form == "geglu":
-        arguments = empty(rows, 2 * C, dtype=dtype), empty(rows, C, dtype=dtype)
-        prepare = norms.prepare_geglu
-    elif case.form == "layer_norm":
+        launch("geglu", empty(rows, 2 * C, dtype=dtype))
+    elif case.form.endswith("layer_norm"):
         x = empty(rows, C, dtype=dtype)
-        arguments, prepare = (x, *parameters, 1e-5, x), norms.prepare_layer_norm
+        launch(case.form, *([x, x] if case.form.startswith("add") else [x]), *parameters, 1e-5)
     else:
-        x = empty(2, C, rows, 1, dtype=dtype)
-        arguments, prepare = (x, *parameters, 32, 1e-5, x), norms.prepare_group_norm_silu
-    prepare(*arguments)(*(x for x in arguments if isinstance(x, torch.Tensor)))
+        x = empty(2, C, rows, 1, dtype=dtype).to(memory_format=torch.channels_last)
+        shift = empty(1, C, dtype=dtype) if case.form.endswith("shift") else None
+        launch("group_norm_silu", x, *parameters, shift, 32, 1e-5)
+
+
+def launch(name: str, *args) -> None:
+    """What the first call of an op launches."""
+    from minisd_kernels import dispatch, fused  # noqa: F401  # fused makes its ops known
+
+    out = dispatch.EMPTY[name](*args)
+    dispatch.prepare(name, args, out)(*args[: dispatch.TENSORS[name]], out)
 
 
 def launch_attention(case: Case) -> None:

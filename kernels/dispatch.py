@@ -84,6 +84,7 @@ def prepare(name: str, args: tuple, out) -> Callable:
         "group_norm": norms.prepare_group_norm,
         "group_norm_silu": norms.prepare_group_norm_silu,
         "layer_norm": norms.prepare_layer_norm,
+        "add_layer_norm": norms.prepare_add_layer_norm,
         "geglu": norms.prepare_geglu,
         "attention": attention.prepare,
         "attention_lse": attention.prepare,

@@ -1,5 +1,5 @@
-"""The public fused ops beside attention: `group_norm`, `group_norm_silu`, `layer_norm`, `geglu`,
-checked here, computed in norms.py.
+"""The public fused ops beside attention: `group_norm`, `group_norm_silu`, `layer_norm`,
+`add_layer_norm`, `geglu`, checked here, computed in norms.py.
 
 As in ops.py: importing this imports torch only, and each op is registered with torch.library
 (dispatch.py); there is no backward. minisd's models use them on CUDA where no gradient is asked for
@@ -15,27 +15,43 @@ from .dispatch import inference, register
 MAX_WIDTH = 16384  # layer_norm holds whole rows
 
 
-def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+def group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    shift: Tensor | None = None,
+) -> Tensor:
     """GroupNorm(x), for images in channels_last memory.
 
         y = (x - mean) / sqrt(var + eps) * weight + bias
         mean and var over a group of channels of one image
 
     x: (batch, channels, height, width), channels_last, float16, bfloat16 or float32; weight, bias:
-    (channels,), the same dtypes. Returns x's shape, dtype and memory format. ValueError: shapes,
-    dtypes, devices, memory format. RuntimeError: an input needs a gradient. Source: Wu and He 2018.
+    (channels,), the same dtypes. shift: (rows, channels), the same dtypes, is added to x first, row
+    b % rows to image b, in no pass over memory of its own, and the sum is not rounded. Returns x's
+    shape, dtype and memory format. ValueError: shapes, dtypes, devices, memory format.
+    RuntimeError: an input needs a gradient. Source: Wu and He 2018.
     """
-    return inference("group_norm", x, weight, bias, groups, eps)
+    return inference("group_norm", x, weight, bias, shift, groups, eps)
 
 
 def group_norm_silu(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    shift: Tensor | None = None,
 ) -> Tensor:
-    """silu(group_norm(x, groups, weight, bias, eps)), with the same arguments and errors."""
-    return inference("group_norm_silu", x, weight, bias, groups, eps)
+    """silu(group_norm(x, groups, weight, bias, eps, shift)), with the same arguments and errors."""
+    return inference("group_norm_silu", x, weight, bias, shift, groups, eps)
 
 
-def check_images(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> None:
+def check_images(
+    x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, groups: int, eps: float
+) -> None:
     if x.ndim != 4 or x.numel() == 0:
         raise ValueError(
             f"x: expected (batch, channels, height, width), none of them 0, got {tuple(x.shape)}"
@@ -47,6 +63,15 @@ def check_images(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: floa
             f"x: expected channels_last memory, got strides {x.stride()} for shape {tuple(x.shape)}"
         )
     check(x, x.shape[1], weight, bias)
+    if shift is None:
+        return
+    rows = len(shift) if shift.ndim == 2 else 0
+    if not rows or x.shape[0] % rows or shift.shape[1] != x.shape[1] or shift.stride(1) != 1:
+        raise ValueError(
+            f"shift: expected contiguous rows of {x.shape[1]} channels, as many as divide the "
+            f"{x.shape[0]} images, got {tuple(shift.shape)}, {shift.stride()}"
+        )
+    check_like(x, "shift", shift)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -59,6 +84,18 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     Ba et al. 2016.
     """
     return inference("layer_norm", x, weight, bias, eps)
+
+
+def add_layer_norm(
+    x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """x + h and layer_norm(x + h, weight, bias, eps), which is read once: a residual sum and the
+    norm behind it.
+
+    h: of x's shape and dtype, contiguous. The norm is of the sum as it is returned, rounded.
+    ValueError and RuntimeError as in layer_norm.
+    """
+    return inference("add_layer_norm", x, h, weight, bias, eps)
 
 
 def geglu(x: Tensor) -> Tensor:
@@ -76,6 +113,16 @@ def check_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Non
     if x.shape[-1] > MAX_WIDTH:
         raise ValueError(f"x: expected at most {MAX_WIDTH} channels, got {x.shape[-1]}")
     check(x, x.shape[-1], weight, bias)
+
+
+def check_add_layer_norm(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
+    check_layer_norm(x, weight, bias, eps)
+    if h.shape != x.shape or h.dtype != x.dtype or not h.is_contiguous():
+        raise ValueError(
+            f"h: expected contiguous {tuple(x.shape)}, {x.dtype}, like x, got {tuple(h.shape)}, "
+            f"{h.dtype}, strides {h.stride()}"
+        )
+    check_like(x, "h", h)
 
 
 def check_geglu(x: Tensor) -> None:
@@ -99,10 +146,7 @@ def check_rows(x: Tensor) -> None:
 def check(x: Tensor, channels: int, *parameters: Tensor) -> None:
     """ValueError unless dtypes, devices and the shapes of the parameters fit."""
     for name, y in zip(("x", "weight", "bias"), (x, *parameters)):
-        if y.dtype not in DTYPES:
-            raise ValueError(f"{name}: expected {' or '.join(map(str, DTYPES))}, got {y.dtype}")
-        if y.device != x.device:
-            raise ValueError(f"{name}: expected a tensor on {x.device} like x, got {y.device}")
+        check_like(x, name, y)
         if y is not x and (y.shape != (channels,) or y.stride() != (1,)):
             raise ValueError(
                 f"{name}: expected contiguous shape ({channels},), got {tuple(y.shape)}, "
@@ -110,9 +154,22 @@ def check(x: Tensor, channels: int, *parameters: Tensor) -> None:
             )
 
 
+def check_like(x: Tensor, name: str, y: Tensor) -> None:
+    """ValueError unless the kernels take y's dtype, and it is where x is."""
+    if y.dtype not in DTYPES:
+        raise ValueError(f"{name}: expected {' or '.join(map(str, DTYPES))}, got {y.dtype}")
+    if y.device != x.device:
+        raise ValueError(f"{name}: expected a tensor on {x.device} like x, got {y.device}")
+
+
 def empty_out(x: Tensor, *args) -> Tensor:
     """The output of the norms, uninitialised."""
     return torch.empty_like(x)
+
+
+def empty_pair(x: Tensor, *args) -> tuple[Tensor, Tensor]:
+    """The sum and its norm, uninitialised."""
+    return torch.empty_like(x), torch.empty_like(x)
 
 
 def empty_half(x: Tensor) -> Tensor:
@@ -120,11 +177,18 @@ def empty_half(x: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
 
 
-NORM = "(Tensor x, Tensor weight, Tensor bias, {}float eps) -> Tensor"
+IMAGES = "(Tensor x, Tensor weight, Tensor bias, Tensor? shift, int groups, float eps) -> Tensor"
+ROWS = "Tensor weight, Tensor bias, float eps)"
 for _name, _schema, _check, _empty in (
-    ("group_norm", NORM.format("int groups, "), check_images, empty_out),
-    ("group_norm_silu", NORM.format("int groups, "), check_images, empty_out),
-    ("layer_norm", NORM.format(""), check_layer_norm, empty_out),
+    ("group_norm", IMAGES, check_images, empty_out),
+    ("group_norm_silu", IMAGES, check_images, empty_out),
+    ("layer_norm", f"(Tensor x, {ROWS} -> Tensor", check_layer_norm, empty_out),
+    (
+        "add_layer_norm",
+        f"(Tensor x, Tensor h, {ROWS} -> (Tensor, Tensor)",
+        check_add_layer_norm,
+        empty_pair,
+    ),
     ("geglu", "(Tensor x) -> Tensor", check_geglu, empty_half),
 ):
     register(_name, _schema, _check, _empty, "torch.nn.functional")

@@ -5,6 +5,7 @@ result in memory.
                      mean and var over a group of one image
     layer_norm:      y = (x - mean) / sqrt(var + eps) * weight + bias
                      mean and var over the last dimension
+    add_layer_norm:  x + h, and layer_norm of it
     geglu:           y = h * gelu(gate), where x = [h, gate]; the exact GELU, gate * Phi(gate)
 
 Offsets are 64-bit before anything is multiplied, and the dimension of a grid that may be long is
@@ -19,6 +20,9 @@ So there nobody reads group by group: `moments_kernel` takes mean and squared de
 channel over a block of positions, all channels side by side; `group_kernel` combines them into
 those of a group (Chan, Golub and LeVeque 1979); `apply_kernel` normalises. x is read twice and
 written once.
+
+Where a number for each channel is to be added to x first, `shift`, nobody adds it to x: it moves
+the means, and x + shift - mean is x less the `center`, mean - shift.
 
 Sources: Wu and He 2018 (GroupNorm), Ba et al. 2016 (LayerNorm), Shazeer 2020 (GEGLU).
 """
@@ -55,14 +59,27 @@ def column(
 
 
 @triton.jit
+def shift_of(shift, b, offs_c, m_c, rows, stride):
+    """What is added to channels of image b, which takes row b % rows of shift; 0 without one."""
+    value = tl.zeros(offs_c.shape, tl.float32)
+    if shift is not None:
+        p_row = shift + (b % rows).to(tl.int64) * stride
+        value = tl.load(p_row + offs_c, m_c, 0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
 def group_norm_kernel(
     x,
     weight,
     bias,
+    shift,
     out,
     positions,
     channels,
     eps,
+    rows,
+    stride,  # of shift, from row to row
     SILU: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -72,29 +89,31 @@ def group_norm_kernel(
     after the first time they are read from a cache."""
     groups = channels // WIDTH
     b, g = tl.program_id(0) // groups, tl.program_id(0) % groups
+    offs_w = tl.arange(0, BLOCK_W)
+    offs_c, m_w = g * WIDTH + offs_w, offs_w < WIDTH
+    plus = shift_of(shift, b, offs_c, m_w, rows, stride)
     count = tl.cast(positions, tl.float32) * WIDTH
 
     total = tl.zeros([BLOCK_P, BLOCK_W], tl.float32)
     for start in range(0, positions, BLOCK_P):
         offs_x, m_x = column(b, g, start, positions, channels, WIDTH, BLOCK_P, BLOCK_W)
         total += tl.load(x + offs_x, m_x, 0.0).to(tl.float32)
-    mean = tl.sum(tl.sum(total, 1), 0) / count
+    center = tl.sum(tl.sum(total, 1), 0) / count + tl.sum(plus, 0) / WIDTH - plus
 
     total = tl.zeros([BLOCK_P, BLOCK_W], tl.float32)
     for start in range(0, positions, BLOCK_P):
         offs_x, m_x = column(b, g, start, positions, channels, WIDTH, BLOCK_P, BLOCK_W)
-        deviation = tl.where(m_x, tl.load(x + offs_x, m_x, 0.0).to(tl.float32) - mean, 0.0)
+        b_x = tl.load(x + offs_x, m_x, 0.0).to(tl.float32)
+        deviation = tl.where(m_x, b_x - center[None, :], 0.0)
         total += deviation * deviation
     inverse = 1 / tl.sqrt(tl.sum(tl.sum(total, 1), 0) / count + eps)
 
-    offs_w = tl.arange(0, BLOCK_W)
-    offs_c, m_w = g * WIDTH + offs_w, offs_w < WIDTH
     scale = tl.load(weight + offs_c, m_w, 0.0).to(tl.float32) * inverse
-    shift = tl.load(bias + offs_c, m_w, 0.0).to(tl.float32)
+    add = tl.load(bias + offs_c, m_w, 0.0).to(tl.float32)
     for start in range(0, positions, BLOCK_P):
         offs_x, m_x = column(b, g, start, positions, channels, WIDTH, BLOCK_P, BLOCK_W)
-        deviation = tl.load(x + offs_x, m_x, 0.0).to(tl.float32) - mean
-        y = deviation * scale[None, :] + shift[None, :]
+        deviation = tl.load(x + offs_x, m_x, 0.0).to(tl.float32) - center[None, :]
+        y = deviation * scale[None, :] + add[None, :]
         if SILU:
             y = y * tl.sigmoid(y)
         tl.store(out + offs_x, y.to(out.dtype.element_ty), mask=m_x)
@@ -128,23 +147,27 @@ def moments_kernel(x, moments, positions, channels, BLOCK_P: tl.constexpr, BLOCK
 def group_kernel(
     moments,
     weight,
+    shift,
     statistics,
     positions,
     channels,
     blocks,
     eps,
+    rows,
+    stride,  # of shift, from row to row
     WIDTH: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """Mean and scale = weight / sqrt(var + eps) of the WIDTH channels of one group of image b.
+    """Center and scale = weight / sqrt(var + eps) of the WIDTH channels of one group of image b.
 
     statistics: (B, 2, channels) float32.
     """
     b, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
     offs_w = tl.arange(0, BLOCK_W)
     offs_c = g * WIDTH + offs_w
+    plus = shift_of(shift, b, offs_c, offs_w < WIDTH, rows, stride)
     p_moments = moments + b * blocks * 2 * channels
     total = tl.zeros([BLOCK_K, BLOCK_W], tl.float32)
     for start in range(0, blocks, BLOCK_K):
@@ -154,6 +177,7 @@ def group_kernel(
         p_k = p_moments + offs_k.to(tl.int64)[:, None] * 2 * channels + offs_c[None, :]
         total += count[:, None] * tl.load(p_k, m_k, 0.0)
     mean = tl.sum(tl.sum(total, 1), 0) / (tl.cast(positions, tl.float32) * WIDTH)
+    center = mean + tl.sum(plus, 0) / WIDTH - plus
 
     total = tl.zeros([BLOCK_K, BLOCK_W], tl.float32)
     for start in range(0, blocks, BLOCK_K):
@@ -161,7 +185,7 @@ def group_kernel(
         count = tl.minimum(BLOCK_P, positions - offs_k * BLOCK_P)
         m_k = (offs_k[:, None] < blocks) & (offs_w[None, :] < WIDTH)
         p_k = p_moments + offs_k.to(tl.int64)[:, None] * 2 * channels + offs_c[None, :]
-        away = tl.load(p_k, m_k, 0.0) - mean
+        away = tl.load(p_k, m_k, 0.0) - center[None, :]
         total += tl.where(
             m_k, tl.load(p_k + channels, m_k, 0.0) + count[:, None] * away * away, 0.0
         )
@@ -169,7 +193,7 @@ def group_kernel(
 
     scale = tl.load(weight + offs_c, offs_w < WIDTH, 0.0).to(tl.float32) / tl.sqrt(var + eps)
     p_statistics = statistics + b * 2 * channels + offs_c
-    tl.store(p_statistics, tl.zeros([BLOCK_W], tl.float32) + mean, mask=offs_w < WIDTH)
+    tl.store(p_statistics, center, mask=offs_w < WIDTH)
     tl.store(p_statistics + channels, scale, mask=offs_w < WIDTH)
 
 
@@ -185,7 +209,8 @@ def apply_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """out = y or silu(y), y = (x - mean) * scale + bias, of one block of positions and channels."""
+    """out = y or silu(y), y = (x - center) * scale + bias, of one block of positions and
+    channels."""
     blocks = tl.cdiv(positions, BLOCK_P)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     offs_p = tl.program_id(0) % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -193,12 +218,11 @@ def apply_kernel(
     m_c = offs_c < channels
     m_x = (offs_p[:, None] < positions) & m_c[None, :]
     offs_x = offsets(b, offs_p, offs_c, positions, channels)
-    mean = tl.load(statistics + b * 2 * channels + offs_c, m_c, 0.0)
+    center = tl.load(statistics + b * 2 * channels + offs_c, m_c, 0.0)
     scale = tl.load(statistics + b * 2 * channels + channels + offs_c, m_c, 0.0)
-    shift = tl.load(bias + offs_c, m_c, 0.0).to(tl.float32)
-    y = (tl.load(x + offs_x, m_x, 0.0).to(tl.float32) - mean[None, :]) * scale[None, :] + shift[
-        None, :
-    ]
+    add = tl.load(bias + offs_c, m_c, 0.0).to(tl.float32)
+    deviation = tl.load(x + offs_x, m_x, 0.0).to(tl.float32) - center[None, :]
+    y = deviation * scale[None, :] + add[None, :]
     if SILU:
         y = y * tl.sigmoid(y)
     tl.store(out + offs_x, y.to(out.dtype.element_ty), mask=m_x)
@@ -206,9 +230,20 @@ def apply_kernel(
 
 @triton.jit
 def layer_norm_kernel(
-    x, weight, bias, out, rows, channels, eps, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+    x,
+    weight,
+    bias,
+    out,
+    h,
+    total,
+    rows,
+    channels,
+    eps,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    """BLOCK_R rows, each held whole: x is read once."""
+    """BLOCK_R rows, each held whole: x is read once. With h, total = x + h, and the norm is of that
+    as it is stored, rounded."""
     offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_c = tl.arange(0, BLOCK_C)
     m_c = offs_c < channels
@@ -216,6 +251,10 @@ def layer_norm_kernel(
     offs_x = offs_r[:, None] * channels + offs_c[None, :]
     # (BLOCK_R, BLOCK_C)
     b_x = tl.load(x + offs_x, m_x, 0.0).to(tl.float32)
+    if h is not None:
+        b_x = (b_x + tl.load(h + offs_x, m_x, 0.0).to(tl.float32)).to(total.dtype.element_ty)
+        tl.store(total + offs_x, b_x, mask=m_x)
+        b_x = b_x.to(tl.float32)
     deviation = tl.where(m_c[None, :], b_x - (tl.sum(b_x, 1) / channels)[:, None], 0.0)
     inverse = 1 / tl.sqrt(tl.sum(deviation * deviation, 1) / channels + eps)
     w, shift = (
@@ -249,29 +288,31 @@ SHORT, NARROW = 1024, 128  # positions and channels of a group up to which Group
 TILE = 2**14  # numbers of one at a time, 16 in each of 1024 threads: many more are spilled
 
 
-def prepare_group_norm(x, weight, bias, groups, eps, out, silu=False):
-    """x and out: (B, C, h, w) in channels_last memory."""
+def prepare_group_norm(x, weight, bias, shift, groups, eps, out, silu=False):
+    """x and out: (B, C, h, w) in channels_last memory; shift: None or (rows, C)."""
     B, C, h, w = x.shape
     positions, width = h * w, C // groups
     block_w = triton.next_power_of_2(width)
+    of_shift = (1, 0) if shift is None else (len(shift), shift.stride(0))
     if positions <= SHORT and width <= NARROW:
         block_p = min(triton.next_power_of_2(positions), TILE // block_w)
         size = dict(WIDTH=width, BLOCK_P=block_p, BLOCK_W=block_w)
         size["num_warps"] = max(4, block_p * block_w // 512)
-        return Launch(group_norm_kernel, (B * groups,), (positions, C, eps), SILU=silu, **size)
+        numbers = positions, C, eps, *of_shift
+        return Launch(group_norm_kernel, (B * groups,), numbers, SILU=silu, **size)
     blocks = triton.cdiv(positions, BLOCK_P)
     tiles, size = (blocks * B, triton.cdiv(C, BLOCK_C)), dict(BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_C)
     take = Launch(moments_kernel, tiles, (positions, C), **size)
     block = dict(BLOCK_P=BLOCK_P, BLOCK_K=64, BLOCK_W=block_w)
-    numbers = (positions, C, blocks, eps)
+    numbers = (positions, C, blocks, eps, *of_shift)
     combine = Launch(group_kernel, (B, groups), numbers, WIDTH=width, **block)
     apply = Launch(apply_kernel, tiles, (positions, C), SILU=silu, **size)
 
-    def launch(x, weight, bias, out):
+    def launch(x, weight, bias, shift, out):
         moments = x.new_empty(B * blocks * 2 * C, dtype=torch.float32)
         statistics = x.new_empty(B * 2 * C, dtype=torch.float32)
         take(x, moments)
-        combine(moments, weight, statistics)
+        combine(moments, weight, shift, statistics)
         apply(x, statistics, bias, out)
 
     return launch
@@ -282,11 +323,21 @@ def prepare_group_norm_silu(*args):
 
 
 def prepare_layer_norm(x, weight, bias, eps, out):
+    return launch_layer_norm(x, eps, None, None)
+
+
+def prepare_add_layer_norm(x, h, weight, bias, eps, out):
+    """out: (total, its norm)."""
+    launch = launch_layer_norm(x, eps)
+    return lambda x, h, weight, bias, out: launch(x, weight, bias, out[1], h, out[0])
+
+
+def launch_layer_norm(x, eps, *absent):
     C = x.shape[-1]
     rows, block_c = x.numel() // C, triton.next_power_of_2(C)
     block_r = max(1, 4096 // block_c)
     grid, size = (triton.cdiv(rows, block_r),), dict(BLOCK_R=block_r, BLOCK_C=block_c)
-    return Launch(layer_norm_kernel, grid, (rows, C, eps), **size)
+    return Launch(layer_norm_kernel, grid, (*absent, rows, C, eps), **size)
 
 
 def prepare_geglu(x, out):

@@ -307,23 +307,45 @@ def normalised(x: Tensor, dims, eps: float) -> Tensor:
     return (x - mean) / ((x - mean).square().mean(dims, keepdim=True) + eps).sqrt()
 
 
-def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
-    """GroupNorm(x). x: (batch, channels, height, width); weight, bias: (channels,)."""
+def group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """GroupNorm(x + shift). x: (batch, channels, height, width); weight, bias: (channels,); shift:
+    (rows, channels), row b % rows of image b."""
+    if shift is not None:
+        x = x + shift.repeat(len(x) // len(shift), 1)[:, :, None, None]
     y = normalised(x.unflatten(1, (groups, -1)), (2, 3, 4), eps).flatten(1, 2)
     return y * weight[:, None, None] + bias[:, None, None]
 
 
 def group_norm_silu(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    shift: Tensor | None = None,
 ) -> Tensor:
-    """silu(group_norm(x, groups, weight, bias, eps))."""
-    y = group_norm(x, groups, weight, bias, eps)
+    """silu(group_norm(x, groups, weight, bias, eps, shift))."""
+    y = group_norm(x, groups, weight, bias, eps, shift)
     return y * torch.sigmoid(y)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """LayerNorm over the last dimension. x: (..., channels); weight, bias: (channels,)."""
     return normalised(x, -1, eps) * weight + bias
+
+
+def add_layer_norm(
+    x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """x + h and LayerNorm of it."""
+    return x + h, layer_norm(x + h, weight, bias, eps)
 
 
 def geglu(x: Tensor) -> Tensor:

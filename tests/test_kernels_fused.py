@@ -62,6 +62,42 @@ def image(*shape, dtype=torch.float32):
             lambda: fused.layer_norm(torch.zeros(4, 8).to("meta"), *parameters(8)),
             "on meta like x, got cpu",
         ),
+        (
+            lambda: fused.add_layer_norm(torch.zeros(4, 8), torch.zeros(2, 8), *parameters(8)),
+            r"h: expected contiguous \(4, 8\), .* got \(2, 8\)",
+        ),
+        (
+            lambda: fused.add_layer_norm(
+                torch.zeros(4, 8), torch.zeros(4, 8).half(), *parameters(8)
+            ),
+            "h: expected .*float32, like x, got .*float16",
+        ),
+        (
+            lambda: fused.add_layer_norm(torch.zeros(8, 8), torch.zeros(8, 8).mT, *parameters(8)),
+            r"h: .* strides \(1, 8\)",
+        ),
+        (
+            lambda: fused.group_norm(image(2, 8, 4, 4), 2, *parameters(8), shift=torch.zeros(8)),
+            r"shift: expected contiguous rows of 8 channels, .* got \(8,\)",
+        ),
+        (
+            lambda: fused.group_norm_silu(
+                image(2, 8, 4, 4), 2, *parameters(8), shift=torch.zeros(3, 8)
+            ),
+            r"shift: .* as many as divide the 2 images, got \(3, 8\)",
+        ),
+        (
+            lambda: fused.group_norm(
+                image(2, 8, 4, 4), 2, *parameters(8), shift=torch.zeros(8, 2).mT
+            ),
+            r"shift: .* got \(2, 8\), \(1, 2\)",
+        ),
+        (
+            lambda: fused.group_norm(
+                image(2, 8, 4, 4), 2, *parameters(8), shift=torch.zeros(1, 8).double()
+            ),
+            "shift: .* got torch.float64",
+        ),
         (lambda: fused.geglu(torch.zeros(4, 7)), "expected an even last dimension, got 7"),
         (lambda: fused.geglu(torch.zeros(4, 8, 2)[..., 0]), "expected contiguous memory"),
     ],
@@ -76,6 +112,12 @@ def test_gradients_are_refused():
     for call in (
         lambda: fused.group_norm_silu(image(1, 8, 2, 2).requires_grad_(), 2, weight, bias),
         lambda: fused.layer_norm(x.flatten(1)[:, :8].contiguous(), weight.requires_grad_(), bias),
+        lambda: fused.add_layer_norm(
+            torch.zeros(2, 8), torch.zeros(2, 8, requires_grad=True), *parameters(8)
+        ),
+        lambda: fused.group_norm(
+            image(1, 8, 2, 2), 2, *parameters(8), shift=torch.zeros(1, 8, requires_grad=True)
+        ),
         lambda: fused.geglu(torch.zeros(2, 8, requires_grad=True)),
     ):
         with pytest.raises(RuntimeError, match="no backward; torch.nn.functional has"):
@@ -109,10 +151,17 @@ if INTERPRETED:
     def run(name, x, *args, torch_op):
         """Against float64 within twice the error of PyTorch's own op."""
         exact = [a.double() if isinstance(a, torch.Tensor) else a for a in args]
-        want = getattr(reference, name)(x.double(), *exact)
-        got = getattr(fused, name)(x, *args)
-        assert got.dtype == x.dtype and got.shape == want.shape
-        check(got, torch_op(x, *args), want, x.dtype, name)
+        compare(
+            name,
+            x.dtype,
+            getattr(fused, name)(x, *args),
+            torch_op(x, *args),
+            getattr(reference, name)(x.double(), *exact),
+        )
+
+    def compare(name, dtype, got, plain, want):
+        assert got.dtype == dtype and got.shape == want.shape
+        check(got, plain, want, dtype, name)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize(
@@ -166,6 +215,27 @@ if INTERPRETED:
         x = image_of(shape, 0, torch.float32)
         assert len(run_group_norm(monkeypatch, x, 1, True)) == 3
 
+    @pytest.mark.parametrize("dtype", (*DTYPES, torch.bfloat16), ids=str)
+    @pytest.mark.parametrize("rows", [1, 2, 4])
+    @pytest.mark.parametrize("short", [0, 1024])
+    def test_group_norm_of_what_is_shifted(short, rows, dtype, monkeypatch):
+        """Row b % rows of a part of a wider table goes to image b, in one launch and in three."""
+        monkeypatch.setattr(norms, "SHORT", short)
+        x = image_of((4, 60, 13, 7), -3, dtype)
+        shift = (torch.randn(rows, 100) * 4).to(dtype)[:, 21:81]
+
+        def torch_op(x, groups, weight, bias, eps, shift):
+            x = x + shift.repeat(len(x) // rows, 1)[:, :, None, None]
+            return F.silu(F.group_norm(x, groups, weight, bias, eps))
+
+        parts = parameters(60, dtype)
+        dispatch.KNOWN.clear()
+        exact = reference.group_norm_silu(
+            *(y.double() if torch.is_tensor(y) else y for y in (x, 6, *parts, 1e-5, shift))
+        )
+        got = fused.group_norm_silu(x, 6, *parts, 1e-5, shift)
+        compare("group_norm_silu", dtype, got, torch_op(x, 6, *parts, 1e-5, shift), exact)
+
     def image_of(shape, offset, dtype):
         """Channels of different variance, in channels_last memory."""
         torch.manual_seed(0)
@@ -206,6 +276,19 @@ if INTERPRETED:
 
         run("layer_norm", x, *parameters(shape[-1], dtype), 1e-5, torch_op=torch_op)
 
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)  # the interpreter does not round bfloat16
+    @pytest.mark.parametrize(
+        "shape", [(3, 5, 320), (1, 1), (2, 3, 1000), (7, 48), (5, 1280)], ids=str
+    )
+    def test_the_sum_and_its_layer_norm(shape, dtype):
+        """The sum as torch's and the norm as that of the sum, to the last bit."""
+        torch.manual_seed(0)
+        x, h = ((torch.randn(shape) * 3 + 5).to(dtype) for _ in range(2))
+        parts, kept = parameters(shape[-1], dtype), (x.clone(), h.clone())
+        total, y = fused.add_layer_norm(x, h, *parts)
+        assert torch.equal(total, x + h) and torch.equal(y, fused.layer_norm(x + h, *parts))
+        assert torch.equal(x, kept[0]) and torch.equal(h, kept[1])
+
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("shape", [(2, 17, 320), (1, 2), (3, 1, 514)], ids=str)
     def test_geglu(shape, dtype):
@@ -220,9 +303,11 @@ if INTERPRETED:
     def test_opcheck_and_compile():
         x, parts = image(2, 8, 3, 5), parameters(8)
         op = torch.ops.minisd_kernels
-        torch.library.opcheck(op.group_norm.default, (x, *parts, 2, 1e-5))
-        torch.library.opcheck(op.group_norm_silu.default, (x, *parts, 2, 1e-5))
-        torch.library.opcheck(op.layer_norm.default, (torch.randn(10, 8), *parts, 1e-5))
+        torch.library.opcheck(op.group_norm.default, (x, *parts, None, 2, 1e-5))
+        torch.library.opcheck(op.group_norm_silu.default, (x, *parts, torch.ones(1, 8), 2, 1e-5))
+        rows = torch.randn(10, 8)
+        torch.library.opcheck(op.layer_norm.default, (rows, *parts, 1e-5))
+        torch.library.opcheck(op.add_layer_norm.default, (rows, rows + 1, *parts, 1e-5))
         torch.library.opcheck(op.geglu.default, (torch.randn(3, 8),))
 
         def block(x):
@@ -247,21 +332,37 @@ if INTERPRETED:
         unet = UNet(UNetConfig(**types, **numbers, cross_attention_dim=24, norm_num_groups=4))
         for p in unet.requires_grad_(False).to(memory_format=torch.channels_last).parameters():
             p.uniform_(-0.3, 0.3)  # fresh norms would hide what is left out
-        arguments = torch.randn(1, 4, 8, 6), torch.tensor(5), torch.randn(2, 7, 24)
-        plain, taken = unet(*arguments), []
-        for name in ("group_norm", "group_norm_silu", "layer_norm", "geglu"):
-            call = getattr(fused, name)
-            monkeypatch.setattr(
-                fused, name, lambda *a, c=call, n=name, **k: taken.append(n) or c(*a, **k)
-            )
-        monkeypatch.setattr(ops, "has_kernels", lambda x: True)
+        x, context = torch.randn(2, 4, 8, 6), torch.randn(4, 7, 24)
+        one_time = x[:1], torch.tensor(5), context[:2]
+        two_times = x, torch.tensor([5, 700]), context
+        plain = [unet(*arguments) for arguments in (one_time, two_times)]
+        taken, shifted = [], []
+
+        def watch(owner, name):
+            call = getattr(owner, name)
+
+            def watched(*args):
+                taken.append(name)
+                shifted.extend(y for y in args[5:] if y is not None)
+                return call(*args)
+
+            monkeypatch.setattr(owner, name, watched)
+
+        for name in ("group_norm", "group_norm_silu", "layer_norm", "add_layer_norm", "geglu"):
+            watch(fused, name)
+        watch(ops, "pointwise")
+        monkeypatch.setattr(ops, "is_on_card", lambda x: True)
         monkeypatch.setattr(ops, "onednn_computes", lambda dtype: False)
-        torch.testing.assert_close(unet(*arguments), plain, atol=1e-5, rtol=1e-4)
-        blocks, resnets = 4, 8
-        counts = {name: taken.count(name) for name in set(taken)}
-        assert counts == {
-            "group_norm": blocks,
-            "group_norm_silu": 2 * resnets + 1,
-            "layer_norm": 3 * blocks,
-            "geglu": blocks,
-        }
+        for arguments, want in zip((one_time, two_times), plain):
+            del taken[:], shifted[:]
+            torch.testing.assert_close(unet(*arguments), want, atol=1e-5, rtol=1e-4)
+            blocks, resnets, shortcuts = 4, 8, 5
+            assert {name: taken.count(name) for name in set(taken)} == {
+                "group_norm": blocks,
+                "group_norm_silu": 2 * resnets + 1,
+                "layer_norm": blocks,
+                "add_layer_norm": 2 * blocks,
+                "geglu": blocks,
+                "pointwise": 2 * blocks + shortcuts,
+            }
+            assert [len(y) for y in shifted] == [len(arguments[0])] * resnets

@@ -198,10 +198,12 @@ def test_fused_ops(C, side, dtype):
     weight, bias = (torch.randn(C, device="cuda").to(dtype) for _ in range(2))
     x = torch.randn(2, C, side, side, device="cuda").to(dtype, memory_format=torch.channels_last)
     rows = torch.randn(2, side * side, 2 * C, device="cuda").to(dtype)
+    shift, tokens = torch.randn(1, C, device="cuda").to(dtype), rows[..., :C].contiguous()
     for name, args in (
         ("group_norm", (x, C // 10 if C == 320 else 2, weight, bias)),
         ("group_norm_silu", (x, C // 10 if C == 320 else 2, weight, bias)),
-        ("layer_norm", (rows[..., :C].contiguous(), weight, bias)),
+        ("group_norm_silu", (x, C // 10 if C == 320 else 2, weight, bias, 1e-5, shift)),
+        ("layer_norm", (tokens, weight, bias)),
         ("geglu", (rows,)),
     ):
         exact = getattr(reference, name)(
@@ -215,3 +217,6 @@ def test_fused_ops(C, side, dtype):
             name,
             x.numel() // 2,
         )
+    total, y = fused.add_layer_norm(tokens, tokens.flip(0), weight, bias)
+    assert torch.equal(total, tokens + tokens.flip(0))
+    assert torch.equal(y, fused.layer_norm(total, weight, bias))

@@ -18,7 +18,7 @@ START = """
 import json, torch, triton
 from triton.runtime.jit import JITFunction
 from bench.kernel_resources import CompileOnly
-from minisd_kernels import dispatch, norms, toolchain
+from minisd_kernels import dispatch, fused, toolchain
 
 toolchain.choose = lambda arch: None
 triton.runtime.driver.set_active(CompileOnly(80))
@@ -34,9 +34,6 @@ JITFunction.run = compile_only
 
 def empty(*shape, dtype=torch.float16):
     return torch.empty(shape, dtype=dtype, device="meta")
-
-def launch_norm(prepare, *args):
-    prepare(*args)(*(x for x in args if isinstance(x, torch.Tensor)))
 
 def launch(name, *args):
     # as the first call of an op does
@@ -93,7 +90,7 @@ for B, H in ((65536, 2), (2, 65536)):
     launch('cross_attention_save', q, k, k, *[None] * 7, empty(1, 64, 5, dtype=torch.float32), None)
 for side in (4, 256):  # in one launch, and in three
     x = empty(65536, 64, side, side).to(memory_format=torch.channels_last)
-    launch_norm(norms.prepare_group_norm_silu, x, empty(64), empty(64), 32, 1e-5, x)
+    launch("group_norm_silu", x, empty(64), empty(64), empty(2, 64), 32, 1e-5)
 print(json.dumps(grids))
 """)
     assert len(grids) == 2 * 4 + 1 + 3
@@ -119,9 +116,12 @@ launch('cross_attention', q, k, k, None, maps, None, empty(2, 77, dtype=torch.fl
 launch('cross_attention_save', q, k, k, *[None] * 6, maps, mean, None)
 for side in (9, 64):  # in one launch, and in three
     x = empty(2, 1024, side, side).to(memory_format=torch.channels_last)
-    launch_norm(norms.prepare_group_norm_silu, x, empty(1024), empty(1024), 32, 1e-5, x)
-launch_norm(norms.prepare_layer_norm, empty(8, 320), empty(320), empty(320), 1e-5, empty(8, 320))
-launch_norm(norms.prepare_geglu, empty(8, 320), empty(8, 160))
+    for shift in (None, empty(2, 1024)):
+        launch("group_norm_silu", x, empty(1024), empty(1024), shift, 32, 1e-5)
+rows = empty(8, 320)
+launch("layer_norm", rows, empty(320), empty(320), 1e-5)
+launch("add_layer_norm", rows, rows, empty(320), empty(320), 1e-5)
+launch("geglu", rows)
 import re
 found = {}
 for name, text in last.items():
@@ -131,4 +131,4 @@ for name, text in last.items():
                    if re.search(r"arith.muli .*i32", line) and not by_block.search(line)]
 print(json.dumps(found))
 """)
-    assert len(products) == 10 and not sum(products.values(), []), products
+    assert len(products) == 15 and not sum(products.values(), []), products

@@ -13,8 +13,8 @@ from . import ops
 class ResnetBlock(nn.Module):
     """h = conv2(silu(norm2(conv1(silu(norm1(x))) + time))), out = h + shortcut(x).
 
-    x: (B, in, h, w) -> (B, out, h, w). time: (1, out, 1, 1), or a row for each latent of a group of
-    x, what `project` made of the time's embedding; None in a block without `time_channels`.
+    x: (B, in, h, w) -> (B, out, h, w). time: (1, out), or a row for each latent of a group of x,
+    what `project` made of the time's embedding; None in a block without `time_channels`.
     """
 
     def __init__(
@@ -43,9 +43,7 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         h = ops.norm_silu_conv(self.norm1, self.conv1, x)
-        if time is not None:
-            h = ops.add(time, h)
-        h = ops.norm_silu_conv(self.norm2, self.conv2, h, in_place=True)
+        h = ops.norm_silu_conv(self.norm2, self.conv2, h, in_place=True, shift=time)
         shortcut = self.conv_shortcut
         return ops.add(x, h) if shortcut is None else ops.add_conv(shortcut, x, h)
 

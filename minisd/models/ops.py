@@ -2,9 +2,10 @@
 
 Every function takes the torch module that holds the parameters. Where something is special about it
 (hooks, a LoRA wrapper or another class in its place, a parametrisation, gradients, autocast,
-torch.compile) it is called as any module is, layer(x). Where nothing is, on CUDA norms and GEGLU
-are the kernels of minisd_kernels.fused, which read channels_last memory as it lies and leave no
-intermediate result there, and on a CPU:
+torch.compile) it is called as any module is, layer(x). Where nothing is, on CUDA norms, with the
+sum before them, and GEGLU are the kernels of minisd_kernels.fused, which read channels_last memory
+as it lies and leave no intermediate result there, a 1x1 convolution is a linear layer over the
+channels, and on a CPU:
 
 - torch gives a float32 linear layer to MKL, which leaves AVX-512 unused on AMD processors; `linear`
   gives it to oneDNN.
@@ -122,26 +123,30 @@ def by_onednn(layer: Layer, kind: type, x: Tensor) -> bool:
     return is_inference(x, weight)
 
 
-def has_kernels(x: Tensor) -> bool:
-    """Whether the Triton kernels run where x is."""
-    return x.is_cuda and HAS_TRITON
+def is_on_card(x: Tensor) -> bool:
+    """Whether cuDNN, cuBLAS and, where it is installed, Triton compute what is asked of x."""
+    return x.is_cuda
 
 
 def by_kernels(x: Tensor, *parameters: Tensor) -> bool:
     """Whether minisd_kernels.fused may compute something of x, and of parameters."""
-    if not has_kernels(x) or x.dtype not in fused.DTYPES or x.numel() == 0:
+    if not (HAS_TRITON and is_on_card(x)) or x.dtype not in fused.DTYPES or x.numel() == 0:
         return False
     return is_inference(x, *parameters)
 
 
-def norm_for_kernels(norm: Layer, kind: type, x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Scale and shift of a plain norm that minisd_kernels.fused may compute of x; else None."""
+def norm_for_kernels(
+    norm: Layer, kind: type, x: Tensor, plus: Tensor | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """Weight and bias of a plain norm that minisd_kernels.fused may compute of x, or of x + plus;
+    else None."""
     own = plain(norm, kind)
     if own is None or own["bias"] is None:
         return None
     weight, bias = own["weight"], own["bias"]
-    alike = weight.dtype == bias.dtype == x.dtype
-    return (weight, bias) if alike and by_kernels(x, weight, bias) else None
+    plus = x if plus is None else plus
+    alike = weight.dtype == bias.dtype == x.dtype == plus.dtype
+    return (weight, bias) if alike and by_kernels(x, weight, bias, plus) else None
 
 
 def linear(layer: Layer, x: Tensor) -> Tensor:
@@ -178,8 +183,7 @@ def conv2d(layer: Layer, x: Tensor, edges: Edges = BOTH) -> Tensor:
         return convolution(layer, x, edges)
     weight, bias, padding = layer.weight, layer.bias, layer.padding
     matrix = weight.permute(0, 2, 3, 1).flatten(1)  # (out, kernel * in), a view
-    once = layer.stride == layer.dilation == (1, 1)
-    if once and layer.kernel_size == (1, 1) and padding == (0, 0):
+    if is_1x1(layer):
         return product(x.permute(0, 2, 3, 1), matrix, bias).permute(0, 3, 1, 2)
     if is_usual_3x3(layer):
         if is_few(x, weight):
@@ -198,11 +202,21 @@ def convolution(layer: Layer, x: Tensor, edges: Edges = BOTH) -> Tensor:
     own = plain(layer, nn.Conv2d)
     if own is None or layer.padding_mode != "zeros":
         return call(layer, x)
+    if layer.kernel_size == (1, 1) and is_on_card(x) and in_channels_last(x) and is_1x1(layer):
+        return pointwise(x, own["weight"], own["bias"])
     padding = layer.padding
     if edges != BOTH:
         x, padding = with_edges(x, edges), (0, 1)
     numbers = layer.stride, padding, layer.dilation, layer.groups
     return F.conv2d(x, own["weight"], own["bias"], *numbers)
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 1x1 convolution of channels_last x as cuBLAS's product, which adds the bias as it writes:
+    behind cuDNN's convolution torch adds it in a pass over memory of its own."""
+    (B, C, h, w), out = x.shape, weight.shape[0]
+    y = F.linear(x.as_strided((B * h * w, C), (C, 1)), weight.view(out, C), bias)
+    return y.as_strided((B, out, h, w), (h * w * out, 1, w * out, out))
 
 
 def with_edges(x: Tensor, edges: Edges) -> Tensor:
@@ -220,6 +234,12 @@ def is_usual(layer: Layer) -> bool:
 def is_usual_3x3(layer: Layer) -> bool:
     """Whether it is a 3x3 convolution that keeps the size."""
     return is_usual(layer) and is_3x3(layer)
+
+
+def is_1x1(layer: Layer) -> bool:
+    """Whether a convolution is a linear layer over the channels."""
+    numbers = layer.kernel_size, layer.padding, layer.stride
+    return layer.groups == 1 and numbers == ((1, 1), (0, 0), (1, 1))
 
 
 def is_3x3(layer: Layer) -> bool:
@@ -282,11 +302,14 @@ def one_by_one(norm: Layer, x: Tensor) -> bool:
     return cut and is_inference(x, norm.weight)
 
 
-def group_norm_silu(norm: Layer, x: Tensor) -> Tensor:
-    """silu(norm(x)). x: (B, C, h, w)."""
-    own = norm_for_kernels(norm, nn.GroupNorm, x) if in_channels_last(x) else None
+def group_norm_silu(norm: Layer, x: Tensor, shift: Tensor | None = None) -> Tensor:
+    """silu(norm(x + shift)). x: (B, C, h, w), needed no more where there is a shift; shift:
+    (rows, C), for each group of so many rows of x."""
+    own = norm_for_kernels(norm, nn.GroupNorm, x, shift) if in_channels_last(x) else None
     if own is not None:
-        return fused.group_norm_silu(x, norm.num_groups, *own, norm.eps)
+        return fused.group_norm_silu(x, norm.num_groups, *own, norm.eps, shift)
+    if shift is not None:
+        x = add(shift[:, :, None, None], x)
     if not one_by_one(norm, x):
         return F.silu(call(norm, x), inplace=not torch.is_grad_enabled())
     out = torch.empty_like(x)
@@ -301,18 +324,39 @@ def in_channels_last(x: Tensor) -> bool:
 
 def layer_norm(norm: Layer, x: Tensor) -> Tensor:
     """norm(x) over the last dimension."""
-    own = norm_for_kernels(norm, nn.LayerNorm, x) if x.is_contiguous() else None
+    own = layer_norm_for_kernels(norm, x)
+    return norm(x) if own is None else fused.layer_norm(x, *own, norm.eps)
+
+
+def add_layer_norm(norm: Layer, x: Tensor, h: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
+    """x + h, as `add` has it, and norm of that. x and h: of one shape."""
+    own = layer_norm_for_kernels(norm, x, h) if h.is_contiguous() else None
+    if own is not None:
+        return fused.add_layer_norm(x, h, *own, norm.eps)
+    x = add(x, h, layer)
+    return x, layer_norm(norm, x)
+
+
+def layer_norm_for_kernels(
+    norm: Layer, x: Tensor, plus: Tensor | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """Weight and bias of a plain LayerNorm that minisd_kernels.fused may compute of x, or of
+    x + plus; else None."""
+    own = norm_for_kernels(norm, nn.LayerNorm, x, plus) if x.is_contiguous() else None
     width = x.shape[-1:]
-    if own is None or norm.normalized_shape != width or width[0] > fused.MAX_WIDTH:
-        return norm(x)
-    return fused.layer_norm(x, *own, norm.eps)
+    fits = own is not None and norm.normalized_shape == width and width[0] <= fused.MAX_WIDTH
+    return own if fits else None
 
 
-def norm_silu_conv(norm: Layer, conv: Layer, x: Tensor, in_place: bool = False) -> Tensor:
-    """conv(silu(norm(x))), large images in bands (engine/bands.py); in_place: x is needed no
-    more."""
+def norm_silu_conv(
+    norm: Layer, conv: Layer, x: Tensor, in_place: bool = False, shift: Tensor | None = None
+) -> Tensor:
+    """conv(silu(norm(x + shift))), large images in bands (engine/bands.py); in_place: x is needed
+    no more, as where there is a shift; shift: (rows, C), for each group of so many rows of x."""
     if not (bands.are_large(x) and is_plain(norm, nn.GroupNorm) and may_be_cut(conv)):
-        return conv2d(conv, group_norm_silu(norm, x))
+        return conv2d(conv, group_norm_silu(norm, x, shift))
+    if shift is not None:
+        x = add(shift[:, :, None, None], x)
     if bands.is_large(x):
         return bands.norm_silu_conv(norm, partial(conv2d, conv), x, in_place)
     return in_parts(lambda x: conv2d(conv, group_norm_silu(norm, x)), x, TOGETHER)

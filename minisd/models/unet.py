@@ -128,7 +128,7 @@ class TimestepEmbedding(nn.Module):
 class Conditioning(NamedTuple):
     """What one call of the UNet tells all of its blocks beside x."""
 
-    times: Mapping[str, Tensor]  # resnet -> what the time adds, (1 or B, channels, 1, 1)
+    times: Mapping[str, Tensor]  # resnet -> what the time adds, (1 or B, channels)
     context: Context  # cross site -> keys and values of the text
     edits: Edits  # site -> what is changed there
     attention: Implementation  # the code that computes attention
@@ -188,12 +188,12 @@ class TransformerBlock(nn.Module):
             x = ops.repeat_rows(x, c.rows)
         edit: Any = c.edits.get(attn1.name)
         h = attn1(ops.layer_norm(self.norm1, x), None, edit, c.attention, c.edits)
-        x = ops.add(x, h, attn1)
-        x = ops.repeat_rows(x, c.rows)
+        x, h = ops.repeat_rows(x, c.rows), ops.repeat_rows(h, c.rows)
+        x, h = ops.add_layer_norm(self.norm2, x, h, attn1)
         edit, kv = c.edits.get(attn2.name), c.context[attn2.name]
-        h = attn2(ops.layer_norm(self.norm2, x), kv, edit, c.attention, c.edits)
-        x = ops.add(x, h, attn2)
-        return ops.add(x, ff(ops.layer_norm(self.norm3, x)), ff)
+        h = attn2(h, kv, edit, c.attention, c.edits)
+        x, h = ops.add_layer_norm(self.norm3, x, h, attn2)
+        return ops.add(x, ff(h), ff)
 
 
 class Transformer(nn.Module):
@@ -477,11 +477,11 @@ class UNet(Denoiser):
         return cast(ResnetBlock, self.get_submodule(name))
 
     def times(self, x: Tensor, t: Tensor) -> dict[str, Tensor]:
-        """{resnet: what the time adds to its channels, (1 or B, channels, 1, 1)}."""
+        """{resnet: what the time adds to its channels, (1 or B, channels)}."""
         if self.config.in_channels > 2 * self.config.out_channels:
             what = "x of an inpainting model (minisd.inpaint draws with it)"
             expect.shape(what, x, "B", self.config.in_channels, "h", "w")
         widths = self._time_widths
         self.check_inputs(x, t, sum(widths))
         table = self.time_table(t.reshape(-1)) if t.ndim < 2 else t
-        return dict(zip(self._resnets, table[:, :, None, None].split(widths, dim=1)))
+        return dict(zip(self._resnets, table.split(widths, dim=1)))
