@@ -9,7 +9,7 @@ As in ops.py: importing this imports torch only, and each op is registered with 
 import torch
 from torch import Tensor
 
-from .checks import DTYPES
+from .checks import DTYPES, check_tensor
 from .dispatch import inference, register
 
 MAX_WIDTH = 16384  # layer_norm holds whole rows
@@ -30,9 +30,10 @@ def group_norm(
 
     x: (batch, channels, height, width), channels_last, float16, bfloat16 or float32; weight, bias:
     (channels,), the same dtypes. shift: (rows, channels), the same dtypes, is added to x first, row
-    b % rows to image b, in no pass over memory of its own, and the sum is not rounded. Returns x's
-    shape, dtype and memory format. ValueError: shapes, dtypes, devices, memory format.
-    RuntimeError: an input needs a gradient. Source: Wu and He 2018.
+    b % rows to image b: in float32, and only to the means, so where it takes away an offset of x,
+    what x lost to that offset stays lost. Returns x's shape, dtype and memory format. ValueError:
+    shapes, dtypes, devices, memory format. TypeError: no tensor. RuntimeError: an input needs a
+    gradient. Source: Wu and He 2018.
     """
     return inference("group_norm", x, weight, bias, shift, groups, eps)
 
@@ -65,6 +66,7 @@ def check_images(
     check(x, x.shape[1], weight, bias)
     if shift is None:
         return
+    check_tensor("shift", shift)
     rows = len(shift) if shift.ndim == 2 else 0
     if not rows or x.shape[0] % rows or shift.shape[1] != x.shape[1] or shift.stride(1) != 1:
         raise ValueError(
@@ -89,11 +91,11 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
 def add_layer_norm(
     x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """x + h and layer_norm(x + h, weight, bias, eps), which is read once: a residual sum and the
-    norm behind it.
+    """A residual sum and the norm behind it, x + h and layer_norm(x + h, weight, bias, eps), with
+    x and h read once.
 
     h: of x's shape and dtype, contiguous. The norm is of the sum as it is returned, rounded.
-    ValueError and RuntimeError as in layer_norm.
+    TypeError: h is no tensor. ValueError and RuntimeError as in layer_norm.
     """
     return inference("add_layer_norm", x, h, weight, bias, eps)
 
@@ -117,6 +119,7 @@ def check_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Non
 
 def check_add_layer_norm(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
     check_layer_norm(x, weight, bias, eps)
+    check_tensor("h", h)
     if h.shape != x.shape or h.dtype != x.dtype or not h.is_contiguous():
         raise ValueError(
             f"h: expected contiguous {tuple(x.shape)}, {x.dtype}, like x, got {tuple(h.shape)}, "

@@ -98,7 +98,7 @@ def group_norm_kernel(
     for start in range(0, positions, BLOCK_P):
         offs_x, m_x = column(b, g, start, positions, channels, WIDTH, BLOCK_P, BLOCK_W)
         total += tl.load(x + offs_x, m_x, 0.0).to(tl.float32)
-    center = tl.sum(tl.sum(total, 1), 0) / count + tl.sum(plus, 0) / WIDTH - plus
+    center = tl.sum(tl.sum(total, 1), 0) / count + (tl.sum(plus, 0) / WIDTH - plus)
 
     total = tl.zeros([BLOCK_P, BLOCK_W], tl.float32)
     for start in range(0, positions, BLOCK_P):
@@ -177,7 +177,7 @@ def group_kernel(
         p_k = p_moments + offs_k.to(tl.int64)[:, None] * 2 * channels + offs_c[None, :]
         total += count[:, None] * tl.load(p_k, m_k, 0.0)
     mean = tl.sum(tl.sum(total, 1), 0) / (tl.cast(positions, tl.float32) * WIDTH)
-    center = mean + tl.sum(plus, 0) / WIDTH - plus
+    center = mean + (tl.sum(plus, 0) / WIDTH - plus)
 
     total = tl.zeros([BLOCK_K, BLOCK_W], tl.float32)
     for start in range(0, blocks, BLOCK_K):

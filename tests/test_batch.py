@@ -15,7 +15,7 @@ import minisd
 from minisd.models import ops
 
 WORDS = "a red blue big small circle square left of above on white background striped".split()
-SETTINGS = 30  # for each number of threads
+SETTINGS = 100  # for each number of threads
 onednn = pytest.mark.skipif(
     not ops.onednn_computes(torch.float32), reason="no oneDNN for this processor"
 )

@@ -221,20 +221,31 @@ if INTERPRETED:
     def test_group_norm_of_what_is_shifted(short, rows, dtype, monkeypatch):
         """Row b % rows of a part of a wider table goes to image b, in one launch and in three."""
         monkeypatch.setattr(norms, "SHORT", short)
-        x = image_of((4, 60, 13, 7), -3, dtype)
-        shift = (torch.randn(rows, 100) * 4).to(dtype)[:, 21:81]
+        for shape, groups in (((4, 60, 13, 7), 6), ((4, 7, 1, 1), 7), ((4, 33, 3, 2), 1)):
+            x = image_of(shape, -3, dtype)
+            shift = (torch.randn(rows, 100) * 4).to(dtype)[:, 21 : 21 + shape[1]]
+            compare_shifted(x, groups, shift)
+
+    def compare_shifted(x, groups, shift):
+        dtype, rows, parts = x.dtype, len(shift), parameters(x.shape[1], x.dtype)
 
         def torch_op(x, groups, weight, bias, eps, shift):
             x = x + shift.repeat(len(x) // rows, 1)[:, :, None, None]
             return F.silu(F.group_norm(x, groups, weight, bias, eps))
 
-        parts = parameters(60, dtype)
+        arguments = x, groups, *parts, 1e-5, shift
         dispatch.KNOWN.clear()
         exact = reference.group_norm_silu(
-            *(y.double() if torch.is_tensor(y) else y for y in (x, 6, *parts, 1e-5, shift))
+            *(y.double() if torch.is_tensor(y) else y for y in arguments)
         )
-        got = fused.group_norm_silu(x, 6, *parts, 1e-5, shift)
-        compare("group_norm_silu", dtype, got, torch_op(x, 6, *parts, 1e-5, shift), exact)
+        got = fused.group_norm_silu(*arguments)
+        compare("group_norm_silu", dtype, got, torch_op(*arguments), exact)
+
+    def test_one_number_less_its_mean_is_nothing():
+        """Whatever was added to it."""
+        x, shift = image(2, 7, 1, 1), torch.randn(1, 7) * 1e4
+        weight, bias = parameters(7)
+        assert torch.equal(fused.group_norm(x, 7, weight, bias, 1e-5, shift)[0, :, 0, 0], bias)
 
     def image_of(shape, offset, dtype):
         """Channels of different variance, in channels_last memory."""
@@ -335,6 +346,8 @@ if INTERPRETED:
         x, context = torch.randn(2, 4, 8, 6), torch.randn(4, 7, 24)
         one_time = x[:1], torch.tensor(5), context[:2]
         two_times = x, torch.tensor([5, 700]), context
+        table = unet.prepare_times(torch.tensor([5, 700]))
+        by_columns = x, table.t().contiguous().t(), context
         plain = [unet(*arguments) for arguments in (one_time, two_times)]
         taken, shifted = [], []
 
@@ -351,6 +364,7 @@ if INTERPRETED:
         for name in ("group_norm", "group_norm_silu", "layer_norm", "add_layer_norm", "geglu"):
             watch(fused, name)
         watch(ops, "pointwise")
+        monkeypatch.setattr(ops, "HALF", (torch.float32,))
         monkeypatch.setattr(ops, "is_on_card", lambda x: True)
         monkeypatch.setattr(ops, "onednn_computes", lambda dtype: False)
         for arguments, want in zip((one_time, two_times), plain):
@@ -366,3 +380,4 @@ if INTERPRETED:
                 "pointwise": 2 * blocks + shortcuts,
             }
             assert [len(y) for y in shifted] == [len(arguments[0])] * resnets
+        torch.testing.assert_close(unet(*by_columns), plain[1], atol=1e-5, rtol=1e-4)

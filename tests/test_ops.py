@@ -2,6 +2,8 @@
 nothing done to the models."""
 
 import copy
+import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -208,6 +210,47 @@ def test_gradients():
         grads.append([context.grad, *(p.grad for p in each.parameters())])
     for ours, fresh in zip(*reversed(grads), strict=True):
         assert ours.abs().max() > 0 and torch.equal(ours, fresh)
+
+
+def test_gradients_of_the_biases_alone():
+    """Where only they are trained, the first layers have no other that asks for a gradient."""
+    model, grads = unet(), []
+    arguments = torch.randn(2, 4, 40, 32), torch.tensor(5), torch.randn(2, 7, 24)
+    for trained in (lambda name: name.endswith("bias"), lambda name: True):
+        for name, p in model.named_parameters():
+            p.requires_grad_(trained(name)).grad = None
+        model(*arguments).square().sum().backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if n.endswith("bias")})
+    some, all_of_them = grads
+    for name, grad in some.items():
+        torch.testing.assert_close(grad, all_of_them[name], atol=1e-3, rtol=1e-4, msg=name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_1x1_convolution_on_a_card(bias, monkeypatch):
+    """A product of views for inference, whatever the sizes; else, and in float32, as it is."""
+    monkeypatch.setattr(ops, "is_on_card", lambda x: True)
+    taken, pointwise = [], ops.pointwise
+    monkeypatch.setattr(ops, "pointwise", lambda *args: taken.append(1) or pointwise(*args))
+    monkeypatch.setattr(ops, "onednn_computes", lambda dtype: False)
+    orders = torch.contiguous_format, torch.channels_last
+    sizes = (1, 1, 1), (1, 5, 3), (3, 1, 4), (2, 4, 1), (2, 3, 5)
+    for dtype, order, (B, h, w) in itertools.product(ops.HALF, orders, sizes):
+        layer = nn.Conv2d(6, 7, 1, bias=bias).to(dtype, memory_format=order)
+        x = torch.randn(B, 6, h, w).to(dtype, memory_format=torch.channels_last)
+        y, exact = ops.conv2d(layer, x), copy.deepcopy(layer).double()(x.double())
+        assert ops.in_channels_last(y) and far(y.double(), exact) <= torch.finfo(dtype).eps
+    assert len(taken) == 20
+    layer = nn.Conv2d(6, 7, 1, bias=bias).half()
+    x = torch.randn(2, 6, 3, 5).half().to(memory_format=torch.channels_last)
+    with torch.enable_grad():
+        assert ops.conv2d(layer, x).requires_grad
+    with torch.autocast("cpu", torch.bfloat16):
+        ops.conv2d(layer, x)
+    ops.conv2d(layer.float(), x.float())
+    torch.compile(partial(ops.conv2d, layer), backend="eager")(x.float())
+    assert len(taken) == 20
 
 
 @torch.no_grad()

@@ -59,6 +59,7 @@ CHANNELS = 128  # from which on Winograd's form is quicker
 # elements an elementwise function, which computes that many together.
 CUT, ELEMENTS, WIDE = 1024, 2**15, 32
 ROWS = 2048  # tokens of a feed-forward at a time
+HALF = (torch.float16, torch.bfloat16)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -100,27 +101,30 @@ def is_hooked(layer: Layer) -> bool:
     return bool(hooks or layer._backward_pre_hooks or torch_module._has_any_global_hook())
 
 
-def is_inference(*tensors: Tensor) -> bool:
+def is_inference(first: Tensor, *others: Tensor | None) -> bool:
     """Whether nothing but the values is asked for: no gradient, derivative, graph or autocast."""
     if torch.compiler.is_compiling():
         return False
     # Forward-mode derivatives and torch.func
     if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return False
+    if torch.is_grad_enabled():
+        if any(x is not None and x.requires_grad for x in (first, *others)):
+            return False
     some = torch._C._is_any_autocast_enabled()  # a tenth of the time of asking for the device
-    return not (some and torch.is_autocast_enabled(tensors[0].device.type))
+    return not (some and torch.is_autocast_enabled(first.device.type))
 
 
 def by_onednn(layer: Layer, kind: type, x: Tensor) -> bool:
     """Whether oneDNN may be called with this layer's parameters in place of layer(x)."""
-    if not x.is_cpu or torch.compiler.is_compiling() or not is_plain(layer, kind):
+    if not x.is_cpu or torch.compiler.is_compiling():
         return False
-    weight = layer.weight
-    if x.dtype != weight.dtype or weight.device != x.device or not onednn_computes(x.dtype):
+    own = plain(layer, kind)
+    if own is None or not onednn_computes(x.dtype):
         return False
-    return is_inference(x, weight)
+    weight = own["weight"]
+    alike = weight.dtype == x.dtype and weight.device == x.device
+    return alike and is_inference(x, weight, own["bias"])
 
 
 def is_on_card(x: Tensor) -> bool:
@@ -202,13 +206,21 @@ def convolution(layer: Layer, x: Tensor, edges: Edges = BOTH) -> Tensor:
     own = plain(layer, nn.Conv2d)
     if own is None or layer.padding_mode != "zeros":
         return call(layer, x)
-    if layer.kernel_size == (1, 1) and is_on_card(x) and in_channels_last(x) and is_1x1(layer):
-        return pointwise(x, own["weight"], own["bias"])
-    padding = layer.padding
+    padding, weight, bias = layer.padding, own["weight"], own["bias"]
+    if is_1x1(layer) and by_cublas(x, weight, bias):
+        return pointwise(x, weight, bias)
     if edges != BOTH:
         x, padding = with_edges(x, edges), (0, 1)
     numbers = layer.stride, padding, layer.dilation, layer.groups
-    return F.conv2d(x, own["weight"], own["bias"], *numbers)
+    return F.conv2d(x, weight, bias, *numbers)
+
+
+def by_cublas(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a product may stand for the 1x1 convolution of x: where x lies as it reads it, and in
+    half precision, for cuDNN may compute float32 in TF32 and cuBLAS does not."""
+    if not (is_on_card(x) and x.dtype in HALF and in_channels_last(x)):
+        return False
+    return is_inference(x, weight, bias)
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -238,8 +250,9 @@ def is_usual_3x3(layer: Layer) -> bool:
 
 def is_1x1(layer: Layer) -> bool:
     """Whether a convolution is a linear layer over the channels."""
-    numbers = layer.kernel_size, layer.padding, layer.stride
-    return layer.groups == 1 and numbers == ((1, 1), (0, 0), (1, 1))
+    if layer.kernel_size != (1, 1):
+        return False
+    return layer.groups == 1 and layer.padding == (0, 0) and layer.stride == (1, 1)
 
 
 def is_3x3(layer: Layer) -> bool:
@@ -299,13 +312,14 @@ def one_by_one(norm: Layer, x: Tensor) -> bool:
     if not is_plain(norm, nn.GroupNorm):
         return False
     cut = x.shape[2] * x.shape[3] >= CUT or x.numel() > ELEMENTS or x[0].numel() % WIDE != 0
-    return cut and is_inference(x, norm.weight)
+    return cut and is_inference(x, norm.weight, norm.bias)
 
 
 def group_norm_silu(norm: Layer, x: Tensor, shift: Tensor | None = None) -> Tensor:
-    """silu(norm(x + shift)). x: (B, C, h, w), needed no more where there is a shift; shift:
-    (rows, C), for each group of so many rows of x."""
-    own = norm_for_kernels(norm, nn.GroupNorm, x, shift) if in_channels_last(x) else None
+    """silu(norm(x + shift)). x: (B, C, h, w), which may be written over where there is a shift;
+    shift: (rows, C), for each group of so many rows of x."""
+    rows = shift is None or shift.stride(1) == 1
+    own = norm_for_kernels(norm, nn.GroupNorm, x, shift) if rows and in_channels_last(x) else None
     if own is not None:
         return fused.group_norm_silu(x, norm.num_groups, *own, norm.eps, shift)
     if shift is not None:
@@ -351,8 +365,8 @@ def layer_norm_for_kernels(
 def norm_silu_conv(
     norm: Layer, conv: Layer, x: Tensor, in_place: bool = False, shift: Tensor | None = None
 ) -> Tensor:
-    """conv(silu(norm(x + shift))), large images in bands (engine/bands.py); in_place: x is needed
-    no more, as where there is a shift; shift: (rows, C), for each group of so many rows of x."""
+    """conv(silu(norm(x + shift))), large images in bands (engine/bands.py). in_place: x may be
+    written over, as where there is a shift: (rows, C), for each group of so many rows of x."""
     if not (bands.are_large(x) and is_plain(norm, nn.GroupNorm) and may_be_cut(conv)):
         return conv2d(conv, group_norm_silu(norm, x, shift))
     if shift is not None:
