@@ -93,20 +93,20 @@ def upsampled(x: Tensor, weight: Tensor, bias: Tensor | None, bands: Sequence[sl
     B, _, h, w = x.shape
     out = torch.empty((B, h, 2, w, 2, len(weight)), dtype=x.dtype, device=x.device)
     few = h * w < MANY
-    for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        near = around[:, i : i + h + 1]
-        if few:
-            near = windows(near[:, :, j : j + w + 1], 2)
+    for i in (0, 1):
+        rows_of_i = around[:, i : i + h + 1]
+        near = [windows(rows_of_i[:, :, j : j + w + 1], 2) if few else rows_of_i for j in (0, 1)]
         for some in outputs(weight):
-            matrix = folded(folded(kernel[some], 1, i), 2, j)  # (outputs, 2, 2, C)
-            b = None if bias is None else bias[some]
-            if few:
-                out[:, :, i, :, j, some] = product(near, matrix.flatten(1), b)
-                continue
-            for rows in bands:
-                y = convolved(near[:, rows.start : rows.stop + 1], matrix, b)
-                # A column too many costs less than a copy without it.
-                out[:, rows, i, :, j, some] = y[:, :, j : j + w]
+            b, two_rows = None if bias is None else bias[some], folded(kernel[some], 1, i)
+            for j in (0, 1):
+                matrix = folded(two_rows, 2, j)  # (outputs, 2, 2, C)
+                if few:
+                    out[:, :, i, :, j, some] = product(near[j], matrix.flatten(1), b)
+                    continue
+                for rows in bands:
+                    y = convolved(near[j][:, rows.start : rows.stop + 1], matrix, b)
+                    # A column too many costs less than a copy without it.
+                    out[:, rows, i, :, j, some] = y[:, :, j : j + w]
     return out.view(B, 2 * h, 2 * w, -1).permute(0, 3, 1, 2)
 
 
