@@ -10,9 +10,8 @@ longer than the 15 us that it may.
 The step has all layers of the UNet, 64 channels wide, on tensors of a CPU that are treated as a
 card's: convolutions, products, attention, norms and activations of torch give memory without
 computing, what is left (sums, views, the sampler) is of a few thousand numbers. To a convolution
-its bias is added, which torch does behind cuDNN's. calls: of Python's
-and of C's functions from Python, which are the same on every machine. diffusers, if it is there,
-is measured in the same way.
+its bias is added, which torch does behind cuDNN's. calls: of Python's and of C's functions from
+Python, which are the same on every machine. diffusers, if it is there, is measured in the same way.
 """
 
 import argparse
