@@ -334,7 +334,7 @@ def test_host_time_counts_launches(tmp_path):
     # GroupNorm, 16 of them 3 each; LayerNorm, GEGLU and two attentions in each transformer
     launches = (2 * 22 + 16 + 1) + 2 * 16 + 16 * (3 + 1 + 2)
     assert ours["launches"] == launches and theirs["launches"] == 0
-    assert 3_000 < ours["calls"] < 11_500 and theirs["calls"] > 3_000  # about 11,000
+    assert 3_000 < ours["calls"] < 12_200 and theirs["calls"] > 3_000  # about 12,000
 
 
 @pytest.mark.parametrize("us, status", [(14.9, 0), (15.1, 1)])

