@@ -274,8 +274,6 @@ def launch(name: str, *args) -> None:
 
 
 def launch_attention(case: Case) -> None:
-    from minisd_kernels import dispatch
-
     op, names = FORMS[case.form]
     N, L, D, dtype = case.queries, case.keys, case.head_dim, getattr(torch, case.dtype)
     heads = KEY_HEADS if "key heads" in names else H
@@ -309,8 +307,7 @@ def launch_attention(case: Case) -> None:
         name, args = "cross_attention", (q, k, v, *edit.values(), None)
     else:
         name, args = "cross_attention_save", (q, k, v, *edit.values(), *save.values(), None)
-    out = dispatch.EMPTY[name](*args)
-    dispatch.prepare(name, args, out)(*args[: dispatch.TENSORS[name]], out)
+    launch(name, *args)
 
 
 def instructions(cubin: bytes) -> bytes:

@@ -115,7 +115,7 @@ INLINE F32 __m512 new_maximum(Room *room, int w, int64_t dim, __m512 scale)
     return now;
 }
 
-/* exp of how far a scaled score is from the largest, where it is exactly 1. */
+/* exp of how far a scaled score is from the largest. */
 INLINE F32 __m512 probability(const float *score, __m512 maximum, __m512 scale, int half)
 {
     __m512 away = _mm512_sub_ps(_mm512_loadu_ps(score), maximum);

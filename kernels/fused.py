@@ -23,10 +23,10 @@ def group_norm(
     eps: float = 1e-5,
     shift: Tensor | None = None,
 ) -> Tensor:
-    """GroupNorm(x), for images in channels_last memory.
+    """GroupNorm(x + shift), for images in channels_last memory.
 
-        y = (x - mean) / sqrt(var + eps) * weight + bias
-        mean and var over a group of channels of one image
+        y = (x + shift - mean) / sqrt(var + eps) * weight + bias
+        mean and var of x + shift over a group of channels of one image; without a shift it is 0
 
     x: (batch, channels, height, width), channels_last, float16, bfloat16 or float32; weight, bias:
     (channels,), the same dtypes. shift: (rows, channels), the same dtypes, is added to x first, row

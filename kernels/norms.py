@@ -333,6 +333,7 @@ def prepare_add_layer_norm(x, h, weight, bias, eps, out):
 
 
 def launch_layer_norm(x, eps, *absent):
+    """absent: None for h and total, which are no arguments of the launch then."""
     C = x.shape[-1]
     rows, block_c = x.numel() // C, triton.next_power_of_2(C)
     block_r = max(1, 4096 // block_c)

@@ -248,9 +248,11 @@ def test_a_1x1_convolution_on_a_card(bias, monkeypatch):
         assert ops.conv2d(layer, x).requires_grad
     with torch.autocast("cpu", torch.bfloat16):
         ops.conv2d(layer, x)
+    torch.compile(partial(ops.conv2d, layer), backend="eager")(x)
     ops.conv2d(layer.float(), x.float())
-    torch.compile(partial(ops.conv2d, layer), backend="eager")(x.float())
     assert len(taken) == 20
+    ops.conv2d(layer.half(), x)  # which any of them would have been without its reason
+    assert len(taken) == 21
 
 
 @torch.no_grad()
