@@ -248,7 +248,11 @@ def test_a_1x1_convolution_on_a_card(bias, monkeypatch):
         assert ops.conv2d(layer, x).requires_grad
     with torch.autocast("cpu", torch.bfloat16):
         ops.conv2d(layer, x)
-    torch.compile(partial(ops.conv2d, layer), backend="eager")(x)
+    graphs = []
+    backend = lambda graph, inputs: graphs.append(graph.code) or graph.forward
+    torch._dynamo.reset()
+    torch.compile(partial(ops.conv2d, layer), backend=backend, fullgraph=True)(x)
+    assert len(graphs) == 1 and "conv2d" in graphs[0] and "as_strided" not in graphs[0]
     ops.conv2d(layer.float(), x.float())
     assert len(taken) == 20
     ops.conv2d(layer.half(), x)  # which any of them would have been without its reason
